@@ -1,0 +1,88 @@
+# Every target sets up what it needs: a virtual environment in .venv, made from pyproject.toml.
+# Needs Python 3.11 or later; `make PYTHON=/path/to/python test` names one.
+
+VENV       ?= .venv
+PYTHON     ?=
+ARGS       ?=
+BIN        := $(VENV)/bin
+USER_STAMP := $(VENV)/.ready-user
+DEV_STAMP  := $(VENV)/.ready-dev
+SOURCES    := ckptsched models examples tests
+USER_EXTRAS := test,plot,examples
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo demo-small test test-fast lint format types hooks ci clean distclean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(USER_STAMP) ## Make .venv with all that the demo and the tests need
+
+setup-dev: $(DEV_STAMP) ## Make .venv with the tools for lint, types and hooks, too
+
+demo: $(USER_STAMP) ## Train a small ODE network under a byte budget and report what it took
+	$(BIN)/python -m examples.demo $(ARGS)
+
+demo-small: $(USER_STAMP) ## The demo at a size that shows only that it runs
+	$(BIN)/python -m examples.demo --small $(ARGS)
+
+test: $(USER_STAMP) ## Run all tests; ARGS="-k budget" picks some
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(USER_STAMP) ## Run the tests that are not marked slow
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(DEV_STAMP) ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV_STAMP) ## Mend what can be mended of style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(DEV_STAMP) ## Check types
+	$(BIN)/mypy
+
+hooks: $(DEV_STAMP) ## Run lint and types before every commit
+	$(BIN)/pre-commit install
+
+ci: ## What guards the main branch: everything, from a fresh clone of the committed tree
+	.ci/run
+
+clean: ## Remove caches and build outputs
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find $(SOURCES) -type d -name __pycache__ -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean ## Remove .venv as well
+	rm -rf $(VENV)
+
+# $(call install,EXTRAS): one pip call into .venv, which is made where there is none that works.
+define install
+	@set -e; start=$$(date +%s); \
+	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  found=; \
+	  for python in $(PYTHON) python3 python python3.14 python3.13 python3.12 python3.11; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	      found=$$python; break; \
+	    fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo 'No Python 3.11 or later found; name one: make PYTHON=/path/to/python' >&2; exit 1; \
+	  fi; \
+	  echo "Making $(VENV) with $$($$found --version)"; \
+	  $$found -m venv --clear $(VENV) || { \
+	    echo 'This Python cannot make virtual environments (on Debian and Ubuntu: install' \
+	      'python3-venv)' >&2; exit 1; }; \
+	fi; \
+	echo 'Installing (PyTorch is several GB; this happens once)'; \
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(1)]'; \
+	echo "Set up in $$(( $$(date +%s) - start )) s"
+endef
+
+$(USER_STAMP): pyproject.toml
+	$(call install,$(USER_EXTRAS))
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml
+	$(call install,dev)
+	@touch $@ $(USER_STAMP)

@@ -1,0 +1,43 @@
+"""Fits the training of a PyTorch network into a memory budget.
+
+chain = ckptsched.profile(model, sample)
+plan = ckptsched.plan(chain, budget="256MiB")
+model = ckptsched.checkpointed(model, plan)
+"""
+
+from .budget import Budget as Budget
+from .budget import Link as Link
+from .budget import Tier as Tier
+from .budget import format_bytes as format_bytes
+from .budget import parse_budget as parse_budget
+from .errors import BudgetSyntaxError as BudgetSyntaxError
+from .errors import CkptschedError as CkptschedError
+from .errors import ExecutionError as ExecutionError
+from .errors import InfeasibleBudgetError as InfeasibleBudgetError
+from .errors import InvalidScheduleError as InvalidScheduleError
+from .errors import PlanMismatchError as PlanMismatchError
+from .errors import ProfileError as ProfileError
+from .errors import StorageError as StorageError
+from .errors import WorkloadError as WorkloadError
+from .executor import Checkpointed as Checkpointed
+from .executor import checkpointed as checkpointed
+from .fitting import fit as fit
+from .frontier import Tradeoff as Tradeoff
+from .frontier import tradeoff as tradeoff
+from .ode import ODEBlock as ODEBlock
+from .planner import plan as plan
+from .plans import Plan as Plan
+from .profiler import profile as profile
+from .schedule import Schedule as Schedule
+from .simulator import Trace as Trace
+from .simulator import simulate as simulate
+from .tracing import StageCall as StageCall
+from .tracing import StagedModule as StagedModule
+from .verifier import Verification as Verification
+from .verifier import verify as verify
+from .workload import Block as Block
+from .workload import Chain as Chain
+from .workload import Stage as Stage
+from .workload import StageLedger as StageLedger
+
+__version__ = "0.1.0"

@@ -1,0 +1,107 @@
+"""Stand-ins for the parameters and buffers of modules while their stages run.
+
+A stage that is differentiated on its own must not touch the real parameters: their hooks
+would fire once a step and `torch.autograd.grad` would pollute their `.grad`. So while a
+stage runs, its modules hold aliases that share the parameters' storage, and gradients
+collect in the aliases. Likewise a stage that runs again holds clones of its buffers, so that
+running statistics move once a training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import final
+
+from torch import Tensor, nn
+
+
+@final
+class Slots:
+    """The places in some modules where parameters and buffers are kept."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        """Find the places, each once.
+
+        Args:
+            modules: Modules; their submodules count, too.
+        """
+        seen: dict[int, nn.Module] = {}
+        for root in modules:
+            for module in root.modules():
+                seen.setdefault(id(module), module)
+        # `_parameters` and `_buffers` are what `torch.func.functional_call` swaps, too: there
+        # is no public way to put a tensor that is not a new parameter into a module.
+        self._parameters = [(m, name) for m in seen.values() for name in m._parameters]
+        self._buffers = [(m, name) for m in seen.values() for name in m._buffers]
+
+    def parameters(self) -> list[Tensor]:
+        """The distinct parameters that are in the places now."""
+        return list({id(p): p for p in self.in_place() if p is not None}.values())
+
+    def buffers(self) -> list[Tensor]:
+        """The distinct buffers that are in the places now."""
+        found = (module._buffers[name] for module, name in self._buffers)
+        return list({id(b): b for b in found if b is not None}.values())
+
+    def in_place(self) -> list[Tensor | None]:
+        """What is in each place for a parameter now, in the order of the places."""
+        return [module._parameters[name] for module, name in self._parameters]
+
+    def bind(self, aliases: Mapping[int, Tensor]) -> list[Tensor | None]:
+        """The alias for each place, by the parameter that is there now.
+
+        Bound to places and not to parameters: by the time of a backward others may be there,
+        as after `torch.func.functional_call`.
+
+        Args:
+            aliases: The alias of each parameter, by the parameter's id.
+        """
+        return [None if p is None else aliases[id(p)] for p in self.in_place()]
+
+    @contextmanager
+    def parameters_replaced(self, bound: Sequence[Tensor | None]) -> Iterator[None]:
+        """Put aliases in the places, and the parameters back at the end.
+
+        Args:
+            bound: What `bind` returned.
+        """
+        before = self.in_place()
+        try:
+            for (module, name), alias in zip(self._parameters, bound, strict=True):
+                _put(module, name, alias)
+            yield
+        finally:
+            for (module, name), parameter in zip(self._parameters, before, strict=True):
+                if module._parameters[name] is not parameter:
+                    _put(module, name, parameter)
+
+    @contextmanager
+    def buffers_replaced(self, clones: Mapping[int, Tensor]) -> Iterator[None]:
+        """Put clones in the places, and the buffers back at the end.
+
+        Args:
+            clones: The clone of each buffer, by the buffer's id; others stay.
+        """
+        before = [module._buffers[name] for module, name in self._buffers]
+        try:
+            for (module, name), buffer in zip(self._buffers, before, strict=True):
+                if id(buffer) in clones:
+                    module._buffers[name] = clones[id(buffer)]
+            yield
+        finally:
+            for (module, name), buffer in zip(self._buffers, before, strict=True):
+                module._buffers[name] = buffer
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+    # nn.RNNBase keeps a second list of its parameters that only its own __setattr__ updates.
+    if type(module).__setattr__ is nn.Module.__setattr__:
+        module._parameters[name] = tensor  # type: ignore[assignment]
+    else:
+        setattr(module, name, tensor)
+
+
+def make_alias(parameter: Tensor) -> nn.Parameter:
+    """A leaf that shares the parameter's storage, with a gradient of its own."""
+    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)

@@ -1,0 +1,205 @@
+"""Bytes as people write them, and what a budget covers.
+
+The one rounding rule of the library lives here: where a figure is rounded for people,
+sizes go up and budgets go down.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import final
+
+from .errors import BudgetSyntaxError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "byte": 1,
+    "bytes": 1,
+    "k": 10**3,
+    "kb": 10**3,
+    "m": 10**6,
+    "mb": 10**6,
+    "g": 10**9,
+    "gb": 10**9,
+    "t": 10**12,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_TEXT = re.compile(r"^\s*([+-]?[0-9._]+(?:e[+-]?[0-9]{1,3})?)\s*([a-z]*|%)\s*$", re.IGNORECASE)
+_REMEDY = 'give a positive number of bytes, or text such as "512MiB", "1.5 GB" or "40%"'
+
+
+class Tier(enum.IntEnum):
+    """Where a value lies."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
+
+
+@final
+@dataclass(frozen=True)
+class Link:
+    """How fast values move between two tiers."""
+
+    bytes_per_second: float
+    """Bandwidth."""
+    latency_seconds: float = 0.0
+    """Seconds that a copy takes however small it is."""
+
+    def seconds(self, size: int) -> float:
+        """Seconds to copy `size` bytes."""
+        return self.latency_seconds + size / self.bytes_per_second
+
+
+@final
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that one training step may use, forward and backward together.
+
+    A budget bounds the peak of the tensor bytes that come into being between the start
+    of the forward pass and the end of the backward pass. Parameters, buffers, optimizer
+    state and the input batch are reserved: they are not counted.
+    """
+
+    bytes: int | None = None
+    """The bound in bytes; None where it is a share of plain autograd's need."""
+    share: Fraction | None = None
+    """The bound as a share of what storing everything needs; None where it is in bytes."""
+    reserved_bytes: int = 0
+    """Bytes of the bound that are taken already (`Budget.total`)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no step can be planned for.
+
+        Raises:
+            BudgetSyntaxError: Not exactly one of the two bounds, or one that is not positive.
+        """
+        if (self.bytes is None) == (self.share is None):
+            raise BudgetSyntaxError(
+                f"a budget is bytes or a share, found bytes={self.bytes}, share={self.share}; "
+                + _REMEDY
+            )
+        if self.bytes is not None and self.bytes <= self.reserved_bytes:
+            raise BudgetSyntaxError(
+                f"the budget of {self.bytes} bytes leaves nothing after "
+                f"{self.reserved_bytes} reserved bytes; {_REMEDY}"
+            )
+        if self.share is not None and self.share <= 0:
+            raise BudgetSyntaxError(f"a budget of {float(self.share):%} is not positive; {_REMEDY}")
+
+    @classmethod
+    def total(cls, limit: int | str, reserved_bytes: int) -> Budget:
+        """Bound the whole device instead of the step.
+
+        Args:
+            limit: Bytes of the device that may be used, reserved ones included.
+            reserved_bytes: Bytes of parameters, buffers, optimizer state and input.
+
+        Returns:
+            A budget of what remains.
+        """
+        budget = parse_budget(limit)
+        if budget.bytes is None:
+            raise BudgetSyntaxError(f"a total needs bytes, found {limit!r}; {_REMEDY}")
+        return cls(bytes=budget.bytes, reserved_bytes=reserved_bytes)
+
+    def resolve(self, store_all_bytes: int) -> int:
+        """Turn the budget into bytes for one chain.
+
+        Args:
+            store_all_bytes: Peak of the step when everything is stored, in bytes.
+
+        Returns:
+            The bound in whole bytes, rounded down.
+        """
+        if self.bytes is not None:
+            return self.bytes - self.reserved_bytes
+        assert self.share is not None
+        return math.floor(self.share * store_all_bytes)
+
+
+def parse_budget(budget: int | float | str | Budget) -> Budget:
+    """Read a budget.
+
+    Args:
+        budget: Bytes as a number, text with a unit ("512MiB" is 2**20 bytes each, "1.5 GB"
+            10**9), a share of what storing everything needs ("40%"), or a `Budget`.
+
+    Returns:
+        The budget; fractions of a byte are rounded down.
+
+    Raises:
+        BudgetSyntaxError: Not a number, NaN, infinite, zero, negative or of unknown unit.
+    """
+    if isinstance(budget, Budget):
+        return budget
+    if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
+        raise BudgetSyntaxError(
+            f"a budget cannot be read from {type(budget).__name__} {budget!r}; {_REMEDY}"
+        )
+    if isinstance(budget, str):
+        return _parse_text(budget)
+    if not math.isfinite(budget):
+        raise BudgetSyntaxError(f"a budget of {budget} bytes is not a finite number; {_REMEDY}")
+    if math.floor(budget) <= 0:
+        raise BudgetSyntaxError(f"a budget of {budget} bytes is not positive; {_REMEDY}")
+    return Budget(bytes=math.floor(budget))
+
+
+def _parse_text(text: str) -> Budget:
+    match = _TEXT.match(text)
+    if match is None:
+        raise BudgetSyntaxError(f"the budget {text!r} cannot be read; {_REMEDY}")
+    number, unit = match.groups()
+    try:
+        value = Fraction(number)
+    except ValueError:
+        raise BudgetSyntaxError(f"the budget {text!r} holds no number; {_REMEDY}") from None
+    if unit == "%":
+        if value <= 0:
+            raise BudgetSyntaxError(f"the budget {text!r} is not positive; {_REMEDY}")
+        return Budget(share=value / 100)
+    if unit.lower() not in _UNITS:
+        known = "B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, %"
+        raise BudgetSyntaxError(
+            f"the budget {text!r} has the unknown unit {unit!r} (known: {known}); {_REMEDY}"
+        )
+    size = math.floor(value * _UNITS[unit.lower()])
+    if size <= 0:
+        raise BudgetSyntaxError(f"the budget {text!r} is not positive; {_REMEDY}")
+    return Budget(bytes=size)
+
+
+def format_bytes(size: int, *, budget: bool = False) -> str:
+    """Print bytes for people: three digits after the point, and the unit.
+
+    Args:
+        size: Bytes.
+        budget: Whether the figure is a budget, rounded down; sizes are rounded up.
+
+    Returns:
+        Text such as "12.346 MiB", which `parse_budget` reads back.
+    """
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(size) >= scale:
+            thousandths = Fraction(size * 1000, scale)
+            rounded = math.floor(thousandths) if budget else math.ceil(thousandths)
+            return f"{rounded / 1000:.3f} {unit}"
+    return f"{size} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """Print seconds for people, with a unit that keeps three to six digits."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if abs(seconds) >= scale:
+            return f"{seconds / scale:.3f} {unit}"
+    return f"{seconds / 1e-9:.3f} ns" if seconds else "0 s"

@@ -1,0 +1,74 @@
+"""The exceptions of ckptsched: one tree, and messages that say what would work."""
+
+from __future__ import annotations
+
+
+class CkptschedError(Exception):
+    """Every error that ckptsched raises on purpose is one of these."""
+
+
+class BudgetSyntaxError(CkptschedError, ValueError):
+    """A budget that cannot be read as a number of bytes."""
+
+
+class InfeasibleBudgetError(CkptschedError, ValueError):
+    """No schedule of the solver's class fits the budget.
+
+    Attributes:
+        budget_bytes: What was asked for.
+        least_budget_bytes: The least budget that works; None where it is unknown.
+        stage: Name of the stage that binds at the least budget; empty where unknown.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        budget_bytes: int,
+        least_budget_bytes: int | None = None,
+        stage: str = "",
+    ) -> None:
+        """Keep the figures beside the sentence, for programs that retry."""
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.least_budget_bytes = least_budget_bytes
+        self.stage = stage
+
+
+class InvalidScheduleError(CkptschedError, ValueError):
+    """A schedule that breaks a rule of the chain model.
+
+    Attributes:
+        position: Index of the offending operation; the schedule's length for a fault
+            that shows only at its end, such as a leak.
+        operation: The operation as text; empty at the end of the schedule.
+        reason: What the operation lacks or breaks.
+    """
+
+    def __init__(self, position: int, operation: str, reason: str) -> None:
+        """Say where, what and why in one line."""
+        where = f"operation {position} {operation}" if operation else "end of schedule"
+        super().__init__(f"invalid schedule at {where}: {reason}")
+        self.position = position
+        self.operation = operation
+        self.reason = reason
+
+
+class WorkloadError(CkptschedError, ValueError):
+    """A chain that is empty, damaged or has impossible sizes or times."""
+
+
+class ProfileError(CkptschedError, RuntimeError):
+    """A model that cannot be measured or cut into stages."""
+
+
+class PlanMismatchError(CkptschedError, ValueError):
+    """A plan, plan file, model or input that do not belong together."""
+
+
+class ExecutionError(CkptschedError, RuntimeError):
+    """A training step that cannot go on without giving wrong gradients."""
+
+
+class StorageError(CkptschedError, RuntimeError):
+    """A checkpoint that could not be written or read back."""

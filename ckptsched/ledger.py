@@ -1,0 +1,295 @@
+"""The ledger: what a schedule really allocates, to the byte.
+
+A state's storage counts once, while anything holds it: the store, a tape that saved it as
+its input or output, a tape that hands it on, or the caller. Backward passes are charged by
+whether the storages they saved outlive them. See `StageLedger` for the figures of a stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import final
+
+import numpy as np
+import numpy.typing as npt
+
+from .budget import Tier
+from .errors import InvalidScheduleError
+from .liveness import Liveness, analyse, blocks_of, cut
+from .schedule import Code, Kind, Schedule
+from .trace import Live
+from .workload import Chain, Stage, StageLedger, backward_variant
+
+_CALLER_INPUT = -1
+
+
+@final
+@dataclass(frozen=True)
+class Account:
+    """Bytes while each operation runs, and what was live when the account stopped."""
+
+    timeline: npt.NDArray[np.int64]
+    live: tuple[Live, ...]
+
+
+@dataclass(slots=True)
+class _Tape:
+    """What one stored tape holds: storages by the position of the run that made them."""
+
+    ledger: StageLedger
+    input: int
+    output: int
+    saved: list[int]
+    hands_on: bool
+    snapshot: bool
+
+
+@dataclass(slots=True)
+class _Books:
+    """All that is live, by holder."""
+
+    level: int = 0
+    sizes: dict[int, int] = field(default_factory=dict)
+    holders: dict[int, int] = field(default_factory=dict)
+    states: dict[int, tuple[int, bool]] = field(default_factory=dict)
+    tapes: dict[int, _Tape] = field(default_factory=dict)
+    extras: dict[str, int] = field(default_factory=dict)
+
+    def hold(self, storage: int) -> None:
+        count = self.holders.get(storage, 0)
+        if not count:
+            self.level += self.sizes[storage]
+        self.holders[storage] = count + 1
+
+    def release(self, storage: int) -> None:
+        count = self.holders[storage] - 1
+        if count:
+            self.holders[storage] = count
+        else:
+            del self.holders[storage]
+            self.level -= self.sizes.pop(storage)
+
+    def extra(self, name: str, size: int) -> None:
+        """Set the bytes of something that has one number, such as the gradients."""
+        self.level += size - self.extras.get(name, 0)
+        self.extras[name] = size
+
+
+def charge(chain: Chain, schedule: Schedule, *, until: int | None = None) -> Account:
+    """Charge a valid schedule by the ledger.
+
+    Args:
+        chain: A chain whose stages all have a ledger.
+        schedule: A schedule that the planning model has found valid, without copies.
+        until: Stop before this operation, and say what is live while it runs.
+
+    Returns:
+        The bytes of every operation before `until`, and what is live then.
+    """
+    return _Ledger(chain, schedule).run(until)
+
+
+class _Ledger:
+    """Interprets a schedule, counting holders of storages."""
+
+    def __init__(self, chain: Chain, schedule: Schedule) -> None:
+        self.chain, self.schedule = chain, schedule
+        self.n = len(chain)
+        self.liveness: Liveness = analyse(schedule, self.n)
+        self.books = _Books()
+        self.books.sizes[_CALLER_INPUT] = chain.input_bytes
+        self.books.hold(_CALLER_INPUT)
+        self.snapshot = chain.random_state_bytes
+        self.books.states[0] = (_CALLER_INPUT, self.liveness.snapshots_input)
+        self.books.level += self.snapshot * self.liveness.snapshots_input
+        self.books.hold(_CALLER_INPUT)
+        self.blocks = blocks_of(chain.blocks, self.n)
+        self.owner = np.zeros(self.n + 1, dtype=np.int64)
+        for k, block in enumerate(self.blocks):
+            self.owner[block.first : block.last + 1] = k
+        self.replays = self._replays()
+        self.clones: dict[int, int] = {}  # storage of the clones of a block's buffers
+        self.next_clone = _CALLER_INPUT
+
+    def _replays(self) -> dict[int, list[tuple[int, int]]]:
+        """Blocks that each backward segment runs again, with their buffers' bytes, by start."""
+        blocks, stages = self.blocks, self.schedule.stages
+        replays = {}
+        for segment in cut(self.schedule, blocks).backward:
+            repeated = self.liveness.repeats[segment.start : segment.stop]
+            touched = np.unique(self.owner[stages[segment.start : segment.stop][repeated]])
+            replays[segment.start] = [(int(k), blocks[int(k)].buffer_bytes) for k in touched]
+        return replays
+
+    def _begin_segment(self, replays: list[tuple[int, int]]) -> None:
+        """Let clones of the last segment go, unless a tape saved them, and make new ones."""
+        books = self.books
+        for storage in self.clones.values():
+            books.release(storage)
+        self.clones = {}
+        for k, size in replays:
+            self.next_clone -= 1
+            self.clones[k] = self.next_clone
+            books.sizes[self.next_clone] = size
+            books.hold(self.next_clone)
+        books.extra("random state to put back", self.snapshot if replays else 0)
+
+    def run(self, until: int | None) -> Account:
+        """Interpret the operations before `until`."""
+        schedule, books = self.schedule, self.books
+        stop = len(schedule) if until is None else until
+        codes, numbers = schedule.codes.tolist(), schedule.stages.tolist()
+        kinds, sources = schedule.kinds, schedule.sources
+        during = np.zeros(stop, dtype=np.int64)
+        peak = 0
+        for p in range(stop + (until is not None)):
+            if p in self.replays:
+                self._begin_segment(self.replays[p])
+            if p == stop:
+                peak = self._peak_of(p, codes[p], numbers[p])
+                return Account(during, self._live(peak))
+            code, i = codes[p], numbers[p]
+            during[p] = self._peak_of(p, code, i)
+            if code <= Code.TAPED_FORWARD:
+                self._forward(p, i, taped=bool(code))
+            elif code == Code.BACKWARD:
+                self._backward(i)
+            elif code == Code.TURN:
+                self._turn(p)
+            elif code == Code.DROP and sources[p] == Tier.DEVICE:
+                if kinds[p] == Kind.STATE:
+                    self._drop_state(i)
+                elif kinds[p] == Kind.TAPE:
+                    self._drop_tape(i)
+                else:
+                    books.extra("gradient of a state", 0)
+            else:
+                raise InvalidScheduleError(
+                    p, str(schedule[p]), "the ledger knows the device only, not other tiers"
+                )
+        return Account(during, ())
+
+    def _stage(self, i: int) -> tuple[Stage, StageLedger]:
+        stage = self.chain.stages[i - 1]
+        assert stage.ledger is not None
+        return stage, stage.ledger
+
+    def _peak_of(self, p: int, code: int, i: int) -> int:
+        """Bytes while an operation runs."""
+        level = self.books.level
+        if code == Code.FORWARD:
+            return level + self._stage(i)[1].forward_peak_bytes
+        if code == Code.TAPED_FORWARD:
+            return level + self._stage(i)[1].taped_peak_bytes
+        if code == Code.BACKWARD:
+            return level + self._backward_peak(i)
+        if code == Code.TURN:
+            output = self.chain.arrays.gradient_bytes[self.n]
+            return level + int(output) + self.chain.loss_overhead_bytes
+        return level
+
+    def _input_of(self, i: int) -> int:
+        """The storage that a run of stage i reads."""
+        state = self.books.states.get(i - 1)
+        return state[0] if state is not None else self.books.tapes[i - 1].output
+
+    def _forward(self, p: int, i: int, *, taped: bool) -> None:
+        books, (_, ledger) = self.books, self._stage(i)
+        source = self._input_of(i)
+        output = source if ledger.output_is_view else p
+        books.sizes.setdefault(output, ledger.state_bytes)
+        snapshot = bool(self.liveness.snapshots[p])
+        if not taped:
+            books.hold(output)
+            books.states[i] = (output, snapshot)
+            books.level += self.snapshot * snapshot
+        else:
+            saved = [source] * ledger.input_saved + [output] * ledger.output_saved
+            # Norm layers save their running statistics, here the clones of them.
+            clone = self.clones.get(int(self.owner[i]))
+            saved += [] if clone is None else [clone]
+            hands_on = bool(self.liveness.keeps_output[p])
+            for storage in saved + [output] * hands_on:
+                books.hold(storage)
+            books.level += ledger.tape_bytes + self.snapshot * (snapshot and hands_on)
+            books.tapes[i] = _Tape(ledger, source, output, saved, hands_on, snapshot and hands_on)
+            if output not in books.holders:
+                del books.sizes[output]
+        if self.liveness.frees_input[p]:
+            self._stop_handing_on(i - 1)
+
+    def _stop_handing_on(self, i: int) -> None:
+        tape = self.books.tapes[i]
+        if tape.hands_on:
+            tape.hands_on = False
+            self.books.level -= self.snapshot * tape.snapshot
+            tape.snapshot = False
+            self.books.release(tape.output)
+
+    def _turn(self, p: int) -> None:
+        books = self.books
+        output = self._input_of(self.n + 1)
+        books.hold(output)  # by the caller, to the end of the step
+        rest = self.chain.held_bytes - books.sizes[output]
+        books.extra("value of the loss", max(0, rest))
+        if self.liveness.frees_input[p]:
+            self._stop_handing_on(self.n)
+        books.extra("gradient of a state", int(self.chain.arrays.gradient_bytes[self.n]))
+
+    def _backward_peak(self, i: int) -> int:
+        tape = self.books.tapes[i]
+        stage = self.chain.stages[i - 1]
+        held = {
+            storage: self.books.holders.get(storage, 0) > tape.saved.count(storage)
+            for storage in (tape.input, tape.output)
+        }
+        peaks = tape.ledger.backward_peak_bytes
+        first = stage.parameter_gradient_bytes > 0
+        variants = {first, True} if tape.ledger.shares_parameters_partly else {first}
+        return max(
+            peaks[
+                backward_variant(
+                    input_held=held[tape.input], output_held=held[tape.output], first=variant
+                )
+            ]
+            for variant in variants
+        )
+
+    def _backward(self, i: int) -> None:
+        books, (stage, _) = self.books, self._stage(i)
+        self._drop_tape(i)
+        books.extra("gradient of a state", int(self.chain.arrays.gradient_bytes[i - 1]))
+        known = books.extras.get("parameter gradients", 0)
+        books.extra("parameter gradients", known + stage.parameter_gradient_bytes)
+
+    def _drop_state(self, i: int) -> None:
+        storage, snapshot = self.books.states.pop(i)
+        self.books.level -= self.snapshot * snapshot
+        self.books.release(storage)
+
+    def _drop_tape(self, i: int) -> None:
+        self._stop_handing_on(i)
+        tape = self.books.tapes.pop(i)
+        self.books.level -= tape.ledger.tape_bytes
+        for storage in tape.saved:
+            self.books.release(storage)
+
+    def _live(self, peak: int) -> tuple[Live, ...]:
+        """What is live now, and the rest of the peak as what the operation itself needs."""
+        books = self.books
+        names: dict[int, str] = {}
+        for i, (storage, _) in books.states.items():
+            names.setdefault(storage, f"state[{i}]")
+        for i, tape in books.tapes.items():
+            names.setdefault(tape.output, f"state[{i}]")
+            names.setdefault(tape.input, f"state[{i - 1}]")
+        for storage in books.sizes:
+            names.setdefault(storage, "output" if storage >= 0 else "copies of buffers")
+        found = [Live(names[s], size) for s, size in books.sizes.items() if size]
+        found += [Live(f"tape[{i}]", tape.ledger.tape_bytes) for i, tape in books.tapes.items()]
+        found += [Live(name, size) for name, size in books.extras.items()]
+        snapshots = sum(flag for _, flag in books.states.values())
+        snapshots += sum(tape.snapshot for tape in books.tapes.values())
+        found.append(Live("random states", snapshots * self.snapshot))
+        found.append(Live("the operation itself", peak - sum(x.bytes for x in found)))
+        return tuple(sorted((x for x in found if x.bytes), key=lambda x: -x.bytes))

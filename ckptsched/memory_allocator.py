@@ -1,0 +1,169 @@
+"""The counting CPU allocator: `memory_allocator.cpp`, compiled on first use and installed once.
+
+The library is kept in the user's cache folder, by the versions that it depends on. PyTorch loads
+`libc10` before it, so that it needs no search path of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import final
+
+import torch
+
+from ckptsched.errors import ProfileError
+
+_SOURCE = Path(__file__).with_name("memory_allocator.cpp")
+_COMPILER_SECONDS = 120
+
+
+@final
+class CountingAllocator:
+    """The installed allocator. Get it from `counting_allocator`; there is one in a process.
+
+    Args:
+        library: The loaded library, not yet installed.
+
+    Raises:
+        ProfileError: If it cannot be installed, or then does not count.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        library.ckptsched_mark.argtypes = [ctypes.POINTER(ctypes.c_int64)] * 2
+        library.ckptsched_mark.restype = None
+        library.ckptsched_close.restype = ctypes.c_int64
+        self._library = library
+        if library.ckptsched_install():
+            raise ProfileError("the CPU allocator in use cannot be wrapped")
+        self.open()
+        block = torch.empty(1000, dtype=torch.uint8, device="cpu")
+        live, _ = self.read()
+        self.close()
+        if live != block.numel():
+            raise ProfileError(f"it counted {live} bytes for a tensor of {block.numel()} bytes")
+
+    def open(self) -> None:
+        """Start counting from zero.
+
+        Raises:
+            ProfileError: If another allocator has been installed since.
+        """
+        if self._library.ckptsched_open():
+            raise ProfileError(
+                "another library has replaced PyTorch's CPU allocator since the counting one was "
+                "installed, so that nothing would be counted; use ProfilerMeter"
+            )
+
+    def read(self) -> tuple[int, int]:
+        """Return the live bytes, and the largest number of them since the last call or `open`."""
+        live, peak = ctypes.c_int64(), ctypes.c_int64()
+        self._library.ckptsched_mark(ctypes.byref(live), ctypes.byref(peak))
+        return live.value, peak.value
+
+    def close(self) -> int:
+        """Stop counting; return how many blocks could not be counted (0 unless others meddle)."""
+        return int(self._library.ckptsched_close())
+
+
+_ONE_BUILDER = threading.Lock()
+
+
+def counting_allocator() -> CountingAllocator:
+    """Build the allocator if need be, install it if need be, and return it.
+
+    Raises:
+        ProfileError: If that does not work here; the message is the reason.
+    """
+    with _ONE_BUILDER:  # functools.cache alone lets two threads install it twice
+        found = _installed()
+    if isinstance(found, str):
+        raise ProfileError(found)
+    return found
+
+
+@functools.cache
+def _installed() -> CountingAllocator | str:
+    """The allocator, or the reason why there is none: a failed build is not tried again."""
+    try:
+        return CountingAllocator(_load())
+    except (OSError, subprocess.SubprocessError, ProfileError) as error:
+        return str(error)
+
+
+def _load() -> ctypes.CDLL:
+    key = hashlib.sha256(_SOURCE.read_bytes())
+    for part in (torch.__version__, torch.version.git_version, sys.platform, platform.machine()):
+        key.update(f"\n{part}".encode())
+    with _folder() as folder:
+        built = folder / f"{_SOURCE.stem}-{key.hexdigest()[:20]}.so"
+        if built.exists():
+            with contextlib.suppress(OSError):  # damaged: build it anew
+                return ctypes.CDLL(str(built))
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            fresh = Path(scratch) / built.name
+            _compile(fresh)
+            fresh.replace(built)  # in one step, for processes that start together
+        return ctypes.CDLL(str(built))
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """The user's cache folder, or one for this once where others could write into that."""
+    if sys.platform == "darwin":
+        caches = Path.home() / "Library" / "Caches"
+    elif sys.platform == "linux":
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    else:
+        raise ProfileError(f"it is built on Linux and macOS, and this is {sys.platform}")
+    folder = caches / "ckptsched"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        ours = status.st_uid == os.getuid() and not status.st_mode & 0o022
+        usable = ours and os.access(folder, os.W_OK)
+    except OSError:
+        usable = False
+    if usable:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="ckptsched-") as once:
+        yield Path(once)  # a loaded library outlives its file
+
+
+def _compiler() -> list[str]:
+    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+        words = shlex.split(name)
+        if words and shutil.which(words[0]):
+            return words
+    raise ProfileError("no C++ compiler was found as $CXX, c++, g++ or clang++")
+
+
+def _compile(target: Path) -> None:
+    compiler = _compiler()
+    home = Path(torch.__file__).parent
+    flags = ["-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
+    flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    flags += ["-isystem", str(home / "include"), f"-L{home / 'lib'}", f"-Wl,-rpath,{home / 'lib'}"]
+    for standard in ("c++20", "c++17"):  # what PyTorch's headers ask for rises with its version
+        command = [*compiler, f"-std={standard}", *flags, str(_SOURCE), "-o", str(target), "-lc10"]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_COMPILER_SECONDS, check=False
+        )
+        if done.returncode == 0:
+            return
+    said = [line for line in done.stderr.splitlines() if "error" in line]
+    reason = said[0] if said else f"exit status {done.returncode}"
+    raise ProfileError(f"{shlex.join(compiler)} could not build it: {reason}")

@@ -1,0 +1,202 @@
+"""An ordinary differential equation as a module whose time steps are stages."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Hashable
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from ..tracing import StageCall, StagedModule
+from .steps import runge_kutta_step
+from .tableaus import ButcherTableau, find_tableau
+
+_TWO_KINDS = (
+    "dz/dt = f takes f(z) or f(t, z); give time_dependent=False or True where the signature "
+    "does not say which"
+)
+
+
+@final
+class StepStage(StageCall):
+    """One time step of an `ODEBlock`."""
+
+    __slots__ = ("index", "module")
+
+    module: ODEBlock
+
+    def __init__(self, block: ODEBlock, index: int) -> None:
+        """Name a step.
+
+        Args:
+            block: The block that the step belongs to.
+            index: 0 for the first step.
+        """
+        self.prefix = ""
+        self.module = block
+        self.index = index
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Advance the state by this step."""
+        return self.module.step(self.index, x)
+
+    @property
+    def label(self) -> str:
+        """The index as in "step[7]"."""
+        return f"step[{self.index}]"
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for all steps of a block: they differ in the time only."""
+        return ("step", id(self.module))
+
+
+@final
+class ODEBlock(StagedModule):
+    """Solves dz/dt = f(z) or f(t, z) from t0 to t1 in equal steps; each step is a stage.
+
+    The steps share the parameters of f. With `method="euler"` and one step the block is a
+    residual block, z + f(z); with N steps it needs N times the memory of one under plain
+    autograd, which is what a schedule is for.
+
+    Args:
+        f: The right-hand side: a module, or a function that owns no parameters. It is
+            called as f(z), or as f(t, z) with t a tensor of no dimensions in the state's dtype
+            (torchdiffeq's order), and returns a tensor of z's shape and dtype.
+        method: "euler", "midpoint" (also "rk2"), "heun", "rk4", or a `ButcherTableau`.
+        steps: Number of equal steps, at least 1.
+        t0: Time of the state that comes in.
+        t1: Time of the state that goes out; may lie before t0.
+        time_dependent: Whether f takes the time; None reads it off the signature of f.
+
+    Raises:
+        ValueError: An argument that is none of the above.
+
+    Reference:
+        Gholami, Keutzer, Biros, ANODE (arXiv 1902.10298), equations (1a) to (1c).
+
+    Example:
+        >>> block = ODEBlock(nn.Linear(3, 3), method="rk4", steps=16)
+        >>> block(torch.zeros(2, 3)).shape, len(block.stages())
+        (torch.Size([2, 3]), 16)
+    """
+
+    f: Callable[..., Tensor]
+
+    def __init__(
+        self,
+        f: Callable[..., Tensor],
+        method: str | ButcherTableau = "euler",
+        steps: int = 1,
+        t0: float = 0.0,
+        t1: float = 1.0,
+        time_dependent: bool | None = None,
+    ) -> None:
+        super().__init__()
+        _check_function(f)
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"steps is {steps!r}; give an int of at least 1")
+        t0, t1 = _time("t0", t0), _time("t1", t1)
+        if t0 == t1:
+            raise ValueError(f"t0 and t1 are both {t0}; there is nothing to solve: let them differ")
+        if time_dependent is not None and not isinstance(time_dependent, bool):
+            raise ValueError(f"time_dependent is {time_dependent!r}; give True, False or None")
+        self.f = f
+        self.tableau = find_tableau(method)
+        self.steps = steps
+        self.t0 = t0
+        self.t1 = t1
+        self.time_dependent = takes_time(f) if time_dependent is None else time_dependent
+
+    def stages(self) -> list[StageCall]:
+        """The time steps in order; a small object each."""
+        return [StepStage(self, index) for index in range(self.steps)]
+
+    def step(self, index: int, z: Tensor) -> Tensor:
+        """Advance the state by one time step.
+
+        Args:
+            index: 0 for the first step.
+            z: State at the start of the step.
+
+        Returns:
+            The state at its end; same shape and dtype.
+
+        Raises:
+            ExecutionError: f does not return a slope of the state's shape and dtype.
+        """
+        # From t0 each time: adding up h would let the time drift over many steps.
+        t = self.t0 + (self.t1 - self.t0) * (index / self.steps)
+        return runge_kutta_step(self._slope, self.tableau, t, self.h, z)
+
+    @property
+    def h(self) -> float:
+        """Size of a step, in units of time; negative where t1 lies before t0."""
+        return (self.t1 - self.t0) / self.steps
+
+    @property
+    def evaluations(self) -> int:
+        """How often a forward pass evaluates f."""
+        return self.steps * self.tableau.slopes
+
+    def _slope(self, t: float, z: Tensor) -> Tensor:
+        if not self.time_dependent:
+            return self.f(z)
+        # Filled on the device: a tensor made from a Python number would be copied there,
+        # and on CUDA the step would wait for it.
+        return self.f(torch.full((), t, dtype=z.dtype.to_real(), device=z.device), z)
+
+    def extra_repr(self) -> str:
+        """Method, steps and times, for `print(model)`."""
+        return f"method={self.tableau.name!r}, steps={self.steps}, t0={self.t0}, t1={self.t1}"
+
+
+def takes_time(f: Callable[..., Tensor]) -> bool:
+    """Tell f(t, z) from f(z) by the number of arguments that f must be given.
+
+    Args:
+        f: A module, whose `forward` counts, or a function.
+
+    Raises:
+        ValueError: The signature cannot be read, or fits neither.
+    """
+    called = f.forward if isinstance(f, nn.Module) else f
+    try:
+        parameters = list(inspect.signature(called).parameters.values())
+    except (TypeError, ValueError):
+        raise ValueError(f"the signature of {_describe(f)} cannot be read; {_TWO_KINDS}") from None
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = sum(p.default is p.empty for p in positional)
+    variable = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if variable or required not in (1, 2):
+        shown = ", ".join(map(str, parameters))
+        raise ValueError(f"{_describe(f)} takes ({shown}); {_TWO_KINDS}")
+    return required == 2
+
+
+def _check_function(f: Callable[..., Tensor]) -> None:
+    if isinstance(f, type) or not callable(f):
+        raise ValueError(f"f is {f!r}; give a module or a function that maps a state to its slope")
+    owner = getattr(f, "__self__", None)
+    if isinstance(owner, nn.Module):
+        raise ValueError(
+            f"f is a method of a {type(owner).__name__}, whose parameters would be hidden from "
+            "the block; give the module itself, with this method as its forward"
+        )
+
+
+def _time(name: str, value: float) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}; give a number, in units of time") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {value!r}; give a finite number, in units of time")
+    return number
+
+
+def _describe(f: Callable[..., Tensor]) -> str:
+    return f"f ({getattr(f, '__name__', type(f).__name__)})"

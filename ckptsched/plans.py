@@ -1,0 +1,380 @@
+"""A plan: a schedule that was checked against its chain and budget, and how good it is.
+
+Plans are saved as readable JSON. A file carries the chain it was made for, so that loading
+can run the schedule on paper again instead of trusting the figures beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from .budget import format_bytes, format_seconds
+from .errors import CkptschedError, InvalidScheduleError, PlanMismatchError, WorkloadError
+from .schedule import Schedule, schedule_from_json, schedule_to_json
+from .simulator import Trace, simulate
+from .trace import Live
+from .workload import Chain
+
+FORMAT = "ckptsched plan"
+VERSION = 1
+_SHOWN_AT_PEAK = 6
+_AGAIN = "plan again and save the new plan"
+_VALUE = re.compile(r"(state|tape|grad)\[(\d+)\]")
+# Of the certificate: key and attribute, and the type that it must have.
+_CERTIFICATE: dict[str, type] = {
+    "solver": str,
+    "schedule_class": str,
+    "budget_bytes": int,
+    "budget_text": str,
+    "store_all_bytes": int,
+    "least_budget_bytes": int,
+    "lower_bound_seconds": float,
+    "rounding_unit_bytes": int,
+}
+
+
+@final
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Plan:
+    """A schedule that keeps a budget by simulation, with its certificate."""
+
+    chain: Chain
+    """What was planned."""
+    schedule: Schedule
+    """The operations."""
+    trace: Trace
+    """Their simulation: peak, seconds, what is live at the peak."""
+    solver: str
+    """Name of the solver that found the schedule."""
+    schedule_class: str
+    """Name of the class of schedules that the lower bound holds for."""
+    budget_bytes: int
+    """Bytes that the step may use."""
+    budget_text: str
+    """The budget as it was asked for, such as "40%"."""
+    store_all_bytes: int
+    """Peak of the step when everything is stored, in bytes."""
+    least_budget_bytes: int
+    """Least budget for which a schedule is known."""
+    lower_bound_seconds: float
+    """No schedule of the class that fits the budget takes less."""
+    rounding_unit_bytes: int = 1
+    """The solver counted memory in multiples of this many bytes."""
+
+    @property
+    def seconds(self) -> float:
+        """Projected seconds of the step."""
+        return self.trace.seconds
+
+    @property
+    def peak_bytes(self) -> int:
+        """Projected peak in bytes."""
+        return self.trace.peak_bytes
+
+    @property
+    def forwards(self) -> int:
+        """Runs of stages forward, with and without tape; at least one a stage."""
+        return self.trace.forwards
+
+    @property
+    def gap(self) -> float:
+        """By how much the seconds may exceed the optimum of the class, as a share of it."""
+        return excess(self.seconds, self.lower_bound_seconds)
+
+    @property
+    def overhead(self) -> float:
+        """Seconds of recomputation, as a share of the seconds of storing everything."""
+        return excess(self.seconds, self.chain.store_all_seconds)
+
+    @property
+    def loss_to_rounding(self) -> float:
+        """What counting memory in units costs at most, as a share of the lower bound.
+
+        Zero where the unit divides all sizes that are counted; else no more than the gap.
+        """
+        return 0.0 if self.rounding_unit_bytes == 1 or _divides(self) else self.gap
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the chain that the plan is for."""
+        return self.chain.fingerprint
+
+    def __repr__(self) -> str:
+        """One line; `str` gives the table."""
+        return (
+            f"<Plan by {self.solver}: {len(self.chain)} stages, {self.peak_bytes} of "
+            f"{self.budget_bytes} bytes, {format_seconds(self.seconds)}>"
+        )
+
+    def __str__(self) -> str:
+        """A table for people."""
+        return _table(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON data, with fingerprint and checksum."""
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "certificate": {
+                **{key: getattr(self, key) for key in _CERTIFICATE},
+                "peak_bytes": self.peak_bytes,
+                "seconds": self.seconds,
+                "forwards": self.forwards,
+                "peak_operation": self.trace.peak_operation,
+            },
+            "schedule": schedule_to_json(self.schedule),
+            "chain": self.chain.to_json(),
+        }
+        content["checksum"] = _checksum(content)
+        return content
+
+    @classmethod
+    def from_json(cls, data: Any, source: str = "the data") -> Plan:
+        """Read a plan and check that it is whole and true.
+
+        Args:
+            data: What `to_json` gave.
+            source: Where it is from, for messages.
+
+        Raises:
+            PlanMismatchError: No plan, another version, damaged, or a schedule that does
+                not do what the plan says.
+        """
+        return _read(data, source)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to a JSON file; it appears there whole or not at all."""
+        write_atomically(path, render_json(self.to_json()) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan from a JSON file.
+
+        Args:
+            path: A file that `save` wrote.
+
+        Raises:
+            PlanMismatchError: See `from_json`; also where there is no such file.
+        """
+        source = repr(str(path))
+        try:
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise PlanMismatchError(
+                f"no plan can be read from {source}: {error.strerror or error}; "
+                "plan.save(path) writes one"
+            ) from error
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanMismatchError(
+                f"{source} is damaged: it is not JSON ({error}); restore the file, or {_AGAIN}"
+            ) from error
+        return cls.from_json(data, source)
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file so that readers see the old content or the new, never a part.
+
+    Args:
+        path: The file; its folder must exist.
+        text: Its content.
+    """
+    target = Path(path)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def render_json(data: Any, depth: int = 0) -> str:
+    """JSON text for people: mappings and lists of mappings in lines, columns in one line."""
+    pad = " " * (depth + 1)
+    if isinstance(data, dict) and data and depth < 3:
+        rows = (f"{pad}{json.dumps(k)}: {render_json(v, depth + 1)}" for k, v in data.items())
+        return "{\n" + ",\n".join(rows) + "\n" + " " * depth + "}"
+    if isinstance(data, list) and data and all(isinstance(item, dict) for item in data):
+        rows = (pad + json.dumps(item, allow_nan=False) for item in data)
+        return "[\n" + ",\n".join(rows) + "\n" + " " * depth + "]"
+    return json.dumps(data, allow_nan=False)
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of all but the checksum, however the file is laid out."""
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(data: Any, source: str) -> Plan:
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        is_chain = isinstance(data, dict) and "u_f" in data
+        found = "a chain: `ckptsched plan` makes a plan of it" if is_chain else "something else"
+        raise PlanMismatchError(f"{source} does not hold a plan but {found}")
+    if data.get("version") != VERSION:
+        raise PlanMismatchError(
+            f"{source} has version {data.get('version')!r}, this ckptsched reads {VERSION}: "
+            + _AGAIN
+        )
+    found = _checksum(data)
+    if data.get("checksum") != found:
+        raise PlanMismatchError(
+            f"{source} is damaged: it says checksum {data.get('checksum')!r}, its content has "
+            f"{found!r}; restore the file, or {_AGAIN}"
+        )
+    try:
+        chain = Chain.from_json(data["chain"])
+        schedule = schedule_from_json(data["schedule"])
+        certificate = {key: _typed(data["certificate"], key) for key in _CERTIFICATE}
+        peak, seconds = data["certificate"]["peak_bytes"], data["certificate"]["seconds"]
+    except (CkptschedError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise PlanMismatchError(
+            f"{source} is no plan that can be read ({type(error).__name__}: {error}); {_AGAIN}"
+        ) from error
+    if chain.fingerprint != data.get("fingerprint"):
+        raise PlanMismatchError(
+            f"{source} was made for the chain {str(data.get('fingerprint'))[:16]}..., but holds "
+            f"the chain {chain.fingerprint[:16]}...; {_AGAIN}"
+        )
+    try:
+        trace = simulate(chain, schedule)
+    except (InvalidScheduleError, WorkloadError) as error:
+        raise PlanMismatchError(f"{source} holds a bad schedule: {error}; {_AGAIN}") from error
+    # Sums of seconds may differ in the last digits between machines; bytes may not.
+    if trace.peak_bytes != peak or not math.isclose(trace.seconds, seconds, rel_tol=1e-9):
+        raise PlanMismatchError(
+            f"{source} promises {peak} bytes and {seconds} s, its schedule takes "
+            f"{trace.peak_bytes} bytes and {trace.seconds} s; {_AGAIN}"
+        )
+    return Plan(chain=chain, schedule=schedule, trace=trace, **certificate)
+
+
+def _typed(certificate: Any, key: str) -> Any:
+    value, expected = certificate[key], _CERTIFICATE[key]
+    if expected is float and isinstance(value, int):
+        value = float(value)
+    if not isinstance(value, expected) or isinstance(value, bool):
+        raise TypeError(f"{key} must be {expected.__name__}, found {value!r}")
+    return value
+
+
+def excess(seconds: float, least: float) -> float:
+    """How much longer than the least, as a share of it; never negative.
+
+    Sums of the same seconds in another order differ in the last digits: that is no excess.
+
+    Args:
+        seconds: What something takes.
+        least: What it takes at best.
+    """
+    if seconds - least <= 1e-12 * abs(least):
+        return 0.0
+    return seconds / least - 1.0 if least else math.inf
+
+
+def _divides(plan: Plan) -> bool:
+    """Whether the unit divides the planning model's sizes; a ledger has many more."""
+    chain, unit = plan.chain, plan.rounding_unit_bytes
+    if chain.has_ledger:
+        return False
+    columns = chain.arrays
+    sizes = (
+        columns.state_bytes,
+        columns.tape_bytes,
+        columns.gradient_bytes,
+        columns.forward_overhead_bytes,
+        columns.backward_overhead_bytes,
+        columns.parameter_gradient_bytes,
+    )
+    heads = (chain.held_bytes, chain.loss_overhead_bytes)
+    return all(not (column % unit).any() for column in sizes) and not any(x % unit for x in heads)
+
+
+def _table(plan: Plan) -> str:
+    chain = plan.chain
+    name = f" {chain.name!r}" if chain.name else ""
+    store_all = format_seconds(chain.store_all_seconds)
+    again = plan.forwards - len(chain)
+    rows = [
+        ("solver", plan.solver),
+        ("budget", f"{_size(plan.budget_bytes, budget=True)}, asked for as {plan.budget_text}"),
+        (
+            "projected peak",
+            f"{_size(plan.peak_bytes)}: {plan.peak_bytes / max(plan.budget_bytes, 1):.1%} of the "
+            f"budget, {plan.peak_bytes / max(plan.store_all_bytes, 1):.1%} of store-all "
+            f"({format_bytes(plan.store_all_bytes)})",
+        ),
+        ("projected time", f"{format_seconds(plan.seconds)} (store-all {store_all})"),
+        ("overhead", f"{plan.overhead:+.2%} of store-all"),
+        ("forward runs", f"{plan.forwards} of {len(chain)} stages: {again} again"),
+        ("least budget", _size(plan.least_budget_bytes)),
+        (
+            "lower bound",
+            f"{format_seconds(plan.lower_bound_seconds)}; none of {_class(plan)} takes less",
+        ),
+        ("gap", f"{plan.gap:.2%} above the lower bound"),
+        ("rounding", _rounding(plan)),
+        ("at the peak", _peak_operation(plan)),
+        *(("", line) for line in _live_lines(plan)),
+    ]
+    width = max(len(label) for label, _ in rows)
+    lines = [f"  {label:<{width}}  {text}" for label, text in rows]
+    return "\n".join([f"plan of{name or ' a chain of'} {len(chain)} stages", *lines])
+
+
+def _size(size: int, *, budget: bool = False) -> str:
+    return f"{format_bytes(size, budget=budget)} ({size} bytes)" if size >= 1024 else f"{size} B"
+
+
+def _class(plan: Plan) -> str:
+    name = plan.schedule_class
+    return name if name.endswith("schedules") else f"the {name} schedules"
+
+
+def _rounding(plan: Plan) -> str:
+    unit = format_bytes(plan.rounding_unit_bytes)
+    if plan.loss_to_rounding:
+        return f"unit {unit}, costs at most {plan.loss_to_rounding:.2%}"
+    return f"unit {unit}, nothing lost"
+
+
+def _peak_operation(plan: Plan) -> str:
+    trace = plan.trace
+    digits = trace.peak_operation.lstrip("FTBxtg-")
+    stage = f" {plan.chain.stage_name(int(digits))}" if digits.isdigit() else ""
+    verbs = {"F": "forward of", "T": "forward with tape of", "B": "backward of", "t": "the loss"}
+    verb = verbs.get(trace.peak_operation[:1], trace.peak_operation)
+    what = f"{verb}{stage}" if digits.isdigit() else verb
+    return f"{what}, operation {trace.peak_position + 1} of {len(plan.schedule)}"
+
+
+def _live_lines(plan: Plan) -> list[str]:
+    live = plan.trace.live_at_peak
+    shown = [(label_of(item, plan.chain), item.bytes) for item in live[:_SHOWN_AT_PEAK]]
+    if rest := live[_SHOWN_AT_PEAK:]:
+        shown.append((f"and {len(rest)} more", sum(item.bytes for item in rest)))
+    width = max((len(label) for label, _ in shown), default=0)
+    return [f"{label:<{width}}  {format_bytes(size):>12}" for label, size in shown]
+
+
+def label_of(item: Live, chain: Chain) -> str:
+    """Name of something live for people: "tape[3] (block.step[1])"."""
+    match = _VALUE.fullmatch(item.name)
+    if match is None:
+        return item.name
+    number = int(match[2])
+    return f"{item.name} ({chain.stage_name(number) if number else 'the input'})"

@@ -1,0 +1,300 @@
+"""The one judge of every schedule: is it valid, what is its peak, what does it cost.
+
+Two levels. The planning model adds up a few numbers a stage and is what solvers optimise.
+The ledger charges what PyTorch allocates, to the byte, where the profile has the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+import numpy as np
+import numpy.typing as npt
+
+from .budget import Link, Tier
+from .errors import InvalidScheduleError, WorkloadError
+from .ledger import charge
+from .schedule import Code, Copy, Drop, Kind, Schedule, Value, format_operation
+from .trace import Live
+from .workload import Chain
+
+Links = Mapping[tuple[Tier, Tier], Link]
+
+
+@final
+@dataclass(frozen=True)
+class Trace:
+    """What a schedule does, by simulation."""
+
+    seconds: float
+    """Seconds of the step."""
+    peak_bytes: int
+    """Peak on the device: the ledger's where there is one, else the planning model's."""
+    planning_peak_bytes: int
+    """Peak on the device in the planning model."""
+    ledger_peak_bytes: int | None
+    """Peak on the device in the ledger; None where the chain has no exact bytes."""
+    host_peak_bytes: int
+    """Peak of what is kept on the host."""
+    disk_peak_bytes: int
+    """Peak of what is kept on disk."""
+    forwards: int
+    """Runs of stages, with and without tape."""
+    peak_position: int
+    """Index of the operation that runs at the peak."""
+    peak_operation: str
+    """That operation as text."""
+    live_at_peak: tuple[Live, ...] = ()
+    """What is live at the peak, largest first; adds up to the peak."""
+    timeline: npt.NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros(0, np.int64), compare=False, repr=False
+    )
+    """Bytes while each operation runs, shape (m,)."""
+
+
+def simulate(
+    chain: Chain,
+    schedule: Schedule,
+    *,
+    model: Literal["auto", "planning", "ledger"] = "auto",
+    links: Links | None = None,
+) -> Trace:
+    """Run a schedule on paper.
+
+    Args:
+        chain: The chain that it is for.
+        schedule: The schedule.
+        model: The planning model, the ledger, or the ledger where the chain has one.
+        links: Speed of copies between tiers; a copy without a link costs no time.
+
+    Returns:
+        Peak, seconds, counts, and what is live at the peak.
+
+    Raises:
+        InvalidScheduleError: With the first operation that breaks a rule, and the rule.
+        WorkloadError: The ledger was asked for and the chain has none.
+    """
+    if model == "ledger" and not chain.has_ledger:
+        raise WorkloadError(
+            "this chain has no exact bytes: profile the model for a ledger, or ask for the "
+            "planning model"
+        )
+    planning = _Planning(chain, schedule, links or {})
+    planning.run()
+    timeline = planning.timeline
+    ledger_peak = None
+    live: tuple[Live, ...]
+    if model != "planning" and chain.has_ledger:
+        timeline = charge(chain, schedule).timeline
+        ledger_peak = int(timeline.max())
+    position = int(timeline.argmax())
+    if ledger_peak is not None:
+        live = charge(chain, schedule, until=position).live
+    else:
+        again = _Planning(chain, schedule, links or {})
+        again.run(until=position)
+        live = again.live(int(timeline[position]))
+    return Trace(
+        seconds=planning.seconds,
+        peak_bytes=int(timeline[position]),
+        planning_peak_bytes=int(planning.timeline.max()),
+        ledger_peak_bytes=ledger_peak,
+        host_peak_bytes=planning.peaks[Tier.HOST],
+        disk_peak_bytes=planning.peaks[Tier.DISK],
+        forwards=int((schedule.codes <= Code.TAPED_FORWARD).sum()),
+        peak_position=position,
+        peak_operation=format_operation(schedule[position]),
+        live_at_peak=live,
+        timeline=timeline,
+    )
+
+
+class _Planning:
+    """Interprets a schedule by the rules and sizes of the planning model."""
+
+    def __init__(self, chain: Chain, schedule: Schedule, links: Links) -> None:
+        columns = chain.arrays
+        self.chain, self.schedule, self.links = chain, schedule, links
+        self.n = len(chain)
+        self.sizes = {
+            Kind.STATE: columns.state_bytes.tolist(),
+            Kind.TAPE: columns.tape_bytes.tolist(),
+            Kind.GRAD: columns.gradient_bytes.tolist(),
+        }
+        self.stored = {kind: bytearray(self.n + 1) for kind in Kind}
+        self.stored[Kind.STATE][0] = 1
+        self.away: dict[tuple[Value, Tier], int] = {}
+        self.level = chain.input_bytes + chain.held_bytes
+        self.parameter_gradients = 0
+        self.turned = False
+        self.done = bytearray(self.n + 1)
+        self.seconds = 0.0
+        self.peaks = {Tier.HOST: 0, Tier.DISK: 0}
+        self.timeline = np.zeros(max(len(schedule), 1), dtype=np.int64)
+        self.position = 0
+
+    def run(self, until: int | None = None) -> None:
+        """Interpret all operations, or those before `until`; check the end if all."""
+        schedule, chain = self.schedule, self.chain
+        columns = chain.arrays
+        forward_seconds, backward_seconds = (
+            columns.forward_seconds.tolist(),
+            columns.backward_seconds.tolist(),
+        )
+        o_f, o_b = (
+            columns.forward_overhead_bytes.tolist(),
+            columns.backward_overhead_bytes.tolist(),
+        )
+        w_p = columns.parameter_gradient_bytes.tolist()
+        w_a, w_t, w_g = (self.sizes[kind] for kind in Kind)
+        states, tapes, grads = (self.stored[kind] for kind in Kind)
+        stop = len(schedule) if until is None else until
+        codes, numbers = schedule.codes.tolist(), schedule.stages.tolist()
+        times: list[float] = []
+        during = [0] * stop
+        level = self.level
+        for p in range(stop):
+            code, i = codes[p], numbers[p]
+            self.position = p
+            if code <= Code.TAPED_FORWARD:
+                self.require(1 <= i <= self.n, f"the chain has stages 1 to {self.n}")
+                self.require(
+                    states[i - 1] or tapes[i - 1],
+                    f"state[{i - 1}] is not available: neither it nor tape[{i - 1}] is stored",
+                )
+                size = w_t[i] if code else w_a[i]
+                target = tapes if code else states
+                self.require(not target[i], f"{'tape' if code else 'state'}[{i}] is already stored")
+                target[i] = 1
+                during[p] = level + size + o_f[i]
+                level += size
+                times.append(forward_seconds[i])
+            elif code == Code.DROP:
+                level -= self.drop(p)
+                during[p] = level
+            elif code == Code.BACKWARD:
+                self.check_backward(i)
+                fresh = w_p[i]
+                during[p] = level + w_g[i - 1] + o_b[i] + fresh
+                level += w_g[i - 1] + fresh - w_g[i] - w_t[i]
+                self.parameter_gradients += fresh
+                tapes[i] = grads[i] = 0
+                grads[i - 1] = self.done[i] = 1
+                times.append(backward_seconds[i])
+            elif code == Code.TURN:
+                self.require(not self.turned, "the forward pass was ended before")
+                self.require(
+                    states[self.n] or tapes[self.n],
+                    f"state[{self.n}] is not available for the loss",
+                )
+                self.turned = True
+                grads[self.n] = 1
+                during[p] = level + w_g[self.n] + chain.loss_overhead_bytes
+                level += w_g[self.n]
+                times.append(chain.loss_seconds)
+            else:
+                seconds, size = self.copy(p)
+                level += size
+                during[p] = level
+                times.append(seconds)
+        self.level = level
+        self.seconds = float(np.sum(np.asarray(times))) if times else 0.0
+        self.timeline[:stop] = during
+        if until is None:
+            self.check_end()
+            self.timeline = np.maximum(self.timeline, chain.input_bytes + chain.held_bytes)
+
+    def require(self, condition: object, reason: str) -> None:
+        if not condition:
+            operation = format_operation(self.schedule[self.position])
+            raise InvalidScheduleError(self.position, operation, reason)
+
+    def check_backward(self, i: int) -> None:
+        states, tapes, grads = (self.stored[kind] for kind in Kind)
+        self.require(1 <= i <= self.n, f"the chain has stages 1 to {self.n}")
+        self.require(self.turned, "the forward pass has not ended: Turn comes first")
+        self.require(not self.done[i], f"stage {i} has had its backward")
+        self.require(grads[i], f"grad[{i}] is not stored: stage {i + 1} comes first")
+        self.require(tapes[i], f"tape[{i}] is not stored")
+        self.require(states[i - 1] or tapes[i - 1], f"state[{i - 1}] is not available")
+
+    def drop(self, p: int) -> int:
+        """Check and do a Drop; returns the bytes that it frees on the device."""
+        operation = self.schedule[p]
+        assert isinstance(operation, Drop)
+        value, tier = operation.value, operation.tier
+        self.require(0 <= value.stage <= self.n, f"the chain has stages 1 to {self.n}")
+        if tier is not Tier.DEVICE:
+            self.require((value, tier) in self.away, f"{value} is not stored on the {tier.name}")
+            del self.away[value, tier]
+            return 0
+        self.require(self.stored[value.kind][value.stage], f"{value} is not stored")
+        if value == Value(Kind.STATE, 0):
+            self.require(self.done[1], "the input is needed until Backward(1)")
+        self.stored[value.kind][value.stage] = 0
+        i = value.stage
+        if value.kind is not Kind.GRAD and i < self.n and self.stored[Kind.TAPE][i + 1]:
+            self.require(
+                self.stored[Kind.STATE][i] or self.stored[Kind.TAPE][i],
+                f"tape[{i + 1}] holds state[{i}], which this would forget",
+            )
+        return int(self.sizes[value.kind][i])
+
+    def copy(self, p: int) -> tuple[float, int]:
+        """Check and do a Copy; returns seconds, and bytes that it takes on the device."""
+        operation = self.schedule[p]
+        assert isinstance(operation, Copy)
+        value, source, target = operation.value, operation.source, operation.target
+        self.require(0 <= value.stage <= self.n, f"the chain has stages 1 to {self.n}")
+        self.require(source is not target, "source and target are the same tier")
+        device = self.stored[value.kind]
+        here = device[value.stage] if source is Tier.DEVICE else (value, source) in self.away
+        self.require(here, f"{value} is not stored on the {source.name.lower()}")
+        there = device[value.stage] if target is Tier.DEVICE else (value, target) in self.away
+        self.require(not there, f"{value} is already stored on the {target.name.lower()}")
+        size = int(self.sizes[value.kind][value.stage])
+        link = self.links.get((source, target))
+        seconds = link.seconds(size) if link else 0.0
+        if target is Tier.DEVICE:
+            device[value.stage] = 1
+            return seconds, size
+        self.away[value, target] = size
+        stored = sum(bytes_ for (_, tier), bytes_ in self.away.items() if tier is target)
+        self.peaks[target] = max(self.peaks[target], stored)
+        return seconds, 0
+
+    def check_end(self) -> None:
+        """Refuse a schedule that ends early or leaks."""
+        self.position = len(self.schedule)
+
+        def fail(reason: str) -> None:
+            raise InvalidScheduleError(self.position, "", reason)
+
+        if not self.turned:
+            fail("the forward pass was never ended: Turn is missing")
+        missing = [i for i in range(1, self.n + 1) if not self.done[i]]
+        if missing:
+            fail(f"stage {missing[-1]} never had its backward")
+        self.stored[Kind.GRAD][0] = 0
+        for kind in Kind:
+            left = self.stored[kind].find(1)
+            if left >= 0:
+                fail(f"{Value(kind, left)} is still stored: it leaks")
+        for value, tier in self.away:
+            fail(f"{value} is still stored on the {tier.name.lower()}: it leaks")
+
+    def live(self, peak: int) -> tuple[Live, ...]:
+        """What is stored now, and the rest of the peak as what the operation itself needs."""
+        chain = self.chain
+        found = [
+            Live(str(Value(kind, i)), self.sizes[kind][i])
+            for kind in Kind
+            for i in range(self.n + 1)
+            if self.stored[kind][i]
+        ]
+        found.append(Live("parameter gradients", self.parameter_gradients))
+        found.append(Live("output held by the caller", chain.held_bytes))
+        found.append(Live("the operation itself", peak - sum(item.bytes for item in found)))
+        return tuple(sorted((x for x in found if x.bytes), key=lambda x: -x.bytes))

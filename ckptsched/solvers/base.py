@@ -1,0 +1,98 @@
+"""What every solver is: a pure function from a chain and a budget to a schedule."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from ..budget import format_bytes
+from ..errors import InfeasibleBudgetError
+from ..schedule import Schedule
+from ..simulator import Trace
+from ..workload import Chain
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """A schedule that fits, and what the solver knows about it."""
+
+    schedule: Schedule
+    """The schedule; simulated, its peak is within the budget in exact bytes."""
+    trace: Trace
+    """Its simulation."""
+    schedule_class: str
+    """Name of the class of schedules that the bound holds for."""
+    lower_bound_seconds: float
+    """No schedule of the class that fits the budget takes less."""
+    least_budget_bytes: int
+    """Least budget for which the solver finds a schedule."""
+    rounding_unit_bytes: int = 1
+    """Sizes were rounded to multiples of this; 1 or their common divisor where exact."""
+
+
+class AbstractSolver(abc.ABC):
+    """One method of planning. Solvers are pure: no clock, no printing, no global state."""
+
+    name: str
+    """The name by which users ask for it."""
+
+    @abc.abstractmethod
+    def solve(self, chain: Chain, budget_bytes: int) -> Solution:
+        """Find the cheapest schedule of the solver's class within a budget.
+
+        Args:
+            chain: The chain to plan.
+            budget_bytes: Bytes that the simulated peak may reach.
+
+        Returns:
+            A schedule whose simulated peak is at most the budget.
+
+        Raises:
+            InfeasibleBudgetError: Nothing of the class fits; the message names the least
+                budget that does and the stage that binds.
+            WorkloadError: The solver does not take such a chain.
+        """
+
+    def solve_each(
+        self, chain: Chain, budgets: Sequence[int]
+    ) -> list[Solution | InfeasibleBudgetError]:
+        """Solve for several budgets; methods that share work between them override this.
+
+        Args:
+            chain: The chain to plan.
+            budgets: Bytes, in any order.
+
+        Returns:
+            A solution, or why there is none, for each budget.
+        """
+        results: list[Solution | InfeasibleBudgetError] = []
+        for budget in budgets:
+            try:
+                results.append(self.solve(chain, budget))
+            except InfeasibleBudgetError as error:
+                results.append(error)
+        return results
+
+
+def infeasible(chain: Chain, budget_bytes: int, least: Trace, what: str) -> InfeasibleBudgetError:
+    """The error for a budget below the least that works.
+
+    Args:
+        chain: The chain.
+        budget_bytes: What was asked for.
+        least: Simulation of the schedule of least peak.
+        what: Name of the solver or class, for the message.
+    """
+    operation = least.peak_operation
+    stage = chain.stage_name(int(operation[1:])) if operation[1:].isdigit() else "the loss"
+    return InfeasibleBudgetError(
+        f"no {what} schedule fits a budget of {format_bytes(budget_bytes, budget=True)} "
+        f"({budget_bytes} bytes); the least that works is {format_bytes(least.peak_bytes)} "
+        f"({least.peak_bytes} bytes), where {operation} of {stage!r} binds",
+        budget_bytes=budget_bytes,
+        least_budget_bytes=least.peak_bytes,
+        stage=stage,
+    )

@@ -1,0 +1,232 @@
+"""The sizes that the chain recurrence works with, in bytes or rounded to memory slots.
+
+For a chain without exact bytes they are the planning model's, and the recurrence is exact. For
+a chain with a ledger they are *relaxed*: each operation of a persistent schedule takes at most
+the bytes that the ledger charges for it. So the recurrence bounds the ledger from below, and is
+as near to it as sizes that depend on the stage alone can be.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Literal, final
+
+import numpy as np
+import numpy.typing as npt
+
+from ..workload import Chain, Stage, StageLedger, backward_variant
+
+Bytes = npt.NDArray[np.int64]
+Rounding = Literal["nearest", "down"]
+
+
+@final
+@dataclass(frozen=True)
+class ChainSizes:
+    """Bytes in columns; index i is stage or state i, and n + 1 the loss."""
+
+    state: Bytes
+    """What keeping state i takes (w_a), shape (n + 1,)."""
+    tape: Bytes
+    """What keeping tape i takes (w_t), shape (n + 1,)."""
+    gradient: Bytes
+    """Gradient with respect to state i (w_g); 0 at n + 1, shape (n + 2,)."""
+    forward: Bytes
+    """A run without tape, its output included (w_a + o_f), shape (n + 1,)."""
+    taped: Bytes
+    """A run with tape, the tape included (w_t + o_f), shape (n + 1,)."""
+    backward: Bytes
+    """A backward, its tape and both gradients included; new parameter gradients too."""
+    later: Bytes
+    """W: what the backward of stages after i has left for good, shape (n + 2,)."""
+    turn: int
+    """The loss."""
+    fixed: int
+    """What is there from start to end, such as the input."""
+    origin: npt.NDArray[np.int64]
+    """The state in whose storage state i lies: i itself, or an earlier one for a view."""
+    forward_seconds: npt.NDArray[np.float64]
+    """u_f, shape (n + 1,)."""
+    is_ledger: bool
+    """Whether the sizes are relaxed from exact bytes."""
+
+    def __len__(self) -> int:
+        """The number of stages n."""
+        return len(self.state) - 1
+
+    @functools.cached_property
+    def sweep(self) -> Bytes:
+        """sweep[s, j]: the most bytes of runs s..j-1 without tape, shape (n + 2, n + 2).
+
+        State s - 1 is there and not counted, and each state goes when the next has come. A
+        view of a state before s takes nothing beside it.
+        """
+        n = len(self)
+        alone = self.forward[1:]
+        pair = alone + self.state[:-1]
+        need = np.where(
+            self.origin[None, :-1] < np.arange(n + 2)[:, None], alone[None, :], pair[None, :]
+        )
+        need[np.arange(1, n + 1)[None, :] < np.arange(n + 2)[:, None]] = np.iinfo(np.int64).min
+        sweep = np.full((n + 2, n + 2), np.iinfo(np.int64).min // 2, dtype=np.int64)
+        np.maximum.accumulate(need, axis=1, out=sweep[:, 2:])
+        return np.maximum(sweep, np.iinfo(np.int64).min // 2)
+
+    @functools.cached_property
+    def free_splits(self) -> dict[int, tuple[int, ...]]:
+        """The j by s where state j - 1 is a view of a state before s, and so costs nothing."""
+        found: dict[int, list[int]] = {}
+        for i in np.flatnonzero(self.origin[1:] < np.arange(1, len(self) + 1)) + 1:
+            for s in range(int(self.origin[i]) + 1, int(i) + 1):
+                found.setdefault(s, []).append(int(i) + 1)
+        return {s: tuple(js) for s, js in found.items()}
+
+    @functools.cached_property
+    def common_divisor(self) -> int:
+        """The largest unit of which all sizes are multiples, in bytes."""
+        columns = (self.state, self.tape, self.gradient, self.forward, self.taped)
+        numbers = np.concatenate((*columns, self.backward, self.later))
+        return math.gcd(self.turn, *(int(x) for x in np.unique(numbers))) or 1
+
+
+@final
+@dataclass(frozen=True)
+class Slots:
+    """The same sizes in slots of `unit` bytes."""
+
+    sizes: ChainSizes
+    unit: int
+    rounding: Rounding
+
+    def round(self, size: Bytes) -> Bytes:
+        """Bytes as whole slots; thresholds below 0 count as 0."""
+        half = self.unit // 2 if self.rounding == "nearest" else 0
+        return np.maximum((size + half) // self.unit, 0)
+
+    @functools.cached_property
+    def state(self) -> Bytes:
+        """Slots that keeping a state takes."""
+        return self.round(self.sizes.state)
+
+    @functools.cached_property
+    def tape(self) -> Bytes:
+        """Slots that keeping a tape takes."""
+        return self.round(self.sizes.tape)
+
+    @functools.cached_property
+    def turn(self) -> int:
+        """Slots of the loss."""
+        return int(self.round(np.array([self.sizes.turn], dtype=np.int64))[0])
+
+    def taped_need(self, t: int) -> Bytes:
+        """Least slots by stage s in which it can be taped first and reversed last in (s, t)."""
+        sizes = self.sizes
+        return self.round(
+            np.maximum(sizes.taped + sizes.gradient[t] + sizes.later[t], sizes.backward)
+        )
+
+    def sweep_need(self, s: int, t: int) -> Bytes:
+        """Least slots by j = s+1..t in which stages s..j-1 can be swept in (s, t)."""
+        sizes = self.sizes
+        return self.round(sizes.sweep[s, s + 1 : t + 1] + sizes.gradient[t] + sizes.later[t])
+
+
+def chain_sizes(chain: Chain) -> ChainSizes:
+    """The sizes of a chain: relaxed from its ledger where it has one."""
+    return _ledger_sizes(chain) if chain.has_ledger else _planning_sizes(chain)
+
+
+def _planning_sizes(chain: Chain) -> ChainSizes:
+    columns = chain.arrays
+    w_g, w_t = columns.gradient_bytes, columns.tape_bytes
+    before = np.concatenate(([0], w_g[:-1]))
+    own = w_t + w_g + before + columns.backward_overhead_bytes
+    later = _later(columns.parameter_gradient_bytes)
+    return ChainSizes(
+        state=columns.state_bytes,
+        tape=w_t,
+        gradient=np.append(w_g, 0),
+        forward=columns.state_bytes + columns.forward_overhead_bytes,
+        taped=w_t + columns.forward_overhead_bytes,
+        backward=own + later[:-1] + columns.parameter_gradient_bytes,
+        later=later,
+        turn=int(w_g[-1]) + chain.loss_overhead_bytes,
+        fixed=chain.input_bytes + chain.held_bytes,
+        origin=np.arange(len(chain) + 1),
+        forward_seconds=columns.forward_seconds,
+        is_ledger=False,
+    )
+
+
+def _later(w_p: Bytes, held: int = 0) -> Bytes:
+    """W[t] = held + the parameter gradients of all stages after t; W[n + 1] = 0."""
+    after = np.append(np.cumsum(w_p[::-1])[::-1], 0)  # after[i] = w_p[i] + ... + w_p[n]
+    return np.append(after[1:] + held, 0)
+
+
+def _ledger_sizes(chain: Chain) -> ChainSizes:
+    """Relax the ledger; why each figure is a lower bound stands beside it."""
+    columns = chain.arrays
+    ledgers = [stage.ledger for stage in chain.stages if stage.ledger is not None]
+    n = len(ledgers)
+    views = [False, *(ledger.output_is_view for ledger in ledgers)]
+    origin = np.maximum.accumulate(np.where(views, 0, np.arange(n + 1)))
+    storage = np.array([0, *(ledger.state_bytes for ledger in ledgers)], dtype=np.int64)
+    own = np.where(views, 0, storage)
+    # The caller holds the output from the loss on: counted once, in `later` and `turn`, and
+    # not as a state. Where the output is a view, the storage that it holds counts as a state.
+    held = int(own[n])
+    own[n] = 0
+    # A view that is kept keeps the storage it lies in; the input's is the caller's.
+    state = own[origin]
+    saves = [False, *(ledger.output_saved for ledger in ledgers)]
+    # The storage of state i stays as long as tape i does if either saves it: tape i + 1 does
+    # so from the last run that reads state i, and until then tape i hands it on.
+    read = [*(ledger.input_saved for ledger in ledgers), False]
+    tape = np.array([0, *(ledger.tape_bytes for ledger in ledgers)], dtype=np.int64)
+    tape += np.where(np.logical_or(saves, read), own, 0)
+    # Tape i + 1 is gone when the backward of stage i starts, and with it what only it saved.
+    gone = np.where(np.logical_and(read, np.logical_not(saves)), own, 0)
+    peaks = [
+        _backward_peak(chain.stages[i - 1], ledger, input_held=i == 1 or saves[i - 1])
+        for i, ledger in enumerate(ledgers, 1)
+    ]
+    w_g = columns.gradient_bytes
+    later = _later(columns.parameter_gradient_bytes, held)
+    forward = np.array([0, *(x.forward_peak_bytes for x in ledgers)], dtype=np.int64)
+    taped = np.array([0, *(x.taped_peak_bytes for x in ledgers)], dtype=np.int64)
+    return ChainSizes(
+        state=state,
+        tape=tape,
+        gradient=np.append(w_g, 0),
+        forward=forward,
+        taped=taped,
+        backward=tape - gone + w_g + later[:-1] + np.array([0, *peaks], dtype=np.int64),
+        later=later,
+        turn=held + int(w_g[-1]) + chain.loss_overhead_bytes,
+        fixed=chain.input_bytes,
+        origin=origin,
+        forward_seconds=columns.forward_seconds,
+        is_ledger=True,
+    )
+
+
+def _backward_peak(stage: Stage, ledger: StageLedger, *, input_held: bool) -> int:
+    """The least peak of a backward above the level before it, over what may be held then.
+
+    The input is surely held where a tape or the caller keeps it to the end.
+    """
+    first = stage.parameter_gradient_bytes > 0
+    firsts = {first, True} if ledger.shares_parameters_partly else {first}
+    return min(
+        max(
+            ledger.backward_peak_bytes[
+                backward_variant(input_held=held, output_held=output, first=variant)
+            ]
+            for variant in firsts
+        )
+        for held in ((True,) if input_held else (False, True))
+        for output in (False, True)
+    )

@@ -1,0 +1,221 @@
+"""Binomial checkpointing of uniform chains, from the closed form.
+
+Reference: Griewank and Walther, Algorithm 799: revolve, ACM TOMS 26(1), 2000. There s counts
+the states that are kept at once, the input included, and t(l, s) the runs without tape of l
+stages; each stage is run with tape once more, so a schedule has t(n, s) + n forward runs. (For
+instance 25 for n = 10 and s = 3. Others count t alone, or leave the input out of s.)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import final
+
+from ..errors import WorkloadError
+from ..schedule import Schedule, ScheduleBuilder
+from ..simulator import Trace, simulate
+from ..workload import Chain
+from .base import AbstractSolver, Solution, infeasible
+
+# Schedules with more runs without tape are not made: 8 million operations take 64 MB, and ten
+# seconds to simulate. 100,000 stages need four states then, 1,000 stages one.
+MOST_ADVANCES = 4_000_000
+# The peak of a schedule with more runs than this is inferred from that of one with more
+# states: each state fewer saves its bytes. The schedule chosen is always simulated.
+_SIMULATED_ADVANCES = 400_000
+
+
+def _beta(s: int, r: int) -> int:
+    """beta(s, r) = (s + r)! / (s! r!): stages that s states reverse with r runs of each."""
+    return math.comb(s + r, s) if r >= 0 and s >= 0 else 0
+
+
+def repetitions(stages: int, states: int) -> int:
+    """The unique r with beta(s, r - 1) < l <= beta(s, r): how often a stage is run at most.
+
+    Args:
+        stages: Length l of the chain, at least 1.
+        states: States s kept at once, the input included, at least 1.
+    """
+    low, high = 0, 1
+    while _beta(states, high) < stages:
+        low, high = high, 2 * high
+    while low < high:
+        middle = (low + high) // 2
+        if _beta(states, middle) < stages:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def advances(stages: int, states: int) -> int:
+    """Least runs without tape that reverse a chain: t(l, s) = r l - beta(s + 1, r - 1).
+
+    Args:
+        stages: Length l of the chain, at least 1.
+        states: States s kept at once, the input included, at least 1.
+
+    Returns:
+        Runs; the l runs with tape come on top.
+
+    Reference: Griewank and Walther 2000, equation (2).
+    """
+    states = min(states, stages)
+    r = repetitions(stages, states)
+    return r * stages - _beta(states + 1, r - 1)
+
+
+def first_advance(stages: int, states: int) -> int:
+    """Stages to run before the first state beside the input is kept.
+
+    Args:
+        stages: Length l of the chain, at least 2.
+        states: States s kept at once, the input included, at least 1.
+
+    Returns:
+        A split i that minimises i + t(i, s) + t(l - i, s - 1).
+
+    Reference: Griewank and Walther 2000, the rule of page 34.
+    """
+    s = min(states, stages - 1)
+    if s == 1:
+        return stages - 1
+    if s == stages - 1:
+        return 1
+    r = repetitions(stages, s)
+    a, b = _beta(s, r - 1), _beta(s - 2, r - 1)
+    if stages <= a + b:
+        return _beta(s, r - 2)
+    c = _beta(s - 1, r - 1)
+    return stages - c - b if stages < a + b + c else a
+
+
+def revolve_schedule(stages: int, states: int) -> Schedule:
+    """The binomial schedule, in O(t(l, s)) and without recursion.
+
+    Args:
+        stages: Length l of the chain, at least 1.
+        states: States s kept at once, the input included, at least 1.
+    """
+    build = ScheduleBuilder()
+    todo = [(0, stages, states)]  # the input of stage first + 1 is kept; reverse `length` stages
+    splits: dict[tuple[int, int], int] = {}  # the same few shapes come again and again
+    while todo:
+        first, length, s = todo.pop()
+        if length == 0:  # a part is done: its input goes
+            build.drop_state(first)
+            continue
+        if length == 1:
+            build.tape(first + 1)
+            if first + 1 == stages:
+                build.turn()
+            build.backward(first + 1)
+            if first == 0:
+                build.drop_state(0)
+            continue
+        split = splits.get((length, s))
+        if split is None:
+            split = splits[length, s] = first_advance(length, s)
+        build.sweep(first + 1, first + split)
+        todo.append((first, split, s))
+        todo.append((first + split, 0, 0))
+        todo.append((first + split, length - split, max(s - 1, 1)))
+    return build.build()
+
+
+@final
+@dataclass(eq=False)
+class _Trials:
+    """Schedules of one chain by their number of states, simulated."""
+
+    chain: Chain
+    runs: dict[int, tuple[Schedule, Trace]] = field(default_factory=dict)
+
+    def run(self, states: int) -> tuple[Schedule, Trace]:
+        """The schedule and its simulation."""
+        if states not in self.runs:
+            schedule = revolve_schedule(len(self.chain), states)
+            self.runs[states] = schedule, simulate(self.chain, schedule)
+        return self.runs[states]
+
+    @functools.cached_property
+    def fewest(self) -> int:
+        """Fewest states whose schedule is not too long to be made."""
+        return self._fewest_with(MOST_ADVANCES)
+
+    @functools.cached_property
+    def _reference(self) -> int:
+        """Fewest states whose schedule is soon simulated."""
+        return self._fewest_with(_SIMULATED_ADVANCES)
+
+    def _fewest_with(self, most: int) -> int:
+        n = len(self.chain)
+        numbers = range(1, n + 1)  # advances falls as states grow, to n - 1 at n
+        return numbers[min(bisect_left(numbers, -most, key=lambda s: -advances(n, s)), n - 1)]
+
+    @property
+    def _state_bytes(self) -> int:
+        """What one more state takes."""
+        stage, chain = self.chain.stages[0], self.chain
+        if chain.has_ledger and stage.ledger is not None:
+            return stage.ledger.state_bytes + chain.random_state_bytes
+        return stage.state_bytes
+
+    def peak(self, states: int) -> int:
+        """Peak with so many states; inferred where simulating takes long."""
+        if states in self.runs or states >= self._reference:
+            return self.run(states)[1].peak_bytes
+        missing = self._reference - states
+        return self.run(self._reference)[1].peak_bytes - missing * self._state_bytes
+
+    def most(self, budget_bytes: int) -> int:
+        """Most states whose simulated peak is within the budget; the fewest if none is."""
+        low = self.fewest
+        reference, size, n = self._reference, self._state_bytes, len(self.chain)
+        spare = budget_bytes - self.peak(reference)
+        states = n if not size else min(max(reference + spare // size, low), n)
+        while states < n and self.peak(states + 1) <= budget_bytes:
+            states += 1
+        while states > low and self.peak(states) > budget_bytes:
+            states -= 1
+        while states > low and self.run(states)[1].peak_bytes > budget_bytes:
+            states -= 1
+        return states
+
+
+@final
+@dataclass(frozen=True)
+class Revolve(AbstractSolver):
+    """Optimal in runs among schedules that keep states and one tape at a time.
+
+    For uniform chains, of any length. Keeps as many states as fit the budget. Where tapes are
+    not much larger than states, keeping tapes as well (`chain_dp`) takes fewer runs.
+    """
+
+    name = "revolve"
+
+    def solve(self, chain: Chain, budget_bytes: int) -> Solution:
+        """Find the binomial schedule with the most states that fits.
+
+        Raises:
+            WorkloadError: The chain is not uniform.
+        """
+        if not chain.is_uniform:
+            raise WorkloadError(
+                "revolve needs stages of equal seconds and bytes; for others use chain_dp"
+            )
+        trials = _Trials(chain)
+        schedule, trace = trials.run(trials.most(budget_bytes))
+        if trace.peak_bytes > budget_bytes:
+            raise infeasible(chain, budget_bytes, trace, "binomial")
+        return Solution(
+            schedule=schedule,
+            trace=trace,
+            schedule_class="binomial",
+            lower_bound_seconds=trace.seconds,
+            least_budget_bytes=min(trials.peak(trials.fewest), trace.peak_bytes),
+        )

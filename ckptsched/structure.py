@@ -1,0 +1,62 @@
+"""What of a model a plan depends on: its blocks, parameters, buffers and modes."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .tracing import Block
+from .workload import Signature
+
+_INDEX = re.compile(r"\[\d+\]$")
+
+
+def stage_label(block: Block, name: str) -> str:
+    """Name of a stage within its block, equal for all steps of an ODE."""
+    inner = name.removeprefix(block.name).removeprefix(".") if block.name else name
+    return _INDEX.sub("", inner)
+
+
+def structure_digest(blocks: Iterable[Block]) -> str:
+    """SHA-256 of the blocks, their stages, and shapes and dtypes of what they own."""
+    described = []
+    for block in blocks:
+        owned = [
+            (name, list(tensor.shape), str(tensor.dtype), tensor.requires_grad)
+            for name, tensor in (*block.module.named_parameters(), *block.module.named_buffers())
+        ]
+        names = (stage_label(block, stage.name) for stage in block.stages)
+        labels = [(label, len(list(same))) for label, same in itertools.groupby(names)]
+        described.append((block.name, type(block.module).__qualname__, labels, owned))
+    text = json.dumps(described, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def training_mode(model: nn.Module) -> str:
+    """Which modules train: "train", "eval", or a digest where they differ."""
+    flags = [module.training for module in model.modules()]
+    if all(flags):
+        return "train"
+    if not any(flags):
+        return "eval"
+    return "mixed " + hashlib.sha256(bytes(flags)).hexdigest()[:12]
+
+
+def sign(model: nn.Module, blocks: Iterable[Block], x: Tensor) -> Signature:
+    """The signature of a model and one batch."""
+    return Signature(
+        structure=structure_digest(blocks),
+        input_shape=tuple(x.shape),
+        input_dtype=str(x.dtype),
+        input_requires_grad=x.requires_grad,
+        device=x.device.type,
+        threads=torch.get_num_threads(),
+        training=training_mode(model),
+        torch_version=torch.__version__,
+    )

@@ -1,0 +1,266 @@
+"""Runs a planned step beside plain autograd, and shows promised beside measured.
+
+One call compares the loss, all gradients, all buffers and the random state at the end, bit
+by bit, and the measured peak with the projected one and the budget.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from .budget import format_bytes, format_seconds
+from .context import RandomState
+from .errors import PlanMismatchError
+from .executor import Checkpointed, checkpointed
+from .memory import Meter, default_meter
+from .plans import Plan
+from .profiler import default_loss
+from .survey import Loss
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What a planned step did, beside what was promised."""
+
+    budget_bytes: int
+    """Bytes that the step may use."""
+    projected_peak_bytes: int
+    """Peak by simulation."""
+    measured_peak_bytes: int
+    """Peak as the meter counted it."""
+    plain_peak_bytes: int
+    """Peak of the same step by plain autograd."""
+    seconds: float
+    """Median seconds of the planned step; 0 where it was not timed."""
+    plain_seconds: float
+    """Median seconds of plain autograd, timed in turn with it."""
+    max_gradient_difference: float
+    """Largest absolute difference of any gradient from plain autograd's; NaN counts."""
+    max_gradient: float
+    """Largest absolute gradient of plain autograd."""
+    loss_difference: float
+    """Absolute difference of the losses."""
+    buffers_equal: bool
+    """Whether all buffers are equal, bit by bit."""
+    random_state_equal: bool
+    """Whether the random state at the end is that of plain autograd."""
+    worst_gradient: str = ""
+    """Name of the parameter with the largest difference; empty where all are equal."""
+    tolerance: float = 0.0
+    """Relative difference of gradients that is let pass."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether all three promises were kept."""
+        return (
+            self.measured_peak_bytes <= self.budget_bytes
+            and self.gradients_equal
+            and self.buffers_equal
+            and self.random_state_equal
+        )
+
+    @property
+    def gradients_equal(self) -> bool:
+        """Whether gradients and loss differ by no more than the tolerance; NaN never passes."""
+        limit = self.tolerance * self.max_gradient
+        return self.max_gradient_difference <= limit and self.loss_difference <= limit
+
+    def __str__(self) -> str:
+        """A table for people."""
+        share = self.measured_peak_bytes / max(1, self.projected_peak_bytes)
+        rows = [
+            (
+                "budget",
+                f"{self.budget_bytes} bytes = {format_bytes(self.budget_bytes, budget=True)}",
+            ),
+            ("projected peak", f"{self.projected_peak_bytes} bytes"),
+            ("measured peak", f"{self.measured_peak_bytes} bytes, {share:.2%} of projected"),
+            ("plain autograd's peak", f"{self.plain_peak_bytes} bytes"),
+        ]
+        if self.seconds:
+            ratio = self.seconds / self.plain_seconds
+            rows.append(("step", f"{format_seconds(self.seconds)}, {ratio:.3f} x plain autograd"))
+        worst = f" ({self.worst_gradient})" if self.worst_gradient else ""
+        rows += [
+            ("largest gradient difference", f"{self.max_gradient_difference:.3g}{worst}"),
+            ("loss difference", f"{self.loss_difference:.3g}"),
+            ("buffers equal", "yes" if self.buffers_equal else "NO"),
+            ("random state equal", "yes" if self.random_state_equal else "NO"),
+            ("verified", "yes" if self.ok else "NO"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    loss: Tensor
+    gradients: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+    random: RandomState
+    peak_bytes: int
+
+
+def verify(
+    model: nn.Module,
+    plan: Plan,
+    sample: Tensor,
+    *,
+    loss: Loss | None = None,
+    meter: Meter | None = None,
+    rounds: int = 0,
+    tolerance: float = 0.0,
+) -> Verification:
+    """Run one step by the plan and one by plain autograd, from the same state.
+
+    The model is left as it was: buffers, gradients and the random state are put back.
+
+    Args:
+        model: The model, or one that `checkpointed` returned.
+        plan: The plan.
+        sample: A batch of the planned shape.
+        loss: From the output to a scalar; the profiler's default where none is given.
+        meter: What counts bytes; the best that works on the device where none is given.
+        rounds: How often to time both steps, in turn; 0 for not at all.
+        tolerance: Largest difference of a gradient, relative to the largest gradient, that
+            counts as equal. On the CPU 0 is what to expect.
+
+    Returns:
+        The comparison; `.ok` says whether gradients, bytes and side effects are as promised.
+
+    Raises:
+        PlanMismatchError: The plan does not belong to the model or the sample.
+    """
+    planned = checkpointed(model, plan)
+    plain = planned.model
+    if not torch.is_grad_enabled():
+        raise PlanMismatchError("verify needs gradients; call it outside torch.no_grad")
+    loss = loss or default_loss
+    meter = meter or default_meter(sample.device)
+    with _left_as_it_was(plain, sample) as reset:
+        expected = _step(plain, sample, loss, meter)
+        reset()
+        found = _step(planned, sample, loss, meter)
+        reset()
+        seconds = _time(planned, plain, sample, loss, rounds, reset)
+    difference, worst, largest = _compare(expected.gradients, found.gradients)
+    return Verification(
+        budget_bytes=plan.budget_bytes,
+        projected_peak_bytes=plan.peak_bytes,
+        measured_peak_bytes=found.peak_bytes,
+        plain_peak_bytes=expected.peak_bytes,
+        seconds=seconds[0],
+        plain_seconds=seconds[1],
+        max_gradient_difference=difference,
+        max_gradient=largest,
+        loss_difference=float((expected.loss.double() - found.loss.double()).abs()),
+        buffers_equal=all(
+            torch.equal(found.buffers[name], buffer) or _same_nan(found.buffers[name], buffer)
+            for name, buffer in expected.buffers.items()
+        ),
+        random_state_equal=expected.random == found.random,
+        worst_gradient=worst,
+        tolerance=tolerance,
+    )
+
+
+class _left_as_it_was:
+    """Keeps gradients, buffers and random state, and puts them back when asked and at the end."""
+
+    def __init__(self, model: nn.Module, sample: Tensor) -> None:
+        self.leaves = [*model.parameters(), sample]
+        self.gradients = [leaf.grad for leaf in self.leaves]
+        self.buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        self.random = RandomState.take(sample.device)
+
+    def __enter__(self) -> _left_as_it_was:
+        for leaf in self.leaves:
+            leaf.grad = None
+        return self
+
+    def __call__(self) -> None:
+        for leaf in self.leaves:
+            leaf.grad = None
+        with torch.no_grad():
+            for buffer, value in self.buffers:
+                buffer.copy_(value)
+        self.random.restore()
+
+    def __exit__(self, *exception: object) -> None:
+        self()
+        for leaf, gradient in zip(self.leaves, self.gradients, strict=True):
+            leaf.grad = gradient
+
+
+def _step(model: nn.Module, sample: Tensor, loss: Loss, meter: Meter) -> _Outcome:
+    with meter.window() as window:
+        output = model(sample)
+        value = loss(output)
+        value.backward()  # type: ignore[no-untyped-call]
+        window.mark()
+        value = value.detach()
+        del output
+    named = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return _Outcome(
+        loss=value,
+        gradients={**named, "input": sample.grad},
+        buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
+        random=RandomState.take(sample.device),
+        peak_bytes=window.phases[0].peak_bytes,
+    )
+
+
+def _compare(
+    expected: dict[str, Tensor | None], found: dict[str, Tensor | None]
+) -> tuple[float, str, float]:
+    """Largest difference, where it is, and the largest gradient; one that is missing is infinite."""
+    difference, worst, largest = 0.0, "", 0.0
+    for name, right in expected.items():
+        left = found[name]
+        if right is None or left is None:
+            here = 0.0 if left is right else float("inf")
+        else:
+            largest = max(largest, float(right.abs().max()) if right.numel() else 0.0)
+            same = torch.equal(left, right) or _same_nan(left, right)
+            here = 0.0 if same else float((left - right).abs().max())
+        if here != 0.0 and not here <= difference:
+            difference, worst = here, name
+    return difference, worst, largest
+
+
+def _same_nan(left: Tensor, right: Tensor) -> bool:
+    return torch.allclose(left, right, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def _time(
+    planned: Checkpointed,
+    plain: nn.Module,
+    sample: Tensor,
+    loss: Loss,
+    rounds: int,
+    reset: _left_as_it_was,
+) -> tuple[float, float]:
+    """Median seconds of both steps, timed in turn."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for model, seconds in zip((planned, plain), times, strict=True):
+            start = _now(sample)
+            loss(model(sample)).backward()  # type: ignore[no-untyped-call]
+            seconds.append(_now(sample) - start)
+            reset()
+    if not rounds:
+        return 0.0, 0.0
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def _now(x: Tensor) -> float:
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()

@@ -1,0 +1,470 @@
+"""What is planned: a chain of stages with seconds and bytes.
+
+The numbers of the planning model are those of the memory-persistent recurrence of
+Beaumont et al. (RR-9302), with the bytes that its published implementations leave out:
+the gradient that a backward consumes, separate overheads of forward and backward, and
+parameter gradients that appear as the backward pass goes. A `StageLedger` adds what the
+simulator needs to charge a stage to the byte.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import WorkloadError
+
+_SIZE_UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageLedger:
+    """Exact bytes of one stage, as a run of the stage alone shows them."""
+
+    state_bytes: int
+    """Storage bytes of the output."""
+    output_is_view: bool
+    """Whether the output lies in the input's storage."""
+    tape_bytes: int
+    """Storages that the tape keeps besides input, output, parameters and buffers."""
+    input_saved: bool
+    """Whether the tape keeps the input's storage."""
+    output_saved: bool
+    """Whether the tape keeps the output's storage."""
+    forward_peak_bytes: int
+    """Peak of a run without tape above the level before it, output included."""
+    taped_peak_bytes: int
+    """Peak of a run with tape above the level before it, tape and output included."""
+    backward_peak_bytes: tuple[int, ...]
+    """Peak of the backward above the level before it, by `backward_variant`."""
+    shares_parameters_partly: bool = False
+    """Whether some but not all of its parameter gradients exist before its first backward."""
+
+
+def backward_variant(*, input_held: bool, output_held: bool, first: bool) -> int:
+    """Index into `StageLedger.backward_peak_bytes`.
+
+    Args:
+        input_held: Whether the input's storage outlives the tape.
+        output_held: Whether the output's storage outlives the tape.
+        first: Whether the stage's parameter gradients come into being in this backward.
+
+    Returns:
+        A number from 0 to 7.
+    """
+    return 4 * input_held + 2 * output_held + first
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One link of the chain; equal steps of an ODE block share one object."""
+
+    name: str = ""
+    """Name within its block."""
+    forward_seconds: float
+    """Seconds of one run without tape (u_f)."""
+    backward_seconds: float
+    """Seconds of the backward, and what a run with tape takes longer (u_b)."""
+    state_bytes: int
+    """Bytes of the output state (w_a)."""
+    tape_bytes: int
+    """Bytes of the tape, the output state included (w_t)."""
+    gradient_bytes: int
+    """Bytes of the gradient with respect to the output state (w_g)."""
+    forward_overhead_bytes: int = 0
+    """Extra bytes while a forward runs (o_f)."""
+    backward_overhead_bytes: int = 0
+    """Extra bytes while the backward runs (o_b)."""
+    parameter_gradient_bytes: int = 0
+    """Parameter gradients that appear with this stage's backward and stay (w_p)."""
+    ledger: StageLedger | None = None
+    """Exact bytes; None where only the planning model is known."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A run of consecutive stages that belong together, such as the steps of an ODE."""
+
+    name: str
+    """Path of the block in the model."""
+    first: int
+    """Its first stage, counted from 1."""
+    last: int
+    """Its last stage."""
+    buffer_bytes: int = 0
+    """Buffers that are cloned while the block is run again."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """What a plan must match: the model's structure and the shapes of one batch."""
+
+    structure: str
+    """Digest of the blocks, their stages, and all parameter and buffer shapes."""
+    input_shape: tuple[int, ...]
+    """Shape of the input."""
+    input_dtype: str
+    """Its dtype, such as "torch.float32"."""
+    input_requires_grad: bool
+    """Whether the gradient with respect to the input is computed."""
+    device: str
+    """Type of the device, such as "cpu"."""
+    threads: int
+    """Threads of the CPU, on which the workspaces of convolutions depend."""
+    training: str
+    """Which modules trained: "train", "eval", or a digest where they differed."""
+    torch_version: str
+    """Version of torch that was measured."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ChainArrays:
+    """The planning model in columns; index i is stage or state i, index 0 the input."""
+
+    forward_seconds: npt.NDArray[np.float64]
+    backward_seconds: npt.NDArray[np.float64]
+    state_bytes: npt.NDArray[np.int64]
+    tape_bytes: npt.NDArray[np.int64]
+    gradient_bytes: npt.NDArray[np.int64]
+    forward_overhead_bytes: npt.NDArray[np.int64]
+    backward_overhead_bytes: npt.NDArray[np.int64]
+    parameter_gradient_bytes: npt.NDArray[np.int64]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """A sequence of stages, an input and a loss.
+
+    Stages are counted from 1; state 0 is the input and state n what the loss sees.
+    """
+
+    stages: tuple[Stage, ...]
+    """The n stages; repeated steps refer to one object."""
+    input_bytes: int = 0
+    """Bytes of the input (w_a[0]); 0 where the caller holds it and it is reserved."""
+    input_gradient_bytes: int = 0
+    """Bytes of the gradient with respect to the input (w_g[0])."""
+    loss_seconds: float = 0.0
+    """Seconds of the loss (u_loss)."""
+    loss_overhead_bytes: int = 0
+    """Extra bytes while the loss runs (o_loss)."""
+    held_bytes: int = 0
+    """Bytes that the caller holds from the output to the end of the step (w_held)."""
+    random_state_bytes: int = 0
+    """Bytes of one snapshot of the random state; 0 where no stage draws random numbers."""
+    blocks: tuple[Block, ...] = ()
+    """Blocks that cover the stages; none where the chain has no such structure."""
+    name: str = ""
+    """Name for people."""
+    signature: Signature | None = None
+    """What a model and a batch must match to be run by a plan of this chain."""
+
+    def __post_init__(self) -> None:
+        """Check sizes, times and blocks.
+
+        Raises:
+            WorkloadError: With the stage and the value that is out of range.
+        """
+        if not self.stages:
+            raise WorkloadError("a chain needs at least one stage, found none")
+        for name in ("input_bytes", "input_gradient_bytes", "loss_overhead_bytes", "held_bytes"):
+            _check_size(f"the chain's {name}", getattr(self, name))
+        _check_time("the loss", self.loss_seconds)
+        seen: set[int] = set()
+        for i, stage in enumerate(self.stages, 1):
+            if id(stage) not in seen:
+                seen.add(id(stage))
+                _check_stage(f"stage {i}", stage)
+        expected = 1
+        for block in self.blocks:
+            if block.first != expected or block.last < block.first:
+                raise WorkloadError(
+                    f"blocks must cover the stages in order: {block.name!r} covers "
+                    f"{block.first}..{block.last}, expected a start at {expected}"
+                )
+            expected = block.last + 1
+        if self.blocks and expected != len(self.stages) + 1:
+            raise WorkloadError(f"blocks end at stage {expected - 1} of {len(self.stages)}")
+
+    def __len__(self) -> int:
+        """The number of stages n."""
+        return len(self.stages)
+
+    @functools.cached_property
+    def arrays(self) -> ChainArrays:
+        """The planning model in columns."""
+
+        def column(head: float, values: Iterable[float], dtype: type) -> Any:
+            filled: npt.NDArray[Any] = np.fromiter((head, *values), dtype=dtype)
+            filled.flags.writeable = False
+            return filled
+
+        s, n_g = self.stages, self.input_gradient_bytes
+        return ChainArrays(
+            forward_seconds=column(0.0, (x.forward_seconds for x in s), np.float64),
+            backward_seconds=column(0.0, (x.backward_seconds for x in s), np.float64),
+            state_bytes=column(self.input_bytes, (x.state_bytes for x in s), np.int64),
+            tape_bytes=column(0, (x.tape_bytes for x in s), np.int64),
+            gradient_bytes=column(n_g, (x.gradient_bytes for x in s), np.int64),
+            forward_overhead_bytes=column(0, (x.forward_overhead_bytes for x in s), np.int64),
+            backward_overhead_bytes=column(0, (x.backward_overhead_bytes for x in s), np.int64),
+            parameter_gradient_bytes=column(0, (x.parameter_gradient_bytes for x in s), np.int64),
+        )
+
+    @functools.cached_property
+    def has_ledger(self) -> bool:
+        """Whether every stage has exact bytes."""
+        return all(stage.ledger is not None for stage in self.stages)
+
+    @functools.cached_property
+    def store_all_seconds(self) -> float:
+        """Seconds of the step when nothing is run twice."""
+        columns = self.arrays
+        return float(
+            math.fsum(columns.forward_seconds)
+            + math.fsum(columns.backward_seconds)
+            + self.loss_seconds
+        )
+
+    @functools.cached_property
+    def is_uniform(self) -> bool:
+        """Whether all stages have the same bytes and forward seconds and nothing else counts."""
+        first = self.stages[0]
+        same = all(
+            stage is first
+            or (
+                stage.forward_seconds == first.forward_seconds
+                and stage.backward_seconds == first.backward_seconds
+                and stage.state_bytes == first.state_bytes
+                and stage.tape_bytes == first.tape_bytes
+                and stage.gradient_bytes == first.gradient_bytes
+                and stage.forward_overhead_bytes == first.forward_overhead_bytes
+                and stage.backward_overhead_bytes == first.backward_overhead_bytes
+                and stage.ledger == first.ledger
+            )
+            for stage in self.stages
+        )
+        return same and first.gradient_bytes == self.stages[-1].gradient_bytes
+
+    def stage_name(self, i: int) -> str:
+        """Name of stage i for people: its block, its name, its number among equals."""
+        stage = self.stages[i - 1]
+        block = next((b for b in self.blocks if b.first <= i <= b.last), None)
+        if block is None:
+            return stage.name or f"stage {i}"
+        label = ".".join(part for part in (block.name, stage.name) if part)
+        same = block.last > block.first and all(
+            self.stages[j - 1].name == stage.name for j in range(block.first, block.last + 1)
+        )
+        return f"{label}[{i - block.first}]" if same else label
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that planning and executing depend on."""
+        data = self.to_json()
+        data.pop("name", None)
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The chain as JSON data, in bytes and seconds."""
+        return chain_to_json(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Chain:
+        """Read a chain from JSON data.
+
+        Args:
+            data: The keys of the chain model; `size_unit` and `time_unit` are optional.
+
+        Raises:
+            WorkloadError: Missing keys, wrong lengths, impossible values, unknown units.
+        """
+        return chain_from_json(data)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the chain to a JSON file."""
+        Path(path).write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Chain:
+        """Read a chain from a JSON file.
+
+        Raises:
+            WorkloadError: The file is missing, is not JSON or holds no chain.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise WorkloadError(f"no chain can be read from {str(path)!r}: {error}") from error
+        if not isinstance(data, dict):
+            raise WorkloadError(f"{str(path)!r} holds {type(data).__name__}, not a chain")
+        return cls.from_json(data)
+
+
+def _check_size(what: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise WorkloadError(f"{what} must be a whole number of bytes, 0 or more; found {value!r}")
+
+
+def _check_time(what: str, value: object) -> None:
+    good = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+    if not good:
+        raise WorkloadError(f"{what} must take 0 seconds or more; found {value!r}")
+
+
+def _check_stage(what: str, stage: Stage) -> None:
+    _check_time(f"the forward of {what}", stage.forward_seconds)
+    _check_time(f"the backward of {what}", stage.backward_seconds)
+    for name in (
+        "state_bytes",
+        "tape_bytes",
+        "gradient_bytes",
+        "forward_overhead_bytes",
+        "backward_overhead_bytes",
+        "parameter_gradient_bytes",
+    ):
+        _check_size(f"{name} of {what}", getattr(stage, name))
+    if stage.tape_bytes < stage.state_bytes:
+        raise WorkloadError(
+            f"the tape of {what} has {stage.tape_bytes} bytes, fewer than the "
+            f"{stage.state_bytes} of the state that it contains"
+        )
+
+
+# Column key, attribute of Stage, whether it holds seconds.
+_COLUMNS = (
+    ("u_f", "forward_seconds", True),
+    ("u_b", "backward_seconds", True),
+    ("w_a", "state_bytes", False),
+    ("w_t", "tape_bytes", False),
+    ("w_g", "gradient_bytes", False),
+    ("o_f", "forward_overhead_bytes", False),
+    ("o_b", "backward_overhead_bytes", False),
+    ("w_p", "parameter_gradient_bytes", False),
+)
+
+
+def chain_to_json(chain: Chain) -> dict[str, Any]:
+    """The chain as JSON data: a column a symbol, exact bytes once a distinct stage."""
+    data: dict[str, Any] = {"name": chain.name, "size_unit": "bytes", "time_unit": "s"}
+    data["n"] = len(chain)
+    heads = {"w_a": chain.input_bytes, "w_g": chain.input_gradient_bytes}
+    for key, attribute, _ in _COLUMNS:
+        column = [getattr(stage, attribute) for stage in chain.stages]
+        data[key] = [heads[key], *column] if key in heads else column
+    data["u_loss"] = chain.loss_seconds
+    data["o_loss"] = chain.loss_overhead_bytes
+    data["w_held"] = chain.held_bytes
+    data["random_state_bytes"] = chain.random_state_bytes
+    kinds: dict[tuple[str, StageLedger | None], int] = {}
+    index = [kinds.setdefault((stage.name, stage.ledger), len(kinds)) for stage in chain.stages]
+    if chain.has_ledger or any(stage.name for stage in chain.stages):
+        data["kind"] = index
+        data["kinds"] = [
+            {"name": name, "ledger": None if ledger is None else asdict(ledger)}
+            for name, ledger in kinds
+        ]
+    data["blocks"] = [asdict(block) for block in chain.blocks]
+    data["signature"] = None if chain.signature is None else asdict(chain.signature)
+    return data
+
+
+def chain_from_json(data: Mapping[str, Any]) -> Chain:
+    """Read `chain_to_json`'s data, or a file that has only the planning model's keys."""
+    try:
+        size = _SIZE_UNITS[data.get("size_unit", "bytes")]
+        time = _TIME_UNITS[data.get("time_unit", "s")]
+        columns = _read_columns(data, size, time)
+        kinds = [
+            (kind["name"], None if kind["ledger"] is None else _read_ledger(kind["ledger"]))
+            for kind in data.get("kinds", [{"name": "", "ledger": None}])
+        ]
+        index = data.get("kind", [0] * len(columns["u_f"]))
+        stages = _build_stages(columns, kinds, index)
+        signature = data.get("signature")
+        if signature is not None:
+            fields = {**signature, "input_shape": tuple(signature["input_shape"])}
+            signature = Signature(**fields)
+        return Chain(
+            stages=stages,
+            input_bytes=columns["w_a"][0],
+            input_gradient_bytes=columns["w_g"][0],
+            loss_seconds=data.get("u_loss", 0.0) * time,
+            loss_overhead_bytes=data.get("o_loss", 0) * size,
+            held_bytes=data.get("w_held", 0) * size,
+            random_state_bytes=data.get("random_state_bytes", 0),
+            blocks=tuple(Block(**block) for block in data.get("blocks", ())),
+            name=data.get("name", ""),
+            signature=signature,
+        )
+    except WorkloadError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise WorkloadError(
+            f"this is not a chain ({type(error).__name__}: {error}); it needs the columns "
+            + ", ".join(key for key, _, _ in _COLUMNS[:4])
+        ) from error
+
+
+def _read_columns(data: Mapping[str, Any], size: int, time: float) -> dict[str, list[Any]]:
+    n = len(data["u_f"])
+    defaults: dict[str, Sequence[Any]] = {
+        "w_g": data["w_a"],
+        "o_f": [0] * n,
+        "o_b": [0] * n,
+        "w_p": [0] * n,
+    }
+    columns: dict[str, list[Any]] = {}
+    for key, _, is_time in _COLUMNS:
+        column = data.get(key, defaults.get(key))
+        expected = n + 1 if key in ("w_a", "w_g") else n
+        if not isinstance(column, (list, tuple)) or len(column) != expected:
+            found = "nothing" if column is None else f"{len(column)} values"
+            raise WorkloadError(f"column {key!r} needs {expected} values, found {found}")
+        columns[key] = [value * time if is_time else value * size for value in column]
+    return columns
+
+
+def _read_ledger(data: Mapping[str, Any]) -> StageLedger:
+    return StageLedger(**{**data, "backward_peak_bytes": tuple(data["backward_peak_bytes"])})
+
+
+def _build_stages(
+    columns: Mapping[str, list[Any]],
+    kinds: Sequence[tuple[str, StageLedger | None]],
+    index: Sequence[int],
+) -> tuple[Stage, ...]:
+    """Build the stages, one object for equal ones."""
+    cache: dict[tuple[Any, ...], Stage] = {}
+    stages = []
+    for i, kind in enumerate(index):
+        values = tuple(
+            columns[key][i + 1 if key in ("w_a", "w_g") else i] for key, _, _ in _COLUMNS
+        )
+        stage = cache.get((kind, *values))
+        if stage is None:
+            name, ledger = kinds[kind]
+            fields: dict[str, Any] = {
+                attribute: value for (_, attribute, _), value in zip(_COLUMNS, values, strict=True)
+            }
+            stage = cache[(kind, *values)] = Stage(name=name, ledger=ledger, **fields)
+        stages.append(stage)
+    return tuple(stages)

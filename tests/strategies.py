@@ -1,0 +1,147 @@
+"""Hypothesis strategies: chains of the planning model, and chains with exact bytes."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from ckptsched.workload import Block, Chain, Stage, StageLedger
+
+SMALL = st.integers(0, 6)
+SECONDS = st.integers(0, 9).map(float)
+
+
+@st.composite
+def stages(draw: st.DrawFn, extras: bool = True) -> Stage:
+    """A stage with small numbers; extras are gradients of their own size and the like."""
+    state = draw(SMALL)
+    return Stage(
+        forward_seconds=draw(SECONDS),
+        backward_seconds=draw(SECONDS),
+        state_bytes=state,
+        tape_bytes=state + draw(SMALL),
+        gradient_bytes=draw(SMALL) if extras else state,
+        forward_overhead_bytes=draw(SMALL),
+        backward_overhead_bytes=draw(SMALL),
+        parameter_gradient_bytes=draw(SMALL) if extras else 0,
+    )
+
+
+@st.composite
+def chains(draw: st.DrawFn, most_stages: int = 4, extras: bool = True) -> Chain:
+    """A chain without exact bytes."""
+    links = draw(st.lists(stages(extras), min_size=1, max_size=most_stages))
+    size = draw(SMALL)
+    return Chain(
+        stages=tuple(links),
+        input_bytes=size,
+        input_gradient_bytes=draw(SMALL) if extras else size,
+        loss_seconds=draw(SECONDS),
+        loss_overhead_bytes=draw(SMALL) if extras else 0,
+        held_bytes=draw(SMALL) if extras else 0,
+    )
+
+
+@st.composite
+def scaled_chains(draw: st.DrawFn, most_stages: int = 4) -> Chain:
+    """A chain whose sizes share no unit that is not tiny beside them."""
+    data = draw(chains(most_stages)).to_json()
+    factor, noise = draw(st.integers(1000, 100_000)), st.integers(0, 999)
+    for key in ("w_a", "w_t", "w_g", "o_f", "o_b", "w_p"):
+        data[key] = [factor * x + draw(noise) for x in data[key]]
+    data["w_t"] = [max(t, a) for t, a in zip(data["w_t"], data["w_a"][1:], strict=True)]
+    return Chain.from_json(data)
+
+
+@st.composite
+def uniform_chains(draw: st.DrawFn, most_stages: int = 12) -> Chain:
+    """Equal stages."""
+    stage = draw(stages(extras=False))
+    return Chain(
+        stages=(stage,) * draw(st.integers(1, most_stages)),
+        input_bytes=stage.state_bytes,
+        input_gradient_bytes=stage.state_bytes,
+    )
+
+
+@st.composite
+def ledgers(draw: st.DrawFn) -> StageLedger:
+    """Exact bytes of a stage, as they can be: what is held longer never lowers a peak."""
+    view = draw(st.booleans())
+    state, tape = draw(st.integers(0, 9)), draw(st.integers(0, 9))
+    own = 0 if view else state
+    free, if_input, if_output = draw(SMALL), draw(SMALL), draw(SMALL)
+    first = draw(SMALL)
+    peaks = [
+        free + if_input * held + if_output * output + first * new
+        for held in (0, 1)
+        for output in (0, 1)
+        for new in (0, 1)
+    ]
+    return StageLedger(
+        state_bytes=state,
+        output_is_view=view,
+        tape_bytes=tape,
+        input_saved=draw(st.booleans()),
+        output_saved=draw(st.booleans()),
+        forward_peak_bytes=own + draw(SMALL),
+        taped_peak_bytes=own + tape + draw(SMALL),
+        backward_peak_bytes=tuple(peaks),
+        shares_parameters_partly=draw(st.booleans()),
+    )
+
+
+@st.composite
+def ledger_chains(draw: st.DrawFn, most_stages: int = 4, noise: bool = False) -> Chain:
+    """A chain with exact bytes, and planning sizes that bound them from above.
+
+    Args:
+        draw: Hypothesis.
+        most_stages: Length at most.
+        noise: Whether buffers are cloned and random states are kept, which the planning
+            model does not know.
+    """
+    exact = draw(st.lists(ledgers(), min_size=1, max_size=most_stages))
+    gradients = [draw(SMALL) for _ in range(len(exact) + 1)]
+    links, storage = [], 0
+    size = draw(SMALL)
+    storage = size
+    for i, ledger in enumerate(exact, 1):
+        storage = storage if ledger.output_is_view else ledger.state_bytes
+        own = 0 if ledger.output_is_view else ledger.state_bytes
+        tape = ledger.tape_bytes + storage
+        parameters = draw(SMALL)
+        links.append(
+            Stage(
+                forward_seconds=draw(SECONDS),
+                backward_seconds=draw(SECONDS),
+                state_bytes=storage,
+                tape_bytes=tape,
+                gradient_bytes=gradients[i],
+                forward_overhead_bytes=max(
+                    ledger.forward_peak_bytes - own, ledger.taped_peak_bytes - own - ledger.tape_bytes
+                ),
+                backward_overhead_bytes=max(
+                    0, max(ledger.backward_peak_bytes) - gradients[i - 1] - parameters
+                ),
+                parameter_gradient_bytes=parameters,
+                ledger=ledger,
+            )
+        )
+    n = len(links)
+    blocks = ()
+    if noise:
+        cuts = sorted(draw(st.sets(st.integers(1, n), max_size=2)) | {n})
+        blocks = tuple(
+            Block(name=f"b{b}", first=a + 1, last=b, buffer_bytes=draw(SMALL))
+            for a, b in zip([0, *cuts[:-1]], cuts, strict=True)
+        )
+    return Chain(
+        stages=tuple(links),
+        input_bytes=size,
+        input_gradient_bytes=gradients[0],
+        loss_seconds=draw(SECONDS),
+        loss_overhead_bytes=draw(SMALL),
+        held_bytes=storage,
+        random_state_bytes=draw(SMALL) if noise else 0,
+        blocks=blocks,
+    )

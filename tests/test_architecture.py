@@ -1,0 +1,365 @@
+"""Imports go down only, each library stays in its modules, classes are abstract or final.
+
+The source is read, not run, so that imports inside functions count as well. `check` takes
+sources as text: the last tests feed it bad ones, to show that it can fail.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "ckptsched"
+
+# The rank of each module. A module imports from lower ranks only; inside a family folder it may
+# import a sibling of its own rank as well, as long as no cycle arises. The table stands in
+# docs/architecture.md too, where it says why.
+RANKS = {
+    "errors": 0,
+    "aliases": 1,
+    "budget": 1,
+    "context": 1,
+    "memory_allocator": 1,
+    "memory_trace": 1,
+    "tables": 1,
+    "trace": 1,
+    "workload": 1,
+    "ode.tableaus": 1,
+    "memory": 2,
+    "schedule": 2,
+    "liveness": 3,
+    "tracing": 3,
+    "ledger": 4,
+    "structure": 4,
+    "tape": 4,
+    "ode.steps": 4,
+    "ode.block": 4,
+    "simulator": 5,
+    "survey": 5,
+    "weighing": 6,
+    "solvers.base": 6,
+    "profiler": 7,
+    "solvers.baselines": 7,
+    "solvers.revolve": 7,
+    "solvers.chain_sizes": 7,
+    "solvers.chain_table": 7,
+    "solvers.chain_lowering": 7,
+    "solvers.chain_dp": 7,
+    "plans": 8,
+    "executor": 9,
+    "planner": 9,
+    "fitting": 10,
+    "frontier": 10,
+    "verifier": 10,
+    "report": 11,
+    "targets": 11,
+    "cli": 12,
+    "__main__": 13,
+}
+FAMILIES = ("ode", "solvers")
+
+# Solvers belong to the planner. What measures and runs models works with chains and plans,
+# whoever made them.
+SOLVER_USERS = {"planner"}
+
+# Who may import what comes from outside the standard library.
+TORCH_SIDE = {
+    "aliases",
+    "context",
+    "executor",
+    "fitting",
+    "memory",
+    "memory_allocator",
+    "memory_trace",
+    "ode",
+    "profiler",
+    "structure",
+    "survey",
+    "tape",
+    "targets",
+    "tracing",
+    "verifier",
+    "weighing",
+}
+THIRD_PARTY = {
+    "click": {"cli"},
+    "matplotlib": {"frontier"},
+    "networkx": {"workload", "tracing"},
+    "numpy": None,  # any module
+    "pulp": {"solvers.graph_ilp"},
+    "rich": {"profiler", "report"},
+    "torch": TORCH_SIDE,
+}
+ONLY_INSIDE_FUNCTIONS = {"matplotlib"}  # an extra: the package must import without it
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import of one module, by its full name."""
+
+    target: str
+    line: int
+    in_function: bool
+
+
+def read_package() -> dict[str, str]:
+    """Sources by dotted name below the package; "" is the package itself."""
+    folder = ROOT / PACKAGE
+    sources = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        sources[name] = path.read_text(encoding="utf-8")
+    return sources
+
+
+def imports_of(source: str, module: str, *, is_package: bool) -> Iterator[Import]:
+    """Every import in the source, those inside functions and by `import_module` too."""
+
+    def visit(node: ast.AST, in_function: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, in_function)
+        elif isinstance(node, ast.ImportFrom):
+            base = _resolve(node, module, is_package)
+            for alias in node.names:
+                yield Import(f"{base}.{alias.name}", node.lineno, in_function)
+        elif isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else None
+            name = node.func.id if isinstance(node.func, ast.Name) else name
+            if name in ("import_module", "__import__") and node.args:
+                target = node.args[0]
+                if isinstance(target, ast.Constant) and isinstance(target.value, str):
+                    yield Import(target.value, node.lineno, in_function)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            in_function = True
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, in_function)
+
+    return visit(ast.parse(source), False)
+
+
+def _resolve(node: ast.ImportFrom, module: str, is_package: bool) -> str:
+    if not node.level:
+        return node.module or ""
+    parts = [PACKAGE, *module.split(".")] if module else [PACKAGE]
+    up = node.level - 1 if is_package else node.level
+    parts = parts[: len(parts) - up]
+    return ".".join([*parts, node.module] if node.module else parts)
+
+
+def family(module: str) -> str:
+    """The folder of alternatives that a module belongs to; empty outside of one."""
+    head = module.split(".")[0]
+    return head if head in FAMILIES else ""
+
+
+def check(sources: dict[str, str], ranks: dict[str, int]) -> list[str]:
+    """Every breach of the architecture in these sources, as sentences."""
+    packages = {""} | {name for name in sources if any(o.startswith(f"{name}.") for o in sources)}
+    packages |= set(FAMILIES) & set(sources)
+    top = max(ranks.values(), default=0)
+
+    def rank_of(module: str) -> int | None:
+        if module == "":
+            return top + 1
+        if module in packages:  # it re-exports: as high as the highest of its modules
+            inner = [rank for name, rank in ranks.items() if name.startswith(f"{module}.")]
+            return max(inner, default=None)
+        return ranks.get(module)
+
+    problems: list[str] = []
+    graph: dict[str, set[str]] = {name: set() for name in sources}
+    for module, source in sources.items():
+        shown = f"{PACKAGE}.{module}" if module else PACKAGE
+        rank = rank_of(module)
+        if rank is None:
+            problems.append(f"{shown} has no rank: add it to RANKS and to docs/architecture.md")
+            continue
+        for found in imports_of(source, module, is_package=module in packages):
+            where = f"{shown}, line {found.line}"
+            library = found.target.split(".")[0]
+            if library != PACKAGE:
+                problems += _third_party_problems(found, module, where)
+                continue
+            target = _own_module(found.target, sources)
+            if target == module:
+                continue
+            graph[module].add(target)
+            target_rank = rank_of(target)
+            inside = family(module) and family(module) == family(target)
+            if family(target) == "solvers" and not inside and module not in SOLVER_USERS | {""}:
+                problems.append(f"{where}: solvers belong to {', '.join(SOLVER_USERS)} only")
+            if target_rank is None:
+                problems.append(f"{where}: imports {target}, which has no rank: add it to RANKS")
+            elif target_rank > rank or (target_rank == rank and not inside):
+                direction = "up" if target_rank > rank else "sideways"
+                problems.append(
+                    f"{where}: imports {direction}, from rank {rank} {target or PACKAGE} "
+                    f"of rank {target_rank}"
+                )
+    problems += _cycles(graph)
+    return problems + _class_problems(sources)
+
+
+def _own_module(target: str, sources: dict[str, str]) -> str:
+    """The module that `from x import y` reads: x.y where that is a module, else x."""
+    name = target.removeprefix(PACKAGE).removeprefix(".")
+    while name and name not in sources:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _third_party_problems(found: Import, module: str, where: str) -> list[str]:
+    library = found.target.split(".")[0]
+    if library in sys.stdlib_module_names:
+        return []
+    if library not in THIRD_PARTY:
+        return [f"{where}: imports {library}, which is not a library of this package"]
+    allowed = THIRD_PARTY[library]
+    problems = []
+    if allowed is not None and module not in allowed and family(module) not in allowed:
+        problems.append(f"{where}: {library} belongs to {', '.join(sorted(allowed))} only")
+    if library in ONLY_INSIDE_FUNCTIONS and not found.in_function:
+        problems.append(f"{where}: {library} is an extra; import it inside a function")
+    return problems
+
+
+def _cycles(graph: dict[str, set[str]]) -> list[str]:
+    """Cycles that the ranks let through: between siblings of a family."""
+    problems = []
+    done: set[str] = set()
+
+    def walk(module: str, path: tuple[str, ...]) -> None:
+        if module in path:
+            problems.append(f"import cycle: {' -> '.join((*path[path.index(module) :], module))}")
+        elif module not in done:
+            for target in sorted(graph.get(module, ())):
+                walk(target, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        walk(module, ())
+    return problems
+
+
+def _class_problems(sources: dict[str, str]) -> list[str]:
+    """A class is abstract, or nothing inherits from it; errors form an ordinary tree."""
+    classes = [
+        (module, node)
+        for module, source in sources.items()
+        if module != "errors"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ClassDef)
+    ]
+    problems = []
+    for module, node in classes:
+        for base in map(_last_name, node.bases):
+            named = [(owner, other) for owner, other in classes if other.name == base]
+            named = [pair for pair in named if pair[0] == module] or named
+            for _, other in named:
+                if not _is_abstract(other):
+                    problems.append(f"{module}: {node.name} inherits {base}, which is not abstract")
+                elif not _is_abstract(node) and not _is_final(node):
+                    problems.append(f"{module}: {node.name} implements {base}; mark it @final")
+        if _is_abstract(node) and _is_final(node):
+            problems.append(f"{module}: {node.name} is both abstract and final")
+    return problems
+
+
+def _last_name(node: ast.expr) -> str:
+    if isinstance(node, ast.Subscript):
+        node = node.value
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def _is_abstract(node: ast.ClassDef) -> bool:
+    bases = {_last_name(base) for base in node.bases}
+    meta = {_last_name(keyword.value) for keyword in node.keywords if keyword.arg == "metaclass"}
+    methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+    marked = {_last_name(mark) for method in methods for mark in method.decorator_list}
+    return bool(bases & {"ABC", "Protocol"} or meta & {"ABCMeta"} or "abstractmethod" in marked)
+
+
+def _is_final(node: ast.ClassDef) -> bool:
+    return any(_last_name(decorator) == "final" for decorator in node.decorator_list)
+
+
+def test_the_package_keeps_the_architecture() -> None:
+    assert check(read_package(), RANKS) == []
+
+
+def test_every_rank_belongs_to_a_module() -> None:
+    assert sorted(set(RANKS) - set(read_package())) == [], "take these out of RANKS"
+
+
+def test_the_documentation_lists_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    ranked = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and cells[0].isdigit():
+            ranked |= {name.strip(" `"): int(cells[0]) for name in cells[1].split(",")}
+    assert ranked == RANKS
+
+
+GOOD = {
+    "": "from .low import thing as thing\n",
+    "low": "import math\nimport numpy as np\n",
+    "high": "from .low import thing\n",
+    "solvers": "from .base import Base as Base\n",
+    "solvers.base": "import abc\nclass Base(abc.ABC): ...\n",
+    "solvers.one": (
+        "from typing import final\nfrom .base import Base\n@final\nclass One(Base): ...\n"
+    ),
+}
+GOOD_RANKS = {"low": 0, "high": 1, "solvers.base": 1, "solvers.one": 2}
+
+
+def test_good_sources_pass() -> None:
+    assert check(GOOD, GOOD_RANKS) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "problem"),
+    [
+        ("low", "from .high import x", "low, line 1: imports up, from rank 0 high of rank 1"),
+        ("low", "from ckptsched.high import x", "imports up"),
+        ("low", "import ckptsched.high", "imports up"),
+        ("low", "from . import high", "imports up"),
+        ("low", "from ckptsched import thing", "imports up, from rank 0 ckptsched"),
+        ("low", "def f():\n    from .high import x", "low, line 2: imports up"),
+        ("low", "class A:\n    def f(self):\n        from . import high", "line 3: imports up"),
+        ("low", "if TYPE_CHECKING:\n    from .high import x", "imports up"),
+        ("low", "importlib.import_module('ckptsched.high')", "imports up"),
+        ("high", "from .solvers.base import Base", "imports sideways"),
+        ("high", "from .solvers import Base", "imports up, from rank 1 solvers of rank 2"),
+        ("solvers.base", "from .one import One", "imports up"),
+        ("solvers.base", "from ..high import x", "imports sideways"),
+        ("high", "from .solvers.one import One", "solvers belong to planner only"),
+        ("low", "import torch", "torch belongs to"),
+        ("low", "def f():\n    from torch import nn", "torch belongs to"),
+        ("low", "import matplotlib.pyplot", "inside a function"),
+        ("low", "import pandas", "not a library of this package"),
+        ("solvers.one", "from .base import Base\nclass One(Base): ...", "mark it @final"),
+        ("high", "class A: ...\nclass B(A): ...", "B inherits A, which is not abstract"),
+        ("extra", "", "ckptsched.extra has no rank: add it to RANKS"),
+    ],
+)
+def test_bad_sources_are_found(module: str, source: str, problem: str) -> None:
+    problems = check({**GOOD, module: source}, GOOD_RANKS)
+    assert any(problem in found for found in problems), problems
+
+
+def test_a_cycle_between_siblings_is_found() -> None:
+    sources = {
+        **GOOD,
+        "solvers.one": "from . import two\n",
+        "solvers.two": "from .one import One\n",
+    }
+    problems = check(sources, {**GOOD_RANKS, "solvers.two": 2})
+    assert problems == ["import cycle: solvers.one -> solvers.two -> solvers.one"]

@@ -1,0 +1,284 @@
+"""The dynamic program: equal to enumeration, never over budget, never beaten."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptsched.errors import InfeasibleBudgetError, WorkloadError
+from ckptsched.simulator import simulate
+from ckptsched.solvers import Baseline, ChainDp, Revolve, Solution, baselines_for
+from ckptsched.solvers.chain_lowering import Guided, lower
+from ckptsched.solvers.chain_sizes import Slots, chain_sizes
+from ckptsched.solvers.chain_table import Table, least_memory
+from ckptsched.solvers.revolve import advances, revolve_schedule
+from ckptsched.workload import Chain
+from tests.brute_force import cheapest, cheapest_of, persistent_frontier, persistent_schedules
+from tests.helpers import EXAMPLES, example, instance, reference, steps, tiny_cases, uniform
+from tests.strategies import chains, ledger_chains, scaled_chains, uniform_chains
+
+
+def seconds_of(result: Solution | InfeasibleBudgetError) -> float:
+    """Seconds of a solution; infinite where there is none."""
+    return math.inf if isinstance(result, InfeasibleBudgetError) else result.trace.seconds
+
+
+def check_result(chain: Chain, budget: int, result: Solution | InfeasibleBudgetError) -> None:
+    """What holds for every answer."""
+    if isinstance(result, InfeasibleBudgetError):
+        assert result.budget_bytes == budget
+        assert result.least_budget_bytes is not None
+        assert result.least_budget_bytes > budget
+    else:
+        assert simulate(chain, result.schedule).peak_bytes == result.trace.peak_bytes <= budget
+        assert chain.store_all_seconds <= result.lower_bound_seconds + 1e-9
+        assert result.lower_bound_seconds <= result.trace.seconds
+        assert result.least_budget_bytes <= budget
+        assert result.schedule_class == "memory-persistent"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_worked_examples(name: str) -> None:
+    chain, optimum = example(name), list(EXAMPLES[name][1].items())
+    pairs = steps(optimum, optimum[-1][0] + 3)
+    solutions = ChainDp().solve_each(chain, [budget for budget, _ in pairs])
+    assert [seconds_of(solution) for solution in solutions] == [value for _, value in pairs]
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        ChainDp().solve(chain, optimum[0][0] - 1)
+    assert caught.value.least_budget_bytes == optimum[0][0]
+
+
+def test_every_row_of_the_tiny_chains() -> None:
+    cases = tiny_cases()
+    assert len(cases) == 120
+    for case in cases:
+        chain = Chain.from_json(case["chain"])
+        rows = [(row[0], math.inf if row[3] is None else row[3]) for row in case["optimum"]]
+        pairs = steps(rows, rows[-1][0] + 2)
+        results = ChainDp().solve_each(chain, [budget for budget, _ in pairs])
+        assert [seconds_of(result) for result in results] == [value for _, value in pairs]
+        for (budget, _), result in zip(pairs, results, strict=True):
+            check_result(chain, budget, result)
+            if isinstance(result, Solution):
+                assert result.lower_bound_seconds == result.trace.seconds
+
+
+def test_the_oracles_agree_with_the_tiny_chains() -> None:
+    for case in [case for case in tiny_cases() if case["chain"]["n"] <= 4][:40]:
+        chain = Chain.from_json(case["chain"])
+        frontier = persistent_frontier(chain)
+        for budget, unpinned, pinned, persistent in case["optimum"]:
+            found = cheapest(chain, budget), cheapest(chain, budget, pinned=False)
+            expected = [math.inf if x is None else x for x in (pinned, unpinned, persistent)]
+            assert [*found] == expected[:2]
+            assert cheapest_of(frontier, budget) == expected[2]
+
+
+def test_the_oracle_enumerates_the_schroeder_numbers() -> None:
+    assert [len(persistent_schedules(n)) for n in range(1, 6)] == [2, 6, 22, 90, 394]
+
+
+@settings(max_examples=200, deadline=None)
+@given(chains())
+def test_equal_to_enumeration(chain: Chain) -> None:
+    frontier = persistent_frontier(chain)
+    budgets = sorted({peak + d for peak, _ in frontier for d in (-1, 0)})
+    for budget, result in zip(budgets, ChainDp().solve_each(chain, budgets), strict=True):
+        check_result(chain, budget, result)
+        assert seconds_of(result) == cheapest_of(frontier, budget)
+        assert seconds_of(result) >= cheapest(chain, budget)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ledger_chains(), st.booleans())
+def test_exact_bytes_bound_and_fit(chain: Chain, noise: bool) -> None:
+    check_exact_bytes(replace(chain, random_state_bytes=5) if noise else chain)
+
+
+@settings(max_examples=40, deadline=None)
+@given(ledger_chains(noise=True))
+def test_exact_bytes_with_buffers_and_random_states(chain: Chain) -> None:
+    check_exact_bytes(chain)
+
+
+def check_exact_bytes(chain: Chain) -> None:
+    frontier = persistent_frontier(chain)
+    sizes = chain_sizes(chain)
+    table = Table(Slots(sizes, 1, "nearest"), max(0, frontier[-1][0] - sizes.fixed))
+    budgets = [peak for peak, _ in frontier]
+    for (budget, optimum), result in zip(
+        frontier, ChainDp().solve_each(chain, budgets), strict=True
+    ):
+        bound = float(table.extra_seconds[budget - sizes.fixed]) + chain.store_all_seconds
+        assert bound <= optimum
+        check_result(chain, budget, result)
+        if isinstance(result, Solution):
+            assert result.lower_bound_seconds <= optimum
+            ChainDp().solve(chain, result.least_budget_bytes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(scaled_chains(), st.integers(1, 60), st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_rounded_sizes(chain: Chain, slots: int, shares: list[float]) -> None:
+    frontier = persistent_frontier(chain)
+    least, most = frontier[0][0], frontier[-1][0]
+    budgets = sorted({least - 1, least, most, *(int(least + x * (most - least)) for x in shares)})
+    results = ChainDp(slots).solve_each(chain, budgets)
+    for budget, result in zip(budgets, results, strict=True):
+        check_result(chain, budget, result)
+        optimum = cheapest_of(frontier, budget)
+        assert seconds_of(result) >= optimum - 1e-9
+        if isinstance(result, Solution):
+            assert result.lower_bound_seconds <= optimum + 1e-9
+            assert result.least_budget_bytes == least
+    seconds = [seconds_of(result) for result in results]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(chains(most_stages=6), st.data())
+def test_solve_answers_as_solve_each(chain: Chain, data: st.DataObject) -> None:
+    most = Baseline("store_all").solve(chain, 10**9).trace.peak_bytes
+    budget = data.draw(st.integers(0, most + 3))
+    (result,) = ChainDp().solve_each(chain, [budget])
+    if isinstance(result, Solution):
+        assert ChainDp().solve(chain, budget).schedule == result.schedule
+    else:
+        with pytest.raises(InfeasibleBudgetError) as caught:
+            ChainDp().solve(chain, budget)
+        assert str(caught.value) == str(result)
+
+
+@settings(max_examples=60, deadline=None)
+@given(chains(most_stages=8) | ledger_chains(most_stages=8, noise=True))
+def test_storing_everything_needs_no_second_run(chain: Chain) -> None:
+    trace = Baseline("store_all").solve(chain, 10**9).trace
+    solution = ChainDp().solve(chain, trace.peak_bytes)
+    assert solution.trace.forwards == len(chain)
+    assert solution.trace.seconds == pytest.approx(chain.store_all_seconds)
+    assert solution.lower_bound_seconds == pytest.approx(chain.store_all_seconds)
+
+
+@settings(max_examples=40, deadline=None)
+@given(chains(most_stages=9) | ledger_chains(most_stages=9, noise=True) | uniform_chains())
+def test_no_baseline_that_fits_is_cheaper(chain: Chain) -> None:
+    methods = [*baselines_for(chain), *([Revolve()] if chain.is_uniform else [])]
+    for method in methods:
+        fixed = method.solve(chain, 10**9)
+        found = ChainDp().solve(chain, fixed.trace.peak_bytes)
+        assert found.trace.seconds <= fixed.trace.seconds + 1e-9
+
+
+@pytest.mark.parametrize("states", range(1, 7))
+@pytest.mark.parametrize("n", [1, 2, 5, 12, 23])
+def test_uniform_chains_with_large_tapes_are_binomial(n: int, states: int) -> None:
+    # A tape larger than all the states that fit beside it is never worth keeping.
+    chain = uniform(n, state=1, tape=40)
+    budget = simulate(chain, revolve_schedule(n, states)).peak_bytes
+    found = ChainDp().solve(chain, budget)
+    assert found.trace.seconds == Revolve().solve(chain, budget).trace.seconds
+    assert found.trace.seconds == 2 * n + advances(n, states) + n
+    assert found.lower_bound_seconds == found.trace.seconds
+
+
+def test_sandwich_of_the_published_test_chain() -> None:
+    # The published recurrence leaves out the gradient that a backward consumes: it lies
+    # between no gradients at all and ours (RR-9302; values by exhaustive search).
+    data = {
+        "u_f": [2, 3, 1, 4, 2, 0],
+        "u_b": [4, 6, 2, 8, 4, 0],
+        "w_a": [2, 3, 1, 2, 1, 2, 0],
+        "w_t": [6, 5, 4, 7, 4, 0],
+    }
+    rotor = [51, 48, 46, 45, 45, 44, 42, 42, 41, 41, 41, 40, 40, 39, 39, 38, 37, 37, 36]
+    budgets = range(12, 12 + len(rotor))
+    without = ChainDp().solve_each(Chain.from_json(data | {"w_g": [0] * 7}), budgets)
+    ours = ChainDp().solve_each(Chain.from_json(data), budgets)
+    for low, published, high in zip(without, rotor, ours, strict=True):
+        assert seconds_of(low) <= published <= seconds_of(high)
+    assert seconds_of(ChainDp().solve(Chain.from_json(data), 40)) == 36
+
+
+@pytest.mark.parametrize(
+    ("name", "worst"),
+    [
+        ("resnet50_b32", 1e-6),
+        ("random_n20_s0", 1e-6),
+        ("random_n50_s0", 1e-6),
+        pytest.param("gpt96", 1e-5, marks=pytest.mark.slow),
+        pytest.param("random_n100_s0", 0.001, marks=pytest.mark.slow),
+        pytest.param("ode_L8_Nt16", 0.001, marks=pytest.mark.slow),
+    ],
+)
+def test_reference_instances(name: str, worst: float) -> None:
+    chain, rows = instance(name), reference(name)
+    budgets = [row["budget_bytes"] for row in rows]
+    results = ChainDp().solve_each(chain, budgets)
+    for row, result in zip(rows, results, strict=True):
+        check_result(chain, row["budget_bytes"], result)
+        assert isinstance(result, Solution)
+        relative = result.trace.seconds / chain.store_all_seconds
+        assert row["lower_bound"] - 1e-6 <= relative <= row["best_known"] * (1 + worst)
+        bound = result.lower_bound_seconds / chain.store_all_seconds
+        assert bound <= row["best_known"] * (1 + 1e-6)
+    seconds = [seconds_of(result) for result in results]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_the_least_budget_is_met_and_one_byte_less_is_refused() -> None:
+    chain = instance("random_n50_s0")
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        ChainDp().solve(chain, 1000)
+    error = caught.value
+    assert error.budget_bytes == 1000
+    assert error.least_budget_bytes is not None
+    assert f"the least that works is {error.least_budget_bytes / 2**20:.0f}"[:25] in str(error)
+    assert f"({error.least_budget_bytes} bytes)" in str(error)
+    assert error.stage.startswith("stage ")
+    assert error.stage in str(error)
+    solution = ChainDp().solve(chain, error.least_budget_bytes)
+    assert solution.trace.peak_bytes == error.least_budget_bytes == solution.least_budget_bytes
+    with pytest.raises(InfeasibleBudgetError):
+        ChainDp().solve(chain, error.least_budget_bytes - 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(scaled_chains(), st.integers(1, 40), st.sampled_from([0.9, 1.0, 1.01, 1.1]))
+def test_guided_schedules_fit_in_bytes(chain: Chain, slots: int, optimism: float) -> None:
+    sizes = chain_sizes(chain)
+    least = least_memory(Slots(sizes, 1, "nearest"))
+    top = Baseline("store_all").solve(chain, 10**12).trace.peak_bytes - sizes.fixed
+    table = Table(Slots(sizes, -(-top // slots) or 1, "nearest"), slots)
+    for m in np.linspace(least.total, top, 5).astype(np.int64):
+        trace = simulate(chain, lower(Guided(least, table, optimism), int(m)))
+        assert trace.peak_bytes <= int(m) + sizes.fixed
+
+
+def test_solving_twice_gives_the_same_schedule() -> None:
+    chain = instance("resnet50_b32")
+    budget = reference("resnet50_b32")[3]["budget_bytes"]
+    assert ChainDp().solve(chain, budget) == ChainDp().solve(chain, budget)
+
+
+def test_long_chains_are_refused() -> None:
+    with pytest.raises(WorkloadError, match=r"about a thousand stages at most, found 8000"):
+        ChainDp().solve(uniform(8000), 10**9)
+
+
+def test_scaling_all_times_leaves_the_schedule_unchanged() -> None:
+    case = tiny_cases()[1]["chain"]
+    scaled = case | {key: [8 * x for x in case[key]] for key in ("u_f", "u_b")}
+    for budget in range(21, 46):
+        first = ChainDp().solve(Chain.from_json(case), budget)
+        second = ChainDp().solve(Chain.from_json(scaled), budget)
+        assert first.schedule == second.schedule
+
+
+def test_slots_must_be_positive() -> None:
+    with pytest.raises(WorkloadError, match="at least one slot, found 0"):
+        ChainDp(slots=0)

@@ -1,0 +1,268 @@
+"""plan() and tradeoff(): budgets, solvers, laws, and messages with figures and remedies."""
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+
+from ckptsched.budget import Budget
+from ckptsched.errors import BudgetSyntaxError, CkptschedError, InfeasibleBudgetError, WorkloadError
+from ckptsched.frontier import Tradeoff, tradeoff
+from ckptsched.planner import compare_baselines, plan, plan_each
+from ckptsched.plans import Plan
+from ckptsched.simulator import simulate
+from ckptsched.solvers import get_solver
+from ckptsched.workload import Chain
+from tests.small_chains import MIB, mixed_chain, random_chains, uniform_chain
+
+CHAINS = [uniform_chain(), mixed_chain(), uniform_chain(1)]
+
+
+@pytest.mark.parametrize(
+    ("budget", "found"),
+    [
+        (-1, "-1 bytes is not positive"),
+        (0, "0 bytes is not positive"),
+        (0.5, "0.5 bytes is not positive"),
+        (math.nan, "nan bytes is not a finite number"),
+        (math.inf, "inf bytes is not a finite number"),
+        ("-3 MiB", "'-3 MiB' is not positive"),
+        ("0", "'0' is not positive"),
+        ("0%", "'0%' is not positive"),
+        ("nan", "'nan' cannot be read"),
+        ("12 parsecs", "'12 parsecs' has the unknown unit 'parsecs'"),
+        ("", "'' cannot be read"),
+        (None, "NoneType"),
+        (True, "bool"),
+    ],
+)
+def test_bad_budgets(budget: Any, found: str) -> None:
+    with pytest.raises(BudgetSyntaxError) as caught:
+        plan(mixed_chain(), budget=budget)
+    assert found in str(caught.value)
+    assert '"512MiB", "1.5 GB" or "40%"' in str(caught.value)
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: f"{chain.name}{len(chain)}")
+@pytest.mark.parametrize("solver", ["auto", "chain_dp"])
+def test_a_budget_that_is_too_small_names_the_least_that_works(chain: Chain, solver: str) -> None:
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        plan(chain, budget=1000, solver=solver)
+    error = caught.value
+    assert error.budget_bytes == 1000
+    assert error.least_budget_bytes is not None
+    assert f"({error.least_budget_bytes} bytes)" in str(error)
+    assert "1000 bytes" in str(error)
+    assert error.stage
+    assert error.stage in str(error)
+    made = plan(chain, budget=error.least_budget_bytes, solver=solver)
+    assert made.peak_bytes == made.least_budget_bytes == error.least_budget_bytes
+    with pytest.raises(InfeasibleBudgetError):
+        plan(chain, budget=error.least_budget_bytes - 1, solver=solver)
+
+
+def test_a_share_that_is_too_small_says_what_was_asked() -> None:
+    with pytest.raises(InfeasibleBudgetError, match=r"^2% of storing everything is too little: "):
+        plan(mixed_chain(), budget="2%")
+
+
+def test_an_empty_chain_cannot_be_made() -> None:
+    with pytest.raises(WorkloadError, match="at least one stage, found none"):
+        plan(Chain(stages=()), budget=1)
+
+
+def test_an_unknown_solver_lists_the_names() -> None:
+    with pytest.raises(CkptschedError) as caught:
+        plan(mixed_chain(), budget="50%", solver="magic")
+    message = str(caught.value)
+    assert "'magic'" in message
+    for name in ("chain_dp", "revolve", "store_all", "anode", "sqrt", "auto"):
+        assert name in message
+
+
+def test_a_chain_takes_no_sample() -> None:
+    with pytest.raises(WorkloadError, match="takes no other"):
+        plan(mixed_chain(), object(), budget="50%")
+
+
+@pytest.mark.parametrize(
+    ("budget", "size", "text"),
+    [
+        (40 * MIB, 40 * MIB, "41943040 bytes"),
+        (41943040.7, 40 * MIB, "41943040.7 bytes"),
+        (" 40 MiB ", 40 * MIB, "40 MiB"),
+        (Budget(bytes=40 * MIB), 40 * MIB, "41943040 bytes"),
+        (Budget.total("64MiB", 24 * MIB), 40 * MIB, "67108864 bytes less 25165824 reserved"),
+    ],
+)
+def test_budgets_as_people_write_them(budget: Any, size: int, text: str) -> None:
+    made = plan(uniform_chain(), budget=budget)
+    assert (made.budget_bytes, made.budget_text) == (size, text)
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: f"{chain.name}{len(chain)}")
+def test_a_share_is_of_the_simulated_store_all_peak(chain: Chain) -> None:
+    store_all = get_solver("store_all").solve(chain, 2**40)
+    made = plan(chain, budget="100%")
+    assert made.store_all_bytes == made.budget_bytes == store_all.trace.peak_bytes
+    assert made.overhead == made.gap == 0
+    assert made.forwards == len(chain)
+    assert made.budget_text == "100%"
+
+
+def test_a_share_is_rounded_down() -> None:
+    everything = plan(mixed_chain(), budget="100%")
+    share = plan(mixed_chain(), budget="66.7%")
+    assert share.budget_bytes == everything.store_all_bytes * 667 // 1000
+
+
+@pytest.mark.parametrize(
+    "solver", ["chain_dp", "store_all", "anode", "every_2", "every_stage", "sqrt", "input_only"]
+)
+def test_every_solver_by_name(solver: str) -> None:
+    made = plan(mixed_chain(), budget="100%", solver=solver)
+    assert made.solver == solver
+    assert made.gap >= 0
+    assert simulate(made.chain, made.schedule).peak_bytes <= made.budget_bytes
+
+
+def test_revolve_by_name() -> None:
+    assert plan(uniform_chain(), budget="50%", solver="revolve").solver == "revolve"
+
+
+def test_a_baseline_claims_only_what_holds_for_all_schedules() -> None:
+    made = plan(mixed_chain(), budget="100%", solver="every_stage")
+    assert made.schedule_class == "all schedules"
+    assert made.lower_bound_seconds == mixed_chain().store_all_seconds
+    assert made.gap == made.overhead > 0
+
+
+@given(chain=random_chains())
+@settings(max_examples=60)
+def test_auto_is_never_beaten_by_a_baseline(chain: Chain) -> None:
+    rules = compare_baselines(chain)
+    for rule in rules:
+        if rule.peak_bytes:
+            made = plan(chain, budget=rule.peak_bytes)
+            assert made.seconds <= rule.seconds * (1 + 1e-9)
+            assert made.peak_bytes <= rule.peak_bytes
+            assert made.lower_bound_seconds <= made.seconds * (1 + 1e-9)
+
+
+def test_long_chains_are_planned_without_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckptsched.solvers.chain_dp.MOST_ADDITIONS", 100)
+    made = plan(mixed_chain(), budget="60%")
+    assert made.solver != "chain_dp"
+    assert made.peak_bytes <= made.budget_bytes
+    assert made.schedule_class == "all schedules"
+    assert made.gap == made.overhead
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        plan(mixed_chain(), budget=1)
+    assert plan(mixed_chain(), budget=caught.value.least_budget_bytes or 0)
+
+
+def test_many_budgets_give_what_one_gives() -> None:
+    chain = mixed_chain()
+    budgets = ["90%", 1, "50%", 40 * MIB]
+    results = plan_each(chain, budgets)
+    assert isinstance(results[1], InfeasibleBudgetError)
+    for budget, result in zip(budgets, results, strict=True):
+        if isinstance(result, Plan):
+            alone = plan(chain, budget=budget)
+            assert result.budget_bytes == alone.budget_bytes
+            assert result.seconds <= alone.seconds
+
+
+def test_a_solver_that_overruns_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Liar:
+        name = "liar"
+
+        def solve_each(self, chain: Chain, budgets: list[int]) -> list[Any]:
+            honest = get_solver("store_all").solve(chain, 2**40)
+            return [honest for _ in budgets]
+
+    real = get_solver
+    monkeypatch.setattr(
+        "ckptsched.planner.get_solver", lambda name: Liar() if name == "liar" else real(name)
+    )
+    with pytest.raises(CkptschedError, match="fault of ckptsched"):
+        plan(mixed_chain(), budget="50%", solver="liar")
+
+
+def check_rows(found: Tradeoff) -> None:
+    plans = [row.plan for row in found.rows]
+    assert [p.budget_bytes for p in plans] == sorted({p.budget_bytes for p in plans})
+    for small, large in itertools.pairwise(plans):
+        assert large.seconds <= small.seconds
+    for row in found.rows:
+        assert row.plan.peak_bytes <= row.plan.budget_bytes
+        assert row.plan.gap >= 0
+        for rule in found.fitting(row):
+            assert row.plan.seconds <= rule.seconds * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: f"{chain.name}{len(chain)}")
+def test_the_trade_off_spans_least_to_store_all(chain: Chain) -> None:
+    found = tradeoff(chain)
+    check_rows(found)
+    first, last = found.rows[0].plan, found.rows[-1].plan
+    assert first.budget_bytes == first.least_budget_bytes == first.peak_bytes
+    assert last.budget_bytes == last.store_all_bytes
+    assert last.overhead == 0
+    assert len(found.rows) == (10 if len(chain) > 1 else 1)
+    for row in found.rows:
+        alone = plan(chain, budget=row.plan.budget_bytes)
+        assert row.plan.seconds <= alone.seconds * (1 + 1e-12)
+
+
+@given(chain=random_chains())
+@settings(max_examples=40)
+def test_every_trade_off_is_monotone(chain: Chain) -> None:
+    if plan(chain, budget=10**6).store_all_bytes:
+        check_rows(tradeoff(chain, 5))
+
+
+def test_budgets_of_ones_own() -> None:
+    found = tradeoff(mixed_chain(), ["80%", "60%"], also=[50 * MIB])
+    assert {row.plan.budget_text for row in found.rows} == {"80%", "60%", f"{50 * MIB} bytes"}
+    check_rows(found)
+
+
+@pytest.mark.parametrize("count", [1, 0, -4])
+def test_too_few_budgets(count: int) -> None:
+    with pytest.raises(BudgetSyntaxError, match=f"at least 2 budgets, found {count}"):
+        tradeoff(mixed_chain(), count)
+
+
+def test_no_budgets() -> None:
+    with pytest.raises(BudgetSyntaxError, match="at least one budget, found none"):
+        tradeoff(mixed_chain(), [])
+
+
+def test_an_infeasible_row_is_an_error() -> None:
+    with pytest.raises(InfeasibleBudgetError, match="the least that works is"):
+        tradeoff(mixed_chain(), ["100%", 5])
+
+
+def test_a_larger_budget_takes_over_what_a_smaller_one_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chain = mixed_chain()
+    good = get_solver("chain_dp").solve(chain, 60 * MIB)
+    bad = get_solver("every_stage").solve(chain, 2**40)
+
+    class Odd:
+        name = "odd"
+
+        def solve_each(self, chain: Chain, budgets: list[int]) -> list[Any]:
+            return [replace(good if size == 60 * MIB else bad) for size in budgets]
+
+    real = get_solver
+    monkeypatch.setattr(
+        "ckptsched.planner.get_solver", lambda name: Odd() if name == "odd" else real(name)
+    )
+    plans = plan_each(chain, [100 * MIB, 60 * MIB], solver="odd")
+    assert [isinstance(x, Plan) and x.schedule == good.schedule for x in plans] == [True, True]

@@ -1,0 +1,202 @@
+"""What the documents and project files say is so: commands, links, names, version."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [
+    path
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md"))
+    if path.name != "CHANGELOG.md"  # it speaks of versions that are past
+]
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def project() -> dict:
+    return tomllib.loads(read("pyproject.toml"))["project"]
+
+
+def code_in(text: str) -> str:
+    """The fenced blocks and the `code` in the lines of a Markdown text."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return "\n".join([*fenced, *re.findall(r"`([^`\n]+)`", prose)])
+
+
+def public_names() -> set[str]:
+    """The names that ckptsched/__init__.py re-exports as `X as X`."""
+    return {
+        alias.name
+        for node in ast.parse(read("ckptsched/__init__.py")).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    }
+
+
+def tracked_files() -> list[Path]:
+    """The files that a commit of this tree would hold."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    return [path for path in files if path.is_file()]
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def test_make_targets_that_are_named_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    text = code_in(text) if path.suffix == ".md" else text
+    named = set(re.findall(r"\bmake (?:[A-Z]+=\S+ )*([a-z][a-z-]*)", text))
+    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
+    assert named <= targets
+
+
+def test_the_readme_names_the_two_commands() -> None:
+    commands = code_in(read("README.md"))
+    assert "make demo" in commands
+    assert "make test" in commands
+
+
+def test_command_lines_that_are_named_exist() -> None:
+    from ckptsched.cli import main
+
+    named = set()
+    for path in DOCUMENTS:
+        code = code_in(path.read_text(encoding="utf-8"))
+        named |= set(re.findall(r"^(?:\$ )?ckptsched ([a-z]+)\b", code, re.MULTILINE))
+    assert {"profile", "plan", "report", "show", "verify"} <= named
+    assert named <= set(main.commands)
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "Makefile"], ids=lambda path: path.name)
+def test_files_that_are_named_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    scripts = set(re.findall(r"\b((?:examples|benchmarks|models|tests|docs)/[\w/.-]+\.\w+)", text))
+    links = set(re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)[^)]*\)", text))
+    missing = {name for name in scripts if not (ROOT / name).exists()}
+    missing |= {name for name in links if not (path.parent / name).exists()}
+    assert missing == set()
+
+
+def test_one_version_everywhere() -> None:
+    import ckptsched
+
+    version = project()["version"]
+    assert ckptsched.__version__ == version
+    assert re.search(rf"^## \[?{re.escape(version)}\b", read("CHANGELOG.md"), re.MULTILINE)
+
+
+def test_public_names_are_the_documented_ones() -> None:
+    documented = set(re.findall(r"^\| `(\w+)", read("docs/api.md"), re.MULTILINE))
+    assert documented == public_names() | {"__version__"}
+
+
+def test_public_names_are_there_and_described() -> None:
+    import ckptsched
+
+    undescribed = {
+        name for name in public_names() if not (getattr(ckptsched, name).__doc__ or "").strip()
+    }
+    assert undescribed == set()
+
+
+def test_no_module_is_hidden_by_a_public_name() -> None:
+    modules = {path.stem for path in (ROOT / "ckptsched").iterdir()} - {"__init__"}
+    assert modules & public_names() == set()
+
+
+def test_schedules_in_the_documents_are_valid() -> None:
+    from ckptsched.schedule import Schedule
+    from ckptsched.simulator import simulate
+    from ckptsched.workload import Chain, Stage
+
+    stage = Stage(
+        forward_seconds=1.0,
+        backward_seconds=2.0,
+        state_bytes=1,
+        tape_bytes=3,
+        gradient_bytes=1,
+    )
+    chain = Chain(stages=(stage,) * 3, input_bytes=1, input_gradient_bytes=1)
+    shown = re.findall(r"^    (F1 .*)$", read("docs/schedule-language.md"), re.MULTILINE)
+    traces = [simulate(chain, Schedule.from_text(text)) for text in shown]
+    assert [trace.forwards for trace in traces] == [6, 5]
+    assert traces[0].peak_bytes < traces[1].peak_bytes
+
+
+def python_in(name: str) -> str:
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", read(name), re.MULTILINE | re.DOTALL))
+
+
+def test_the_code_of_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(python_in("docs/start.md"), names)
+    assert names["result"].ok
+    assert (tmp_path / "tradeoff.png").exists()
+
+
+def test_the_code_of_the_readme_runs() -> None:
+    import torch
+    from torch import nn
+
+    import ckptsched as cs
+
+    model = nn.Sequential(
+        nn.Linear(8, 8), cs.ODEBlock(nn.Linear(8, 8), method="euler", steps=4), nn.Linear(8, 2)
+    )
+    sample = torch.randn(4, 8)
+    names = {"model": model, "sample": sample, "x": sample, "y": torch.zeros(4, dtype=torch.long)}
+    exec(python_in("README.md"), names | {"criterion": nn.CrossEntropyLoss()})
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    from tests.test_architecture import PACKAGE, THIRD_PARTY
+
+    names = project()["dependencies"] + project()["optional-dependencies"]["plot"]
+    declared = {re.split(r"[^\w-]", name)[0] for name in names}
+    assert set(THIRD_PARTY) - {PACKAGE} <= declared
+
+
+def test_the_wheel_holds_the_package_and_its_type_marker_only() -> None:
+    settings = tomllib.loads(read("pyproject.toml"))["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert settings == {"packages": ["ckptsched"]}
+    assert (ROOT / "ckptsched" / "py.typed").exists()
+
+
+# Put together from pieces, so that this file does not hold what it looks for.
+_FOLDERS = "|".join(["home", "Users", "root", "work"])
+MACHINE_PATH = re.compile(rf"(?<![\w.*)}}/-])/(?:{_FOLDERS})/|[A-Z]:\\(?:{_FOLDERS})\b")
+
+
+def test_no_path_of_one_machine_in_a_file() -> None:
+    found = []
+    for path in tracked_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [
+            f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+            for number, line in enumerate(text.splitlines(), 1)
+            if MACHINE_PATH.search(line)
+        ]
+    assert found == []
+
+
+@pytest.mark.parametrize("folder", _FOLDERS.split("|"))
+def test_the_search_for_machine_paths_can_fail(folder: str) -> None:
+    assert MACHINE_PATH.search(f'open("/{folder}/someone/data")')
+    assert not MACHINE_PATH.search(f"docs/{folder}/page.md")

@@ -1,0 +1,104 @@
+"""A stage that is differentiated on its own gives what one graph over all gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ckptsched.aliases import Slots, make_alias
+from ckptsched.errors import ExecutionError
+from ckptsched.tape import record
+
+
+class Twice(nn.Module):
+    """Uses one weight twice and another once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.once = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.once(torch.tanh(self.twice(torch.tanh(self.twice(x)))))
+
+
+def go_back_by_stages(stage: nn.Module, x: Tensor, times: int, feed: bool) -> dict[str, Tensor]:
+    """Gradients of `times` runs of a stage, each with a tape of its own."""
+    slots = Slots([stage])
+    aliases = {id(p): make_alias(p) for p in slots.parameters()}
+    tapes = []
+    with slots.parameters_replaced(slots.bind(aliases)):
+        for _ in range(times):
+            tape, x = record(stage, x, needs_gradient=True)
+            repeated = tape.repeated_leaves()
+            if feed:
+                tape.feed_back([a for a in aliases.values() if id(a) in repeated])
+            tapes.append(tape)
+    gradient: Tensor | None = torch.ones_like(x)
+    for tape in reversed(tapes):
+        gradient = tape.backward(gradient)
+    assert gradient is not None
+    found = {name: aliases[id(p)].grad for name, p in stage.named_parameters()}
+    assert all(p.grad is None for p in stage.parameters())
+    return {**found, "input": gradient}  # type: ignore[dict-item]
+
+
+def test_sums_fed_back_give_the_bits_of_one_graph() -> None:
+    torch.manual_seed(0)
+    stage, x = Twice(), torch.randn(5, 8)
+    leaf = x.clone().requires_grad_()
+    state = leaf
+    for _ in range(7):
+        state = stage(state)
+    state.backward(torch.ones_like(state))
+    expected = {name: p.grad.clone() for name, p in stage.named_parameters()}
+    stage.zero_grad(set_to_none=True)
+    found = go_back_by_stages(stage, x, 7, feed=True)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.equal(found["input"], leaf.grad)
+    # Without feeding back, the order of additions differs, and so does the last bit.
+    other = go_back_by_stages(stage, x, 7, feed=False)
+    assert not all(torch.equal(other[name], expected[name]) for name in expected)
+    assert all(torch.allclose(other[name], expected[name]) for name in expected)
+
+
+def test_repeated_leaves_are_those_used_more_than_once() -> None:
+    stage = Twice()
+    tape, _ = record(stage, torch.randn(2, 8), needs_gradient=False)
+    assert tape.repeated_leaves() == {id(p) for p in stage.twice.parameters()}
+
+
+def test_a_stage_without_gradients_has_an_empty_tape() -> None:
+    tape, output = record(nn.Tanh(), torch.ones(3), needs_gradient=False)
+    assert tape.backward(torch.ones(3)) is None
+    assert not output.requires_grad
+
+
+def test_output_must_be_a_tensor() -> None:
+    with pytest.raises(ExecutionError, match=r"returned nothing \(None\) where a tensor"):
+        record(lambda x: None, torch.ones(2), needs_gradient=True)  # type: ignore[arg-type,return-value]
+    with pytest.raises(ExecutionError, match="returned a tuple where a tensor"):
+        record(lambda x: (x, x), torch.ones(2), needs_gradient=True)  # type: ignore[arg-type,return-value]
+
+
+def test_slots_put_everything_back_after_a_failure() -> None:
+    model = nn.Sequential(nn.LSTM(3, 3), nn.BatchNorm1d(3))
+    slots = Slots([model])
+    before = slots.parameters(), slots.buffers()
+    flat = list(model[0]._flat_weights)
+    aliases = {id(p): make_alias(p) for p in before[0]}
+    clones = {id(b): b.clone() for b in before[1]}
+
+    def fail_inside() -> None:
+        with slots.parameters_replaced(slots.bind(aliases)), slots.buffers_replaced(clones):
+            assert all(
+                p is aliases[id(q)] for p, q in zip(model.parameters(), before[0], strict=True)
+            )
+            assert model[0]._flat_weights[0] is model[0].weight_ih_l0
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert all(a is b for a, b in zip(slots.parameters(), before[0], strict=True))
+    assert all(a is b for a, b in zip(slots.buffers(), before[1], strict=True))
+    assert all(a is b for a, b in zip(model[0]._flat_weights, flat, strict=True))

@@ -1,0 +1,125 @@
+"""Verification shows promised beside measured, and catches planted faults."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckptsched as cs
+from tests.networks import dropout_mlp, ode_net, planned
+
+
+def test_the_table_shows_promised_beside_measured() -> None:
+    model, x = ode_net()
+    plan = planned(model, x)
+    result = cs.verify(model, plan, x, rounds=1)
+    text = str(result)
+    assert result.ok
+    assert f"{plan.peak_bytes} bytes" in text
+    assert f"{result.measured_peak_bytes} bytes" in text
+    assert "x plain autograd" in text
+    assert text.splitlines()[-1].split() == ["verified", "yes"]
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, x = ode_net()
+    plan = planned(model, x)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random = torch.get_rng_state()
+    cs.verify(model, plan, x)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(p.grad, torch.full_like(p, 3.0)) for p in model.parameters())
+    assert torch.equal(random, torch.get_rng_state())
+
+
+class Faulty(nn.Module):
+    """Behaves while it is profiled, and then does what a test asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(32, 32)
+        self.register_buffer("count", torch.zeros(()))
+        self.fault, self.calls = "", 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.fault == "hidden state":
+            x = x * self.calls
+        if self.fault == "own random numbers":
+            x = x * torch.rand(1, generator=GENERATOR)
+        if self.fault == "larger tape":
+            return torch.tanh(torch.tanh(self.inner(x)).repeat(1, 50)).reshape(-1, 50, 32).sum(1)
+        return self.inner(x)
+
+
+GENERATOR = torch.Generator()
+
+
+@pytest.mark.parametrize("fault", ["hidden state", "own random numbers"])
+def test_wrong_gradients_are_caught(fault: str) -> None:
+    faulty = Faulty()
+    model = nn.Sequential(nn.Linear(32, 32), faulty, nn.Tanh(), nn.Linear(32, 32))
+    x = torch.randn(8, 32)
+    plan = planned(model, x, "every_stage")
+    assert cs.verify(model, plan, x).ok
+    faulty.fault = fault
+    result = cs.verify(model, plan, x)
+    assert not result.ok
+    assert not result.gradients_equal
+    assert result.worst_gradient
+    assert "verified" in str(result)
+    assert str(result).endswith("NO")
+
+
+def test_a_larger_tape_is_caught() -> None:
+    faulty = Faulty()
+    model = nn.Sequential(nn.Linear(32, 32), faulty, nn.Tanh(), nn.Linear(32, 32))
+    x = torch.randn(8, 32)
+    plan = planned(model, x, "store_all")
+    faulty.fault = "larger tape"
+    result = cs.verify(model, plan, x)
+    assert result.gradients_equal
+    assert result.measured_peak_bytes > plan.budget_bytes
+    assert not result.ok
+
+
+def test_a_wrong_replay_of_random_numbers_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = dropout_mlp()
+    plan = planned(model, x)
+    monkeypatch.setattr("ckptsched.context.RandomState.restore", lambda self: None)
+    result = cs.verify(model, plan, x)
+    assert not result.ok
+    assert not result.random_state_equal
+
+
+def test_statistics_that_move_twice_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = ode_net()
+    plan = planned(model, x)
+
+    class Nothing:
+        def __init__(self, *arguments: object) -> None: ...
+        def __enter__(self) -> None: ...
+        def __exit__(self, *exception: object) -> None: ...
+
+    monkeypatch.setattr("ckptsched.aliases.Slots.buffers_replaced", Nothing)
+    result = cs.verify(model, plan, x)
+    assert not result.buffers_equal
+    assert not result.ok
+
+
+def test_nan_gradients_are_equal_to_nan_only() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    x = torch.full((2, 4), float("nan"))
+    plan = planned(model, torch.randn(2, 4))
+    result = cs.verify(model, plan, x)
+    assert result.max_gradient_difference == 0.0
+
+
+def test_verify_refuses_no_grad() -> None:
+    model, x = ode_net()
+    plan = planned(model, x)
+    with torch.no_grad(), pytest.raises(cs.PlanMismatchError, match=r"outside torch\.no_grad"):
+        cs.verify(model, plan, x)
