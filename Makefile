@@ -7,11 +7,11 @@ ARGS       ?=
 BIN        := $(VENV)/bin
 USER_STAMP := $(VENV)/.ready-user
 DEV_STAMP  := $(VENV)/.ready-dev
-SOURCES    := ckptsched models examples tests
+SOURCES    := ckptsched models examples benchmarks tests
 USER_EXTRAS := test,plot,examples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo demo-small test test-fast lint format types hooks ci clean distclean
+.PHONY: help setup setup-dev demo demo-small bench test test-fast lint format types hooks ci clean distclean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,9 @@ demo: $(USER_STAMP) ## Train a small ODE network under a byte budget and report 
 
 demo-small: $(USER_STAMP) ## The demo at a size that shows only that it runs
 	$(BIN)/python -m examples.demo --small $(ARGS)
+
+bench: $(USER_STAMP) ## Measure budgets, overheads and gradients on the paper's networks (long)
+	$(BIN)/python -m benchmarks.budgets $(ARGS)
 
 test: $(USER_STAMP) ## Run all tests; ARGS="-k budget" picks some
 	$(BIN)/python -m pytest $(ARGS)

@@ -29,8 +29,8 @@ from .planner import plan as plan
 from .plans import Plan as Plan
 from .profiler import profile as profile
 from .schedule import Schedule as Schedule
-from .simulator import Trace as Trace
 from .simulator import simulate as simulate
+from .trace import Trace as Trace
 from .tracing import StageCall as StageCall
 from .tracing import StagedModule as StagedModule
 from .verifier import Verification as Verification

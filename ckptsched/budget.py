@@ -193,7 +193,8 @@ def format_bytes(size: int, *, budget: bool = False) -> str:
         if abs(size) >= scale:
             thousandths = Fraction(size * 1000, scale)
             rounded = math.floor(thousandths) if budget else math.ceil(thousandths)
-            return f"{rounded / 1000:.3f} {unit}"
+            whole, rest = divmod(abs(rounded), 1000)  # whole numbers: exact at any size
+            return f"{'-' if rounded < 0 else ''}{whole}.{rest:03d} {unit}"
     return f"{size} B"
 
 

@@ -55,7 +55,7 @@ class InvalidScheduleError(CkptschedError, ValueError):
 
 
 class WorkloadError(CkptschedError, ValueError):
-    """A chain that is empty, damaged or has impossible sizes or times."""
+    """A chain, or an ODE block to make one of, that is empty, damaged or has impossible values."""
 
 
 class ProfileError(CkptschedError, RuntimeError):

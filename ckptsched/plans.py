@@ -19,8 +19,8 @@ from typing import Any, final
 from .budget import format_bytes, format_seconds
 from .errors import CkptschedError, InvalidScheduleError, PlanMismatchError, WorkloadError
 from .schedule import Schedule, schedule_from_json, schedule_to_json
-from .simulator import Trace, simulate
-from .trace import Live
+from .simulator import simulate
+from .trace import Live, Trace
 from .workload import Chain
 
 FORMAT = "ckptsched plan"
@@ -220,7 +220,8 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read(data: Any, source: str) -> Plan:
+def _check_seal(data: Any, source: str) -> None:
+    """Refuse what is no plan, of another version, or changed after it was written."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         is_chain = isinstance(data, dict) and "u_f" in data
         found = "a chain: `ckptsched plan` makes a plan of it" if is_chain else "something else"
@@ -236,6 +237,10 @@ def _read(data: Any, source: str) -> Plan:
             f"{source} is damaged: it says checksum {data.get('checksum')!r}, its content has "
             f"{found!r}; restore the file, or {_AGAIN}"
         )
+
+
+def _read(data: Any, source: str) -> Plan:
+    _check_seal(data, source)
     try:
         chain = Chain.from_json(data["chain"])
         schedule = schedule_from_json(data["schedule"])
@@ -306,7 +311,7 @@ def _divides(plan: Plan) -> bool:
 
 def _table(plan: Plan) -> str:
     chain = plan.chain
-    name = f" {chain.name!r}" if chain.name else ""
+    name = f"{chain.name!r}," if chain.name else "a chain of"
     store_all = format_seconds(chain.store_all_seconds)
     again = plan.forwards - len(chain)
     rows = [
@@ -324,7 +329,7 @@ def _table(plan: Plan) -> str:
         ("least budget", _size(plan.least_budget_bytes)),
         (
             "lower bound",
-            f"{format_seconds(plan.lower_bound_seconds)}; none of {_class(plan)} takes less",
+            f"{format_seconds(plan.lower_bound_seconds)}; {_class(plan)} takes less",
         ),
         ("gap", f"{plan.gap:.2%} above the lower bound"),
         ("rounding", _rounding(plan)),
@@ -333,7 +338,7 @@ def _table(plan: Plan) -> str:
     ]
     width = max(len(label) for label, _ in rows)
     lines = [f"  {label:<{width}}  {text}" for label, text in rows]
-    return "\n".join([f"plan of{name or ' a chain of'} {len(chain)} stages", *lines])
+    return "\n".join([f"plan of {name} {len(chain)} stages", *lines])
 
 
 def _size(size: int, *, budget: bool = False) -> str:
@@ -342,7 +347,7 @@ def _size(size: int, *, budget: bool = False) -> str:
 
 def _class(plan: Plan) -> str:
     name = plan.schedule_class
-    return name if name.endswith("schedules") else f"the {name} schedules"
+    return "no schedule at all" if name == "all schedules" else f"no {name} schedule"
 
 
 def _rounding(plan: Plan) -> str:
@@ -377,4 +382,5 @@ def label_of(item: Live, chain: Chain) -> str:
     if match is None:
         return item.name
     number = int(match[2])
-    return f"{item.name} ({chain.stage_name(number) if number else 'the input'})"
+    name = chain.stage_name(number) if number else "the input"
+    return item.name if name == f"stage {number}" else f"{item.name} ({name})"

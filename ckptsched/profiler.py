@@ -96,9 +96,9 @@ def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
     clones = {id(buffer): buffer.clone() for buffer in slots.buffers()}
     random = RandomState.take(device)
     try:
-        with slots.parameters_replaced(slots.bind(aliases)), slots.buffers_replaced(clones):
-            with torch.enable_grad():
-                yield
+        bound = slots.bind(aliases)
+        with slots.parameters_replaced(bound), slots.buffers_replaced(clones), torch.enable_grad():
+            yield
     finally:
         random.restore()
 

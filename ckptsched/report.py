@@ -167,7 +167,8 @@ def print_grid(grid: Grid, console: Console) -> None:
     if not console.is_terminal:
         console.print(Text(f"{grid.title}\n{grid}"), soft_wrap=True)
         return
-    table = Table(title=Text(grid.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.title, table.title_justify = Text(grid.title, style="bold"), "left"
     for i, column in enumerate(grid.headings):
         left = grid.names_first and i == 0
         table.add_column(Text(column), justify="left" if left else "right", overflow="fold")

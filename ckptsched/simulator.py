@@ -7,51 +7,18 @@ The ledger charges what PyTorch allocates, to the byte, where the profile has th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, final
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from .budget import Link, Tier
 from .errors import InvalidScheduleError, WorkloadError
 from .ledger import charge
 from .schedule import Code, Copy, Drop, Kind, Schedule, Value, format_operation
-from .trace import Live
+from .trace import Live, Trace
 from .workload import Chain
 
 Links = Mapping[tuple[Tier, Tier], Link]
-
-
-@final
-@dataclass(frozen=True)
-class Trace:
-    """What a schedule does, by simulation."""
-
-    seconds: float
-    """Seconds of the step."""
-    peak_bytes: int
-    """Peak on the device: the ledger's where there is one, else the planning model's."""
-    planning_peak_bytes: int
-    """Peak on the device in the planning model."""
-    ledger_peak_bytes: int | None
-    """Peak on the device in the ledger; None where the chain has no exact bytes."""
-    host_peak_bytes: int
-    """Peak of what is kept on the host."""
-    disk_peak_bytes: int
-    """Peak of what is kept on disk."""
-    forwards: int
-    """Runs of stages, with and without tape."""
-    peak_position: int
-    """Index of the operation that runs at the peak."""
-    peak_operation: str
-    """That operation as text."""
-    live_at_peak: tuple[Live, ...] = ()
-    """What is live at the peak, largest first; adds up to the peak."""
-    timeline: npt.NDArray[np.int64] = field(
-        default_factory=lambda: np.zeros(0, np.int64), compare=False, repr=False
-    )
-    """Bytes while each operation runs, shape (m,)."""
 
 
 def simulate(
@@ -152,6 +119,7 @@ class _Planning:
         states, tapes, grads = (self.stored[kind] for kind in Kind)
         stop = len(schedule) if until is None else until
         codes, numbers = schedule.codes.tolist(), schedule.stages.tolist()
+        kinds, sources = schedule.kinds.tolist(), schedule.sources.tolist()
         times: list[float] = []
         during = [0] * stop
         level = self.level
@@ -159,23 +127,27 @@ class _Planning:
             code, i = codes[p], numbers[p]
             self.position = p
             if code <= Code.TAPED_FORWARD:
-                self.require(1 <= i <= self.n, f"the chain has stages 1 to {self.n}")
-                self.require(
-                    states[i - 1] or tapes[i - 1],
-                    f"state[{i - 1}] is not available: neither it nor tape[{i - 1}] is stored",
-                )
-                size = w_t[i] if code else w_a[i]
                 target = tapes if code else states
-                self.require(not target[i], f"{'tape' if code else 'state'}[{i}] is already stored")
+                if not (1 <= i <= self.n and (states[i - 1] or tapes[i - 1]) and not target[i]):
+                    self.check_forward(i, "tape" if code else "state", target)
+                size = w_t[i] if code else w_a[i]
                 target[i] = 1
                 during[p] = level + size + o_f[i]
                 level += size
                 times.append(forward_seconds[i])
             elif code == Code.DROP:
-                level -= self.drop(p)
+                plain = kinds[p] == Kind.STATE and sources[p] == Tier.DEVICE and 0 < i < self.n
+                if plain and states[i] and not tapes[i + 1]:  # most drops, at less cost
+                    states[i] = 0
+                    level -= w_a[i]
+                else:
+                    level -= self.drop(p)
                 during[p] = level
             elif code == Code.BACKWARD:
-                self.check_backward(i)
+                if not (self.turned and 1 <= i <= self.n and grads[i] and tapes[i]) or not (
+                    states[i - 1] or tapes[i - 1]
+                ):
+                    self.check_backward(i)
                 fresh = w_p[i]
                 during[p] = level + w_g[i - 1] + o_b[i] + fresh
                 level += w_g[i - 1] + fresh - w_g[i] - w_t[i]
@@ -210,6 +182,15 @@ class _Planning:
         if not condition:
             operation = format_operation(self.schedule[self.position])
             raise InvalidScheduleError(self.position, operation, reason)
+
+    def check_forward(self, i: int, name: str, target: bytearray) -> None:
+        states, tapes = self.stored[Kind.STATE], self.stored[Kind.TAPE]
+        self.require(1 <= i <= self.n, f"the chain has stages 1 to {self.n}")
+        self.require(
+            states[i - 1] or tapes[i - 1],
+            f"state[{i - 1}] is not available: neither it nor tape[{i - 1}] is stored",
+        )
+        self.require(not target[i], f"{name}[{i}] is already stored")
 
     def check_backward(self, i: int) -> None:
         states, tapes, grads = (self.stored[kind] for kind in Kind)

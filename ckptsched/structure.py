@@ -15,6 +15,7 @@ from .tracing import Block
 from .workload import Signature
 
 _INDEX = re.compile(r"\[\d+\]$")
+_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+\b")
 
 
 def stage_label(block: Block, name: str) -> str:
@@ -24,7 +25,7 @@ def stage_label(block: Block, name: str) -> str:
 
 
 def structure_digest(blocks: Iterable[Block]) -> str:
-    """SHA-256 of the blocks, their stages, and shapes and dtypes of what they own."""
+    """SHA-256 of the blocks, their stages, how they print, and what tensors they own."""
     described = []
     for block in blocks:
         owned = [
@@ -33,7 +34,10 @@ def structure_digest(blocks: Iterable[Block]) -> str:
         ]
         names = (stage_label(block, stage.name) for stage in block.stages)
         labels = [(label, len(list(same))) for label, same in itertools.groupby(names)]
-        described.append((block.name, type(block.module).__qualname__, labels, owned))
+        # What modules print of themselves tells a kernel size or an integrator; an address in it
+        # would differ from process to process.
+        printed = _ADDRESS.sub("", repr(block.module))
+        described.append((block.name, printed, labels, owned))
     text = json.dumps(described, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -58,5 +62,5 @@ def sign(model: nn.Module, blocks: Iterable[Block], x: Tensor) -> Signature:
         device=x.device.type,
         threads=torch.get_num_threads(),
         training=training_mode(model),
-        torch_version=torch.__version__,
+        torch_version=str(torch.__version__),
     )

@@ -220,7 +220,7 @@ def _step(model: nn.Module, sample: Tensor, loss: Loss, meter: Meter) -> _Outcom
 def _compare(
     expected: dict[str, Tensor | None], found: dict[str, Tensor | None]
 ) -> tuple[float, str, float]:
-    """Largest difference, where it is, and the largest gradient; one that is missing is infinite."""
+    """Largest difference, its place, and the largest gradient; one missing counts as infinite."""
     difference, worst, largest = 0.0, "", 0.0
     for name, right in expected.items():
         left = found[name]

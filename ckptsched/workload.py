@@ -367,10 +367,12 @@ def chain_to_json(chain: Chain) -> dict[str, Any]:
     data: dict[str, Any] = {"name": chain.name, "size_unit": "bytes", "time_unit": "s"}
     data["n"] = len(chain)
     heads = {"w_a": chain.input_bytes, "w_g": chain.input_gradient_bytes}
-    for key, attribute, _ in _COLUMNS:
-        column = [getattr(stage, attribute) for stage in chain.stages]
+    for key, attribute, is_time in _COLUMNS:
+        # One type a column, so that what is read back has the same fingerprint.
+        kind = float if is_time else int
+        column = [kind(getattr(stage, attribute)) for stage in chain.stages]
         data[key] = [heads[key], *column] if key in heads else column
-    data["u_loss"] = chain.loss_seconds
+    data["u_loss"] = float(chain.loss_seconds)
     data["o_loss"] = chain.loss_overhead_bytes
     data["w_held"] = chain.held_bytes
     data["random_state_bytes"] = chain.random_state_bytes

@@ -3,7 +3,7 @@
 From the root of the repository:
 
     python -m examples.train --data digits --budget 40% --epochs 4
-    python -m examples.train --data cifar10 --data-root data --model squeezenext --method rk2 \\
+    python -m examples.train --data cifar10 --data-root data --model squeezenext --method midpoint \\
         --batch 256 --epochs 350 --budget 512MiB --checkpoint runs/sqnxt.ckpt --resume
 
 Optimizer and learning rates are those of the ANODE paper's training script: SGD with momentum

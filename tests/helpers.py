@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ckptsched.schedule import Schedule
-from ckptsched.simulator import Trace, simulate
+from ckptsched.simulator import simulate
+from ckptsched.trace import Trace
 from ckptsched.workload import Block, Chain, Stage, StageLedger
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -102,9 +103,7 @@ def uniform(
         tape_bytes=tape,
         gradient_bytes=state,
     )
-    return Chain(
-        stages=(stage,) * n, input_bytes=state, input_gradient_bytes=state, blocks=blocks
-    )
+    return Chain(stages=(stage,) * n, input_bytes=state, input_gradient_bytes=state, blocks=blocks)
 
 
 def exact_stage(**changes: Any) -> Stage:

@@ -118,7 +118,8 @@ def ledger_chains(draw: st.DrawFn, most_stages: int = 4, noise: bool = False) ->
                 tape_bytes=tape,
                 gradient_bytes=gradients[i],
                 forward_overhead_bytes=max(
-                    ledger.forward_peak_bytes - own, ledger.taped_peak_bytes - own - ledger.tape_bytes
+                    ledger.forward_peak_bytes - own,
+                    ledger.taped_peak_bytes - own - ledger.tape_bytes,
                 ),
                 backward_overhead_bytes=max(
                     0, max(ledger.backward_peak_bytes) - gradients[i - 1] - parameters

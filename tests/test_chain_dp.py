@@ -225,7 +225,8 @@ def test_reference_instances(name: str, worst: float) -> None:
         relative = result.trace.seconds / chain.store_all_seconds
         assert row["lower_bound"] - 1e-6 <= relative <= row["best_known"] * (1 + worst)
         bound = result.lower_bound_seconds / chain.store_all_seconds
-        assert bound <= row["best_known"] * (1 + 1e-6)
+        # The figures were made with 32-bit floats.
+        assert bound <= row["best_known"] * (1 + 1e-5)
     seconds = [seconds_of(result) for result in results]
     assert seconds == sorted(seconds, reverse=True)
 

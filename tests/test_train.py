@@ -141,7 +141,7 @@ def test_a_finished_run_that_is_resumed_only_evaluates(
 def test_cifar_trains_from_its_folder(tmp_path: Path) -> None:
     write_cifar(tmp_path, torchvision.datasets.CIFAR100)
     arguments = ["--data", "cifar100", "--data-root", str(tmp_path), "--batch", "3"]
-    arguments += ["--model", "squeezenext", "--method", "rk2", "--steps", "1", "--epochs", "1"]
+    arguments += ["--model", "squeezenext", "--method", "heun", "--steps", "1", "--epochs", "1"]
     arguments += ["--budget", "none", "--device", "cpu"]
     with pytest.raises(RuntimeError, match="checksum"):
         train.main(arguments)

@@ -10,6 +10,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from ..errors import WorkloadError
 from ..tracing import StageCall, StagedModule
 from .steps import runge_kutta_step
 from .tableaus import ButcherTableau, find_tableau
@@ -66,14 +67,14 @@ class ODEBlock(StagedModule):
         f: The right-hand side: a module, or a function that owns no parameters. It is
             called as f(z), or as f(t, z) with t a tensor of no dimensions in the state's dtype
             (torchdiffeq's order), and returns a tensor of z's shape and dtype.
-        method: "euler", "midpoint" (also "rk2"), "heun", "rk4", or a `ButcherTableau`.
+        method: "euler", "midpoint", "heun", "rk4", or a `ButcherTableau`.
         steps: Number of equal steps, at least 1.
         t0: Time of the state that comes in.
         t1: Time of the state that goes out; may lie before t0.
         time_dependent: Whether f takes the time; None reads it off the signature of f.
 
     Raises:
-        ValueError: An argument that is none of the above.
+        WorkloadError: An argument that is none of the above.
 
     Reference:
         Gholami, Keutzer, Biros, ANODE (arXiv 1902.10298), equations (1a) to (1c).
@@ -98,12 +99,12 @@ class ODEBlock(StagedModule):
         super().__init__()
         _check_function(f)
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"steps is {steps!r}; give an int of at least 1")
+            raise WorkloadError(f"steps is {steps!r}; give an int of at least 1")
         t0, t1 = _time("t0", t0), _time("t1", t1)
         if t0 == t1:
-            raise ValueError(f"t0 and t1 are both {t0}; there is nothing to solve: let them differ")
+            raise WorkloadError(f"t0 and t1 are both {t0}: nothing to solve; let them differ")
         if time_dependent is not None and not isinstance(time_dependent, bool):
-            raise ValueError(f"time_dependent is {time_dependent!r}; give True, False or None")
+            raise WorkloadError(f"time_dependent is {time_dependent!r}; give True, False or None")
         self.f = f
         self.tableau = find_tableau(method)
         self.steps = steps
@@ -161,28 +162,29 @@ def takes_time(f: Callable[..., Tensor]) -> bool:
         f: A module, whose `forward` counts, or a function.
 
     Raises:
-        ValueError: The signature cannot be read, or fits neither.
+        WorkloadError: The signature cannot be read, or fits neither.
     """
     called = f.forward if isinstance(f, nn.Module) else f
     try:
         parameters = list(inspect.signature(called).parameters.values())
     except (TypeError, ValueError):
-        raise ValueError(f"the signature of {_describe(f)} cannot be read; {_TWO_KINDS}") from None
+        text = f"the signature of {_describe(f)} cannot be read; {_TWO_KINDS}"
+        raise WorkloadError(text) from None
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = sum(p.default is p.empty for p in positional)
     variable = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     if variable or required not in (1, 2):
         shown = ", ".join(map(str, parameters))
-        raise ValueError(f"{_describe(f)} takes ({shown}); {_TWO_KINDS}")
+        raise WorkloadError(f"{_describe(f)} takes ({shown}); {_TWO_KINDS}")
     return required == 2
 
 
 def _check_function(f: Callable[..., Tensor]) -> None:
     if isinstance(f, type) or not callable(f):
-        raise ValueError(f"f is {f!r}; give a module or a function that maps a state to its slope")
+        raise WorkloadError(f"f is {f!r}; give a module or a function from a state to its slope")
     owner = getattr(f, "__self__", None)
     if isinstance(owner, nn.Module):
-        raise ValueError(
+        raise WorkloadError(
             f"f is a method of a {type(owner).__name__}, whose parameters would be hidden from "
             "the block; give the module itself, with this method as its forward"
         )
@@ -192,9 +194,9 @@ def _time(name: str, value: float) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}; give a number, in units of time") from None
+        raise WorkloadError(f"{name} is {value!r}; give a number, in units of time") from None
     if not math.isfinite(number):
-        raise ValueError(f"{name} is {value!r}; give a finite number, in units of time")
+        raise WorkloadError(f"{name} is {value!r}; give a finite number, in units of time")
     return number
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
+from ..errors import WorkloadError
+
 # Coefficients are floats: a sum of a few of them is right to some 1e-15, and a wrong digit
 # in a table is far larger.
 _TOLERANCE = 1e-12
@@ -46,13 +48,13 @@ class ButcherTableau:
         """Refuse coefficients that are not those of a method of the stated order.
 
         Raises:
-            ValueError: Shapes that do not match, a coefficient that is not finite, a row sum
+            WorkloadError: Shapes that do not match, a coefficient that is not finite, a row sum
                 that is not c_i, or an order condition that is broken.
         """
         self._check_shapes()
         for i, (row, c_i) in enumerate(zip(self.a, self.c, strict=True)):
             if abs(math.fsum(row) - c_i) > _TOLERANCE:
-                raise ValueError(
+                raise WorkloadError(
                     f"tableau {self.name!r}: row {i} of a sums to {math.fsum(row)!r}, but "
                     f"c[{i}] is {c_i!r}; they must be equal, so correct one of them"
                 )
@@ -60,7 +62,7 @@ class ButcherTableau:
             for tree in _trees(vertices):
                 found, needed = self._weight(tree), 1 / _density(tree)
                 if abs(found - needed) > _TOLERANCE:
-                    raise ValueError(
+                    raise WorkloadError(
                         f"tableau {self.name!r}: an order condition for order {vertices} "
                         f"gives {found!r} in place of {needed!r}"
                         f"{' (the sum of b)' if vertices == 1 else ''}; correct a "
@@ -69,22 +71,22 @@ class ButcherTableau:
 
     def _check_shapes(self) -> None:
         if not isinstance(self.order, int) or isinstance(self.order, bool) or self.order < 1:
-            raise ValueError(f"tableau {self.name!r}: order is {self.order!r}; give an int >= 1")
+            raise WorkloadError(f"tableau {self.name!r}: order is {self.order!r}; give an int >= 1")
         slopes = len(self.b)
         if not slopes or len(self.a) != slopes or len(self.c) != slopes:
-            raise ValueError(
+            raise WorkloadError(
                 f"tableau {self.name!r}: a has {len(self.a)} rows, b {slopes} and c "
                 f"{len(self.c)} entries; all three need one for each slope, at least one"
             )
         for i, row in enumerate(self.a):
             if len(row) != i:
-                raise ValueError(
+                raise WorkloadError(
                     f"tableau {self.name!r}: row {i} of a has {len(row)} entries; an explicit "
                     f"method has {i} there, those below the diagonal"
                 )
         for value in itertools.chain(*self.a, self.b, self.c):
             if not math.isfinite(value):
-                raise ValueError(
+                raise WorkloadError(
                     f"tableau {self.name!r}: found the coefficient {value!r}; all must be finite"
                 )
 
@@ -155,11 +157,11 @@ RK4 = ButcherTableau(
 METHODS = {
     "euler": EULER,
     "midpoint": MIDPOINT,
-    "rk2": MIDPOINT,
     "heun": HEUN,
     "rk4": RK4,
 }
-"""Every method by its names; "rk2" is what it is in the code released with ANODE."""
+"""Every method by its name. There is no "rk2": the ANODE paper's is Heun's to some readers and
+the midpoint rule in its released code."""
 
 
 def find_tableau(method: str | ButcherTableau) -> ButcherTableau:
@@ -172,13 +174,13 @@ def find_tableau(method: str | ButcherTableau) -> ButcherTableau:
         The coefficients.
 
     Raises:
-        ValueError: There is no such name.
+        WorkloadError: There is no such name.
     """
     if isinstance(method, ButcherTableau):
         return method
     if isinstance(method, str) and method in METHODS:
         return METHODS[method]
-    raise ValueError(
+    raise WorkloadError(
         f"unknown method {method!r}; give one of {', '.join(map(repr, METHODS))} "
         "or a ButcherTableau"
     )

@@ -10,7 +10,7 @@ from typing import final
 from ..budget import format_bytes
 from ..errors import InfeasibleBudgetError
 from ..schedule import Schedule
-from ..simulator import Trace
+from ..trace import Trace
 from ..workload import Chain
 
 

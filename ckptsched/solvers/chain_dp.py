@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from ..errors import InfeasibleBudgetError, WorkloadError
 from ..schedule import Code, Schedule
-from ..simulator import Trace, simulate
+from ..simulator import simulate
+from ..trace import Trace
 from ..workload import Chain
 from .base import AbstractSolver, Solution, infeasible
 from .baselines import Baseline, baselines_for

@@ -9,14 +9,14 @@ import numpy as np
 
 from ..schedule import Schedule, ScheduleBuilder
 from .chain_sizes import Slots
-from .chain_table import LeastMemory, Table, kept_states, split_need
+from .chain_table import LeastMemory, Table
 
 
 class Choices(Protocol):
     """What the lowering asks: how the schedule of a segment begins."""
 
-    def split(self, s: int, t: int, m: int) -> int:
-        """The j at which segment (s, t) with m slots splits; 0 where stage s is taped."""
+    def split(self, start: int, t: int, m: int) -> int:
+        """The j at which a segment with m slots splits; 0 where its first stage is taped."""
 
     @property
     def sizes(self) -> Slots:
@@ -33,30 +33,31 @@ def lower(choices: Choices, m: int) -> Schedule:
     Returns:
         A valid schedule, in O(operations) and one choice a segment.
     """
-    n = len(choices.sizes.sizes)
-    tape = choices.sizes.tape.tolist()
+    sizes, starts = choices.sizes, choices.sizes.sizes.starts
+    n, tape = len(sizes.sizes), sizes.tape.tolist()
     build = ScheduleBuilder()
-    # Entries are (s, t, m) to solve, (0, i, 0) to drop state i, (-1, i, 0) to reverse stage i.
+    # Entries are (start, t, m) to solve, (0, i, 0) to drop state i, (-1, i, 0) to reverse i.
     todo = [(0, 0, 0), (1, n + 1, m)]
     while todo:
-        s, t, m = todo.pop()
-        if s == 0:
+        start, t, m = todo.pop()
+        s = int(starts.stage[start])
+        if start == 0:
             build.drop_state(t)
-        elif s < 0:
+        elif start < 0:
             build.backward(t)
         elif s == n + 1:
             build.turn()
         else:
-            j = 0 if s == t else choices.split(s, t, m)
+            j = 0 if s == t else choices.split(start, t, m)
             if j:
                 build.sweep(s, j - 1)
-                kept = int(kept_states(choices.sizes, s, t)[j - s - 1])
-                todo += [(s, j - 1, m), (0, j - 1, 0), (j, t, m - kept)]
+                takes = int(sizes.split_takes(start, t)[j - s - 1])
+                todo += [(start, j - 1, m), (0, j - 1, 0), (j, t, m - takes)]
             else:
                 build.tape(s)
                 todo.append((-1, s, 0))
                 if s < t:
-                    todo.append((s + 1, t, m - tape[s]))
+                    todo.append((int(starts.after[s]), t, m - tape[s]))
     return build.build()
 
 
@@ -81,17 +82,18 @@ class Guided:
         """Bytes."""
         return self.least.sizes
 
-    def split(self, s: int, t: int, m: int) -> int:
+    def split(self, start: int, t: int, m: int) -> int:
         """The choice that fits in m bytes and has the least seconds in the table."""
         sizes, scale = self.sizes, self.optimism / self.table.sizes.unit
-        taped, tapes = np.inf, m >= self.least.taped_need(s, t)
-        if tapes:
+        s = int(sizes.sizes.starts.stage[start])
+        taped = np.inf
+        if m >= self.least.taped_need(start, t):
             rest = round((m - int(sizes.tape[s])) * scale)
             taped = self.table.taped_seconds(s, t, rest)
-        rests = np.rint((m - kept_states(sizes, s, t)) * scale).astype(np.int64)
-        seconds = self.table.split_seconds(s, t, round(m * scale), rests)
-        seconds[split_need(sizes, self.least.slots, s, t) > m] = np.inf
+        rests = np.rint((m - sizes.split_takes(start, t)) * scale).astype(np.int64)
+        seconds = self.table.split_seconds(start, t, round(m * scale), rests)
+        seconds[self.least.split_need(start, t) > m] = np.inf
         best = int(seconds.argmin())
         if np.isinf(min(taped, seconds[best])):  # near the least memory slots are too coarse
-            return self.least.split(s, t, m)
+            return self.least.split(start, t, m)
         return 0 if taped <= seconds[best] else s + 1 + best

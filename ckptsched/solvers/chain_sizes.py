@@ -24,6 +24,32 @@ Rounding = Literal["nearest", "down"]
 
 @final
 @dataclass(frozen=True)
+class Starts:
+    """The ways in which a segment starts, by number.
+
+    Start s = 1..n+1: state s - 1 is there and not counted. Further starts: tape s - 1 hands
+    state s - 1 on, which counts until the last run that reads it, which is the run of s with
+    tape. They exist where no tape saves the state; elsewhere it counts with the tape.
+    """
+
+    stage: npt.NDArray[np.int64]
+    """First stage s of the segment."""
+    handed: Bytes
+    """What state s - 1 takes until stage s has been taped; 0 for the plain starts."""
+    after: npt.NDArray[np.int64]
+    """The start of the segment that follows a tape of stage s, by s."""
+
+    @functools.cached_property
+    def by_stage(self) -> tuple[tuple[int, ...], ...]:
+        """The starts of segments from stage s, by s; further ones last."""
+        found: list[list[int]] = [[] for _ in range(int(self.stage.max()) + 1)]
+        for start, s in enumerate(self.stage.tolist()):
+            found[s].append(start)
+        return tuple(tuple(starts) for starts in found)
+
+
+@final
+@dataclass(frozen=True)
 class ChainSizes:
     """Bytes in columns; index i is stage or state i, and n + 1 the loss."""
 
@@ -45,6 +71,8 @@ class ChainSizes:
     """The loss."""
     fixed: int
     """What is there from start to end, such as the input."""
+    handed: Bytes
+    """State i while only the reader to come keeps it, being in no tape, shape (n + 1,)."""
     origin: npt.NDArray[np.int64]
     """The state in whose storage state i lies: i itself, or an earlier one for a view."""
     forward_seconds: npt.NDArray[np.float64]
@@ -55,6 +83,19 @@ class ChainSizes:
     def __len__(self) -> int:
         """The number of stages n."""
         return len(self.state) - 1
+
+    @functools.cached_property
+    def starts(self) -> Starts:
+        """Where segments start."""
+        n = len(self)
+        extra = np.flatnonzero(self.handed[:-1])
+        after = np.arange(1, n + 2)
+        after[extra] = n + 2 + np.arange(len(extra))
+        return Starts(
+            stage=np.concatenate((np.arange(n + 2), extra + 1)),
+            handed=np.concatenate((np.zeros(n + 2, dtype=np.int64), self.handed[extra])),
+            after=after,
+        )
 
     @functools.cached_property
     def sweep(self) -> Bytes:
@@ -86,7 +127,7 @@ class ChainSizes:
     @functools.cached_property
     def common_divisor(self) -> int:
         """The largest unit of which all sizes are multiples, in bytes."""
-        columns = (self.state, self.tape, self.gradient, self.forward, self.taped)
+        columns = (self.state, self.tape, self.gradient, self.forward, self.taped, self.handed)
         numbers = np.concatenate((*columns, self.backward, self.later))
         return math.gcd(self.turn, *(int(x) for x in np.unique(numbers))) or 1
 
@@ -120,17 +161,32 @@ class Slots:
         """Slots of the loss."""
         return int(self.round(np.array([self.sizes.turn], dtype=np.int64))[0])
 
-    def taped_need(self, t: int) -> Bytes:
-        """Least slots by stage s in which it can be taped first and reversed last in (s, t)."""
-        sizes = self.sizes
-        return self.round(
-            np.maximum(sizes.taped + sizes.gradient[t] + sizes.later[t], sizes.backward)
-        )
+    @functools.cached_property
+    def handed(self) -> Bytes:
+        """Slots that a state handed on takes, by start."""
+        return self.round(self.sizes.starts.handed)
 
-    def sweep_need(self, s: int, t: int) -> Bytes:
+    def taped_need(self, t: int) -> Bytes:
+        """Least slots by start in which its stage can be taped first and reversed last."""
+        sizes, starts = self.sizes, self.sizes.starts
+        stage = np.minimum(starts.stage, len(sizes))  # the loss has no tape: any number will do
+        forward = sizes.taped[stage] + starts.handed + sizes.gradient[t] + sizes.later[t]
+        return self.round(np.maximum(forward, sizes.backward[stage]))
+
+    def sweep_need(self, start: int, t: int) -> Bytes:
         """Least slots by j = s+1..t in which stages s..j-1 can be swept in (s, t)."""
-        sizes = self.sizes
-        return self.round(sizes.sweep[s, s + 1 : t + 1] + sizes.gradient[t] + sizes.later[t])
+        sizes, starts = self.sizes, self.sizes.starts
+        s = int(starts.stage[start])
+        more = sizes.gradient[t] + sizes.later[t] + starts.handed[start]
+        return self.round(sizes.sweep[s, s + 1 : t + 1] + more)
+
+    def split_takes(self, start: int, t: int) -> Bytes:
+        """Slots that the part (j, t) has less than (s, t), by split j = s+1..t."""
+        s = int(self.sizes.starts.stage[start])
+        takes = self.state[s:t] + self.handed[start]
+        free = [j for j in self.sizes.free_splits.get(s, ()) if j <= t]
+        takes[np.array(free, dtype=np.int64) - s - 1] = self.handed[start]
+        return takes
 
 
 def chain_sizes(chain: Chain) -> ChainSizes:
@@ -154,6 +210,7 @@ def _planning_sizes(chain: Chain) -> ChainSizes:
         later=later,
         turn=int(w_g[-1]) + chain.loss_overhead_bytes,
         fixed=chain.input_bytes + chain.held_bytes,
+        handed=np.zeros(len(chain) + 1, dtype=np.int64),
         origin=np.arange(len(chain) + 1),
         forward_seconds=columns.forward_seconds,
         is_ledger=False,
@@ -182,11 +239,13 @@ def _ledger_sizes(chain: Chain) -> ChainSizes:
     # A view that is kept keeps the storage it lies in; the input's is the caller's.
     state = own[origin]
     saves = [False, *(ledger.output_saved for ledger in ledgers)]
-    # The storage of state i stays as long as tape i does if either saves it: tape i + 1 does
-    # so from the last run that reads state i, and until then tape i hands it on.
+    # The storage of state i stays as long as tape i does if either tape saves it: tape i + 1
+    # does so from the last run that reads state i, and until then tape i hands it on. If
+    # neither saves it, it stays until that run (`handed`).
     read = [*(ledger.input_saved for ledger in ledgers), False]
     tape = np.array([0, *(ledger.tape_bytes for ledger in ledgers)], dtype=np.int64)
-    tape += np.where(np.logical_or(saves, read), own, 0)
+    saved = np.logical_or(saves, read)
+    tape += np.where(saved, own, 0)
     # Tape i + 1 is gone when the backward of stage i starts, and with it what only it saved.
     gone = np.where(np.logical_and(read, np.logical_not(saves)), own, 0)
     peaks = [
@@ -207,6 +266,7 @@ def _ledger_sizes(chain: Chain) -> ChainSizes:
         later=later,
         turn=held + int(w_g[-1]) + chain.loss_overhead_bytes,
         fixed=chain.input_bytes,
+        handed=np.where(saved, 0, own),
         origin=origin,
         forward_seconds=columns.forward_seconds,
         is_ledger=True,

@@ -16,7 +16,8 @@ from typing import final
 
 from ..errors import WorkloadError
 from ..schedule import Schedule, ScheduleBuilder
-from ..simulator import Trace, simulate
+from ..simulator import simulate
+from ..trace import Trace
 from ..workload import Chain
 from .base import AbstractSolver, Solution, infeasible
 
@@ -25,7 +26,7 @@ from .base import AbstractSolver, Solution, infeasible
 MOST_ADVANCES = 4_000_000
 # The peak of a schedule with more runs than this is inferred from that of one with more
 # states: each state fewer saves its bytes. The schedule chosen is always simulated.
-_SIMULATED_ADVANCES = 400_000
+_SIMULATED_ADVANCES = 100_000
 
 
 def _beta(s: int, r: int) -> int:
@@ -154,8 +155,9 @@ class _Trials:
 
     def _fewest_with(self, most: int) -> int:
         n = len(self.chain)
-        numbers = range(1, n + 1)  # advances falls as states grow, to n - 1 at n
-        return numbers[min(bisect_left(numbers, -most, key=lambda s: -advances(n, s)), n - 1)]
+        numbers = range(1, n)  # advances falls as states grow, to n - 1 at n - 1 and at n
+        found = bisect_left(numbers, -most, key=lambda s: -advances(n, s)) + 1
+        return min(found, max(n - 1, 1))
 
     @property
     def _state_bytes(self) -> int:

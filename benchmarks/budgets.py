@@ -1,0 +1,152 @@
+"""Is every budget kept, and does a plan cost what it says, on the networks of the ANODE paper?
+
+From the root of the repository: python -m benchmarks.budgets
+
+For each network, at budgets from the least feasible to storing everything: projected and
+measured peak, projected and measured overhead (time of the planned step over plain autograd's,
+timed in turn in the same run), the largest difference of a gradient, and whether BatchNorm's
+statistics are equal. Prints a table, and with --json saves the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import ckptsched as cs
+from models import ode_resnet18, ode_resnet_small, ode_squeezenext23
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet18-euler-16": lambda: ode_resnet18(method="euler", steps=16),
+    "resnet18-rk4-8": lambda: ode_resnet18(method="rk4", steps=8),
+    "squeezenext-euler-16": lambda: ode_squeezenext23(method="euler", steps=16),
+    "squeezenext-rk4-8": lambda: ode_squeezenext23(method="rk4", steps=8),
+    "small-rk4-8": lambda: ode_resnet_small(method="rk4", steps=8, in_channels=3),
+}
+COLUMNS = (
+    "budget_bytes",
+    "projected_peak_bytes",
+    "measured_peak_bytes",
+    "overhead_projected",
+    "overhead_measured",
+    "gap",
+    "forwards",
+    "max_gradient_difference",
+    "buffers_equal",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS)[:4])
+    parser.add_argument("--budgets", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each kind")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    results = {}
+    for name in args.networks:
+        results[name] = measure(name, args.budgets, args.batch, args.rounds, args.device)
+        if args.json:
+            args.json.write_text(
+                json.dumps({**machine(args.device), "networks": results}, indent=1)
+            )
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were taken on."""
+    return {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "ckptsched": cs.__version__,
+    }
+
+
+def measure(name: str, budgets: int, batch: int, rounds: int, device: str) -> list[dict[str, Any]]:
+    """One network at all budgets."""
+    torch.manual_seed(0)
+    model = NETWORKS[name]().to(device)
+    x = torch.randn(batch, 3, 32, 32, device=device)
+    labels = torch.randint(0, 10, (batch,), device=device)
+
+    def loss(output: Tensor) -> Tensor:
+        return functional.cross_entropy(output, labels)
+
+    start = time.perf_counter()
+    chain = cs.profile(model, x, loss=loss)
+    profiled = time.perf_counter() - start
+    start = time.perf_counter()
+    tradeoff = cs.tradeoff(chain, budgets=budgets)
+    planned = time.perf_counter() - start
+    print(
+        f"\n{name}: {len(chain)} stages, batch {batch}; profiled in {profiled:.1f} s, "
+        f"{budgets} budgets planned in {planned:.1f} s",
+        flush=True,
+    )
+    print(
+        "   budget MiB  projected   measured  of proj.  overhead proj.  meas.  ratio  "
+        "gradients  BatchNorm"
+    )
+    rows = []
+    for row in tradeoff.rows:
+        result = cs.verify(model, row.plan, x, loss=loss, rounds=rounds, tolerance=1.0)
+        rows.append(figures(row.plan, result))
+        show(rows[-1])
+    ratios = [row["measured_over_projected_time"] for row in rows]
+    print(f"   time measured over projected: median {statistics.median(ratios):.3f}")
+    return rows
+
+
+def figures(plan: cs.Plan, result: cs.Verification) -> dict[str, Any]:
+    """What one budget showed."""
+    measured = result.seconds / result.plain_seconds - 1
+    row = {
+        "budget_bytes": plan.budget_bytes,
+        "projected_peak_bytes": plan.peak_bytes,
+        "measured_peak_bytes": result.measured_peak_bytes,
+        "plain_peak_bytes": result.plain_peak_bytes,
+        "overhead_projected": plan.overhead,
+        "overhead_measured": measured,
+        "measured_over_projected_time": (1 + measured) / (1 + plan.overhead),
+        "gap": plan.gap,
+        "forwards": plan.forwards,
+        "solver": plan.solver,
+        "max_gradient_difference": result.max_gradient_difference,
+        "buffers_equal": result.buffers_equal,
+        "within_budget": result.measured_peak_bytes <= plan.budget_bytes,
+    }
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    """One line of the table."""
+    mib = 2.0**20
+    share = row["measured_peak_bytes"] / row["projected_peak_bytes"]
+    print(
+        f"   {row['budget_bytes'] / mib:10.3f} {row['projected_peak_bytes'] / mib:10.3f} "
+        f"{row['measured_peak_bytes'] / mib:10.3f}  {share:8.3%}  {row['overhead_projected']:13.1%} "
+        f"{row['overhead_measured']:6.1%} {row['measured_over_projected_time']:6.3f}  "
+        f"{row['max_gradient_difference']:9.2g}  {'equal' if row['buffers_equal'] else 'DIFFER'}"
+        f"{'' if row['within_budget'] else '  OVER BUDGET'}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
