@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from ckptsched.workload import Block, Chain, Stage, StageLedger
@@ -64,9 +66,9 @@ def uniform_chains(draw: st.DrawFn, most_stages: int = 12) -> Chain:
 
 
 @st.composite
-def ledgers(draw: st.DrawFn) -> StageLedger:
+def ledgers(draw: st.DrawFn, views: bool = True) -> StageLedger:
     """Exact bytes of a stage, as they can be: what is held longer never lowers a peak."""
-    view = draw(st.booleans())
+    view = views and draw(st.booleans())
     state, tape = draw(st.integers(0, 9)), draw(st.integers(0, 9))
     own = 0 if view else state
     free, if_input, if_output = draw(SMALL), draw(SMALL), draw(SMALL)
@@ -91,7 +93,9 @@ def ledgers(draw: st.DrawFn) -> StageLedger:
 
 
 @st.composite
-def ledger_chains(draw: st.DrawFn, most_stages: int = 4, noise: bool = False) -> Chain:
+def ledger_chains(
+    draw: st.DrawFn, most_stages: int = 4, noise: bool = False, views: bool = True
+) -> Chain:
     """A chain with exact bytes, and planning sizes that bound them from above.
 
     Args:
@@ -99,17 +103,22 @@ def ledger_chains(draw: st.DrawFn, most_stages: int = 4, noise: bool = False) ->
         most_stages: Length at most.
         noise: Whether buffers are cloned and random states are kept, which the planning
             model does not know.
+        views: Whether some stages return views of their inputs.
     """
-    exact = draw(st.lists(ledgers(), min_size=1, max_size=most_stages))
+    exact = draw(st.lists(ledgers(views), min_size=1, max_size=most_stages))
     gradients = [draw(SMALL) for _ in range(len(exact) + 1)]
     links, storage = [], 0
     size = draw(SMALL)
     storage = size
     for i, ledger in enumerate(exact, 1):
+        parameters = draw(SMALL)
+        new = gradients[i - 1]  # what a backward leaves is there at its end
+        peaks = ledger.backward_peak_bytes
+        peaks = tuple(peak + new + parameters * (k % 2) for k, peak in enumerate(peaks))
+        ledger = replace(ledger, backward_peak_bytes=peaks)
         storage = storage if ledger.output_is_view else ledger.state_bytes
         own = 0 if ledger.output_is_view else ledger.state_bytes
         tape = ledger.tape_bytes + storage
-        parameters = draw(SMALL)
         links.append(
             Stage(
                 forward_seconds=draw(SECONDS),

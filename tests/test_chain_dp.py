@@ -94,6 +94,18 @@ def test_equal_to_enumeration(chain: Chain) -> None:
         assert seconds_of(result) >= cheapest(chain, budget)
 
 
+@settings(max_examples=100, deadline=None)
+@given(ledger_chains(views=False))
+def test_equal_to_enumeration_in_exact_bytes(chain: Chain) -> None:
+    frontier = persistent_frontier(chain)
+    budgets = sorted({peak + d for peak, _ in frontier for d in (-1, 0)})
+    for budget, result in zip(budgets, ChainDp().solve_each(chain, budgets), strict=True):
+        check_result(chain, budget, result)
+        assert seconds_of(result) == cheapest_of(frontier, budget)
+        if isinstance(result, Solution):
+            assert result.lower_bound_seconds == result.trace.seconds
+
+
 @settings(max_examples=60, deadline=None)
 @given(ledger_chains(), st.booleans())
 def test_exact_bytes_bound_and_fit(chain: Chain, noise: bool) -> None:

@@ -34,7 +34,7 @@ EXACT_SLOTS = 2_000
 # A table of 8-byte numbers takes 1.2 GB at most, and some 20 to 60 seconds to fill.
 MOST_NUMBERS = 1.5e8
 MOST_ADDITIONS = 2e10
-# Fewer slots than this lose ten percent and more (L = 8, N_t = 64), or find no schedule.
+# A chain of 520 stages loses ten percent at 100 slots; with far fewer a plan says little.
 FEWEST_SLOTS = 50
 # Budgets share a table with those up to this much larger.
 _OCTAVE = math.sqrt(2)
@@ -43,10 +43,11 @@ _OCTAVE = math.sqrt(2)
 _HEADROOM = 1.1
 # How much more than the exact bytes guided schedules look for in the rounded table.
 _OPTIMISM = (1.0, 1.005, 1.01, 1.02)
-# Rounding down loses more than rounding to nearest, so bounds get more slots while they take
-# less than about half a second.
-_BOUND_SLOTS = 2_000
+# Rounding down loses more than rounding to nearest, so bounds get more slots, while they take
+# no more than about half a second and 160 MB.
+_BOUND_SLOTS = 20_000
 _BOUND_ADDITIONS = 5e8
+_BOUND_NUMBERS = 2e7
 # Where the ledger needs more than its relaxation: a small table, and schedules tried with it,
 # to find the least budget. 5e8 additions take about half a second.
 _EDGE_ADDITIONS = 5e8
@@ -64,7 +65,7 @@ class ChainDp(AbstractSolver):
     until one fits: those of the rounded table, those that the table prefers among the choices
     that fit in bytes, the baselines and, on uniform chains, revolve. A second table with sizes
     rounded down gives the lower bound. For a chain with a ledger both tables work with sizes
-    that bound the ledger from below, so the bound holds in the ledger.
+    that bound the ledger from below (`chain_sizes`), so the bound holds in the ledger.
 
     A larger budget never gives a costlier schedule within one `solve_each`. Tables depend on
     the chain and on the budget's half-octave below the peak of storing everything, not on the
@@ -138,6 +139,7 @@ class _Candidate:
         if self.trial is None:
             schedule = self.build()
             self.trial = schedule, simulate(chain, schedule)
+            self.build = lambda: schedule  # lets go of the table that it came from
         return self.trial
 
 
@@ -151,7 +153,7 @@ class _Search:
     sizes: ChainSizes = field(init=False)
     fewest: LeastMemory = field(init=False)
     least: Trace = field(init=False)
-    known: list[_Candidate] = field(init=False, default_factory=list)
+    known: dict[Schedule, _Candidate] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Find the least budget, and collect what needs no table."""
@@ -166,8 +168,8 @@ class _Search:
         self.fewest = least_memory(Slots(self.sizes, 1, "nearest"))
         for baseline in baselines_for(chain):
             self.know(baseline.schedule(chain))
-        self.know(lower(self.fewest, self.fewest.total))
-        self.least = self.known[-1].run(chain)[1]
+        least = self.know(lower(self.fewest, self.fewest.total))
+        self.least = least.run(chain)[1]
         if self.least.peak_bytes > self.fewest.total + self.sizes.fixed:
             self._look_for_less()
 
@@ -182,15 +184,17 @@ class _Search:
         """Simulation of storing everything."""
         return simulate(self.chain, Baseline("store_all").schedule(self.chain))
 
-    def know(self, schedule: Schedule) -> None:
-        """Add a schedule to those that are tried for every budget."""
-        columns, codes, stages = self.chain.arrays, schedule.codes, schedule.stages
-        seconds = (
-            columns.forward_seconds[stages[codes <= Code.TAPED_FORWARD]].sum()
-            + columns.backward_seconds.sum()
-            + self.chain.loss_seconds
-        )
-        self.known.append(_Candidate(float(seconds), lambda: schedule))
+    def know(self, schedule: Schedule) -> _Candidate:
+        """Add a schedule to those that are tried for every budget from now on."""
+        if schedule not in self.known:
+            columns, codes, stages = self.chain.arrays, schedule.codes, schedule.stages
+            seconds = (
+                columns.forward_seconds[stages[codes <= Code.TAPED_FORWARD]].sum()
+                + columns.backward_seconds.sum()
+                + self.chain.loss_seconds
+            )
+            self.known[schedule] = _Candidate(float(seconds), lambda: schedule)
+        return self.known[schedule]
 
     def _look_for_less(self) -> None:
         """Find the least budget where the ledger charges more than its relaxation.
@@ -198,7 +202,6 @@ class _Search:
         Deterministic in the chain alone, so that every budget from the least on is met.
         """
         least, fixed = self.fewest.total, self.sizes.fixed
-        known = len(self.known)
         _, additions = table_numbers(self.sizes, 1)
         top = self.least.peak_bytes - fixed
         slots = int(
@@ -212,8 +215,8 @@ class _Search:
         for slot in np.unique(np.linspace(table.least, table.top, _EDGE_TRIALS).astype(np.int64)):
             if table.least <= slot <= table.top:
                 self.know(lower(table, int(slot)))
-        traces = [candidate.run(self.chain)[1] for candidate in self.known[known:]]
-        self.least = min([self.least, *traces], key=lambda trace: trace.peak_bytes)
+        traces = [candidate.run(self.chain)[1] for candidate in self.known.values()]
+        self.least = min(traces, key=lambda trace: trace.peak_bytes)
 
     def groups(self, budgets: Iterable[int]) -> list[tuple[_Unit, list[int]]]:
         """Budgets that share a table, smallest first."""
@@ -236,9 +239,9 @@ class _Search:
     def solve(self, unit: _Unit, budgets: Sequence[int]) -> list[tuple[int, Solution]]:
         """Solve for budgets of one unit, smallest first, with one table or two."""
         fixed, base = self.sizes.fixed, self.chain.store_all_seconds
-        found = {budget: self._cheapest(budget, []) for budget in budgets}
         # A budget that fits everything needs no table.
         needed = [budget for budget in budgets if budget < self.store_all.peak_bytes]
+        found: dict[int, _Candidate] = {}
         extra, step = np.zeros(1), 1
         if needed:
             top = max(needed) - fixed
@@ -246,12 +249,14 @@ class _Search:
             table = Table(Slots(self.sizes, unit.bytes, "nearest"), most // unit.bytes)
             levels = self._levels(table)
             for budget in needed:
-                found[budget] = self._cheapest(budget, levels + self._guided(table, budget))
+                self._guide(table, budget)
+                found[budget] = self._cheapest(budget, levels)
             extra, step = table.extra_seconds.copy(), unit.bytes
             del table, levels  # before the next table takes as much
             if not unit.exact and any(found[budget].seconds > base for budget in needed):
                 step = self._bound_unit(top, unit.bytes)
                 extra = Table(Slots(self.sizes, step, "down"), top // step).extra_seconds
+        found |= {budget: self._cheapest(budget) for budget in budgets if budget not in found}
         bounds = [extra[min((x - fixed) // step, len(extra) - 1)] for x in budgets]
         return [
             (budget, self.solution(found[budget], base + float(bound), unit))
@@ -260,9 +265,9 @@ class _Search:
 
     def _bound_unit(self, top: int, unit: int) -> int:
         """The unit of the lower bound: finer than the table's where that costs little."""
-        _, additions = table_numbers(self.sizes, 1)
-        slots = min(_BOUND_SLOTS, self.most_slots, int(_BOUND_ADDITIONS / additions))
-        return min(unit, max(1, -(-top // max(slots, 1))))
+        numbers, additions = table_numbers(self.sizes, 1)
+        slots = min(_BOUND_SLOTS, _BOUND_NUMBERS / numbers, _BOUND_ADDITIONS / additions)
+        return min(unit, max(1, -(-top // max(int(slots), 1))))
 
     def _levels(self, table: Table) -> list[_Candidate]:
         """One candidate for each distinct cost in the table, at the fewest slots that have it."""
@@ -281,29 +286,24 @@ class _Search:
             for m in slots
         ]
 
-    def _guided(self, table: Table, budget: int) -> list[_Candidate]:
-        """Schedules that fit in (relaxed) bytes, and are cheap in the table."""
+    def _guide(self, table: Table, budget: int) -> None:
+        """Add schedules that fit in (relaxed) bytes, and are cheap in the table."""
         if table.sizes.unit == self.sizes.common_divisor and not self.sizes.is_ledger:
-            return []
-        count = len(self.known)
+            return  # the table itself is exact
         for optimism in _OPTIMISM:
             guided = Guided(self.fewest, table, optimism)
             self.know(lower(guided, budget - self.sizes.fixed))
-        found = self.known[count:]
-        del self.known[count:]
-        return found
 
-    def _cheapest(self, budget: int, more: list[_Candidate]) -> _Candidate:
+    def _cheapest(self, budget: int, levels: Sequence[_Candidate] = ()) -> _Candidate:
         """The cheapest candidate that fits; it is remembered for larger budgets."""
         if self.chain.is_uniform:
             with contextlib.suppress(InfeasibleBudgetError):
                 self.know(Revolve().solve(self.chain, budget).schedule)
-        for candidate in sorted(self.known + more, key=lambda x: x.seconds):
-            if candidate.from_bytes > budget:
-                continue
-            if candidate.run(self.chain)[1].peak_bytes <= budget:
-                self.known.append(candidate)
-                return candidate
+        for candidate in sorted((*self.known.values(), *levels), key=lambda x: x.seconds):
+            if candidate.from_bytes <= budget:
+                schedule, trace = candidate.run(self.chain)
+                if trace.peak_bytes <= budget:
+                    return self.known.setdefault(schedule, candidate)
         raise AssertionError("the schedule of least memory fits every budget from the least on")
 
     def solution(self, candidate: _Candidate, bound: float, unit: _Unit) -> Solution:

@@ -100,8 +100,7 @@ def least_memory(sizes: Slots) -> LeastMemory:
     slots = np.full((len(starts.stage), n + 2), NEVER, dtype=np.int64)
     slots[n + 1, n + 1] = sizes.turn
     least = LeastMemory(sizes, slots)
-    tape, stage, after = sizes.tape.tolist(), starts.stage.tolist(), starts.after.tolist()
-    by_stage = starts.by_stage
+    tape, after, by_stage = sizes.tape.tolist(), starts.after.tolist(), starts.by_stage
     for t in range(1, n + 2):
         taped = sizes.taped_need(t).tolist()
         for s in range(min(t, n), 0, -1):
@@ -148,7 +147,8 @@ class Table:
     @property
     def extra_seconds(self) -> Seconds:
         """Extra seconds of the whole chain by slots, shape (top + 1,)."""
-        return self._rows(1, self.n + 1, self.n + 1)[0]
+        row: Seconds = self._rows(1, self.n + 1, self.n + 1)[0]
+        return row
 
     def split(self, start: int, t: int, m: int) -> int:
         """The choice of least extra seconds; taping where it is as good as splitting."""
@@ -185,7 +185,8 @@ class Table:
 
     def _rows(self, start: int, first: int, last: int) -> Seconds:
         zero = int(self._row[start] - self._starts.stage[start])
-        return self._values[zero + first : zero + last + 1]
+        rows: Seconds = self._values[zero + first : zero + last + 1]
+        return rows
 
     def _fill(self) -> None:
         n, top, sizes = self.n, self.top, self.sizes
