@@ -6,6 +6,7 @@ The ledger charges what PyTorch allocates, to the byte, where the profile has th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -172,7 +173,7 @@ class _Planning:
                 during[p] = level
                 times.append(seconds)
         self.level = level
-        self.seconds = float(np.sum(np.asarray(times))) if times else 0.0
+        self.seconds = math.fsum(times)  # exactly rounded: the order of operations is no matter
         self.timeline[:stop] = during
         if until is None:
             self.check_end()

@@ -237,11 +237,7 @@ class Chain:
     def store_all_seconds(self) -> float:
         """Seconds of the step when nothing is run twice."""
         columns = self.arrays
-        return float(
-            math.fsum(columns.forward_seconds)
-            + math.fsum(columns.backward_seconds)
-            + self.loss_seconds
-        )
+        return math.fsum((*columns.forward_seconds, *columns.backward_seconds, self.loss_seconds))
 
     @functools.cached_property
     def is_uniform(self) -> bool:

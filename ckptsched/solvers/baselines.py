@@ -23,6 +23,9 @@ from .base import AbstractSolver, Solution, infeasible
 INPUT_ONLY_STAGES = 2_000
 # Beyond this, comparing it costs more than all other baselines together.
 _COMPARED_INPUT_ONLY_STAGES = 300
+# Beyond this, simulating one baseline takes most of a second, and where revolve takes the chain
+# it is no dearer than any of them that keeps states.
+_LONG = 20_000
 
 _EVERY = re.compile(r"every_([1-9][0-9]*)")
 _FIXED = ("store_all", "anode", "every_stage", "sqrt", "input_only")
@@ -163,14 +166,16 @@ def baselines_for(chain: Chain) -> tuple[Baseline, ...]:
         chain: The chain.
 
     Returns:
-        `store_all`; `anode` where there are blocks; `every_<k>` for k = 2, 4, 8 … below n;
-        `every_stage`; `sqrt`; `input_only` for a few hundred stages at most.
+        `store_all`; `anode` where there are blocks; `every_<k>` for k = 2, 4, 8 … below n, but
+        not on long uniform chains; `every_stage`; `sqrt`; `input_only` for a few hundred stages
+        at most.
     """
     n = len(chain)
     names = ["store_all"]
     if chain.blocks:
         names.append("anode")
-    names += [f"every_{2**e}" for e in range(1, n.bit_length()) if 2**e < n]
+    if n <= _LONG or not chain.is_uniform:
+        names += [f"every_{2**e}" for e in range(1, n.bit_length()) if 2**e < n]
     names += ["every_stage", "sqrt"]
     if n <= _COMPARED_INPUT_ONLY_STAGES:
         names.append("input_only")
