@@ -6,8 +6,10 @@ sizes go up and budgets go down.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import math
+import operator
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -81,18 +83,30 @@ class Budget:
         """Refuse what no step can be planned for.
 
         Raises:
-            BudgetSyntaxError: Not exactly one of the two bounds, or one that is not positive.
+            BudgetSyntaxError: Not exactly one of the two bounds, one that is no number or not
+                positive, or reserved bytes that are negative, too many, or beside a share.
         """
         if (self.bytes is None) == (self.share is None):
             raise BudgetSyntaxError(
                 f"a budget is bytes or a share, found bytes={self.bytes}, share={self.share}; "
                 + _REMEDY
             )
-        if self.bytes is not None and self.bytes <= self.reserved_bytes:
+        for name, value in (("bytes", self.bytes), ("reserved_bytes", self.reserved_bytes)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise BudgetSyntaxError(
+                    f"{name} of a budget must be a whole number, found {value!r}; {_REMEDY}"
+                )
+        if self.reserved_bytes < 0 or (self.share is not None and self.reserved_bytes):
             raise BudgetSyntaxError(
-                f"the budget of {self.bytes} bytes leaves nothing after "
-                f"{self.reserved_bytes} reserved bytes; {_REMEDY}"
+                f"{self.reserved_bytes} bytes cannot be reserved: 0 or more, and of a budget in "
+                "bytes only"
             )
+        if self.bytes is not None and self.bytes <= self.reserved_bytes:
+            left = f"leaves nothing after {self.reserved_bytes} reserved bytes"
+            fault = left if self.reserved_bytes else "is not positive"
+            raise BudgetSyntaxError(f"a budget of {self.bytes} bytes {fault}; {_REMEDY}")
+        if self.share is not None and not isinstance(self.share, Fraction):
+            raise BudgetSyntaxError(f"a share must be a Fraction, found {self.share!r}; {_REMEDY}")
         if self.share is not None and self.share <= 0:
             raise BudgetSyntaxError(f"a budget of {float(self.share):%} is not positive; {_REMEDY}")
 
@@ -142,6 +156,9 @@ def parse_budget(budget: int | float | str | Budget) -> Budget:
     """
     if isinstance(budget, Budget):
         return budget
+    if not isinstance(budget, (str, float)) and not isinstance(budget, bool):
+        with contextlib.suppress(TypeError):
+            budget = operator.index(budget)  # numpy's integers, too
     if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
         raise BudgetSyntaxError(
             f"a budget cannot be read from {type(budget).__name__} {budget!r}; {_REMEDY}"

@@ -1,7 +1,8 @@
-"""What a run of a stage sees besides its input: random state and autocast."""
+"""What a run of a stage sees besides its input: random state, autocast, and the time."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,11 @@ class Autocast:
             )
         )
 
+    def __str__(self) -> str:
+        """Such as "cpu to torch.bfloat16"; "off" where it is."""
+        on = [f"{kind} to {dtype}" for kind, enabled, dtype in self.modes if enabled]
+        return ", ".join(on) or "off"
+
     @contextmanager
     def again(self) -> Iterator[None]:
         """Run under the same modes, without the cache of cast weights.
@@ -88,3 +94,10 @@ class Autocast:
                         torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
                     )
             yield
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -6,10 +6,12 @@ import threading
 from typing import final
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from .aliases import Slots
 from .budget import Tier
+from .context import Autocast
 from .errors import PlanMismatchError
 from .liveness import analyse, cut
 from .plans import Plan
@@ -106,6 +108,18 @@ class Program:
                 f"found {found[0]}, {found[1]} on {found[2]}; give such a batch, or plan for this "
                 "one (under torch.no_grad any batch runs)"
             )
+        if tuple(x.stride()) != signature.input_stride:
+            raise PlanMismatchError(
+                f"the plan is for a batch with strides {signature.input_stride}, found "
+                f"{tuple(x.stride())}: another memory format takes other bytes; give the batch in "
+                "the planned one (.contiguous()), or plan for this one"
+            )
+        if x.device.type == "cpu" and torch.get_num_threads() != signature.threads:
+            raise PlanMismatchError(
+                f"the plan was measured with {signature.threads} threads, found "
+                f"{torch.get_num_threads()}: workspaces depend on them; call "
+                f"torch.set_num_threads({signature.threads}), or profile and plan again"
+            )
         if x.requires_grad and not signature.input_requires_grad:
             raise PlanMismatchError(
                 "the plan is for an input without gradient, found one that requires it; profile "
@@ -116,6 +130,12 @@ class Program:
             raise PlanMismatchError(
                 f"the plan is for mode {signature.training!r}, found {mode!r}; call train() or "
                 "eval() as when it was profiled, or plan again (under torch.no_grad any mode runs)"
+            )
+        autocast = str(Autocast.take(x.device))
+        if autocast != signature.autocast:
+            raise PlanMismatchError(
+                f"the plan is for autocast {signature.autocast}, found {autocast}; run the model "
+                "under the same, or profile under this one and plan again"
             )
         if tuple(p.requires_grad for p in self.all_slots.parameters()) != self.trained:
             raise PlanMismatchError(

@@ -137,17 +137,16 @@ class _Planning:
                 level += size
                 times.append(forward_seconds[i])
             elif code == Code.DROP:
+                during[p] = level
                 plain = kinds[p] == Kind.STATE and sources[p] == Tier.DEVICE and 0 < i < self.n
                 if plain and states[i] and not tapes[i + 1]:  # most drops, at less cost
                     states[i] = 0
                     level -= w_a[i]
                 else:
                     level -= self.drop(p)
-                during[p] = level
             elif code == Code.BACKWARD:
-                if not (self.turned and 1 <= i <= self.n and grads[i] and tapes[i]) or not (
-                    states[i - 1] or tapes[i - 1]
-                ):
+                fits = self.turned and 1 <= i <= self.n and grads[i] and tapes[i]
+                if not fits or self.done[i] or not (states[i - 1] or tapes[i - 1]):
                     self.check_backward(i)
                 fresh = w_p[i]
                 during[p] = level + w_g[i - 1] + o_b[i] + fresh
@@ -177,7 +176,6 @@ class _Planning:
         self.timeline[:stop] = during
         if until is None:
             self.check_end()
-            self.timeline = np.maximum(self.timeline, chain.input_bytes + chain.held_bytes)
 
     def require(self, condition: object, reason: str) -> None:
         if not condition:
@@ -209,7 +207,9 @@ class _Planning:
         value, tier = operation.value, operation.tier
         self.require(0 <= value.stage <= self.n, f"the chain has stages 1 to {self.n}")
         if tier is not Tier.DEVICE:
-            self.require((value, tier) in self.away, f"{value} is not stored on the {tier.name}")
+            self.require(
+                (value, tier) in self.away, f"{value} is not stored on the {tier.name.lower()}"
+            )
             del self.away[value, tier]
             return 0
         self.require(self.stored[value.kind][value.stage], f"{value} is not stored")
@@ -259,6 +259,8 @@ class _Planning:
         missing = [i for i in range(1, self.n + 1) if not self.done[i]]
         if missing:
             fail(f"stage {missing[-1]} never had its backward")
+        if not self.stored[Kind.GRAD][0]:
+            fail("grad[0] is not stored: it is the result, and was dropped")
         self.stored[Kind.GRAD][0] = 0
         for kind in Kind:
             left = self.stored[kind].find(1)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .context import Autocast
 from .tracing import Block
 from .workload import Signature
 
@@ -29,7 +30,7 @@ def structure_digest(blocks: Iterable[Block]) -> str:
     described = []
     for block in blocks:
         owned = [
-            (name, list(tensor.shape), str(tensor.dtype), tensor.requires_grad)
+            (name, list(tensor.shape), tensor.stride(), str(tensor.dtype), tensor.requires_grad)
             for name, tensor in (*block.module.named_parameters(), *block.module.named_buffers())
         ]
         names = (stage_label(block, stage.name) for stage in block.stages)
@@ -57,10 +58,12 @@ def sign(model: nn.Module, blocks: Iterable[Block], x: Tensor) -> Signature:
     return Signature(
         structure=structure_digest(blocks),
         input_shape=tuple(x.shape),
+        input_stride=tuple(x.stride()),
         input_dtype=str(x.dtype),
         input_requires_grad=x.requires_grad,
         device=x.device.type,
         threads=torch.get_num_threads(),
         training=training_mode(model),
+        autocast=str(Autocast.take(x.device)),
         torch_version=str(torch.__version__),
     )

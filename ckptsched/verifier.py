@@ -6,8 +6,8 @@ by bit, and the measured peak with the projected one and the budget.
 
 from __future__ import annotations
 
+import math
 import statistics
-import time
 from dataclasses import dataclass
 from typing import final
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .budget import format_bytes, format_seconds
-from .context import RandomState
+from .context import Autocast, RandomState, now
 from .errors import PlanMismatchError
 from .executor import Checkpointed, checkpointed
 from .memory import Meter, default_meter
@@ -58,7 +58,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether all three promises were kept."""
+        """Whether the budget was kept, and gradients, buffers and random state are equal."""
         return (
             self.measured_peak_bytes <= self.budget_bytes
             and self.gradients_equal
@@ -120,7 +120,9 @@ def verify(
 ) -> Verification:
     """Run one step by the plan and one by plain autograd, from the same state.
 
-    The model is left as it was: buffers, gradients and the random state are put back.
+    The model is left as it was: buffers, gradients and the random state are put back. Under
+    autocast both steps run without its cache of cast weights: with it, plain autograd adds up
+    the gradients of a weight that is used several times in the lower precision.
 
     Args:
         model: The model, or one that `checkpointed` returned.
@@ -144,7 +146,8 @@ def verify(
         raise PlanMismatchError("verify needs gradients; call it outside torch.no_grad")
     loss = loss or default_loss
     meter = meter or default_meter(sample.device)
-    with _left_as_it_was(plain, sample) as reset:
+    autocast = Autocast.take(sample.device)
+    with _left_as_it_was(plain, sample) as reset, autocast.again():
         expected = _step(plain, sample, loss, meter)
         reset()
         found = _step(planned, sample, loss, meter)
@@ -230,7 +233,8 @@ def _compare(
             largest = max(largest, float(right.abs().max()) if right.numel() else 0.0)
             same = torch.equal(left, right) or _same_nan(left, right)
             here = 0.0 if same else float((left - right).abs().max())
-        if here != 0.0 and not here <= difference:
+        # A difference that is not a number is the worst, and stays so.
+        if here != 0.0 and not math.isnan(difference) and not here <= difference:
             difference, worst = here, name
     return difference, worst, largest
 
@@ -251,16 +255,10 @@ def _time(
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for model, seconds in zip((planned, plain), times, strict=True):
-            start = _now(sample)
+            start = now(sample.device)
             loss(model(sample)).backward()  # type: ignore[no-untyped-call]
-            seconds.append(_now(sample) - start)
+            seconds.append(now(sample.device) - start)
             reset()
     if not rounds:
         return 0.0, 0.0
     return statistics.median(times[0]), statistics.median(times[1])
-
-
-def _now(x: Tensor) -> float:
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
@@ -10,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from .context import now
 from .errors import ProfileError
 from .memory import Meter, storage_bytes
 from .survey import Kind, Loss
@@ -143,23 +143,17 @@ def time_once(kind: Kind) -> None:
         # Equal steps run one after the other, and find caches and memory as the last left them.
         with torch.no_grad():
             kind.call(kind.x)
-    start = _now(kind.x)
+    start = now(kind.x.device)
     with torch.no_grad():
         kind.call(kind.x)
-    plain = _now(kind.x)
+    plain = now(kind.x.device)
     tape, _ = kind.record(kind.x)
-    taped = _now(kind.x)
+    taped = now(kind.x.device)
     tape.backward(kind.gradient)
-    end = _now(kind.x)
+    end = now(kind.x.device)
     kind.forward_seconds.append(plain - start)
     # Every schedule runs each stage with tape once, so what that takes longer is a constant.
     kind.backward_seconds.append(end - taped + max(0.0, (taped - plain) - (plain - start)))
-
-
-def _now(x: Tensor) -> float:
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter()
 
 
 @final
@@ -188,9 +182,9 @@ def weigh_loss(loss: Loss, output: Tensor, meter: Meter) -> LossWeight:
             f"the model's output has dtype {output.dtype}; a loss needs a floating point one"
         )
     _, gradient = _go_back(loss, output)
-    start = _now(output)
+    start = now(output.device)
     _go_back(loss, output)
-    seconds = _now(output) - start
+    seconds = now(output.device) - start
     size = storage_bytes([gradient])
     with meter.window() as window:
         value, again = _go_back(loss, output, arrived=window.mark)

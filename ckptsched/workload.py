@@ -118,6 +118,8 @@ class Signature:
     """Digest of the blocks, their stages, and all parameter and buffer shapes."""
     input_shape: tuple[int, ...]
     """Shape of the input."""
+    input_stride: tuple[int, ...]
+    """Its strides: the memory format decides which kernels run."""
     input_dtype: str
     """Its dtype, such as "torch.float32"."""
     input_requires_grad: bool
@@ -128,6 +130,8 @@ class Signature:
     """Threads of the CPU, on which the workspaces of convolutions depend."""
     training: str
     """Which modules trained: "train", "eval", or a digest where they differed."""
+    autocast: str
+    """Autocast as it was, such as "cpu to torch.bfloat16", or "off"."""
     torch_version: str
     """Version of torch that was measured."""
 
@@ -399,8 +403,8 @@ def chain_from_json(data: Mapping[str, Any]) -> Chain:
         stages = _build_stages(columns, kinds, index)
         signature = data.get("signature")
         if signature is not None:
-            fields = {**signature, "input_shape": tuple(signature["input_shape"])}
-            signature = Signature(**fields)
+            tuples = {key: tuple(signature[key]) for key in ("input_shape", "input_stride")}
+            signature = Signature(**{**signature, **tuples})
         return Chain(
             stages=stages,
             input_bytes=columns["w_a"][0],

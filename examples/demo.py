@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> float:
     verified = cs.verify(model, plan, x, loss=loss, rounds=size.rounds)
     plain = verified.plain_peak_bytes
     lines = [
-        ("budget", f"{plan.budget_bytes:,} bytes ({cs.format_bytes(plan.budget_bytes, budget=True)}), {plan.budget_bytes / plain:.1%} of plain autograd"),
+        ("budget", f"{mib(plan.budget_bytes, budget=True)}, asked for as {args.budget}"),
+        ("plain autograd's peak", mib(plain)),
         ("projected peak", mib(plan.peak_bytes)),
         ("measured peak in training", f"{mib(max(peaks))} ({len(peaks)} steps measured)"),
         ("within the budget", "yes" if max(peaks) <= plan.budget_bytes else "NO"),
@@ -109,9 +110,9 @@ def heading(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}", flush=True)
 
 
-def mib(size: int) -> str:
+def mib(size: int, *, budget: bool = False) -> str:
     """Bytes, exactly and for people."""
-    return f"{size:,} bytes ({cs.format_bytes(size)})"
+    return f"{size:,} bytes ({cs.format_bytes(size, budget=budget)})"
 
 
 def slower(verified: cs.Verification) -> float:

@@ -3,8 +3,8 @@
 From the root of the repository:
 
     python -m examples.train --data digits --budget 40% --epochs 4
-    python -m examples.train --data cifar10 --data-root data --model squeezenext --method midpoint \\
-        --batch 256 --epochs 350 --budget 512MiB --checkpoint runs/sqnxt.ckpt --resume
+    python -m examples.train --data cifar10 --data-root data --model squeezenext --batch 256 \\
+        --method midpoint --epochs 350 --budget 512MiB --checkpoint runs/sqnxt.ckpt --resume
 
 Optimizer and learning rates are those of the ANODE paper's training script: SGD with momentum
 0.9 and weight decay 5e-4, a tenth of the rate after 3/7 and again after 5/7 of the epochs.

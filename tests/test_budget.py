@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -162,3 +164,31 @@ def test_a_budget_is_bytes_or_a_share() -> None:
 def test_a_link_takes_latency_and_bandwidth() -> None:
     assert Link(bytes_per_second=100.0, latency_seconds=0.5).seconds(250) == 3.0
     assert [tier.name for tier in Tier] == ["DEVICE", "HOST", "DISK"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Budget(bytes=float("nan")), "bytes of a budget must be a whole number, found nan"),
+        (lambda: Budget(bytes=10.7), "must be a whole number, found 10.7"),
+        (lambda: Budget(bytes="64MiB"), "must be a whole number, found '64MiB'"),
+        (lambda: Budget(bytes=True), "must be a whole number, found True"),
+        (lambda: Budget(bytes=-3), "a budget of -3 bytes is not positive"),
+        (lambda: Budget(), "a budget is bytes or a share, found bytes=None, share=None"),
+        (lambda: Budget(share=0.5), "a share must be a Fraction, found 0.5"),
+        (lambda: Budget(share=Fraction(1, 2), reserved_bytes=5), "5 bytes cannot be reserved"),
+        (lambda: Budget.total(10, reserved_bytes=-5), "-5 bytes cannot be reserved: 0 or more"),
+        (lambda: Budget.total(10, reserved_bytes=10), "leaves nothing after 10 reserved bytes"),
+        (lambda: Budget.total("40%", reserved_bytes=10), "a total needs bytes, found '40%'"),
+    ],
+)
+def test_budgets_that_are_made_by_hand_are_checked(
+    make: Callable[[], Budget], message: str
+) -> None:
+    with pytest.raises(BudgetSyntaxError) as caught:
+        make()
+    assert message in str(caught.value)
+
+
+def test_integers_of_numpy_are_budgets() -> None:
+    assert parse_budget(np.int64(9)) == Budget(bytes=9)

@@ -139,6 +139,7 @@ def test_other_batches_and_modes_are_refused() -> None:
     refused(x.double(), r"torch.float32 on cpu; found .*torch.float64")
     refused(x.to("meta"), "on cpu; found .* on meta")
     refused([x], "takes one tensor, found a list")
+    refused(x.to(memory_format=torch.channels_last), r"strides \(768, 256, 16, 1\), found \(768")
     refused(x.clone().requires_grad_(), "an input without gradient, found one that requires it")
     model[1].eval()
     refused(x, r"for mode 'train', found 'mixed .*call train\(\)")
@@ -149,12 +150,27 @@ def test_other_batches_and_modes_are_refused() -> None:
     trained(x).sum().backward()
 
 
+def test_another_number_of_threads_is_refused() -> None:
+    model, x = ode_net()
+    trained = cs.checkpointed(model, planned(model, x))
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(cs.PlanMismatchError, match=r"with 1 threads, found 2.*set_num_threads"):
+            trained(x)
+    finally:
+        torch.set_num_threads(1)
+    trained(x).sum().backward()
+
+
 def test_a_plan_for_another_model_is_refused() -> None:
     model, x = ode_net()
     plan = planned(model, x)
     wider = nn.Sequential(*model[:3], nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)))
     with pytest.raises(cs.PlanMismatchError, match=r"expects 18 stages in 5 blocks .*plan this"):
         cs.checkpointed(wider, plan)
+    other_method = nn.Sequential(model[0], cs.ODEBlock(model[1].f, "midpoint", 4), *model[2:])
+    with pytest.raises(cs.PlanMismatchError, match="the plan is for another model"):
+        cs.checkpointed(other_method, plan)
     by_hand = cs.Chain.from_json({"u_f": [1], "u_b": [1], "w_a": [1, 1], "w_t": [2]})
     with pytest.raises(cs.PlanMismatchError, match="a chain without a model; profile the model"):
         cs.checkpointed(model, cs.plan(by_hand, budget=100))
@@ -312,6 +328,8 @@ def test_autocast_is_replayed() -> None:
         chain = cs.profile(model, x)
     twin = copy.deepcopy(model)
     trained = cs.checkpointed(model, tight(chain, "every_2"))
+    with pytest.raises(cs.PlanMismatchError, match=r"autocast cpu to torch.bfloat16, found off"):
+        trained(x)
     for net in (trained, twin):
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
             y = net(x)

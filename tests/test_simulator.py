@@ -24,8 +24,8 @@ STORE_ALL = "T1 T2 turn B2 B1 -x0"
 def test_bytes_of_the_first_worked_example() -> None:
     chain = example("E1")
     tight = "F1 T2 turn B2 -x1 T1 B1 -x0"
-    assert levels(chain, tight) == [2, 5, 6, 7, 2, 5, 6, 1]
-    assert levels(chain, STORE_ALL) == [4, 7, 8, 9, 6, 1]
+    assert levels(chain, tight) == [2, 5, 6, 7, 3, 5, 6, 2]
+    assert levels(chain, STORE_ALL) == [4, 7, 8, 9, 6, 2]
     assert run(chain, tight).seconds == 7
     assert run(chain, STORE_ALL).seconds == 6
 
@@ -57,7 +57,7 @@ def test_what_is_not_a_state_counts_too() -> None:
     chain = Chain.from_json(data)
     trace = run(chain, STORE_ALL)
     # input 1, held 100; T1 3 + 1; T2 3 + 2; loss 5 + 9; B2 3 + 6 + 20; B1 2 + 4 + 10.
-    assert trace.timeline.tolist() == [105, 109, 121, 141, 143, 132]
+    assert trace.timeline.tolist() == [105, 109, 121, 141, 143, 133]
     assert trace.seconds == 13
     assert Live("parameter gradients", 20) in trace.live_at_peak
     assert Live("output held by the caller", 100) in trace.live_at_peak
@@ -94,7 +94,12 @@ def test_live_values_add_up_to_the_peak() -> None:
         ("F1 -x1 -x1", 2, "state[1] is not stored"),
         ("-x3", 0, "the chain has stages 1 to 2"),
         ("F1 -x0", 1, "the input is needed until Backward(1)"),
-        ("F1 -x1@host", 1, "state[1] is not stored on the HOST"),
+        (
+            "T1 T2 turn g2:device>host B2 -g1 T2 g2:host>device B2 -g2@host B1 -x0",
+            8,
+            "stage 2 has had its backward",
+        ),
+        ("F1 -x1@host", 1, "state[1] is not stored on the host"),
         ("F1 x1:device>device", 1, "source and target are the same tier"),
         ("x1:device>host", 0, "state[1] is not stored on the device"),
         ("F1 x1:host>device", 1, "state[1] is not stored on the host"),
@@ -119,6 +124,7 @@ def test_every_rule_has_its_message(text: str, position: int, reason: str) -> No
         ("T1 T2 turn", "stage 2 never had its backward"),
         ("T1 T2 turn B2", "stage 1 never had its backward"),
         ("T1 T2 turn B2 B1", "state[0] is still stored: it leaks"),
+        ("T1 T2 turn B2 B1 -x0 -g0", "grad[0] is not stored: it is the result"),
         ("F1 T2 turn B2 T1 B1 -x0", "state[1] is still stored: it leaks"),
         ("F1 x1:device>disk -x1 T1 T2 turn B2 B1 -x0", "state[1] is still stored on the disk"),
     ],

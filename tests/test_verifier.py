@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
+from ckptsched.verifier import _compare
 from tests.networks import dropout_mlp, ode_net, planned
 
 
@@ -116,6 +117,14 @@ def test_nan_gradients_are_equal_to_nan_only() -> None:
     plan = planned(model, torch.randn(2, 4))
     result = cs.verify(model, plan, x)
     assert result.max_gradient_difference == 0.0
+
+
+def test_a_difference_that_is_no_number_is_the_worst() -> None:
+    expected = {"a": torch.ones(1), "b": torch.ones(1)}
+    found = {"a": torch.full((1,), float("nan")), "b": torch.ones(1) + 1e-6}
+    difference, worst, largest = _compare(expected, found)
+    assert difference != difference
+    assert (worst, largest) == ("a", 1.0)
 
 
 def test_verify_refuses_no_grad() -> None:
