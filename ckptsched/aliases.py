@@ -44,6 +44,10 @@ class Slots:
         found = (module._buffers[name] for module, name in self._buffers)
         return list({id(b): b for b in found if b is not None}.values())
 
+    def buffers_in_place(self) -> list[Tensor | None]:
+        """What is in each place for a buffer now, in the order of the places."""
+        return [module._buffers[name] for module, name in self._buffers]
+
     def in_place(self) -> list[Tensor | None]:
         """What is in each place for a parameter now, in the order of the places."""
         return [module._parameters[name] for module, name in self._parameters]
@@ -77,15 +81,18 @@ class Slots:
                     _put(module, name, parameter)
 
     @contextmanager
-    def buffers_replaced(self, clones: Mapping[int, Tensor]) -> Iterator[None]:
+    def buffers_replaced(
+        self, clones: Mapping[int, Tensor], held: Sequence[Tensor | None] | None = None
+    ) -> Iterator[None]:
         """Put clones in the places, and the buffers back at the end.
 
         Args:
             clones: The clone of each buffer, by the buffer's id; others stay.
+            held: The buffer of each place; those that are there now if None.
         """
-        before = [module._buffers[name] for module, name in self._buffers]
+        before = self.buffers_in_place()
         try:
-            for (module, name), buffer in zip(self._buffers, before, strict=True):
+            for (module, name), buffer in zip(self._buffers, held or before, strict=True):
                 if id(buffer) in clones:
                     module._buffers[name] = clones[id(buffer)]
             yield
@@ -96,7 +103,9 @@ class Slots:
 
 def _put(module: nn.Module, name: str, tensor: Tensor | None) -> None:
     # nn.RNNBase keeps a second list of its parameters that only its own __setattr__ updates.
-    if type(module).__setattr__ is nn.Module.__setattr__:
+    # It takes parameters only; what else is there, functional_call has put there directly.
+    plain = type(module).__setattr__ is nn.Module.__setattr__
+    if plain or not isinstance(tensor, nn.Parameter):
         module._parameters[name] = tensor  # type: ignore[assignment]
     else:
         setattr(module, name, tensor)

@@ -19,12 +19,14 @@ from .errors import CkptschedError, PlanMismatchError, WorkloadError
 from .planner import plan as make_plan
 from .plans import FORMAT, Plan
 from .profiler import profile as make_profile
-from .report import Outputs, Verification, make_console, print_chain, report, timeline
+from .report import Outputs, make_console, print_chain, report, timeline
 from .targets import Inputs, Target, load_target
+from .verifier import Verification
 from .verifier import verify as run_verify
 from .workload import Chain
 
 _BUDGET_HELP = 'Bytes, or text such as "64MiB", "1.5 GB" or "40%" of what storing everything needs.'
+_FAKE_HELP = "Estimate the MODEL on tensors without data: for planning only, seconds are guesses."
 _ROUNDS_HELP = "How often to time a step under the plan and one of plain autograd, in turn."
 _SOLVER_HELP = 'Name of a solver; "auto" picks.'
 
@@ -94,19 +96,20 @@ def _is_file(target: str) -> bool:
     return target.endswith(".json") or Path(target).is_file()
 
 
-def _chain_of(target: str, inputs: Inputs) -> Chain:
+def _chain_of(target: str, inputs: Inputs, *, fake: bool) -> Chain:
     """The chain in a file, or that of a model."""
-    if not _is_file(target):
-        return _profile(target, load_target(target, inputs))
+    if fake or not _is_file(target):
+        return _profile(target, _target_of(target, inputs, "--fake"), fake=fake)
     found = _read(target)
     if isinstance(found, Plan):
         raise PlanMismatchError(f"{target!r} holds a plan: give the model or the chain")
     return found
 
 
-def _profile(name: str, target: Target) -> Chain:
-    chain = make_profile(target.model, target.sample, progress=sys.stderr.isatty())
-    return replace(chain, name=chain.name or name.partition(":")[2])
+def _profile(name: str, target: Target, *, fake: bool = False) -> Chain:
+    chain = make_profile(target.model, target.sample, fake=fake)
+    shown = name.partition(":")[2] + (" (estimated)" if fake else "")
+    return replace(chain, name=chain.name or shown)
 
 
 def _read(path: str) -> Chain | Plan:
@@ -134,7 +137,7 @@ def _target_of(target: str, inputs: Inputs, purpose: str) -> Target:
     """A model that can be run."""
     if _is_file(target):
         raise WorkloadError(
-            f"{purpose} runs a model, and {target!r} is a file: give module:callable, such as "
+            f"{purpose} needs a model, and {target!r} is a file: give module:callable, such as "
             "models.resnet:ode_resnet18"
         )
     return load_target(target, inputs)
@@ -159,11 +162,12 @@ def main() -> None:
 @main.command("profile")
 @click.argument("model")
 @_model_options
+@click.option("--fake", is_flag=True, help=_FAKE_HELP)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Save the chain here.")
-def profile_command(model: str, inputs: Inputs, output: str | None) -> None:
+def profile_command(model: str, inputs: Inputs, fake: bool, output: str | None) -> None:
     """Measure seconds and bytes of every stage of a MODEL."""
     target = _target_of(model, inputs, "profile")
-    chain = _profile(model, target)
+    chain = _profile(model, target, fake=fake)
     if output is not None:
         chain.save(output)
     print_chain(chain, make_console(), make_plan(chain, budget="100%"))
@@ -176,10 +180,13 @@ def profile_command(model: str, inputs: Inputs, output: str | None) -> None:
 @_model_options
 @click.option("--budget", required=True, help=_BUDGET_HELP)
 @click.option("--solver", default="auto", show_default=True, help=_SOLVER_HELP)
+@click.option("--fake", is_flag=True, help=_FAKE_HELP)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Save the plan here.")
-def plan_command(model: str, inputs: Inputs, budget: str, solver: str, output: str | None) -> None:
+def plan_command(
+    model: str, inputs: Inputs, budget: str, solver: str, fake: bool, output: str | None
+) -> None:
     """Find the schedule that takes least time within a budget."""
-    plan = make_plan(_chain_of(model, inputs), budget=budget, solver=solver)
+    plan = make_plan(_chain_of(model, inputs, fake=fake), budget=budget, solver=solver)
     if output is not None:
         plan.save(output)
     click.echo(str(plan))
@@ -197,27 +204,40 @@ def plan_command(model: str, inputs: Inputs, budget: str, solver: str, output: s
     show_default=True,
     help="How many budgets, from the least that works to storing everything.",
 )
-@click.option("--budget", multiple=True, help=f"A budget besides. {_BUDGET_HELP}")
+@click.option(
+    "--budget", multiple=True, help=f"A budget besides, left out if nothing fits. {_BUDGET_HELP}"
+)
 @click.option("--solver", default="auto", show_default=True, help=_SOLVER_HELP)
+@click.option("--fake", is_flag=True, help=_FAKE_HELP)
 @click.option("--measure", is_flag=True, help="Run a training step under every plan.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, help=_ROUNDS_HELP)
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the trade-off here.")
 @click.option("--json", "data", type=click.Path(dir_okay=False), help="Save the trade-off here.")
+@click.pass_context
 def report_command(
+    ctx: click.Context,
     model: str,
     inputs: Inputs,
     budgets: int,
     budget: tuple[str, ...],
     solver: str,
+    fake: bool,
     measure: bool,
     rounds: int,
     plot: str | None,
     data: str | None,
 ) -> None:
-    """Print the trade-off between bytes and seconds, beside the usual rules of thumb."""
+    """Print the trade-off between bytes and seconds, beside the usual rules of thumb.
+
+    With --measure the exit code is 1 where a step broke its budget or changed a gradient.
+    """
     outputs = Outputs(plot=plot, json=data)
+    outputs.check()  # before the model is measured, which takes a while
+    if fake and measure:
+        raise click.UsageError("--fake runs nothing, --measure runs every plan: give one of them")
     if not measure:
-        report(_chain_of(model, inputs), budgets, also=budget, solver=solver, outputs=outputs)
+        chain = _chain_of(model, inputs, fake=fake)
+        report(chain, budgets, also=budget, solver=solver, outputs=outputs)
         return
     target = _target_of(model, inputs, "--measure")
 
@@ -225,7 +245,9 @@ def report_command(
         return run_verify(target.model, plan, target.sample, rounds=rounds)
 
     chain = _profile(model, target)
-    report(chain, budgets, also=budget, solver=solver, measure=run, outputs=outputs)
+    found = report(chain, budgets, also=budget, solver=solver, measure=run, outputs=outputs)
+    if any(row.measured is not None and not row.measured.ok for row in found.rows):
+        ctx.exit(1)
 
 
 @main.command("show")

@@ -51,6 +51,10 @@ class RandomState:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def to_bytes(self) -> bytes:
+        """The state as Python's bytes, to compare."""
+        return b"".join(t.numpy().tobytes() for t in (self.cpu, *(t for _, t in self.cuda)))
+
     @property
     def counted_bytes(self) -> int:
         """Bytes on the device that the meter sees: the CPU's own state, on the CPU only."""
@@ -94,6 +98,21 @@ class Autocast:
                         torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
                     )
             yield
+
+
+@contextmanager
+def one_kernel() -> Iterator[None]:
+    """Keep attention to the kernels that it takes under gradients.
+
+    Without gradients, in eval mode, torch's transformer layers take a fused path that rounds
+    differently; a stage would then give one result with its tape and another without.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def now(device: torch.device) -> float:

@@ -105,7 +105,7 @@ class _BlockNode(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.run, ctx.k = run, k
         run.forward(run.program.segments.forward[k])
-        return torch.empty(0)
+        return torch.empty(0, device=run.device)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -114,7 +114,7 @@ class _BlockNode(torch.autograd.Function):
         gradients = run.backward(run.program.segments.backward[-1 - k], lowest=lowest)
         before = None
         if ctx.needs_input_grad[2]:
-            before = run.take_gradient() if k == 0 else torch.empty(0)
+            before = run.take_gradient() if k == 0 else torch.empty(0, device=run.device)
         return None, None, before, *gradients
 
 
@@ -133,4 +133,4 @@ class _OutputNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         ctx.run.start_backward(grads[0])
-        return None, torch.empty(0)
+        return None, torch.empty(0, device=ctx.run.device)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, final
 
 from .budget import Budget, format_bytes, format_seconds
@@ -121,6 +122,7 @@ def tradeoff(
     *,
     also: Sequence[int | float | str | Budget] = (),
     solver: str = "auto",
+    skipped: Callable[[InfeasibleBudgetError], None] | None = None,
 ) -> Tradeoff:
     """Plan a chain for many budgets, from one solve where the solver can.
 
@@ -130,6 +132,7 @@ def tradeoff(
             each larger than the one before by the same factor; or the budgets themselves.
         also: Budgets besides.
         solver: Name of the solver, see `plan`.
+        skipped: Told of each budget of `also` that is too small, which then has no row.
 
     Returns:
         A row a budget; a larger budget never takes longer.
@@ -138,14 +141,20 @@ def tradeoff(
         InfeasibleBudgetError: One of the budgets that were given is too small.
     """
     chosen = _spread(chain, budgets, solver) if isinstance(budgets, int) else list(budgets)
+    first = len(chosen)  # of the budgets besides
     chosen = [*chosen, *also]
     if not chosen:
         raise BudgetSyntaxError("a trade-off needs at least one budget, found none")
     plans = []
-    for result in plan_each(chain, chosen, solver=solver):
-        if isinstance(result, InfeasibleBudgetError):
+    for i, result in enumerate(plan_each(chain, chosen, solver=solver)):
+        if isinstance(result, Plan):
+            plans.append(result)
+        elif skipped is None or i < first:
             raise result
-        plans.append(result)
+        else:
+            skipped(result)
+    if not plans:
+        raise BudgetSyntaxError("a trade-off needs at least one budget that works, found none")
     plans.sort(key=lambda plan: plan.budget_bytes)
     return Tradeoff(
         chain=chain,
@@ -215,11 +224,12 @@ def plan_grid(tradeoff: Tradeoff) -> Grid:
         "of\nstore-all",
         "forward\nruns",
         "gap",
+        "projected\ntime",
         "overhead",
     ]
     measuring = any(row.measured for row in tradeoff.rows)
     if measuring:
-        headings += ["measured\npeak", "of the\nbudget", "measured\noverhead"]
+        headings += ["measured\npeak", "of the\nbudget", "measured\ntime", "measured\noverhead"]
     rows = []
     for row in tradeoff.rows:
         plan, measured = row.plan, row.measured
@@ -230,12 +240,14 @@ def plan_grid(tradeoff: Tradeoff) -> Grid:
             f"{plan.peak_bytes / max(plan.store_all_bytes, 1):.1%}",
             str(plan.forwards),
             f"{plan.gap:.2%}",
+            format_seconds(plan.seconds),
             f"{plan.overhead:+.1%}",
         ]
         if measured is not None:
             cells += [
                 format_bytes(measured.peak_bytes),
                 f"{measured.peak_bytes / max(plan.budget_bytes, 1):.1%}",
+                format_seconds(measured.seconds),
                 f"{measured.overhead:+.1%}",
             ]
         rows.append((*cells, *("-",) * (len(headings) - len(cells))))
@@ -287,7 +299,25 @@ def verdict(tradeoff: Tradeoff) -> list[str]:
     return [f"Measured: {kept}; largest difference of a gradient {largest:.3g}."]
 
 
-def _draw(tradeoff: Tradeoff, path: str | os.PathLike[str]) -> None:
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Find out before a long run whether a plot can be drawn there.
+
+    Args:
+        path: As `Tradeoff.plot` takes it.
+
+    Raises:
+        CkptschedError: matplotlib is not installed, or does not know the ending.
+    """
+    known = _new_figure().canvas.get_supported_filetypes()
+    ending = Path(path).suffix.removeprefix(".").lower()
+    if ending and ending not in known:
+        raise CkptschedError(
+            f"no plot can be drawn to {str(path)!r}: the ending '.{ending}' is unknown; give one "
+            f"of {', '.join(sorted(known))}"
+        )
+
+
+def _new_figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -295,7 +325,12 @@ def _draw(tradeoff: Tradeoff, path: str | os.PathLike[str]) -> None:
             f"plots need matplotlib ({error}); install it: pip install 'ckptsched[plot]'"
         ) from error
     # A figure of its own, without pyplot: nothing global changes, and no display is needed.
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    return Figure(figsize=(8, 5), layout="constrained")
+
+
+def _draw(tradeoff: Tradeoff, path: str | os.PathLike[str]) -> None:
+    check_plot(path)
+    figure = _new_figure()
     axes = figure.add_subplot()
     largest = max(row.plan.budget_bytes for row in tradeoff.rows)
     unit, scale = next((u, s) for u, s in _PLOT_UNITS if largest >= s or s == 1)
@@ -306,10 +341,7 @@ def _draw(tradeoff: Tradeoff, path: str | os.PathLike[str]) -> None:
     axes.set_ylabel("Seconds of the step / seconds when everything is stored")
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise CkptschedError(f"no plot can be drawn to {str(path)!r}: {error}") from error
+    figure.savefig(path, dpi=150)
 
 
 def _draw_series(tradeoff: Tradeoff, axes: Any, scale: int) -> None:

@@ -331,7 +331,7 @@ def default_meter(device: torch.device | str) -> Meter:
     if asked == ProfilerMeter.name:
         return ProfilerMeter(device)
     if device.type == "cuda":
-        return CudaMeter(device)
+        return CudaMeter(device, requested=True)
     if asked == AllocatorMeter.name or AllocatorMeter.available():
         return AllocatorMeter()
     return ProfilerMeter(device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
@@ -14,7 +15,7 @@ from .profiler import profile
 from .simulator import simulate
 from .solvers import baselines_for, get_solver
 from .solvers.base import AbstractSolver, Solution, infeasible
-from .solvers.baselines import Baseline
+from .solvers.baselines import Baseline, Guess, every_k_grid, fitting_every_k
 from .workload import Chain
 
 # On uniform chains revolve answers at once; beyond this many stages the dynamic program, which
@@ -23,6 +24,8 @@ _UNIFORM_DP_STAGES = 500
 AUTO = "auto"
 _ALL_SCHEDULES = "all schedules"
 _NO_LIMIT = 2**62
+# Of a grid of every_<k>, so many that need least are tried for every budget.
+_LEAST_OF_GRID = 3
 
 
 @final
@@ -51,7 +54,10 @@ def plan(
         budget: Bytes, text such as "64MiB", a share of what storing everything needs such as
             "40%", or a `Budget`.
         solver: Name of a solver. "auto" picks: `revolve` and `chain_dp` as far as they take
-            the chain, and never something dearer than a baseline that fits.
+            the chain, and never something dearer than a fitting baseline of those that
+            `compare_baselines` lists. Where the chain is too long for `chain_dp` it also looks
+            for a good k of `every_<k>`: the best for equal stages without a ledger, else one
+            of a grid.
 
     Returns:
         A plan that keeps the budget by simulation, with its certificate.
@@ -177,8 +183,33 @@ class _Search:
         self.chain, self.sizes = chain, sizes
         auto = solver == AUTO
         self.solved = _try_all(chain, sizes) if auto else [_solve_each(chain, sizes, solver)]
+        self.tried: dict[str, _Candidate] = {}
         rules = baselines_for(chain) if auto else ()
-        self.fixed = [_Candidate(rule.name, rule.solve(chain, _NO_LIMIT)) for rule in rules]
+        # Where the dynamic program does not take the chain, a good k of every_<k> is looked for.
+        self.searches_k = auto and all(method.name != "chain_dp" for method, _ in self.solved)
+        self.grid: tuple[Guess, ...] = ()
+        if self.searches_k and (chain.has_ledger or not chain.is_uniform):
+            self.grid = every_k_grid(chain)
+            least = sorted(self.grid, key=lambda guess: guess.least_bytes)[:_LEAST_OF_GRID]
+            rules = (*rules, *(guess.rule for guess in least))
+        self.fixed = [self._try(rule) for rule in dict.fromkeys(rules)]
+
+    def _try(self, rule: Baseline) -> _Candidate:
+        """A rule of thumb, simulated once for all budgets."""
+        if rule.name not in self.tried:
+            self.tried[rule.name] = _Candidate(rule.name, rule.solve(self.chain, _NO_LIMIT))
+        return self.tried[rule.name]
+
+    def _best_every_k(self, size: int) -> list[_Candidate]:
+        """The cheapest every_<k> that fits a long chain: by a closed form, or of a grid."""
+        if not self.searches_k:
+            return []
+        rules: Iterable[Baseline] = (x.rule for x in self.grid if x.least_bytes <= size)
+        if self.chain.is_uniform:
+            rules = (*fitting_every_k(self.chain, size), *rules)
+        candidates = map(self._try, rules)
+        fitting = (x for x in candidates if x.solution.trace.peak_bytes <= size)
+        return list(itertools.islice(fitting, 1))
 
     def answers(self) -> list[_Answer | InfeasibleBudgetError]:
         """The best for every budget; a larger one takes over what a smaller one found."""
@@ -196,6 +227,7 @@ class _Search:
         errors = [x for _, x in results if isinstance(x, InfeasibleBudgetError)]
         candidates = [_Candidate(method.name, solution) for method, solution in found]
         candidates += [x for x in self.fixed if x.solution.trace.peak_bytes <= self.sizes[i]]
+        candidates += self._best_every_k(self.sizes[i])
         candidates += smaller
         if not candidates:
             return self._error(i, errors)

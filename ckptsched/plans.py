@@ -244,8 +244,9 @@ def _read(data: Any, source: str) -> Plan:
     try:
         chain = Chain.from_json(data["chain"])
         schedule = schedule_from_json(data["schedule"])
-        certificate = {key: _typed(data["certificate"], key) for key in _CERTIFICATE}
-        peak, seconds = data["certificate"]["peak_bytes"], data["certificate"]["seconds"]
+        figures = data["certificate"]
+        certificate = {key: _typed(figures, key, kind) for key, kind in _CERTIFICATE.items()}
+        peak, seconds = _typed(figures, "peak_bytes", int), _typed(figures, "seconds", float)
     except (CkptschedError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise PlanMismatchError(
             f"{source} is no plan that can be read ({type(error).__name__}: {error}); {_AGAIN}"
@@ -265,12 +266,27 @@ def _read(data: Any, source: str) -> Plan:
             f"{source} promises {peak} bytes and {seconds} s, its schedule takes "
             f"{trace.peak_bytes} bytes and {trace.seconds} s; {_AGAIN}"
         )
-    return Plan(chain=chain, schedule=schedule, trace=trace, **certificate)
+    plan = Plan(chain=chain, schedule=schedule, trace=trace, **certificate)
+    if fault := _fault(plan):
+        raise PlanMismatchError(f"{source} cannot be true: {fault}; {_AGAIN}")
+    return plan
 
 
-def _typed(certificate: Any, key: str) -> Any:
-    value, expected = certificate[key], _CERTIFICATE[key]
-    if expected is float and isinstance(value, int):
+def _fault(plan: Plan) -> str:
+    """What of a certificate its own schedule disproves; empty where nothing is."""
+    if plan.peak_bytes > plan.budget_bytes:
+        return f"the peak of {plan.peak_bytes} bytes exceeds the budget of {plan.budget_bytes}"
+    if plan.rounding_unit_bytes < 1:
+        return f"rounding_unit_bytes is {plan.rounding_unit_bytes}, it must be 1 or more"
+    bound = plan.lower_bound_seconds
+    if not math.isfinite(bound) or bound > plan.seconds * (1 + 1e-9):
+        return f"the lower bound is {bound} s, the schedule takes {plan.seconds} s"
+    return ""
+
+
+def _typed(certificate: Any, key: str, expected: type) -> Any:
+    value = certificate[key]
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, expected) or isinstance(value, bool):
         raise TypeError(f"{key} must be {expected.__name__}, found {value!r}")
@@ -360,7 +376,8 @@ def _rounding(plan: Plan) -> str:
 def _peak_operation(plan: Plan) -> str:
     trace = plan.trace
     digits = trace.peak_operation.lstrip("FTBxtg-")
-    stage = f" {plan.chain.stage_name(int(digits))}" if digits.isdigit() else ""
+    number = int(digits) if digits.isdigit() else 0
+    stage = f" {plan.chain.stage_name(number)}" if number else ""
     verbs = {"F": "forward of", "T": "forward with tape of", "B": "backward of", "t": "the loss"}
     verb = verbs.get(trace.peak_operation[:1], trace.peak_operation)
     what = f"{verb}{stage}" if digits.isdigit() else verb

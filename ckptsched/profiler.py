@@ -5,30 +5,31 @@ Stages that repeat, such as the steps of an ODE block, are measured once.
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import cast
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from .aliases import Slots, make_alias
-from .context import RandomState
+from .assembly import assemble
+from .context import Autocast, RandomState, one_kernel
 from .errors import ProfileError
-from .memory import Meter, default_meter, storage_bytes
+from .estimate import estimate
+from .memory import Meter, default_meter
 from .structure import sign
 from .survey import Kind, Loss, survey_backward, survey_forward
-from .tracing import Block as TracedBlock
 from .tracing import trace
-from .weighing import LossWeight, time_once, weigh, weigh_loss
-from .workload import Block, Chain, Stage, StageLedger, backward_variant
+from .weighing import time_once, weigh, weigh_loss
+from .workload import Chain
 
 # Rounds of timing: a median needs three; more where they are cheap.
 _MIN_ROUNDS, _MAX_ROUNDS, _ENOUGH_SECONDS = 3, 15, 2.0
+_PATIENCE_SECONDS = 1.0  # before a progress bar is shown
 
 
 def default_loss(output: Tensor) -> Tensor:
@@ -48,7 +49,8 @@ def profile(
     *sample: Tensor,
     loss: Loss | None = None,
     meter: Meter | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
+    fake: bool = False,
 ) -> Chain:
     """Measure a model as a chain of stages.
 
@@ -62,10 +64,14 @@ def profile(
         loss: From the output to a scalar; its seconds and bytes are measured, too. Without
             it, bytes are provided for as for a cross-entropy (`default_loss`).
         meter: What counts bytes; the best that works on the device where none is given.
-        progress: Whether to show a progress bar where measuring takes more than a second.
+        progress: Whether to show a progress bar on stderr where measuring takes more than a
+            second; None shows it if stderr is a terminal.
+        fake: Whether to estimate instead: nothing is run on data, seconds are guesses, and what
+            operations need while they run is left out (see `estimate.estimate`). The chain is
+            for planning; `checkpointed` refuses its plans.
 
     Returns:
-        The chain, with a ledger of exact bytes, and the input's bytes reserved.
+        The chain, with a ledger of exact bytes (none if fake), and the input's bytes reserved.
 
     Raises:
         ProfileError: A stage that cannot be measured, or not be run again with the same
@@ -77,14 +83,18 @@ def profile(
         found = ", ".join(type(part).__name__ for part in sample) or "nothing"
         raise ProfileError(f"profile needs one tensor as the sample, found {found}")
     x = sample[0]
+    if fake:
+        return estimate(model, x, loss or default_loss)
     meter = meter or default_meter(x.device)
     blocks = trace(model)
-    with _left_as_it_was(model, x.device):
+    with _left_as_it_was(model, x.device), Autocast.take(x.device).again(), one_kernel():
         order = survey_forward(blocks, x)
         lost = weigh_loss(loss or default_loss, order[-1].output, meter)
         kinds = survey_backward(order, lost.gradient)
         _measure(kinds, meter, progress)
-        chain = _assemble(blocks, order, lost)
+        chain = assemble(
+            blocks, order, lost, x.device, x if x.requires_grad and x.is_leaf else None
+        )
     return replace(chain, signature=sign(model, blocks, x))
 
 
@@ -103,15 +113,9 @@ def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
         random.restore()
 
 
-def _measure(kinds: list[Kind], meter: Meter, progress: bool) -> None:
+def _measure(kinds: list[Kind], meter: Meter, progress: bool | None) -> None:
     """Measure bytes, then seconds in rounds over all kinds, so that drift hits all alike."""
-    start = time.perf_counter()
-    with Progress(transient=True, disable=not progress) as bar:
-        task = bar.add_task("profiling", total=len(kinds) * (1 + _MIN_ROUNDS), visible=False)
-
-        def advance() -> None:
-            bar.update(task, advance=1, visible=time.perf_counter() - start > 1.0)
-
+    with _bar(len(kinds) * (1 + _MIN_ROUNDS), progress) as advance:
         for kind in kinds:
             kind.ledger = weigh(kind, meter)
             advance()
@@ -125,88 +129,23 @@ def _measure(kinds: list[Kind], meter: Meter, progress: bool) -> None:
                     advance()
 
 
-def _assemble(blocks: tuple[TracedBlock, ...], order: list[Kind], lost: LossWeight) -> Chain:
-    """Put the measured stages in order."""
-    spans = _spans(blocks)
-    snapshot = 0
-    if any(kind.draws for kind in order):
-        snapshot = RandomState.take(order[0].x.device).counted_bytes
-    # While a block runs again its buffers are cloned, and a random state or two is kept.
-    extra = sum(span.buffer_bytes for span in spans) + 2 * snapshot
-    cache: dict[tuple[int, int, int, bool], Stage] = {}
-    stages: list[Stage] = []
-    seen: set[int] = set()
-    gradient_bytes = storage_bytes([lost.gradient])
-    for i in range(len(order), 0, -1):
-        kind = order[i - 1]
-        fresh = sum(size for alias, size in kind.gradient_bytes.items() if alias not in seen)
-        partly = 0 < fresh < sum(kind.gradient_bytes.values())
-        seen.update(kind.gradient_bytes)
-        last = i == len(order)
-        buffers = next(span.buffer_bytes for span in spans if span.last >= i)
-        key = (id(kind), fresh, buffers, last)
-        if key not in cache:
-            cache[key] = _stage(kind, fresh, partly, gradient_bytes, snapshot, buffers, extra, last)
-        stages.append(cache[key])
-        gradient_bytes = _bytes(kind.input_gradient)
-    output_bytes = cast(StageLedger, order[-1].ledger).state_bytes
-    return Chain(
-        stages=tuple(reversed(stages)),
-        input_gradient_bytes=gradient_bytes,
-        loss_seconds=lost.seconds,
-        loss_overhead_bytes=lost.overhead_bytes,
-        held_bytes=output_bytes + lost.rest_bytes,
-        random_state_bytes=snapshot,
-        blocks=spans,
-    )
+@contextmanager
+def _bar(total: int, progress: bool | None) -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr that appears after a second; gives what moves it on."""
+    console = Console(stderr=True)
+    shown = console.file.isatty() if progress is None else progress
+    # In a file nothing can be taken away again: there the last state alone is written.
+    bar = Progress(console=console, transient=console.is_terminal)
+    task = bar.add_task("profiling", total=total)
+    begun = time.perf_counter()
 
+    def advance() -> None:
+        bar.advance(task)
+        if shown and time.perf_counter() - begun > _PATIENCE_SECONDS:
+            bar.start()
 
-def _bytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else storage_bytes([tensor])
-
-
-def _spans(blocks: tuple[TracedBlock, ...]) -> tuple[Block, ...]:
-    spans, first = [], 1
-    for block in blocks:
-        last = first + len(block.stages) - 1
-        size = sum(buffer.nbytes for buffer in Slots([block.module]).buffers())
-        spans.append(Block(name=block.name, first=first, last=last, buffer_bytes=size))
-        first = last + 1
-    return tuple(spans)
-
-
-def _stage(
-    kind: Kind,
-    fresh: int,
-    partly: bool,
-    gradient_bytes: int,
-    snapshot: int,
-    buffers: int,
-    extra: int,
-    last: bool,
-) -> Stage:
-    """The planning model's figures of a stage: upper bounds of what its ledger charges."""
-    ledger = replace(cast(StageLedger, kind.ledger), shares_parameters_partly=partly)
-    state = 0 if last else ledger.state_bytes + snapshot  # the caller holds the output
-    tape = ledger.tape_bytes + state + buffers + (snapshot if last else 0)
-    forward = max(ledger.forward_peak_bytes - state, ledger.taped_peak_bytes - tape, 0)
-    highest = max(
-        ledger.backward_peak_bytes[
-            backward_variant(input_held=held, output_held=out, first=bool(fresh))
-        ]
-        for held in (False, True)
-        for out in (False, True)
-    )
-    backward = max(0, highest - _bytes(kind.input_gradient) - fresh)
-    return Stage(
-        name=kind.name,
-        forward_seconds=statistics.median(kind.forward_seconds),
-        backward_seconds=statistics.median(kind.backward_seconds),
-        state_bytes=state,
-        tape_bytes=tape,
-        gradient_bytes=gradient_bytes,
-        forward_overhead_bytes=forward + extra,
-        backward_overhead_bytes=backward + extra,
-        parameter_gradient_bytes=fresh,
-        ledger=ledger,
-    )
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()

@@ -51,7 +51,7 @@ class Program:
                 "the plan runs a stage twice before the loss, which gains nothing and is not "
                 "supported; plan again"
             )
-        self.random = chain.random_state_bytes > 0
+        self.random = chain.draws
         self.slots = [Slots([block.module]) for block in self.blocks]
         self.all_slots = Slots([model])
         owner = np.zeros(len(chain) + 1, dtype=np.int64)
@@ -59,6 +59,8 @@ class Program:
             owner[block.first : block.last + 1] = k
         self.owner = owner
         self.trained = tuple(p.requires_grad for p in self.all_slots.parameters())
+        self.modules = tuple(model.modules())
+        self.tensors = self._tensors()
         self.repeated: dict[object, list[int]] = {}
 
     def _check_model(self) -> None:
@@ -83,6 +85,10 @@ class Program:
                 "the plan moves checkpoints between tiers, which the executor cannot do yet; "
                 "plan for the device alone"
             )
+
+    def _tensors(self) -> list[tuple[object, ...]]:
+        owned = self.all_slots.parameters() + self.all_slots.buffers()
+        return [(t.shape, t.dtype, t.device, t.stride()) for t in owned]
 
     def wants_gradient(self, x: Tensor) -> bool:
         """Whether a backward is possible at all."""
@@ -111,8 +117,8 @@ class Program:
         if tuple(x.stride()) != signature.input_stride:
             raise PlanMismatchError(
                 f"the plan is for a batch with strides {signature.input_stride}, found "
-                f"{tuple(x.stride())}: another memory format takes other bytes; give the batch in "
-                "the planned one (.contiguous()), or plan for this one"
+                f"{tuple(x.stride())}: another memory format takes other bytes; copy the batch "
+                "(torch.empty_strided(shape, strides).copy_(x)), or plan for this one"
             )
         if x.device.type == "cpu" and torch.get_num_threads() != signature.threads:
             raise PlanMismatchError(
@@ -136,6 +142,19 @@ class Program:
             raise PlanMismatchError(
                 f"the plan is for autocast {signature.autocast}, found {autocast}; run the model "
                 "under the same, or profile under this one and plan again"
+            )
+        found_modules = tuple(self.model.modules())
+        if len(found_modules) != len(self.modules) or any(
+            now is not then for now, then in zip(found_modules, self.modules, strict=True)
+        ):
+            raise PlanMismatchError(
+                "a module of the model was replaced, added or taken out since it was made to "
+                "follow the plan; profile and plan again"
+            )
+        if self._tensors() != self.tensors:
+            raise PlanMismatchError(
+                "parameters or buffers have other shapes, dtypes, strides or devices than when the "
+                "model was made to follow the plan; profile and plan again"
             )
         if tuple(p.requires_grad for p in self.all_slots.parameters()) != self.trained:
             raise PlanMismatchError(

@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol, final
+from pathlib import Path
+from typing import final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,37 +19,24 @@ from rich.table import Table
 from rich.text import Text
 
 from .budget import Budget, format_bytes, format_seconds
-from .frontier import Measured, Tradeoff, baseline_grid, heading, plan_grid, tradeoff, verdict
+from .errors import CkptschedError, InfeasibleBudgetError
+from .frontier import (
+    Measured,
+    Tradeoff,
+    baseline_grid,
+    check_plot,
+    heading,
+    plan_grid,
+    tradeoff,
+    verdict,
+)
 from .plans import Plan
 from .schedule import Code
 from .tables import Grid
+from .verifier import Verification
 from .workload import Chain
 
 _PLAIN_WIDTH = 160  # of output that goes to a file or a pipe, where nothing has to be folded
-
-
-class Verification(Protocol):
-    """What the report reads of a verified step; `verifier.Verification` has it."""
-
-    @property
-    def measured_peak_bytes(self) -> int:
-        """Peak of live tensor bytes under the plan."""
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of the step under the plan."""
-
-    @property
-    def plain_seconds(self) -> float:
-        """Seconds of the step of plain autograd."""
-
-    @property
-    def max_gradient_difference(self) -> float:
-        """Largest absolute difference of any gradient from plain autograd's."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether the step did what was promised."""
 
 
 @final
@@ -60,6 +48,21 @@ class Outputs:
     """A picture of the trade-off; its ending chooses the format."""
     json: str | os.PathLike[str] | None = None
     """Rows and baselines as data."""
+
+    def check(self) -> None:
+        """Find out before a long run whether the files can be written.
+
+        Raises:
+            CkptschedError: A plot of this ending cannot be drawn, or a folder is missing.
+        """
+        for path in (self.plot, self.json):
+            if path is not None and not Path(path).parent.is_dir():
+                raise CkptschedError(
+                    f"{str(path)!r} cannot be written: there is no folder "
+                    f"{str(Path(path).parent)!r}; make it, or give another path"
+                )
+        if self.plot is not None:
+            check_plot(self.plot)
 
 
 def report(
@@ -77,7 +80,7 @@ def report(
     Args:
         chain: The chain.
         budgets: How many, or which; see `tradeoff`.
-        also: Budgets besides.
+        also: Budgets besides; one that is too small is said on standard error and left out.
         solver: Name of the solver, see `plan`.
         measure: Runs a step under a plan, as `verify` does; None shows projections only.
         console: Where to print; standard output by default.
@@ -85,20 +88,29 @@ def report(
 
     Returns:
         The trade-off, with what was measured.
+
+    Raises:
+        CkptschedError: A file cannot be written; found out before anything is measured.
     """
+    outputs = outputs or Outputs()
+    outputs.check()
     console = console or make_console()
-    found = tradeoff(chain, budgets, also=also, solver=solver)
+    found = tradeoff(chain, budgets, also=also, solver=solver, skipped=_say_skipped)
     if measure is not None:
         found = measure_rows(found, measure, console)
     print_tradeoff(found, console)
-    outputs = outputs or Outputs()
-    if outputs.plot is not None:
-        found.plot(outputs.plot)
-        console.print(f"plot written to {outputs.plot}", markup=False, highlight=False)
     if outputs.json is not None:
         found.save(outputs.json)
         console.print(f"data written to {outputs.json}", markup=False, highlight=False)
+    if outputs.plot is not None:
+        found.plot(outputs.plot)
+        console.print(f"plot written to {outputs.plot}", markup=False, highlight=False)
     return found
+
+
+def _say_skipped(error: InfeasibleBudgetError) -> None:
+    text = " ".join(f"Left out: {error}".split())
+    make_console(stderr=True).print(Text(text), soft_wrap=True)
 
 
 def make_console(*, stderr: bool = False) -> Console:

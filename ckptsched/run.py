@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .aliases import make_alias
-from .context import Autocast, RandomState
+from .context import Autocast, RandomState, one_kernel
 from .errors import ExecutionError
 from .liveness import Segment
 from .program import Program
@@ -55,12 +55,18 @@ class Run:
         self.bound = [slots.bind(self.alias_of) for slots in program.slots]
         self.pinned = [(p, p._version) for p in parameters]
         self.parameters_by_block = self._assign()
+        self.held_buffers = [slots.buffers_in_place() for slots in program.slots]
+        self.buffer_versions = self._buffer_versions()
+        self.unchanged: list[bool] = []
+        self.modes = [(module, module.training) for module in program.modules]
         self.first_trained = self._first_trained()
         self.states: dict[int, _State] = {}
         self.tapes: dict[int, _Kept] = {}
         self.gradient: Tensor | None = None
         self.phase = "forward"
         self.states[0] = _State(x.detach(), self._snapshot(program.liveness.snapshots_input))
+        # Bytes of Python, which are no tensor's.
+        self.random_before = b"" if program.random else RandomState.take(x.device).to_bytes()
 
     def _assign(self) -> list[list[Tensor]]:
         """Give each parameter to the first block that uses it, where its gradient is complete."""
@@ -71,6 +77,10 @@ class Run:
             seen.update(id(p) for p in mine)
             assigned.append(mine)
         return assigned
+
+    def _buffer_versions(self) -> list[int]:
+        held = (b for buffers in self.held_buffers for b in buffers if b is not None)
+        return [b._version for b in held]
 
     def _first_trained(self) -> int:
         """The first stage whose output needs a gradient; 0 where the input does."""
@@ -107,7 +117,16 @@ class Run:
             kept = self.tapes[n]
             assert kept.output is not None
             state, kept.output = kept.output, None
+        if not program.random and RandomState.take(self.device).to_bytes() != self.random_before:
+            self.release()
+            raise ExecutionError(
+                "a stage drew random numbers, and none did when the model was profiled: it would "
+                "draw others when it runs again; profile and plan again, with a sample on which it "
+                "draws"
+            )
         self.phase = "backward"
+        now = self._buffer_versions()
+        self.unchanged = [a == b for a, b in zip(self.buffer_versions, now, strict=True)]
         return state.tensor.detach()
 
     def start_backward(self, gradient: Tensor | None) -> None:
@@ -145,7 +164,12 @@ class Run:
                 "this forward pass has been released: its backward was done or failed; run the "
                 "model again"
             )
-        with self._guard(), self._swapped(segment), self._replaying(segment):
+        with (
+            self._guard(),
+            self._modes_of_the_forward(),
+            self._swapped(segment),
+            self._replaying(segment),
+        ):
             self._interpret(segment)
         gradients = []
         for parameter in self.parameters_by_block[segment.block]:
@@ -178,11 +202,23 @@ class Run:
     def _guard(self) -> Iterator[None]:
         """Hold the model's lock and autocast; release what is stored when anything fails."""
         try:
-            with self.program.lock.lock, self.autocast.again():
+            with self.program.lock.lock, self.autocast.again(), one_kernel():
                 yield
         except BaseException:
             self.release()
             raise
+
+    @contextmanager
+    def _modes_of_the_forward(self) -> Iterator[None]:
+        """Let every module train, or not, as in the forward pass."""
+        changed = [(m, m.training) for m, flag in self.modes if m.training != flag]
+        try:
+            for module, now in changed:
+                module.training = not now
+            yield
+        finally:
+            for module, now in changed:
+                module.training = now
 
     @contextmanager
     def _swapped(self, segment: Segment) -> Iterator[None]:
@@ -209,10 +245,11 @@ class Run:
             with ExitStack() as stack:
                 clones: dict[int, Tensor] = {}
                 for k in np.unique(program.owner[again]):
-                    slots = program.slots[int(k)]
-                    for buffer in slots.buffers():
-                        clones.setdefault(id(buffer), buffer.clone())
-                    stack.enter_context(slots.buffers_replaced(clones))
+                    slots, held = program.slots[int(k)], self.held_buffers[int(k)]
+                    for buffer in held:
+                        if buffer is not None and id(buffer) not in clones:
+                            clones[id(buffer)] = buffer.clone()
+                    stack.enter_context(slots.buffers_replaced(clones, held))
                 yield
         finally:
             if outer is not None:
@@ -228,6 +265,13 @@ class Run:
                         f"forward pass and is on {now.device} now; move the model before the "
                         "forward pass"
                     )
+        versions = zip(self.buffer_versions, self._buffer_versions(), self.unchanged, strict=True)
+        for before, after, steady in versions:
+            if steady and before != after:
+                raise ExecutionError(
+                    "a buffer that the forward pass left alone was changed in place before the "
+                    "backward, so stages would run again with another; call backward before"
+                )
         for parameter, version in self.pinned:
             if parameter._version != version:
                 raise ExecutionError(
@@ -260,8 +304,13 @@ class Run:
             kept = self.tapes[i - 1]
             assert kept.output is not None
             state = kept.output
-            if self.program.liveness.frees_input[p]:
-                kept.output = None
+        if state.tensor._version != state.version:
+            raise ExecutionError(
+                f"the input of stage {self.program.stages[i - 1].name!r} was changed in place "
+                "since the stage first ran, by the caller or another stage; change a copy instead"
+            )
+        if self.program.liveness.frees_input[p]:
+            self.tapes[i - 1].output = None
         if self.program.random and self.program.liveness.restores[p]:
             assert state.random is not None
             state.random.restore()
@@ -279,7 +328,8 @@ class Run:
         state = self._input(p, i)
         stage = self.program.stages[i - 1]
         with torch.no_grad():
-            output = check_output(stage, stage(state.tensor))
+            # Detached: a stage that turns gradients on by itself returns a graph.
+            output = check_output(stage, stage(state.tensor)).detach()
         self._check_input(state, i)
         self.states[i] = _State(output, self._snapshot(self.program.liveness.snapshots[p]))
 

@@ -231,6 +231,9 @@ class Schedule:
         return cls.of(parse_operation(word, i) for i, word in enumerate(text.split()))
 
 
+_MOST_STAGE = 2**31 - 1  # a stage takes the upper half of a packed operation
+
+_MOST_DIGITS = 20  # leading zeros included
 _LETTER = {Kind.STATE: "x", Kind.TAPE: "t", Kind.GRAD: "g"}
 _KINDS = {letter: kind for kind, letter in _LETTER.items()}
 _WORD = re.compile(
@@ -270,6 +273,10 @@ def parse_operation(word: str, position: int = 0) -> Operation:
     try:
         if match is None:
             raise KeyError(word)
+        stage = match["stage"] or match["from"] or match["of"] or "0"
+        if len(stage) > _MOST_DIGITS or int(stage) > _MOST_STAGE:
+            reason = f"stages are counted to {_MOST_STAGE} at most"
+            raise InvalidScheduleError(position, repr(word[:40]), reason)
         if match["turn"]:
             return Turn()
         if match["op"] == "B":

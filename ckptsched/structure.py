@@ -28,9 +28,17 @@ def stage_label(block: Block, name: str) -> str:
 def structure_digest(blocks: Iterable[Block]) -> str:
     """SHA-256 of the blocks, their stages, how they print, and what tensors they own."""
     described = []
+    order: dict[int, int] = {}  # first appearance of each tensor: tells shared ones
     for block in blocks:
         owned = [
-            (name, list(tensor.shape), tensor.stride(), str(tensor.dtype), tensor.requires_grad)
+            (
+                name,
+                order.setdefault(id(tensor), len(order)),
+                list(tensor.shape),
+                tensor.stride(),
+                str(tensor.dtype),
+                tensor.requires_grad,
+            )
             for name, tensor in (*block.module.named_parameters(), *block.module.named_buffers())
         ]
         names = (stage_label(block, stage.name) for stage in block.stages)

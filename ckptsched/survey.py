@@ -6,10 +6,13 @@ the gradient that comes back to it, since these decide what PyTorch allocates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import random
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +25,26 @@ from .tracing import Block, StageCall
 from .workload import StageLedger
 
 Loss: TypeAlias = Callable[[Tensor], Tensor]
+
+WITHOUT_DATA = (
+    "with fake=True tensors hold no data, and not every operation can do without: "
+    "profile without fake"
+)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LossWeight:
+    """What a loss takes, and what it sends back."""
+
+    gradient: Tensor
+    """With respect to the output."""
+    seconds: float
+    """Seconds of its forward and backward."""
+    overhead_bytes: int
+    """Peak beyond the gradient."""
+    rest_bytes: int
+    """What is left of it while the backward goes on: its value and the gradient of that."""
 
 
 @dataclass(eq=False)
@@ -85,7 +108,7 @@ def survey_forward(blocks: tuple[Block, ...], x: Tensor) -> list[Kind]:
 
     Args:
         blocks: The model, its parameters replaced by aliases.
-        x: The sample.
+        x: The sample; on the meta device there are no results to compare.
 
     Returns:
         The kind of each stage, in order; equal stages share one.
@@ -135,19 +158,16 @@ def survey_backward(order: list[Kind], gradient: Tensor | None) -> list[Kind]:
 
 def _examine(block: Block, call: StageCall, x: Tensor, needs_gradient: bool) -> Kind:
     name = call.name or type(call.module).__name__
-    try:
+    with _failures_named(f"stage {name!r}", x):
         output, draws = _check_repeatable(name, call, x)
         tape, _ = record(call, x, needs_gradient=needs_gradient)
-    except ProfileError:
-        raise
-    except CkptschedError as error:
-        raise ProfileError(str(error)) from error
-    except Exception as error:
-        raise ProfileError(
-            f"stage {name!r} failed on an input of shape {tuple(x.shape)}, {x.dtype}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
     leaves = tape.repeated_leaves()
+    owned = {id(parameter) for parameter in Slots([call.module]).parameters()}
+    if not tape.uses().keys() <= owned:
+        raise ProfileError(
+            f"stage {name!r} uses a parameter that its module does not own, so its gradient would "
+            "be lost; register the parameter, or the module that owns it, in the stage"
+        )
     aliases = [alias for alias in Slots([call.module]).parameters() if alias.requires_grad]
     return Kind(
         name=stage_label(block, call.name),
@@ -161,9 +181,26 @@ def _examine(block: Block, call: StageCall, x: Tensor, needs_gradient: bool) -> 
     )
 
 
+@contextmanager
+def _failures_named(what: str, x: Tensor) -> Iterator[None]:
+    """Turn what a stage raises on this input into an error that names it."""
+    try:
+        yield
+    except ProfileError:
+        raise
+    except CkptschedError as error:
+        raise ProfileError(str(error)) from error
+    except Exception as error:
+        advice = f"; {WITHOUT_DATA}" if x.is_meta else ""
+        raise ProfileError(
+            f"{what} failed on an input of shape {tuple(x.shape)}, {x.dtype}: "
+            f"{type(error).__name__}: {error}{advice}"
+        ) from error
+
+
 def _check_repeatable(name: str, call: StageCall, x: Tensor) -> tuple[Tensor, bool]:
     """Run a stage twice from one random state; returns its output, and whether it draws."""
-    before = RandomState.take(x.device)
+    before, others = RandomState.take(x.device), _other_generators()
     version = x._version
     with torch.no_grad():
         output = check_output(call, call(x)).detach()
@@ -172,6 +209,11 @@ def _check_repeatable(name: str, call: StageCall, x: Tensor) -> tuple[Tensor, bo
             raise ProfileError(
                 f"stage {name!r} changes its input in place, so it cannot be run again; use an "
                 "operation that is not in place, or make it one module with the stage before it"
+            )
+        if _other_generators() != others:
+            raise ProfileError(
+                f"stage {name!r} draws from the generator of Python or numpy, which is not put "
+                "back when it runs again; draw from torch's"
             )
         before.restore()
         again = check_output(call, call(x))
@@ -183,13 +225,21 @@ def _check_repeatable(name: str, call: StageCall, x: Tensor) -> tuple[Tensor, bo
         )
     # CUDA kernels may add up in another order; on the CPU equal means equal.
     tolerance = 0.0 if x.device.type == "cpu" else 1e-3
-    if not torch.allclose(output, again, rtol=tolerance, atol=tolerance, equal_nan=True):
+    if not x.is_meta and not torch.allclose(
+        output, again, rtol=tolerance, atol=tolerance, equal_nan=True
+    ):
         raise ProfileError(
             f"stage {name!r} gives another result when it is run again on the same input with the "
             "same random state: it keeps a state of its own (a buffer that it reads and changes, "
             "or a generator of its own), and running it again would give wrong gradients"
         )
     return output, draws
+
+
+def _other_generators() -> tuple[object, ...]:
+    """State of the default generators of Python and numpy, to compare."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return random.getstate(), kind, np.asarray(keys).tobytes(), *rest
 
 
 def _for_gradient(found: Kind, gradient: Tensor | None, *, is_last: bool) -> Kind:
@@ -208,8 +258,16 @@ def _for_gradient(found: Kind, gradient: Tensor | None, *, is_last: bool) -> Kin
         gradient=gradient,
     )
     kind.set_gradients(first=True)
-    tape, _ = kind.record(kind.x)
-    kind.input_gradient = tape.backward(gradient)
+    name = kind.call.name or type(kind.call.module).__name__
+    with _failures_named(f"the backward of stage {name!r}", kind.x):
+        tape, _ = kind.record(kind.x)
+        kind.input_gradient = tape.backward(gradient)
+        for alias in kind.aliases:
+            if alias.grad is not None and alias.grad.layout is not torch.strided:
+                raise ProfileError(
+                    f"stage {name!r} makes gradients of layout {alias.grad.layout}; ckptsched "
+                    "counts dense ones: turn sparse gradients off (nn.Embedding(sparse=False))"
+                )
     kind.gradient_bytes = {
         id(alias): alias.grad.untyped_storage().nbytes()
         for alias in kind.aliases

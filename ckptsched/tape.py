@@ -79,6 +79,10 @@ class Tape:
 
     def repeated_leaves(self) -> set[int]:
         """Ids of the leaves that the stage has used more than once."""
+        return {leaf for leaf, count in self.uses().items() if count > 1}
+
+    def uses(self) -> dict[int, int]:
+        """How often the stage has used each leaf, by the leaf's id."""
         uses: dict[int, int] = {}
         stack: list[Node] = [edge.node for edge in self._roots]
         seen = set(stack)
@@ -87,12 +91,14 @@ class Tape:
                 if node is None:
                     continue
                 leaf = getattr(node, "variable", None)
+                if leaf is _ANCHOR:
+                    continue
                 if leaf is not None:
                     uses[id(leaf)] = uses.get(id(leaf), 0) + 1
                 elif node not in seen:
                     seen.add(node)
                     stack.append(node)
-        return {leaf for leaf, count in uses.items() if count > 1}
+        return uses
 
     def feed_back(self, aliases: Sequence[Tensor]) -> None:
         """Let the sums of these aliases' gradients so far come first in the backward.
@@ -104,7 +110,7 @@ class Tape:
         with torch.enable_grad():
             token = cast(Tensor, _Sums.apply(self._sums, *aliases))
         self._fed = aliases
-        self._roots.append(get_gradient_edge(token))
+        self._roots.insert(0, get_gradient_edge(token))
 
     def backward(self, gradient: Tensor | None) -> Tensor | None:
         """Go back once.
@@ -119,7 +125,7 @@ class Tape:
             return None
         gradients = [gradient]
         if self._fed:
-            gradients.append(torch.empty(0, device=self._fed[0].device))
+            gradients.insert(0, torch.empty(0, device=self._fed[0].device))
             for alias in self._fed:
                 self._sums.append(alias.grad)
                 alias.grad = None

@@ -45,6 +45,8 @@ class Verification:
     """Largest absolute difference of any gradient from plain autograd's; NaN counts."""
     max_gradient: float
     """Largest absolute gradient of plain autograd."""
+    loss: float
+    """Absolute value of the loss by plain autograd."""
     loss_difference: float
     """Absolute difference of the losses."""
     buffers_equal: bool
@@ -69,8 +71,8 @@ class Verification:
     @property
     def gradients_equal(self) -> bool:
         """Whether gradients and loss differ by no more than the tolerance; NaN never passes."""
-        limit = self.tolerance * self.max_gradient
-        return self.max_gradient_difference <= limit and self.loss_difference <= limit
+        gradients = self.max_gradient_difference <= self.tolerance * self.max_gradient
+        return gradients and self.loss_difference <= self.tolerance * self.loss
 
     def __str__(self) -> str:
         """A table for people."""
@@ -82,6 +84,7 @@ class Verification:
             ),
             ("projected peak", f"{self.projected_peak_bytes} bytes"),
             ("measured peak", f"{self.measured_peak_bytes} bytes, {share:.2%} of projected"),
+            ("projection kept", "yes" if share <= 1 else "NO"),
             ("plain autograd's peak", f"{self.plain_peak_bytes} bytes"),
         ]
         if self.seconds:
@@ -141,6 +144,8 @@ def verify(
         PlanMismatchError: The plan does not belong to the model or the sample.
     """
     planned = checkpointed(model, plan)
+    if not sample.is_leaf:  # what it was made from is no part of the step
+        sample = sample.detach().requires_grad_()
     plain = planned.model
     if not torch.is_grad_enabled():
         raise PlanMismatchError("verify needs gradients; call it outside torch.no_grad")
@@ -163,6 +168,7 @@ def verify(
         plain_seconds=seconds[1],
         max_gradient_difference=difference,
         max_gradient=largest,
+        loss=float(expected.loss.double().abs()),
         loss_difference=float((expected.loss.double() - found.loss.double()).abs()),
         buffers_equal=all(
             torch.equal(found.buffers[name], buffer) or _same_nan(found.buffers[name], buffer)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .context import now
 from .errors import ProfileError
 from .memory import Meter, storage_bytes
-from .survey import Kind, Loss
+from .survey import Kind, Loss, LossWeight
 from .workload import StageLedger, backward_variant
 
 
@@ -156,38 +156,19 @@ def time_once(kind: Kind) -> None:
     kind.backward_seconds.append(end - taped + max(0.0, (taped - plain) - (plain - start)))
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class LossWeight:
-    """What a loss takes, and what it sends back."""
-
-    gradient: Tensor
-    """With respect to the output."""
-    seconds: float
-    """Seconds of its forward and backward."""
-    overhead_bytes: int
-    """Peak beyond the gradient."""
-    rest_bytes: int
-    """What is left of it while the backward goes on: its value and the gradient of that."""
-
-
 def weigh_loss(loss: Loss, output: Tensor, meter: Meter) -> LossWeight:
     """Measure a loss on one output of the model.
 
     Raises:
         ProfileError: The output is no floating point tensor, or the loss no function of it.
     """
-    if not output.is_floating_point():
-        raise ProfileError(
-            f"the model's output has dtype {output.dtype}; a loss needs a floating point one"
-        )
-    _, gradient = _go_back(loss, output)
+    _, gradient = go_back(loss, output)
     start = now(output.device)
-    _go_back(loss, output)
+    go_back(loss, output)
     seconds = now(output.device) - start
     size = storage_bytes([gradient])
     with meter.window() as window:
-        value, again = _go_back(loss, output, arrived=window.mark)
+        value, again = go_back(loss, output, arrived=window.mark)
         rest = 2 * storage_bytes([value])
         del value, again
     before = window.phases[0]
@@ -219,10 +200,26 @@ class _Arrival(torch.autograd.Function):
         return None, None, None
 
 
-def _go_back(
+def go_back(
     loss: Loss, output: Tensor, arrived: Callable[[], None] = lambda: None
 ) -> tuple[Tensor, Tensor]:
-    """The value of the loss, and the gradient that it sends back."""
+    """Run a loss and go back through it.
+
+    Args:
+        loss: From the output to a scalar.
+        output: The model's output.
+        arrived: Called as the gradient arrives at the output.
+
+    Returns:
+        The value of the loss, and the gradient that it sends back.
+
+    Raises:
+        ProfileError: The output is no floating point tensor, or the loss no function of it.
+    """
+    if not output.is_floating_point():
+        raise ProfileError(
+            f"the model's output has dtype {output.dtype}; a loss needs a floating point one"
+        )
     box: list[Tensor] = []
     value = loss(_Arrival.apply(output.detach().requires_grad_(), arrived, box))
     if not isinstance(value, Tensor) or value.numel() != 1:

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,15 @@ from .errors import WorkloadError
 
 _SIZE_UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_BACKWARD_VARIANTS = 8
+_LEDGER_FLAGS = ("output_is_view", "input_saved", "output_saved", "shares_parameters_partly")
+_CHAIN_SIZES = (
+    "input_bytes",
+    "input_gradient_bytes",
+    "loss_overhead_bytes",
+    "held_bytes",
+    "random_state_bytes",
+)
 
 
 @final
@@ -171,6 +180,8 @@ class Chain:
     """Extra bytes while the loss runs (o_loss)."""
     held_bytes: int = 0
     """Bytes that the caller holds from the output to the end of the step (w_held)."""
+    draws: bool = False
+    """Whether a stage draws random numbers, so that random states must be put back."""
     random_state_bytes: int = 0
     """Bytes of one snapshot of the random state; 0 where no stage draws random numbers."""
     blocks: tuple[Block, ...] = ()
@@ -188,7 +199,7 @@ class Chain:
         """
         if not self.stages:
             raise WorkloadError("a chain needs at least one stage, found none")
-        for name in ("input_bytes", "input_gradient_bytes", "loss_overhead_bytes", "held_bytes"):
+        for name in _CHAIN_SIZES:
             _check_size(f"the chain's {name}", getattr(self, name))
         _check_time("the loss", self.loss_seconds)
         seen: set[int] = set()
@@ -198,6 +209,7 @@ class Chain:
                 _check_stage(f"stage {i}", stage)
         expected = 1
         for block in self.blocks:
+            _check_size(f"buffer_bytes of block {block.name!r}", block.buffer_bytes)
             if block.first != expected or block.last < block.first:
                 raise WorkloadError(
                     f"blocks must cover the stages in order: {block.name!r} covers "
@@ -245,7 +257,11 @@ class Chain:
 
     @functools.cached_property
     def is_uniform(self) -> bool:
-        """Whether all stages have the same bytes and forward seconds and nothing else counts."""
+        """Whether all stages have the same seconds and bytes.
+
+        Parameter gradients may appear with the backward of the last stage alone, as those of
+        shared parameters do: then they are there, and alike, whatever is run again.
+        """
         first = self.stages[0]
         same = all(
             stage is first
@@ -261,7 +277,7 @@ class Chain:
             )
             for stage in self.stages
         )
-        return same and first.gradient_bytes == self.stages[-1].gradient_bytes
+        return same and not any(stage.parameter_gradient_bytes for stage in self.stages[:-1])
 
     def stage_name(self, i: int) -> str:
         """Name of stage i for people: its block, its name, its number among equals."""
@@ -326,7 +342,7 @@ def _check_size(what: str, value: object) -> None:
 
 def _check_time(what: str, value: object) -> None:
     good = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
-    if not good:
+    if not good or isinstance(value, bool):
         raise WorkloadError(f"{what} must take 0 seconds or more; found {value!r}")
 
 
@@ -347,6 +363,25 @@ def _check_stage(what: str, stage: Stage) -> None:
             f"the tape of {what} has {stage.tape_bytes} bytes, fewer than the "
             f"{stage.state_bytes} of the state that it contains"
         )
+    if stage.ledger is not None:
+        _check_ledger(f"the ledger of {what}", stage.ledger)
+
+
+def _check_ledger(what: str, ledger: StageLedger) -> None:
+    for name in ("state_bytes", "tape_bytes", "forward_peak_bytes", "taped_peak_bytes"):
+        _check_size(f"{name} of {what}", getattr(ledger, name))
+    found = len(ledger.backward_peak_bytes)
+    if found != _BACKWARD_VARIANTS:
+        raise WorkloadError(
+            f"backward_peak_bytes of {what} needs {_BACKWARD_VARIANTS} values, found {found} values"
+        )
+    for value in ledger.backward_peak_bytes:
+        _check_size(f"backward_peak_bytes of {what}", value)
+    for name in _LEDGER_FLAGS:
+        if not isinstance(getattr(ledger, name), bool):
+            raise WorkloadError(
+                f"{name} of {what} must be true or false, found {getattr(ledger, name)!r}"
+            )
 
 
 # Column key, attribute of Stage, whether it holds seconds.
@@ -375,10 +410,11 @@ def chain_to_json(chain: Chain) -> dict[str, Any]:
     data["u_loss"] = float(chain.loss_seconds)
     data["o_loss"] = chain.loss_overhead_bytes
     data["w_held"] = chain.held_bytes
+    data["draws"] = chain.draws
     data["random_state_bytes"] = chain.random_state_bytes
     kinds: dict[tuple[str, StageLedger | None], int] = {}
     index = [kinds.setdefault((stage.name, stage.ledger), len(kinds)) for stage in chain.stages]
-    if chain.has_ledger or any(stage.name for stage in chain.stages):
+    if any(stage.name or stage.ledger is not None for stage in chain.stages):
         data["kind"] = index
         data["kinds"] = [
             {"name": name, "ledger": None if ledger is None else asdict(ledger)}
@@ -392,30 +428,24 @@ def chain_to_json(chain: Chain) -> dict[str, Any]:
 def chain_from_json(data: Mapping[str, Any]) -> Chain:
     """Read `chain_to_json`'s data, or a file that has only the planning model's keys."""
     try:
-        size = _SIZE_UNITS[data.get("size_unit", "bytes")]
-        time = _TIME_UNITS[data.get("time_unit", "s")]
+        size = _unit(data, "size_unit", "bytes", _SIZE_UNITS)
+        time = _unit(data, "time_unit", "s", _TIME_UNITS)
         columns = _read_columns(data, size, time)
-        kinds = [
-            (kind["name"], None if kind["ledger"] is None else _read_ledger(kind["ledger"]))
-            for kind in data.get("kinds", [{"name": "", "ledger": None}])
-        ]
-        index = data.get("kind", [0] * len(columns["u_f"]))
-        stages = _build_stages(columns, kinds, index)
-        signature = data.get("signature")
-        if signature is not None:
-            tuples = {key: tuple(signature[key]) for key in ("input_shape", "input_stride")}
-            signature = Signature(**{**signature, **tuples})
+        for key in ("o_loss", "w_held"):
+            _check_number(key, data.get(key, 0))
+        _check_number("u_loss", data.get("u_loss", 0.0))
         return Chain(
-            stages=stages,
+            stages=_build_stages(columns, *_read_kinds(data, len(columns["u_f"]))),
             input_bytes=columns["w_a"][0],
             input_gradient_bytes=columns["w_g"][0],
             loss_seconds=data.get("u_loss", 0.0) * time,
             loss_overhead_bytes=data.get("o_loss", 0) * size,
             held_bytes=data.get("w_held", 0) * size,
+            draws=data.get("draws", data.get("random_state_bytes", 0) > 0),
             random_state_bytes=data.get("random_state_bytes", 0),
             blocks=tuple(Block(**block) for block in data.get("blocks", ())),
             name=data.get("name", ""),
-            signature=signature,
+            signature=_read_signature(data.get("signature")),
         )
     except WorkloadError:
         raise
@@ -426,8 +456,22 @@ def chain_from_json(data: Mapping[str, Any]) -> Chain:
         ) from error
 
 
+def _unit(data: Mapping[str, Any], key: str, default: str, known: Mapping[str, Any]) -> Any:
+    name = data.get(key, default)
+    if not isinstance(name, str) or name not in known:
+        raise WorkloadError(f"{key} {name!r} is unknown; give one of {', '.join(known)}")
+    return known[name]
+
+
+def _check_number(what: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise WorkloadError(f"{what} must be a number, found {value!r}")
+
+
 def _read_columns(data: Mapping[str, Any], size: int, time: float) -> dict[str, list[Any]]:
     n = len(data["u_f"])
+    if data.get("n", n) != n:
+        raise WorkloadError(f"n is {data['n']!r}, but column 'u_f' has {n} values")
     defaults: dict[str, Sequence[Any]] = {
         "w_g": data["w_a"],
         "o_f": [0] * n,
@@ -441,17 +485,49 @@ def _read_columns(data: Mapping[str, Any], size: int, time: float) -> dict[str, 
         if not isinstance(column, (list, tuple)) or len(column) != expected:
             found = "nothing" if column is None else f"{len(column)} values"
             raise WorkloadError(f"column {key!r} needs {expected} values, found {found}")
+        for value in column:
+            _check_number(f"each value of column {key!r}", value)
         columns[key] = [value * time if is_time else value * size for value in column]
     return columns
 
 
-def _read_ledger(data: Mapping[str, Any]) -> StageLedger:
+_Kind: TypeAlias = tuple[str, StageLedger | None]
+
+
+def _read_kinds(data: Mapping[str, Any], n: int) -> tuple[list[_Kind], Sequence[int]]:
+    """Names and exact bytes of distinct stages, and which of them each stage has."""
+    kinds: list[_Kind] = [("", None)]
+    if "kinds" in data:
+        kinds = [(kind["name"], _read_ledger(kind["ledger"])) for kind in data["kinds"]]
+    index = data.get("kind", [0] * n)
+    if not isinstance(index, (list, tuple)) or len(index) != n:
+        found = f"{len(index)} values" if isinstance(index, (list, tuple)) else repr(index)
+        raise WorkloadError(f"column 'kind' needs {n} values, found {found}")
+    for value in index:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < len(kinds):
+            raise WorkloadError(
+                f"each value of column 'kind' counts from 0 to below {len(kinds)}, the number of "
+                f"kinds; found {value!r}"
+            )
+    return kinds, index
+
+
+def _read_ledger(data: Mapping[str, Any] | None) -> StageLedger | None:
+    if data is None:
+        return None
     return StageLedger(**{**data, "backward_peak_bytes": tuple(data["backward_peak_bytes"])})
+
+
+def _read_signature(data: Mapping[str, Any] | None) -> Signature | None:
+    if data is None:
+        return None
+    tuples = {key: tuple(data[key]) for key in ("input_shape", "input_stride")}
+    return Signature(**{**data, **tuples})
 
 
 def _build_stages(
     columns: Mapping[str, list[Any]],
-    kinds: Sequence[tuple[str, StageLedger | None]],
+    kinds: Sequence[_Kind],
     index: Sequence[int],
 ) -> tuple[Stage, ...]:
     """Build the stages, one object for equal ones."""

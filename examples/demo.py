@@ -102,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> float:
         print(f"{name:<28} {value}")
     if max(peaks) > plan.budget_bytes or not verified.ok:
         raise SystemExit("the demo broke a promise: see the summary")
+    if not args.small and accuracy < 0.9:
+        raise SystemExit(f"the network did not learn: {accuracy:.1%} of the held-out digits")
     return accuracy
 
 

@@ -250,7 +250,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data-root", type=Path, default=Path("data"), help="folder that holds CIFAR's folder")
     add("--unverified", action="store_true", help="read CIFAR files with other checksums, too")
     add("--model", choices=tuple(MODELS), default="resnet_small")
-    add("--method", default="rk4", help="euler, midpoint (rk2), heun or rk4")
+    add("--method", default="rk4", help="euler, midpoint, heun or rk4")
     add("--steps", type=_positive, default=8, help="time steps of each ODE block")
     add("--budget", default="40%", help='such as "64MiB", "40%%" or "none" (plain autograd)')
     add("--batch", type=_positive, default=64, help="images a step")

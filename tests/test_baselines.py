@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ckptsched.errors import InfeasibleBudgetError, WorkloadError
 from ckptsched.simulator import simulate
 from ckptsched.solvers import SOLVER_NAMES, Baseline, ChainDp, Revolve, baselines_for, get_solver
-from ckptsched.solvers.baselines import INPUT_ONLY_STAGES
+from ckptsched.solvers.base import infeasible
+from ckptsched.solvers.baselines import INPUT_ONLY_STAGES, every_k_grid, fitting_every_k
 from ckptsched.workload import Block, Chain
 from tests.helpers import exact_stage, uniform
-from tests.strategies import chains, ledger_chains
+from tests.strategies import chains, ledger_chains, uniform_chains
 
 PLENTY = 10**12
 BLOCKS = (
@@ -110,6 +115,50 @@ def test_the_message_names_baseline_budget_need_and_stage() -> None:
     )
     assert caught.value.budget_bytes == 2**23
     assert caught.value.stage == "stage 4"
+
+
+@pytest.mark.parametrize(
+    ("operation", "stage"),
+    [("-x3", "stage 3"), ("B3", "stage 3"), ("turn", "the loss"), ("-x0", "the input")],
+)
+def test_the_message_names_the_stage_whatever_the_operation(operation: str, stage: str) -> None:
+    chain = uniform(4)
+    trace = replace(Baseline("store_all").solve(chain, PLENTY).trace, peak_operation=operation)
+    error = infeasible(chain, 3, trace, "such")
+    assert error.stage == stage
+    assert f"where {operation} of {stage!r} binds" in str(error)
+
+
+@settings(max_examples=40, deadline=None)
+@given(uniform_chains(), st.integers(0, 5), st.integers(0, 200))
+def test_the_closed_form_finds_the_cheapest_every_k(chain: Chain, new: int, budget: int) -> None:
+    last = replace(chain.stages[-1], parameter_gradient_bytes=new)
+    chain = replace(chain, stages=(*chain.stages[:-1], last))
+    every = {k: Baseline(f"every_{k}").solve(chain, PLENTY).trace for k in range(1, len(chain))}
+    fitting = [trace.forwards for trace in every.values() if trace.peak_bytes <= budget]
+    named = [every[int(rule.name[6:])] for rule in fitting_every_k(chain, budget)]
+    found = [trace.forwards for trace in named if trace.peak_bytes <= budget]
+    assert min(found, default=0) == min(fitting, default=0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 50, 8008, 100_000])
+def test_the_grid_of_k(n: int) -> None:
+    numbers = sorted(int(guess.rule.name[6:]) for guess in every_k_grid(uniform(n)))
+    assert len(numbers) == len(set(numbers))
+    assert all(1 <= k < n for k in numbers)
+    assert len(numbers) * n <= 1_500_000 or len(numbers) <= 10
+    if n == 8008:
+        assert len(numbers) > 35
+        assert all(b <= 1.5 * a for a, b in itertools.pairwise(numbers) if a > 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(chains(most_stages=9) | ledger_chains(most_stages=9, noise=True))
+def test_guesses_of_the_grid_bound_the_peak_and_know_the_seconds(chain: Chain) -> None:
+    for guess in every_k_grid(chain):
+        trace = guess.rule.solve(chain, PLENTY).trace
+        assert guess.least_bytes <= trace.peak_bytes
+        assert guess.seconds == pytest.approx(trace.seconds)
 
 
 def test_the_list_to_compare() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from ckptsched.errors import ProfileError
 from ckptsched.planner import plan
 from ckptsched.plans import Plan
 from ckptsched.targets import Inputs, load_model, load_target, sample_input
+from ckptsched.verifier import Verification
 from ckptsched.workload import Chain
 from tests.small_chains import mixed_chain
 
@@ -24,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NETS = """
 import torch
 from torch import nn
+
+import ckptsched as cs
 
 ready = nn.Sequential(nn.Linear(3, 3))
 number = 3
@@ -39,6 +43,10 @@ def mlp(width=8, depth=3, activation="tanh"):
 
 def not_a_model():
     return "weights"
+
+
+def ode(steps=4):
+    return cs.ODEBlock(nn.Linear(4, 4), steps=steps)
 
 
 class Zoo:
@@ -127,9 +135,30 @@ def test_report_prints_draws_and_saves(folder: Path) -> None:
     assert "plot written to t.png" in result.stdout
 
 
+@pytest.mark.parametrize("command", [["profile"], ["plan", "--budget", "100%"], ["report"]])
+def test_estimates_are_for_planning(folder: Path, command: list[str]) -> None:
+    target = ["nets_of_test:mlp", "--input", "2x4", "--fake"]
+    result = run(*command, *target)
+    assert result.exit_code == 0, result.output
+    assert "mlp (estimated)" in result.stdout
+
+
+def test_an_estimate_is_not_measured(folder: Path) -> None:
+    target = ("nets_of_test:mlp", "--input", "2x4")
+    result = run("report", *target, "--fake", "--measure")
+    assert result.exit_code == 2
+    assert "--fake runs nothing, --measure runs every plan" in result.stderr
+    message = failure("report", "chain.json", "--fake")
+    assert "--fake needs a model, and 'chain.json' is a file" in message
+    assert run("profile", *target, "--fake", "-o", "c.json").exit_code == 0
+    assert run("plan", "c.json", "--budget", "100%", "-o", "p.json").exit_code == 0
+    message = failure("verify", *target[:1], "p.json", *target[1:])
+    assert "profile the model and plan that" in message
+
+
 def test_report_needs_a_model_to_measure(folder: Path) -> None:
     message = failure("report", "chain.json", "--measure")
-    assert "--measure runs a model, and 'chain.json' is a file" in message
+    assert "--measure needs a model, and 'chain.json' is a file" in message
 
 
 def test_show_a_chain(folder: Path) -> None:
@@ -224,6 +253,78 @@ def test_a_step_that_breaks_its_promise_ends_with_code_1(
     assert (result.exit_code, result.stdout) == (1, "verified NO\n")
 
 
+@pytest.mark.parametrize(("difference", "code"), [(0.0, 0), (0.5, 1)])
+def test_a_report_with_a_broken_promise_ends_with_code_1(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, difference: float, code: int
+) -> None:
+    def step(_model: object, plan: Plan, _sample: object, **_: object) -> Verification:
+        return Verification(
+            budget_bytes=plan.budget_bytes,
+            projected_peak_bytes=plan.peak_bytes,
+            measured_peak_bytes=plan.peak_bytes,
+            plain_peak_bytes=plan.store_all_bytes,
+            seconds=1.0,
+            plain_seconds=1.0,
+            max_gradient_difference=difference,
+            max_gradient=1.0,
+            loss_difference=0.0,
+            buffers_equal=True,
+            random_state_equal=True,
+        )
+
+    monkeypatch.setattr("ckptsched.cli.run_verify", step)
+    result = run(
+        "report", "nets_of_test:mlp", "--input", "6x4", "--measure", "--budgets", "2",
+        "--json", "t.json",
+    )  # fmt: skip
+    assert result.exit_code == code, result.output
+    assert ("NOT as promised" in result.stdout) == bool(code)
+    assert (folder / "t.json").exists()
+
+
+def test_a_plot_of_unknown_ending_is_refused_before_profiling(folder: Path) -> None:
+    # The model does not even exist: the ending comes first.
+    message = failure("report", "no_such:model", "--measure", "--plot", "t.xyz")
+    assert "the ending '.xyz' is unknown" in message
+
+
+def test_a_report_goes_on_without_a_budget_that_is_too_small(folder: Path) -> None:
+    result = run("report", "chain.json", "--budgets", "3", "--budget", "1 KiB")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("Left out: ")
+    assert result.stderr.count("\n") == 1
+    assert "the least that works is" in result.stderr
+    assert "Plans" in result.stdout
+
+
+def test_an_argument_that_a_model_refuses_is_named(folder: Path) -> None:
+    message = failure(
+        "plan", "nets_of_test:ode", "--input", "6x4", "--budget", "50%", "--arg", "steps=0"
+    )
+    assert "steps is 0; give an int of at least 1" in message
+
+
+def documented_commands() -> list[str]:
+    """Every line of the documentation that calls ckptsched."""
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = []
+    for file in files:
+        for code in file.read_text(encoding="utf-8").split("```")[1::2]:
+            lines = (line.strip().removeprefix("$ ") for line in code.splitlines())
+            found += [line for line in lines if line.startswith("ckptsched ")]
+    return found
+
+
+def test_the_documentation_calls_ckptsched() -> None:
+    assert len(documented_commands()) >= 5
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_documented_commands_can_be_read(line: str) -> None:
+    _, name, *arguments = shlex.split(line, comments=True)
+    main.commands[name].make_context(name, arguments)
+
+
 @pytest.mark.parametrize("extra", [(), ("plan.json", "--budget", "50%")])
 def test_verify_needs_one_budget(folder: Path, extra: tuple[str, ...]) -> None:
     result = run("verify", "nets_of_test:mlp", *extra)
@@ -233,7 +334,7 @@ def test_verify_needs_one_budget(folder: Path, extra: tuple[str, ...]) -> None:
 
 def test_verify_needs_a_model(folder: Path) -> None:
     message = failure("verify", "chain.json", "--budget", "50%")
-    assert "verify runs a model, and 'chain.json' is a file: give module:callable" in message
+    assert "verify needs a model, and 'chain.json' is a file: give module:callable" in message
 
 
 def test_a_model_needs_an_input(folder: Path) -> None:
@@ -327,7 +428,7 @@ def test_a_module_that_fails(folder: Path, content: str, words: str) -> None:
 def test_a_name_that_is_not_there_lists_near_ones(folder: Path) -> None:
     message = refusal("nets_of_test:mpl")
     assert "has no 'mpl'; did you mean mlp?" in message
-    assert "it has Zoo, mlp, not_a_model, ready" in refusal("nets_of_test:qqqqqq")
+    assert "it has Zoo, mlp, not_a_model, ode, ready" in refusal("nets_of_test:qqqqqq")
 
 
 def test_what_gives_no_model(folder: Path) -> None:

@@ -109,9 +109,14 @@ def test_copies_are_independent_and_work() -> None:
     torch.save(trained, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
+    plain = copy.deepcopy(model)
+    plain(x).sum().backward()
     for twin in (copy.deepcopy(trained), loaded):
         twin(x).sum().backward()
-        assert all(p.grad is not None for p in twin.parameters())
+        assert all(
+            torch.equal(p.grad, q.grad)
+            for p, q in zip(twin.parameters(), plain.parameters(), strict=True)
+        )
         assert all(p.grad is None for p in model.parameters())
         assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
 
@@ -321,10 +326,18 @@ def test_a_stage_that_changes_shape_when_run_again_is_caught() -> None:
     trained(x).sum().backward()
 
 
+def test_autocast_with_its_cache_keeps_the_budget() -> None:
+    model, x = ode_net()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plan = tight(cs.profile(model, x), "every_2")
+        result = cs.verify(model, plan, x)
+    assert result.ok, str(result)
+
+
 def test_autocast_is_replayed() -> None:
     torch.manual_seed(6)
     model, x = ode_net()
-    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         chain = cs.profile(model, x)
     twin = copy.deepcopy(model)
     trained = cs.checkpointed(model, tight(chain, "every_2"))
@@ -351,6 +364,119 @@ def test_functional_call_reaches_the_given_parameters() -> None:
     torch.func.functional_call(model, expected, (x,)).sum().backward()
     assert all(torch.equal(given[n].grad, expected[n].grad) for n in given)
     assert all(p.grad is None for p in model.parameters())
+
+
+def gradients(net: nn.Module) -> list[Tensor]:
+    return [p.grad for p in net.parameters() if p.grad is not None]
+
+
+def same(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("name", ["ode_net", "dropout_mlp"])
+def test_the_mode_of_the_forward_holds_in_the_backward(name: str) -> None:
+    torch.manual_seed(9)
+    model, x = NETWORKS[name]()
+    twin = copy.deepcopy(model)
+    trained = cs.checkpointed(model, planned(model, x, "input_only"))
+    for net in (trained, twin):
+        torch.manual_seed(10)
+        y = net(x).square().sum()
+        net.eval()
+        y.backward()
+        assert not any(module.training for module in net.modules())
+    assert same(gradients(model), gradients(twin))
+
+
+def test_several_forwards_before_a_backward() -> None:
+    torch.manual_seed(11)
+    model, x = NETWORKS["dropout_ode"]()
+    twin = copy.deepcopy(model)
+    trained = cs.checkpointed(model, planned(model, x, "every_2"))
+    for net in (trained, twin):
+        torch.manual_seed(12)
+        first, second = net(x).square().sum(), net(x).sum()
+        second.backward()
+        first.backward()
+    assert same(gradients(model), gradients(twin))
+
+
+def test_functional_call_reaches_the_given_buffers() -> None:
+    torch.manual_seed(13)
+    model, x = ode_net()
+    model.eval()
+    trained = cs.checkpointed(model, planned(model, x, "input_only"))
+    given = {n: t.detach().clone() + 0.5 for n, t in model.named_buffers() if "running" in n}
+    torch.func.functional_call(trained, given, (x,)).sum().backward()
+    found = gradients(model)
+    model.zero_grad()
+    torch.func.functional_call(model, given, (x,)).sum().backward()
+    assert all(
+        torch.allclose(a, b, rtol=1e-5) for a, b in zip(found, gradients(model), strict=True)
+    )
+
+
+def test_buffers_that_change_before_the_backward_are_caught() -> None:
+    model, x = ode_net()
+    model.eval()
+    trained = cs.checkpointed(model, planned(model, x, "input_only"))
+    y = trained(x).sum()
+    model[1].f[1].running_mean.add_(1)
+    with pytest.raises(cs.ExecutionError, match="a buffer that the forward pass left alone"):
+        y.backward()
+
+
+def test_a_model_that_is_rebuilt_after_planning_is_refused() -> None:
+    model, x = ode_net()
+    trained = cs.checkpointed(model, planned(model, x))
+    old = model[4][2]
+    model[4][2] = nn.Linear(16, 10)
+    with pytest.raises(cs.PlanMismatchError, match="a module of the model was replaced"):
+        trained(x)
+    model[4][2] = old
+    trained(x).sum().backward()
+    model.double()
+    with pytest.raises(cs.PlanMismatchError, match="other shapes, dtypes"):
+        trained(x)
+
+
+def test_the_gradient_of_an_input_in_another_layout_is_within_the_plan() -> None:
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 2))
+    x = torch.randn(8, 3, 32, 32).to(memory_format=torch.channels_last).requires_grad_()
+    plan = planned(model, x, "store_all")
+    result = cs.verify(model, plan, x)
+    assert result.ok, str(result)
+
+
+def test_a_stage_that_turns_gradients_on_keeps_the_plan() -> None:
+    class Eager(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                return torch.tanh(super().forward(x))
+
+    model = nn.Sequential(*[Eager(64, 64) for _ in range(6)])
+    x = torch.randn(128, 64)
+    result = cs.verify(model, planned(model, x, "every_stage"), x)
+    assert result.ok, str(result)
+
+
+def test_random_numbers_that_the_profile_did_not_see_are_caught() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.0), nn.Tanh(), nn.Linear(8, 8))
+    x = torch.randn(4, 8)
+    trained = cs.checkpointed(model, planned(model, x, "every_stage"))
+    trained(x).sum().backward()
+    model[1].p = 0.5
+    with pytest.raises(cs.ExecutionError, match="drew random numbers, and none did"):
+        trained(x)
+
+
+def test_attention_in_eval_mode() -> None:
+    torch.manual_seed(14)
+    model, x = NETWORKS["transformer"]()
+    model.eval()
+    result = cs.verify(model, planned(model, x, "every_2"), x)
+    assert result.ok, str(result)
 
 
 def test_two_models_inside_one_graph() -> None:

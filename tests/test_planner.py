@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from ckptsched.planner import compare_baselines, plan, plan_each
 from ckptsched.plans import Plan
 from ckptsched.simulator import simulate
 from ckptsched.solvers import get_solver
-from ckptsched.workload import Chain
+from ckptsched.workload import Chain, Stage
+from tests.helpers import exact_stage, uniform
 from tests.small_chains import MIB, mixed_chain, random_chains, uniform_chain
 
 CHAINS = [uniform_chain(), mixed_chain(), uniform_chain(1)]
@@ -162,6 +164,67 @@ def test_long_chains_are_planned_without_a_table(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(InfeasibleBudgetError) as caught:
         plan(mixed_chain(), budget=1)
     assert plan(mixed_chain(), budget=caught.value.least_budget_bytes or 0)
+
+
+def test_a_long_uniform_chain_gets_the_best_k() -> None:
+    chain = uniform(600, state=10, tape=40)
+    budget = 1020
+    every = [get_solver(f"every_{k}").solve(chain, 2**40).trace for k in range(1, 600)]
+    best = min(trace.seconds for trace in every if trace.peak_bytes <= budget)
+    made = plan(chain, budget=budget)
+    assert made.seconds <= best < get_solver("revolve").solve(chain, budget).trace.seconds
+    assert made.solver.startswith("every_")
+    assert made.schedule_class == "all schedules"
+    assert plan(chain, budget=budget, solver="revolve").schedule_class == (
+        "binomial (states and one tape)"
+    )
+
+
+def test_a_very_long_uniform_chain_gets_a_good_k_too() -> None:
+    made = plan(uniform(21_000, state=10, tape=40), budget=42_000)
+    assert made.solver.startswith("every_")
+    assert made.seconds < 4 * 21_000
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_long_mixed_chains_get_a_k_of_the_grid(exact: bool) -> None:
+    stage = exact_stage() if exact else uniform(1, state=10, tape=40).stages[0]
+    other = replace(stage, forward_seconds=1.5)
+    chain = Chain(stages=(*(stage,) * 999, other, *(stage,) * 1000), held_bytes=10 * exact)
+    [result] = plan_each(chain, ["20%"])
+    assert isinstance(result, Plan)
+    fitting = [x.seconds for x in compare_baselines(chain) if x.peak_bytes <= result.budget_bytes]
+    assert result.seconds < min(fitting)
+    assert result.solver.startswith("every_")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_separate_calls_at_growing_budgets_never_get_costlier(seed: int) -> None:
+    # Whole numbers of one unit are planned exactly. Where sizes are rounded two separate calls
+    # may differ by the rounding, as ChainDp says.
+    random = Random(seed)
+    stages = []
+    for _ in range(6):
+        state = random.randint(0, 9)
+        stages.append(
+            Stage(
+                forward_seconds=random.randint(0, 9),
+                backward_seconds=random.randint(0, 9),
+                state_bytes=state,
+                tape_bytes=state + random.randint(0, 12),
+                gradient_bytes=random.randint(0, 9),
+                forward_overhead_bytes=random.randint(0, 5),
+                backward_overhead_bytes=random.randint(0, 5),
+            )
+        )
+    chain = Chain(stages=tuple(stages), input_bytes=3, input_gradient_bytes=3)
+    everything = plan(chain, budget="100%")
+    before = math.inf
+    for budget in range(everything.least_budget_bytes, everything.store_all_bytes + 1):
+        seconds = plan(chain, budget=budget).seconds
+        assert seconds <= before
+        before = seconds
+    assert before == chain.store_all_seconds
 
 
 def test_many_budgets_give_what_one_gives() -> None:

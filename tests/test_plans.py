@@ -251,6 +251,29 @@ def test_a_certificate_of_wrong_types(saved: Path, key: str, value: Any) -> None
     assert "plan again" in message
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budget_bytes": 3}, "bytes exceeds the budget of 3"),
+        ({"rounding_unit_bytes": 0}, "rounding_unit_bytes is 0, it must be 1 or more"),
+        ({"lower_bound_seconds": 1e9}, "the lower bound is 1000000000.0 s, the schedule takes"),
+        ({"lower_bound_seconds": math.nan}, "the lower bound is nan s"),
+        ({"lower_bound_seconds": -math.inf}, "the lower bound is -inf s"),
+        ({"peak_bytes": "many"}, "peak_bytes must be int, found 'many'"),
+        ({"seconds": "long"}, "seconds must be float, found 'long'"),
+        ({"seconds": None}, "seconds must be float, found None"),
+        ({"lower_bound_seconds": True}, "lower_bound_seconds must be float, found True"),
+    ],
+)
+def test_a_certificate_that_cannot_be_true(
+    saved: Path, changes: dict[str, Any], words: str
+) -> None:
+    edit(saved, lambda data: data["certificate"].update(changes), seal=True)
+    message = refusal(saved)
+    assert words in message
+    assert "plan again" in message
+
+
 @pytest.mark.parametrize("key", ["certificate", "chain", "schedule"])
 def test_a_part_is_missing(saved: Path, key: str) -> None:
     edit(saved, lambda data: data.pop(key), seal=True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import sys
+import time
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -169,6 +173,36 @@ def test_a_stage_that_cannot_be_run_again_is_named(what: str, message: str) -> N
     assert len(cs.profile(model, torch.randn(2, 4))) == 2
 
 
+def test_parameters_that_a_stage_does_not_own_are_refused() -> None:
+    embedding = nn.Embedding(8, 4)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden = [embedding]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.hidden[0].weight.T
+
+    with pytest.raises(cs.ProfileError, match="uses a parameter that its module does not own"):
+        cs.profile(nn.Sequential(embedding, Tied()), torch.zeros(3, dtype=torch.int64))
+
+
+def test_other_generators_are_refused() -> None:
+    class Skipping(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if random.random() < 2 else x
+
+    with pytest.raises(cs.ProfileError, match="the generator of Python or numpy"):
+        cs.profile(nn.Sequential(nn.Linear(4, 4), Skipping()), torch.randn(2, 4))
+
+
+def test_sparse_gradients_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(8, 4, sparse=True), nn.Tanh())
+    with pytest.raises(cs.ProfileError, match=r"gradients of layout torch\.sparse_coo"):
+        cs.profile(model, torch.zeros(3, dtype=torch.int64))
+
+
 def test_hidden_state_in_buffers_is_refused() -> None:
     model = nn.Sequential(spectral_norm(nn.Linear(16, 16)), nn.Linear(16, 2))
     with pytest.raises(cs.ProfileError, match="a buffer that it reads and changes"):
@@ -193,9 +227,31 @@ def test_bad_arguments() -> None:
         cs.profile(nn.Sequential(), torch.ones(2))
 
 
-def test_progress_goes_to_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    cs.profile(nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2), progress=True)
-    capsys.readouterr()
+class Slow(nn.Module):
+    """Takes long enough for a progress bar."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.05)
+        return x + 1
+
+
+def test_progress_goes_to_a_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(progress: bool | None, patience: float = 0.1) -> str:
+        monkeypatch.setattr("ckptsched.profiler._PATIENCE_SECONDS", patience)
+        cs.profile(nn.Sequential(Slow()), torch.ones(1, 2, requires_grad=True), progress=progress)
+        out, err = capsys.readouterr()
+        assert not out
+        return err
+
+    assert "profiling" in shown(True)
+    assert not shown(True, patience=60)
+    assert not shown(False)
+    assert not shown(None)  # what pytest puts in the place of stderr is no terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert "profiling" in shown(None)
+    assert not shown(False)
 
 
 @pytest.mark.gpu

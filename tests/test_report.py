@@ -4,19 +4,20 @@ import io
 import itertools
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from ckptsched.budget import format_bytes
-from ckptsched.errors import CkptschedError
+from ckptsched.budget import format_bytes, format_seconds
+from ckptsched.errors import BudgetSyntaxError, CkptschedError, InfeasibleBudgetError
 from ckptsched.frontier import Measured, Row, Tradeoff, baseline_grid, plan_grid, tradeoff
 from ckptsched.planner import plan
 from ckptsched.plans import Plan
 from ckptsched.report import Outputs, chain_grid, print_chain, report, timeline
 from ckptsched.tables import Grid
+from ckptsched.verifier import Verification
 from tests.small_chains import mixed_chain, uniform_chain
 
 
@@ -34,15 +35,21 @@ def printed(console: Console) -> str:
     return console.file.getvalue()
 
 
-@dataclass
-class Step:
+def step(peak_bytes: int, *, budget_bytes: int = 2**60, difference: float = 0.0) -> Verification:
     """A verification without a model."""
-
-    measured_peak_bytes: int
-    seconds: float = 0.3
-    plain_seconds: float = 0.2
-    max_gradient_difference: float = 0.0
-    ok: bool = True
+    return Verification(
+        budget_bytes=budget_bytes,
+        projected_peak_bytes=peak_bytes,
+        measured_peak_bytes=peak_bytes,
+        plain_peak_bytes=2**30,
+        seconds=0.3,
+        plain_seconds=0.2,
+        max_gradient_difference=difference,
+        max_gradient=1.0,
+        loss_difference=0.0,
+        buffers_equal=True,
+        random_state_equal=True,
+    )
 
 
 def test_rows_name_exactly_the_baselines_that_fit(found: Tradeoff) -> None:
@@ -80,6 +87,7 @@ def test_print_shows_both_tables(found: Tradeoff) -> None:
     assert f"the least budget that works is {format_bytes(last.least_budget_bytes)}" in text
     for row in found.rows:
         assert f"{row.plan.overhead:+.1%}" in text
+        assert format_seconds(row.plan.seconds) in text
         assert format_bytes(row.plan.peak_bytes) in text
     assert "measured" not in text
     assert text.isascii()
@@ -102,22 +110,25 @@ def test_the_report_has_lines_on_a_terminal() -> None:
 def test_measured_figures_stand_beside_projected_ones() -> None:
     plans: list[Plan] = []
 
-    def measure(made: Plan) -> Step:
+    def measure(made: Plan) -> Verification:
         plans.append(made)
-        return Step(measured_peak_bytes=made.peak_bytes - 7)
+        return step(made.peak_bytes - 7)
 
     console = plain()
     measured = report(mixed_chain(), 4, measure=measure, console=console)
     assert plans == [row.plan for row in measured.rows]
     headings = plan_grid(measured).headings
-    assert headings[-3:] == ("measured\npeak", "of the\nbudget", "measured\noverhead")
+    assert headings[-4:] == (
+        *("measured\npeak", "of the\nbudget", "measured\ntime", "measured\noverhead"),
+    )
     for row, cells in zip(measured.rows, plan_grid(measured).rows, strict=True):
         share = (row.plan.peak_bytes - 7) / row.plan.budget_bytes
-        assert cells[-3:] == (format_bytes(row.plan.peak_bytes - 7), f"{share:.1%}", "+50.0%")
+        peak = format_bytes(row.plan.peak_bytes - 7)
+        assert cells[-4:] == (peak, f"{share:.1%}", "300.000 ms", "+50.0%")
     text = printed(console)
     assert "every budget was kept; largest difference of a gradient 0." in text
     for cells in plan_grid(measured).rows:
-        assert cells[-3] in text
+        assert cells[-4] in text
 
 
 def test_a_promise_that_was_not_kept_is_said() -> None:
@@ -125,7 +136,7 @@ def test_a_promise_that_was_not_kept_is_said() -> None:
     found = report(
         mixed_chain(),
         ["60%", "100%"],
-        measure=lambda made: Step(2**40, ok=False, max_gradient_difference=0.25),
+        measure=lambda made: step(2**40, budget_bytes=1, difference=0.25),
         console=console,
     )
     sizes = [row.plan.budget_bytes for row in found.rows]
@@ -136,16 +147,16 @@ def test_a_promise_that_was_not_kept_is_said() -> None:
 
 def test_measuring_shows_progress_on_a_terminal() -> None:
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
-    report(mixed_chain(), 3, measure=lambda made: Step(1), console=console)
+    report(mixed_chain(), 3, measure=lambda made: step(1), console=console)
     assert "measuring" in printed(console)
 
 
 def test_a_row_without_a_measurement_has_dashes(found: Tradeoff) -> None:
-    step = Measured(
+    done = Measured(
         peak_bytes=1, seconds=2.0, plain_seconds=0.0, max_gradient_difference=0.0, ok=True
     )
-    mixed = replace(found, rows=(Row(plan=found.rows[0].plan, measured=step), found.rows[-1]))
-    assert plan_grid(mixed).rows[1][-3:] == ("-", "-", "-")
+    mixed = replace(found, rows=(Row(plan=found.rows[0].plan, measured=done), found.rows[-1]))
+    assert plan_grid(mixed).rows[1][-4:] == ("-", "-", "-", "-")
     assert plan_grid(mixed).rows[0][-1] == "+0.0%"
 
 
@@ -169,7 +180,7 @@ def test_files_are_written(tmp_path: Path) -> None:
 
 def test_measured_figures_are_saved(tmp_path: Path) -> None:
     outputs = Outputs(plot=tmp_path / "t.svg", json=tmp_path / "t.json")
-    report(mixed_chain(), 3, measure=lambda made: Step(99), console=plain(), outputs=outputs)
+    report(mixed_chain(), 3, measure=lambda made: step(99), console=plain(), outputs=outputs)
     data = json.loads((tmp_path / "t.json").read_text())
     assert data["rows"][0]["measured"]["peak_bytes"] == 99
     assert data["rows"][0]["measured"]["overhead"] == pytest.approx(0.5)
@@ -195,6 +206,52 @@ def test_the_plot_names_units_and_baselines(found: Tradeoff, tmp_path: Path) -> 
 def test_an_ending_that_matplotlib_does_not_know(found: Tradeoff, tmp_path: Path) -> None:
     with pytest.raises(CkptschedError, match=r"no plot can be drawn to .*plot\.xyz"):
         found.plot(tmp_path / "plot.xyz")
+
+
+@pytest.mark.parametrize(
+    ("outputs", "words"),
+    [
+        (Outputs(plot="plot.xyz"), "the ending '.xyz' is unknown; give one of"),
+        (Outputs(plot="nowhere/plot.png"), "there is no folder 'nowhere'"),
+        (Outputs(json="nowhere/data.json"), "there is no folder 'nowhere'"),
+    ],
+)
+def test_files_are_checked_before_anything_is_measured(outputs: Outputs, words: str) -> None:
+    def measure(made: Plan) -> Verification:
+        raise AssertionError("measured before the files were checked")
+
+    with pytest.raises(CkptschedError) as caught:
+        report(mixed_chain(), 3, measure=measure, console=plain(), outputs=outputs)
+    assert words in str(caught.value)
+
+
+def test_data_are_saved_before_a_plot_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(Tradeoff, "plot", fail)
+    outputs = Outputs(plot=tmp_path / "t.png", json=tmp_path / "t.json")
+    with pytest.raises(OSError, match="no space"):
+        report(mixed_chain(), 3, console=plain(), outputs=outputs)
+    assert (tmp_path / "t.json").exists()
+
+
+def test_a_budget_besides_that_is_too_small_is_left_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console = plain()
+    found = report(mixed_chain(), 3, also=["1KiB", "70%"], console=console)
+    assert len(found.rows) == 4
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert "1.000 KiB (1024 bytes)" in errors
+    assert f"({found.rows[0].plan.budget_bytes} bytes)" in errors
+    with pytest.raises(InfeasibleBudgetError):
+        report(mixed_chain(), ["1KiB"], also=["70%"], console=console)
+    with pytest.raises(BudgetSyntaxError, match="at least one budget that works, found none"):
+        report(mixed_chain(), [], also=["1KiB"], console=console)
 
 
 def test_a_missing_matplotlib_names_the_extra(

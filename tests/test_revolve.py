@@ -129,7 +129,7 @@ def test_the_most_states_that_fit_are_kept(chain: Chain, data: st.DataObject) ->
         solution = Revolve().solve(chain, budget)
         assert solution.trace.peak_bytes <= budget
         assert solution.trace.seconds == solution.lower_bound_seconds == min(fitting)
-        assert solution.schedule_class == "binomial"
+        assert solution.schedule_class == "binomial (states and one tape)"
         assert solution.least_budget_bytes == least
     else:
         with pytest.raises(InfeasibleBudgetError) as caught:
@@ -193,8 +193,39 @@ def test_inferred_peaks_find_the_same_schedule(monkeypatch: pytest.MonkeyPatch) 
 
 def test_parameter_gradients_and_input_of_another_size_count() -> None:
     chain = uniform(12)
-    first = replace(chain.stages[-1], parameter_gradient_bytes=5)
-    shared = replace(chain, stages=(*chain.stages[:-1], first), input_bytes=7)
+    last = replace(chain.stages[-1], parameter_gradient_bytes=5)
+    shared = replace(chain, stages=(*chain.stages[:-1], last), input_bytes=7)
     for budget in range(19, 40):
         solution = Revolve().solve(shared, budget)
         assert solution.trace.peak_bytes <= budget
+
+
+@pytest.mark.parametrize("stage", [0, 5, 10])
+def test_parameter_gradients_before_the_last_stage_are_refused(stage: int) -> None:
+    # The peak then depends on which stages run while which states are kept.
+    stages = list(uniform(12).stages)
+    stages[stage] = replace(stages[stage], parameter_gradient_bytes=5)
+    with pytest.raises(WorkloadError, match="equal seconds and bytes"):
+        Revolve().solve(replace(uniform(12), stages=tuple(stages)), 100)
+
+
+def test_the_least_budget_is_simulated_and_works() -> None:
+    # A sweep takes more than anything else: inferred from many states, which need no sweep of two
+    # stages, the least would be too small.
+    stage = replace(uniform(1).stages[0], forward_overhead_bytes=20)
+    chain = replace(uniform(600), stages=(stage,) * 600)
+    least = Revolve().solve(chain, 10**6).least_budget_bytes
+    assert Revolve().solve(chain, least).trace.peak_bytes == least
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        Revolve().solve(chain, least - 1)
+    assert caught.value.least_budget_bytes == least
+
+
+def test_several_budgets_give_what_one_gives() -> None:
+    chain = uniform(60, state=3, tape=8)
+    budgets = [220, 10, 50, 50]
+    found = Revolve().solve_each(chain, budgets)
+    assert isinstance(found[1], InfeasibleBudgetError)
+    for budget, result in zip(budgets, found, strict=True):
+        if not isinstance(result, InfeasibleBudgetError):
+            assert result == Revolve().solve(chain, budget)

@@ -89,6 +89,18 @@ def test_other_words_are_refused_with_their_position(word: str) -> None:
     assert str(caught.value) == (f"invalid schedule at operation 2 {word!r}: this is no operation")
 
 
+@pytest.mark.parametrize(
+    "word", ["F4294967297", "T2147483648", "B9223372036854775808", "-x4294967296", f"F{'9' * 5000}"]
+)
+def test_stages_that_no_operation_can_hold_are_refused(word: str) -> None:
+    with pytest.raises(InvalidScheduleError, match="stages are counted to 2147483647 at most"):
+        Schedule.from_text(word)
+
+
+def test_the_last_stage_that_an_operation_can_hold() -> None:
+    assert list(Schedule.from_text("F2147483647")) == [Forward(2147483647)]
+
+
 @pytest.mark.parametrize("data", [None, [], {}, {"operations": 3}, {"operations": ["F1"]}])
 def test_json_without_operations_is_refused(data: object) -> None:
     with pytest.raises(InvalidScheduleError, match="no text of operations"):

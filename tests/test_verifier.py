@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
+from ckptsched.context import RandomState
+from ckptsched.run import _State
 from ckptsched.verifier import _compare
 from tests.networks import dropout_mlp, ode_net, planned
 
@@ -89,11 +93,20 @@ def test_a_larger_tape_is_caught() -> None:
 
 def test_a_wrong_replay_of_random_numbers_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = dropout_mlp()
-    plan = planned(model, x)
-    monkeypatch.setattr("ckptsched.context.RandomState.restore", lambda self: None)
-    result = cs.verify(model, plan, x)
+
+    class Forgetful:
+        def restore(self) -> None: ...
+
+    def forget(self: _State, tensor: Tensor, random: RandomState | None) -> None:
+        self.tensor, self.version = tensor, tensor._version
+        self.random = None if random is None else Forgetful()  # type: ignore[assignment]
+
+    plans = [planned(model, x, solver) for solver in ("store_all", "every_2")]
+    monkeypatch.setattr(_State, "__init__", forget)
+    assert cs.verify(model, plans[0], x).ok  # which runs nothing again
+    result = cs.verify(model, plans[1], x)
+    assert not result.gradients_equal
     assert not result.ok
-    assert not result.random_state_equal
 
 
 def test_statistics_that_move_twice_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +130,11 @@ def test_nan_gradients_are_equal_to_nan_only() -> None:
     plan = planned(model, torch.randn(2, 4))
     result = cs.verify(model, plan, x)
     assert result.max_gradient_difference == 0.0
+    nan, one = torch.full((1,), float("nan")), torch.ones(1)
+    assert _compare({"a": nan}, {"a": nan})[0] == 0.0
+    assert math.isnan(_compare({"a": one}, {"a": nan})[0])
+    assert math.isnan(_compare({"a": nan}, {"a": one})[0])
+    assert _compare({"a": one}, {"a": None})[0] == float("inf")
 
 
 def test_a_difference_that_is_no_number_is_the_worst() -> None:

@@ -20,11 +20,13 @@ DATA: dict[str, Any] = {"u_f": [1, 2], "u_b": [3, 4], "w_a": [5, 6, 7], "w_t": [
 SIGNATURE = Signature(
     structure="abc",
     input_shape=(4, 3, 32, 32),
+    input_stride=(3072, 1024, 32, 1),
     input_dtype="torch.float32",
     input_requires_grad=False,
     device="cpu",
     threads=2,
-    training=True,
+    training="train",
+    autocast="off",
     torch_version="2.9.0",
 )
 
@@ -97,7 +99,27 @@ def test_units_of_files() -> None:
         ({"w_p": [0.5, 0]}, "parameter_gradient_bytes of stage 1"),
         ({"w_held": -1}, "held_bytes"),
         ({"u_f": []}, "column 'u_b' needs 0 values"),
-        ({"size_unit": "furlong"}, "KeyError: 'furlong'"),
+        (
+            {"size_unit": "furlong"},
+            "size_unit 'furlong' is unknown; give one of bytes, B, KiB, MiB",
+        ),
+        ({"time_unit": ["s"]}, "time_unit ['s'] is unknown; give one of s, ms, us, ns"),
+        ({"n": 3}, "n is 3, but column 'u_f' has 2 values"),
+        ({"kind": [0]}, "column 'kind' needs 2 values, found 1 values"),
+        ({"kind": 0}, "column 'kind' needs 2 values, found 0"),
+        ({"kind": [0, 1]}, "counts from 0 to below 1, the number of kinds; found 1"),
+        ({"kind": [0, -1]}, "found -1"),
+        ({"kind": [0, True]}, "found True"),
+        ({"w_a": [True, 6, 7]}, "each value of column 'w_a' must be a number, found True"),
+        ({"u_f": [True, 1]}, "each value of column 'u_f' must be a number, found True"),
+        ({"u_f": ["1", 1]}, "each value of column 'u_f' must be a number, found '1'"),
+        ({"w_held": True}, "w_held must be a number, found True"),
+        ({"u_loss": "1"}, "u_loss must be a number, found '1'"),
+        ({"random_state_bytes": -1}, "random_state_bytes must be a whole number"),
+        (
+            {"blocks": [{"name": "a", "first": 1, "last": 2, "buffer_bytes": 0.5}]},
+            "buffer_bytes of block 'a' must be a whole number",
+        ),
         ({"u_f": 3}, "this is not a chain"),
         ({"blocks": [{"name": "a", "first": 1, "last": 1}]}, "blocks end at stage 1 of 2"),
         ({"blocks": [{"name": "a", "first": 2, "last": 2}]}, "'a' covers 2..2, expected a start"),
@@ -109,6 +131,34 @@ def test_damaged_data_are_refused_with_the_reason(changes: dict[str, Any], messa
     with pytest.raises(WorkloadError) as caught:
         Chain.from_json(data)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"state_bytes": -1}, "state_bytes of the ledger of stage 1 must be a whole number"),
+        ({"tape_bytes": 0.5}, "tape_bytes of the ledger of stage 1"),
+        ({"taped_peak_bytes": True}, "taped_peak_bytes of the ledger of stage 1"),
+        ({"backward_peak_bytes": [1] * 7}, "needs 8 values, found 7 values"),
+        ({"backward_peak_bytes": [1] * 7 + [-1]}, "found -1"),
+        ({"backward_peak_bytes": 3}, "this is not a chain"),
+        ({"input_saved": 1}, "input_saved of the ledger of stage 1 must be true or false, found 1"),
+    ],
+)
+def test_damaged_ledgers_are_refused(changes: dict[str, Any], message: str) -> None:
+    data = Chain(stages=(exact_stage(),) * 3, held_bytes=10).to_json()
+    data["kinds"][0]["ledger"] |= changes
+    with pytest.raises(WorkloadError) as caught:
+        Chain.from_json(data)
+    assert message in str(caught.value)
+
+
+def test_a_chain_with_few_exact_stages_survives_json() -> None:
+    exact = exact_stage()
+    chain = Chain(stages=(exact, replace(exact, ledger=None)))
+    again = Chain.from_json(json.loads(json.dumps(chain.to_json())))
+    assert again == chain
+    assert again.fingerprint == chain.fingerprint
 
 
 def test_missing_columns_are_named() -> None:
@@ -153,6 +203,11 @@ def test_uniform_chains() -> None:
     ):
         other = replace(stages[0], **change)
         assert not Chain(stages=(*stages, other)).is_uniform
+    first_use = replace(stages[0], parameter_gradient_bytes=9)
+    assert Chain(stages=(*stages, first_use)).is_uniform  # of shared parameters
+    assert Chain(stages=(first_use,)).is_uniform
+    assert not Chain(stages=(first_use, *stages)).is_uniform
+    assert not Chain(stages=(first_use,) * 3).is_uniform
 
 
 def test_the_fingerprint_is_of_what_matters() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -12,6 +13,8 @@ from ..errors import InfeasibleBudgetError
 from ..schedule import Schedule
 from ..trace import Trace
 from ..workload import Chain
+
+_NUMBER = re.compile(r"\d+")
 
 
 @final
@@ -87,7 +90,11 @@ def infeasible(chain: Chain, budget_bytes: int, least: Trace, what: str) -> Infe
         what: Name of the solver or class, for the message.
     """
     operation = least.peak_operation
-    stage = chain.stage_name(int(operation[1:])) if operation[1:].isdigit() else "the loss"
+    number = _NUMBER.search(operation)
+    if number is None:
+        stage = "the loss"
+    else:  # of a Drop or Copy too, such as "-x3"
+        stage = chain.stage_name(int(number[0])) if int(number[0]) else "the input"
     return InfeasibleBudgetError(
         f"no {what} schedule fits a budget of {format_bytes(budget_bytes, budget=True)} "
         f"({budget_bytes} bytes); the least that works is {format_bytes(least.peak_bytes)} "

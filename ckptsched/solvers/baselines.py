@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
+
 from ..errors import WorkloadError
 from ..schedule import Schedule, ScheduleBuilder
 from ..simulator import simulate
@@ -23,9 +25,12 @@ from .base import AbstractSolver, Solution, infeasible
 INPUT_ONLY_STAGES = 2_000
 # Beyond this, comparing it costs more than all other baselines together.
 _COMPARED_INPUT_ONLY_STAGES = 300
-# Beyond this, simulating one baseline takes most of a second, and where revolve takes the chain
-# it is no dearer than any of them that keeps states.
+# Beyond this, simulating one baseline takes a tenth of a second or more: a comparison leaves out
+# every_<k> on uniform chains. The planner looks for the best k itself (`fitting_every_k`).
 _LONG = 20_000
+# Numbers k of a grid grow by this factor, or by more where so many stages would be simulated.
+_GRID_FACTOR = 1.2
+_GRID_STAGES = 1_000_000
 
 _EVERY = re.compile(r"every_([1-9][0-9]*)")
 _FIXED = ("store_all", "anode", "every_stage", "sqrt", "input_only")
@@ -180,3 +185,78 @@ def baselines_for(chain: Chain) -> tuple[Baseline, ...]:
     if n <= _COMPARED_INPUT_ONLY_STAGES:
         names.append("input_only")
     return tuple(Baseline(name) for name in names)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What an `every_<k>` needs and takes, without simulating it."""
+
+    rule: Baseline
+    least_bytes: int
+    """Its peak is no less: states and tapes that it keeps at once."""
+    seconds: float
+    """Seconds of the step, up to the order of sums."""
+
+
+def every_k_grid(chain: Chain) -> tuple[Guess, ...]:
+    """`every_<k>` for numbers k that grow by about a fifth, to find a good one by trying.
+
+    Args:
+        chain: Any chain.
+
+    Returns:
+        About 40 for 8,000 stages, cheapest first; fewer for very long chains, and none for one
+        stage. Of the k that give as many segments the least is taken.
+    """
+    n = len(chain)
+    most = max(_GRID_STAGES // n, 8)
+    factor = max(_GRID_FACTOR, n ** (1 / most))
+    numbers = {min(math.ceil(factor**i), n) for i in range(math.ceil(math.log(n, factor)) + 1)}
+    numbers = {-(-n // -(-n // k)) for k in numbers}
+    columns = chain.arrays
+    states, tapes = columns.state_bytes[1:], columns.tape_bytes[1:]
+    if chain.has_ledger:
+        known = [stage.ledger for stage in chain.stages if stage.ledger is not None]
+        states = np.array([0 if x.output_is_view else x.state_bytes for x in known])
+        tapes = np.array([x.tape_bytes for x in known])
+    guesses = []
+    for k in sorted(numbers):
+        starts = np.arange(0, n, k)
+        kept = np.concatenate(([0], np.cumsum(states[starts[1:] - 1])))
+        least = int((np.add.reduceat(tapes, starts) + kept).max())
+        again = float(columns.forward_seconds[1 : starts[-1] + 1].sum())
+        if k < n:
+            guesses.append(Guess(Baseline(f"every_{k}"), least, chain.store_all_seconds + again))
+    return tuple(sorted(guesses, key=lambda guess: guess.seconds))
+
+
+def fitting_every_k(chain: Chain, budget_bytes: int, most: int = 4) -> tuple[Baseline, ...]:
+    """`every_<k>` that should fit a uniform chain's budget by a closed form, cheapest first.
+
+    Args:
+        chain: A uniform chain. With a ledger the closed form is that of the planning model.
+        budget_bytes: Bytes that the peak may reach.
+        most: How many to name at most.
+
+    Returns:
+        The cheapest are those whose last segment is longest, as it is not run again. Whether
+        one fits is for the simulator to say.
+    """
+    n, stage = len(chain), chain.stages[-1]
+    k = np.arange(1, n, dtype=np.int64)
+    segments = -(-n // k)
+    last = n - (segments - 1) * k
+    w_a, w_t, w_g = stage.state_bytes, stage.tape_bytes, stage.gradient_bytes
+    fixed = chain.input_bytes + chain.held_bytes
+    forward, backward = stage.forward_overhead_bytes, w_g + stage.backward_overhead_bytes
+    new = stage.parameter_gradient_bytes
+    at_end = max(forward, w_g + chain.loss_overhead_bytes, w_g + backward + new)
+    peak_at_end = (segments - 1) * w_a + last * w_t + at_end
+    again = w_g + new + max(forward, backward)
+    peak_again = (segments - 2) * w_a + k * w_t + again
+    peaks = fixed + np.maximum(peak_at_end, peak_again)
+    fitting = np.flatnonzero(peaks <= budget_bytes)
+    # The longest last segment first; of equals the one that needs the fewest bytes.
+    order = fitting[np.lexsort((peaks[fitting], -last[fitting]))]
+    return tuple(Baseline(f"every_{int(k[i])}") for i in order[:most])

@@ -164,7 +164,8 @@ class _Search:
             raise WorkloadError(
                 f"chain_dp takes chains of about a thousand stages at most, found "
                 f"{len(chain)}: their table would need more than "
-                f"{8 * MOST_NUMBERS / 1e9:.1f} GB or {MOST_ADDITIONS:.0e} additions"
+                f"{8 * MOST_NUMBERS / 1e9:.1f} GB or {MOST_ADDITIONS:.0e} additions; "
+                'solver="auto" takes chains of any length, "revolve" those of equal stages'
             )
         self.fewest = least_memory(Slots(self.sizes, 1, "nearest"))
         for baseline in baselines_for(chain):

@@ -11,22 +11,29 @@ from __future__ import annotations
 import functools
 import math
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from ..errors import WorkloadError
+from ..errors import InfeasibleBudgetError, WorkloadError
 from ..schedule import Schedule, ScheduleBuilder
 from ..simulator import simulate
 from ..trace import Trace
 from ..workload import Chain
 from .base import AbstractSolver, Solution, infeasible
 
-# Schedules with more runs without tape are not made: 8 million operations take 64 MB, and ten
-# seconds to simulate. 100,000 stages need four states then, 1,000 stages one.
-MOST_ADVANCES = 4_000_000
-# The peak of a schedule with more runs than this is inferred from that of one with more
-# states: each state fewer saves its bytes. The schedule chosen is always simulated.
+# Schedules with more runs without tape are not made: two million operations take 16 MB, and two
+# seconds to simulate. 100,000 stages need ten states then, 1,000 stages one.
+MOST_ADVANCES = 1_000_000
+# With a ledger an operation takes ten times as long: 1,000 stages need two states then, 8,000 five.
+# The second number is for each stage.
+_MOST_ADVANCES_OF_LEDGER = (100_000, 4)
+# While the most states that fit are looked for, the peak of a schedule with more runs than this
+# is inferred from that of one with more states: each state fewer saves its bytes. The schedule
+# chosen and that of the fewest states, which gives the least budget, are always simulated.
 _SIMULATED_ADVANCES = 100_000
+# What the lower bound holds for: schedules that keep several tapes may take less.
+_CLASS = "binomial (states and one tape)"
 
 
 def _beta(s: int, r: int) -> int:
@@ -146,6 +153,9 @@ class _Trials:
     @functools.cached_property
     def fewest(self) -> int:
         """Fewest states whose schedule is not too long to be made."""
+        if self.chain.has_ledger:
+            least, per_stage = _MOST_ADVANCES_OF_LEDGER
+            return self._fewest_with(max(least, per_stage * len(self.chain)))
         return self._fewest_with(MOST_ADVANCES)
 
     @functools.cached_property
@@ -206,18 +216,43 @@ class Revolve(AbstractSolver):
         Raises:
             WorkloadError: The chain is not uniform.
         """
+        self._check(chain)
+        return self._solve(_Trials(chain), budget_bytes)
+
+    def solve_each(
+        self, chain: Chain, budgets: Sequence[int]
+    ) -> list[Solution | InfeasibleBudgetError]:
+        """Solve for several budgets, simulating each number of states once.
+
+        Raises:
+            WorkloadError: The chain is not uniform.
+        """
+        self._check(chain)
+        trials = _Trials(chain)
+        results: list[Solution | InfeasibleBudgetError] = []
+        for budget in budgets:
+            try:
+                results.append(self._solve(trials, budget))
+            except InfeasibleBudgetError as error:
+                results.append(error)
+        return results
+
+    def _check(self, chain: Chain) -> None:
         if not chain.is_uniform:
             raise WorkloadError(
                 "revolve needs stages of equal seconds and bytes; for others use chain_dp"
             )
-        trials = _Trials(chain)
+
+    def _solve(self, trials: _Trials, budget_bytes: int) -> Solution:
+        chain = trials.chain
         schedule, trace = trials.run(trials.most(budget_bytes))
         if trace.peak_bytes > budget_bytes:
             raise infeasible(chain, budget_bytes, trace, "binomial")
+        least = trials.run(trials.fewest)[1].peak_bytes
         return Solution(
             schedule=schedule,
             trace=trace,
-            schedule_class="binomial",
+            schedule_class=_CLASS,
             lower_bound_seconds=trace.seconds,
-            least_budget_bytes=min(trials.peak(trials.fewest), trace.peak_bytes),
+            least_budget_bytes=min(least, trace.peak_bytes),
         )

@@ -1,0 +1,136 @@
+"""Puts the distinct stages of a model, once their figures are known, in order: a chain."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .aliases import Slots
+from .context import RandomState
+from .memory import storage_bytes
+from .survey import Kind, LossWeight
+from .tracing import Block as TracedBlock
+from .workload import Block, Chain, Stage, StageLedger, backward_variant
+
+
+def assemble(
+    blocks: tuple[TracedBlock, ...],
+    order: list[Kind],
+    lost: LossWeight,
+    device: torch.device,
+    leaf: Tensor | None = None,
+) -> Chain:
+    """Make a chain of stages that have been weighed and timed.
+
+    Args:
+        blocks: The model.
+        order: The kind of each stage, with its ledger and seconds; equal stages share one.
+        lost: What the loss takes.
+        device: Where the model is to run; decides whether a random state takes bytes.
+        leaf: The input, if it is a leaf that wants its gradient.
+
+    Returns:
+        The chain, without a signature.
+    """
+    spans = _spans(blocks)
+    draws = any(kind.draws for kind in order)
+    random_bytes = RandomState.take(device).counted_bytes
+    snapshot = random_bytes if draws else 0
+    # While a block runs again its buffers are cloned, and a random state or two is kept.
+    extra = sum(span.buffer_bytes for span in spans) + 2 * snapshot
+    cache: dict[tuple[int, int, int, bool], Stage] = {}
+    stages: list[Stage] = []
+    seen: set[int] = set()
+    gradient_bytes = storage_bytes([lost.gradient])
+    # Where nothing should draw random numbers, a look at their state at Turn says whether it did.
+    look = 0 if draws else max(0, random_bytes - gradient_bytes)
+    for i in range(len(order), 0, -1):
+        kind = order[i - 1]
+        fresh = sum(size for alias, size in kind.gradient_bytes.items() if alias not in seen)
+        partly = 0 < fresh < sum(kind.gradient_bytes.values())
+        seen.update(kind.gradient_bytes)
+        last = i == len(order)
+        buffers = next(span.buffer_bytes for span in spans if span.last >= i)
+        if i == 1 and leaf is not None and kind.input_gradient is not None:
+            kind = replace(kind, ledger=_with_copy(kind, leaf, fresh))
+        key = (id(kind), fresh, buffers, last)
+        if key not in cache:
+            cache[key] = _stage(kind, fresh, partly, gradient_bytes, snapshot, buffers, extra, last)
+        stages.append(cache[key])
+        gradient_bytes = _bytes(kind.input_gradient)
+    output_bytes = cast(StageLedger, order[-1].ledger).state_bytes
+    return Chain(
+        stages=tuple(reversed(stages)),
+        input_gradient_bytes=gradient_bytes,
+        loss_seconds=lost.seconds,
+        loss_overhead_bytes=max(lost.overhead_bytes, look),
+        held_bytes=output_bytes + lost.rest_bytes,
+        draws=draws,
+        random_state_bytes=snapshot,
+        blocks=spans,
+    )
+
+
+def _with_copy(kind: Kind, leaf: Tensor, fresh: int) -> StageLedger:
+    """Charge the copy that autograd makes where a leaf wants its gradient in another layout."""
+    ledger, gradient = cast(StageLedger, kind.ledger), cast(Tensor, kind.input_gradient)
+    if gradient.stride() == leaf.stride():
+        return ledger
+    peak = fresh + _bytes(gradient) + leaf.nbytes
+    peaks = tuple(max(value, peak) for value in ledger.backward_peak_bytes)
+    return replace(ledger, backward_peak_bytes=peaks)
+
+
+def _bytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else storage_bytes([tensor])
+
+
+def _spans(blocks: tuple[TracedBlock, ...]) -> tuple[Block, ...]:
+    spans, first = [], 1
+    for block in blocks:
+        last = first + len(block.stages) - 1
+        size = sum(buffer.nbytes for buffer in Slots([block.module]).buffers())
+        spans.append(Block(name=block.name, first=first, last=last, buffer_bytes=size))
+        first = last + 1
+    return tuple(spans)
+
+
+def _stage(
+    kind: Kind,
+    fresh: int,
+    partly: bool,
+    gradient_bytes: int,
+    snapshot: int,
+    buffers: int,
+    extra: int,
+    last: bool,
+) -> Stage:
+    """The planning model's figures of a stage: upper bounds of what its ledger charges."""
+    ledger = replace(cast(StageLedger, kind.ledger), shares_parameters_partly=partly)
+    state = 0 if last else ledger.state_bytes + snapshot  # the caller holds the output
+    tape = ledger.tape_bytes + state + buffers + (snapshot if last else 0)
+    forward = max(ledger.forward_peak_bytes - state, ledger.taped_peak_bytes - tape, 0)
+    highest = max(
+        ledger.backward_peak_bytes[
+            backward_variant(input_held=held, output_held=out, first=bool(fresh))
+        ]
+        for held in (False, True)
+        for out in (False, True)
+    )
+    backward = max(0, highest - _bytes(kind.input_gradient) - fresh)
+    return Stage(
+        name=kind.name,
+        forward_seconds=statistics.median(kind.forward_seconds),
+        backward_seconds=statistics.median(kind.backward_seconds),
+        state_bytes=state,
+        tape_bytes=tape,
+        gradient_bytes=gradient_bytes,
+        forward_overhead_bytes=forward + extra,
+        backward_overhead_bytes=backward + extra,
+        parameter_gradient_bytes=fresh,
+        ledger=ledger,
+    )
