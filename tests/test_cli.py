@@ -267,6 +267,7 @@ def test_a_report_with_a_broken_promise_ends_with_code_1(
             plain_seconds=1.0,
             max_gradient_difference=difference,
             max_gradient=1.0,
+            loss=1.0,
             loss_difference=0.0,
             buffers_equal=True,
             random_state_equal=True,

@@ -46,6 +46,7 @@ def step(peak_bytes: int, *, budget_bytes: int = 2**60, difference: float = 0.0)
         plain_seconds=0.2,
         max_gradient_difference=difference,
         max_gradient=1.0,
+        loss=1.0,
         loss_difference=0.0,
         buffers_equal=True,
         random_state_equal=True,
