@@ -30,14 +30,14 @@ from .plans import Plan as Plan
 from .profiler import profile as profile
 from .schedule import Schedule as Schedule
 from .simulator import simulate as simulate
+from .stages import Block as Block
+from .stages import Stage as Stage
+from .stages import StageLedger as StageLedger
 from .trace import Trace as Trace
 from .tracing import StageCall as StageCall
 from .tracing import StagedModule as StagedModule
 from .verifier import Verification as Verification
 from .verifier import verify as verify
-from .workload import Block as Block
 from .workload import Chain as Chain
-from .workload import Stage as Stage
-from .workload import StageLedger as StageLedger
 
 __version__ = "0.1.0"

@@ -12,9 +12,10 @@ from torch import Tensor
 from .aliases import Slots
 from .context import RandomState
 from .memory import storage_bytes
+from .stages import Block, Stage, StageLedger, backward_variant
 from .survey import Kind, LossWeight
 from .tracing import Block as TracedBlock
-from .workload import Block, Chain, Stage, StageLedger, backward_variant
+from .workload import Chain
 
 
 def assemble(

@@ -23,10 +23,11 @@ from .assembly import assemble
 from .context import Autocast, RandomState
 from .errors import ProfileError
 from .memory import storage_bytes
+from .stages import StageLedger
 from .survey import Kind, Loss, LossWeight, survey_backward, survey_forward
 from .tracing import trace
 from .weighing import go_back
-from .workload import Chain, StageLedger
+from .workload import Chain
 
 # Only ratios matter to a plan: which stages are dear, and how dear. 10 operations a byte lies
 # between CPUs and GPUs, so that convolutions count by their arithmetic, activations by memory.

@@ -17,8 +17,9 @@ from .budget import Tier
 from .errors import InvalidScheduleError
 from .liveness import Liveness, analyse, blocks_of, cut
 from .schedule import Code, Kind, Schedule
+from .stages import Stage, StageLedger, backward_variant
 from .trace import Live
-from .workload import Chain, Stage, StageLedger, backward_variant
+from .workload import Chain
 
 _CALLER_INPUT = -1
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from .budget import Tier
 from .schedule import Code, Kind, Schedule
-from .workload import Block
+from .stages import Block
 
 
 @final

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .context import Autocast
+from .stages import Signature
 from .tracing import Block
-from .workload import Signature
 
 _INDEX = re.compile(r"\[\d+\]$")
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+\b")

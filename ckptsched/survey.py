@@ -19,10 +19,10 @@ from torch import Tensor
 from .aliases import Slots
 from .context import RandomState
 from .errors import CkptschedError, ProfileError
+from .stages import StageLedger
 from .structure import stage_label
 from .tape import Tape, check_output, record
 from .tracing import Block, StageCall
-from .workload import StageLedger
 
 Loss: TypeAlias = Callable[[Tensor], Tensor]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from .context import now
 from .errors import ProfileError
 from .memory import Meter, storage_bytes
+from .stages import StageLedger, backward_variant
 from .survey import Kind, Loss, LossWeight
-from .workload import StageLedger, backward_variant
 
 
 @final

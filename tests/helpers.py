@@ -9,8 +9,9 @@ from typing import Any
 
 from ckptsched.schedule import Schedule
 from ckptsched.simulator import simulate
+from ckptsched.stages import Block, Stage, StageLedger
 from ckptsched.trace import Trace
-from ckptsched.workload import Block, Chain, Stage, StageLedger
+from ckptsched.workload import Chain
 
 DATA = Path(__file__).resolve().parent / "data"
 INSTANCES = Path(__file__).resolve().parents[1] / "benchmarks" / "instances"

@@ -2,7 +2,8 @@
 
 from hypothesis import strategies as st
 
-from ckptsched.workload import Block, Chain, Stage
+from ckptsched.stages import Block, Stage
+from ckptsched.workload import Chain
 
 MIB = 2**20
 

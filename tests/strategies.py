@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from ckptsched.workload import Block, Chain, Stage, StageLedger
+from ckptsched.stages import Block, Stage, StageLedger
+from ckptsched.workload import Chain
 
 SMALL = st.integers(0, 6)
 SECONDS = st.integers(0, 9).map(float)

@@ -14,7 +14,8 @@ from ckptsched.simulator import simulate
 from ckptsched.solvers import SOLVER_NAMES, Baseline, ChainDp, Revolve, baselines_for, get_solver
 from ckptsched.solvers.base import infeasible
 from ckptsched.solvers.baselines import INPUT_ONLY_STAGES, every_k_grid, fitting_every_k
-from ckptsched.workload import Block, Chain
+from ckptsched.stages import Block
+from ckptsched.workload import Chain
 from tests.helpers import exact_stage, uniform
 from tests.strategies import chains, ledger_chains, uniform_chains
 

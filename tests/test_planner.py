@@ -16,7 +16,8 @@ from ckptsched.planner import compare_baselines, plan, plan_each
 from ckptsched.plans import Plan
 from ckptsched.simulator import simulate
 from ckptsched.solvers import get_solver
-from ckptsched.workload import Chain, Stage
+from ckptsched.stages import Stage
+from ckptsched.workload import Chain
 from tests.helpers import exact_stage, uniform
 from tests.small_chains import MIB, mixed_chain, random_chains, uniform_chain
 

@@ -119,7 +119,8 @@ def test_no_module_is_hidden_by_a_public_name() -> None:
 def test_schedules_in_the_documents_are_valid() -> None:
     from ckptsched.schedule import Schedule
     from ckptsched.simulator import simulate
-    from ckptsched.workload import Chain, Stage
+    from ckptsched.stages import Stage
+    from ckptsched.workload import Chain
 
     stage = Stage(
         forward_seconds=1.0,

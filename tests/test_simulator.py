@@ -12,8 +12,9 @@ from ckptsched.errors import InvalidScheduleError, WorkloadError
 from ckptsched.schedule import Schedule
 from ckptsched.simulator import simulate
 from ckptsched.solvers import Baseline, ChainDp, Revolve
+from ckptsched.stages import Block
 from ckptsched.trace import Live
-from ckptsched.workload import Block, Chain
+from ckptsched.workload import Chain
 from tests.brute_force import persistent_schedules
 from tests.helpers import EXAMPLES, exact_stage, example, levels, run, tiny_cases, uniform
 from tests.strategies import ledger_chains

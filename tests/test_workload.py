@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 
 from ckptsched.errors import WorkloadError
-from ckptsched.workload import Block, Chain, Signature, Stage, backward_variant
+from ckptsched.stages import Block, Signature, Stage, backward_variant
+from ckptsched.workload import Chain
 from tests.helpers import EXAMPLES, exact_stage, uniform
 from tests.strategies import chains, ledger_chains
 

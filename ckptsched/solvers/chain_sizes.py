@@ -16,7 +16,8 @@ from typing import Literal, final
 import numpy as np
 import numpy.typing as npt
 
-from ..workload import Chain, StageLedger, backward_variant
+from ..stages import StageLedger, backward_variant
+from ..workload import Chain
 
 Bytes = npt.NDArray[np.int64]
 Rounding = Literal["nearest", "down"]

@@ -1,0 +1,178 @@
+"""One stage of a chain: its figures in the planning model, and its exact bytes.
+
+The figures are those of the memory-persistent recurrence of Beaumont et al. (RR-9302), with the
+bytes that its published implementations leave out: the gradient that a backward consumes,
+separate overheads of forward and backward, and parameter gradients that appear as the backward
+pass goes. A `StageLedger` adds what the simulator needs to charge a stage to the byte.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+from .errors import WorkloadError
+
+_BACKWARD_VARIANTS = 8
+_LEDGER_FLAGS = ("output_is_view", "input_saved", "output_saved", "shares_parameters_partly")
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageLedger:
+    """Exact bytes of one stage, as a run of the stage alone shows them."""
+
+    state_bytes: int
+    """Storage bytes of the output."""
+    output_is_view: bool
+    """Whether the output lies in the input's storage."""
+    tape_bytes: int
+    """Storages that the tape keeps besides input, output, parameters and buffers."""
+    input_saved: bool
+    """Whether the tape keeps the input's storage."""
+    output_saved: bool
+    """Whether the tape keeps the output's storage."""
+    forward_peak_bytes: int
+    """Peak of a run without tape above the level before it, output included."""
+    taped_peak_bytes: int
+    """Peak of a run with tape above the level before it, tape and output included."""
+    backward_peak_bytes: tuple[int, ...]
+    """Peak of the backward above the level before it, by `backward_variant`."""
+    shares_parameters_partly: bool = False
+    """Whether some but not all of its parameter gradients exist before its first backward."""
+
+
+def backward_variant(*, input_held: bool, output_held: bool, first: bool) -> int:
+    """Index into `StageLedger.backward_peak_bytes`.
+
+    Args:
+        input_held: Whether the input's storage outlives the tape.
+        output_held: Whether the output's storage outlives the tape.
+        first: Whether the stage's parameter gradients come into being in this backward.
+
+    Returns:
+        A number from 0 to 7.
+    """
+    return 4 * input_held + 2 * output_held + first
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One link of the chain; equal steps of an ODE block share one object."""
+
+    name: str = ""
+    """Name within its block."""
+    forward_seconds: float
+    """Seconds of one run without tape (u_f)."""
+    backward_seconds: float
+    """Seconds of the backward, and what a run with tape takes longer (u_b)."""
+    state_bytes: int
+    """Bytes of the output state (w_a)."""
+    tape_bytes: int
+    """Bytes of the tape, the output state included (w_t)."""
+    gradient_bytes: int
+    """Bytes of the gradient with respect to the output state (w_g)."""
+    forward_overhead_bytes: int = 0
+    """Extra bytes while a forward runs (o_f)."""
+    backward_overhead_bytes: int = 0
+    """Extra bytes while the backward runs (o_b)."""
+    parameter_gradient_bytes: int = 0
+    """Parameter gradients that appear with this stage's backward and stay (w_p)."""
+    ledger: StageLedger | None = None
+    """Exact bytes; None where only the planning model is known."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A run of consecutive stages that belong together, such as the steps of an ODE."""
+
+    name: str
+    """Path of the block in the model."""
+    first: int
+    """Its first stage, counted from 1."""
+    last: int
+    """Its last stage."""
+    buffer_bytes: int = 0
+    """Buffers that are cloned while the block is run again."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """What a plan must match: the model's structure and the shapes of one batch."""
+
+    structure: str
+    """Digest of the blocks, their stages, and all parameter and buffer shapes."""
+    input_shape: tuple[int, ...]
+    """Shape of the input."""
+    input_stride: tuple[int, ...]
+    """Its strides: the memory format decides which kernels run."""
+    input_dtype: str
+    """Its dtype, such as "torch.float32"."""
+    input_requires_grad: bool
+    """Whether the gradient with respect to the input is computed."""
+    device: str
+    """Type of the device, such as "cpu"."""
+    threads: int
+    """Threads of the CPU, on which the workspaces of convolutions depend."""
+    training: str
+    """Which modules trained: "train", "eval", or a digest where they differed."""
+    autocast: str
+    """Autocast as it was, such as "cpu to torch.bfloat16", or "off"."""
+    torch_version: str
+    """Version of torch that was measured."""
+
+
+def check_size(what: str, value: object) -> None:
+    """Refuse what is no number of bytes."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise WorkloadError(f"{what} must be a whole number of bytes, 0 or more; found {value!r}")
+
+
+def check_time(what: str, value: object) -> None:
+    """Refuse what is no number of seconds."""
+    good = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+    if not good or isinstance(value, bool):
+        raise WorkloadError(f"{what} must take 0 seconds or more; found {value!r}")
+
+
+def check_stage(what: str, stage: Stage) -> None:
+    """Refuse a stage with impossible sizes or times."""
+    check_time(f"the forward of {what}", stage.forward_seconds)
+    check_time(f"the backward of {what}", stage.backward_seconds)
+    for name in (
+        "state_bytes",
+        "tape_bytes",
+        "gradient_bytes",
+        "forward_overhead_bytes",
+        "backward_overhead_bytes",
+        "parameter_gradient_bytes",
+    ):
+        check_size(f"{name} of {what}", getattr(stage, name))
+    if stage.tape_bytes < stage.state_bytes:
+        raise WorkloadError(
+            f"the tape of {what} has {stage.tape_bytes} bytes, fewer than the "
+            f"{stage.state_bytes} of the state that it contains"
+        )
+    if stage.ledger is not None:
+        _check_ledger(f"the ledger of {what}", stage.ledger)
+
+
+def _check_ledger(what: str, ledger: StageLedger) -> None:
+    for name in ("state_bytes", "tape_bytes", "forward_peak_bytes", "taped_peak_bytes"):
+        check_size(f"{name} of {what}", getattr(ledger, name))
+    found = len(ledger.backward_peak_bytes)
+    if found != _BACKWARD_VARIANTS:
+        raise WorkloadError(
+            f"backward_peak_bytes of {what} needs {_BACKWARD_VARIANTS} values, found {found} values"
+        )
+    for value in ledger.backward_peak_bytes:
+        check_size(f"backward_peak_bytes of {what}", value)
+    for name in _LEDGER_FLAGS:
+        if not isinstance(getattr(ledger, name), bool):
+            raise WorkloadError(
+                f"{name} of {what} must be true or false, found {getattr(ledger, name)!r}"
+            )
