@@ -63,6 +63,10 @@ class Program:
         self.tensors = self._tensors()
         self.repeated: dict[object, list[int]] = {}
 
+    def __getstate__(self) -> dict[str, object]:
+        """All but what is known by the identity of modules, which a copy does not share."""
+        return {**self.__dict__, "repeated": {}}
+
     def _check_model(self) -> None:
         chain = self.plan.chain
         if chain.signature is None:

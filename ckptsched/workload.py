@@ -67,7 +67,7 @@ class Chain:
     draws: bool = False
     """Whether a stage draws random numbers, so that random states must be put back."""
     random_state_bytes: int = 0
-    """Bytes of one snapshot of the random state; 0 where no stage draws random numbers."""
+    """Bytes of one snapshot; 0 where no stage draws, and on CUDA, where it lies on the host."""
     blocks: tuple[Block, ...] = ()
     """Blocks that cover the stages; none where the chain has no such structure."""
     name: str = ""
