@@ -25,6 +25,7 @@ RANKS = {
     "context": 1,
     "memory_allocator": 1,
     "memory_trace": 1,
+    "progress": 1,
     "tables": 1,
     "trace": 1,
     "stages": 1,
@@ -96,9 +97,12 @@ TORCH_SIDE = {
 }
 THIRD_PARTY = {
     "click": {"cli"},
+    "highspy": {"solvers.graph_ilp"},
     "matplotlib": {"frontier"},
-    "networkx": {"workload", "tracing"},
+    "networkx": {"graph", "workload", "tracing"},
+    "numba": {"solvers"},
     "numpy": None,  # any module
+    "platformdirs": {"plan_cache"},
     "pulp": {"solvers.graph_ilp"},
     "rich": {"profiler", "report"},
     "torch": TORCH_SIDE,
