@@ -1,11 +1,16 @@
-"""How long does planning take, and how good are the plans?
+"""How long does planning take, and how good are the plans, beside peers in the same run?
 
-Solves every reference budget of the chains in `instances/` with chain_dp, and compares with the
-lower bound and the best schedule known (`instances/reference.json`). Prints a table and writes
-`results/planner-<date>.json`.
+From the root of the repository:
 
-    python -m benchmarks.planner                  # all chains: some minutes
-    python -m benchmarks.planner gpt96 resnet50_b32
+    python -m benchmarks.planner --document            # everything: about an hour
+    python -m benchmarks.planner --instances gpt96     # ours and rotor on one instance
+    python -m benchmarks.planner --uniform --quick     # short uniform chains only
+
+Peers are checkpoint-schedules, pyrevolve (`benchmarks.peers`) and the published rotor recurrence
+(`benchmarks.rotor`). Every plan, whoever made it, is judged by the one simulator in exact bytes.
+A peer's exact peak is the budget of ours beside it. Seconds are medians of three runs, of a single
+one where it takes more than a minute; each measurement runs in a process of its own, with kernels
+compiled before. Prints tables and which goals are met; writes `results/planner-<date>.json`.
 """
 
 from __future__ import annotations
@@ -15,66 +20,34 @@ import datetime
 import json
 import os
 import platform
-import time
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ckptsched.errors import InfeasibleBudgetError
-from ckptsched.solvers import ChainDp
-from ckptsched.workload import Chain
+from benchmarks.planner_goals import Goal, goals
+from benchmarks.planner_parts import (
+    LONG_INSTANCE,
+    Options,
+    compile_seconds,
+    frontier_part,
+    instances_part,
+    references,
+    seeded_part,
+    uniform_part,
+)
+from benchmarks.planner_rows import Findings
+from benchmarks.planner_tables import comparisons_to_json, grids, line, to_markdown
 
-HERE = Path(__file__).resolve().parent
-
-
-def measure(chain: Chain, row: dict[str, Any]) -> dict[str, Any]:
-    """Solve one budget; times relative to storing everything."""
-    start = time.perf_counter()
-    try:
-        solution = ChainDp().solve(chain, row["budget_bytes"])
-    except InfeasibleBudgetError as error:
-        return {
-            "budget_bytes": row["budget_bytes"],
-            "planning_seconds": time.perf_counter() - start,
-            "least_budget_bytes": error.least_budget_bytes,
-        }
-    seconds = time.perf_counter() - start
-    relative = solution.trace.seconds / chain.store_all_seconds
-    bound = solution.lower_bound_seconds / chain.store_all_seconds
-    best = row["best_known"]
-    return {
-        "budget_bytes": row["budget_bytes"],
-        "planning_seconds": seconds,
-        "relative_seconds": relative,
-        "relative_lower_bound": bound,
-        "known_lower_bound": row["lower_bound"],
-        "known_best": best,
-        "loss_percent": None if best is None else 100 * (relative / best - 1),
-        "peak_share": solution.trace.peak_bytes / row["budget_bytes"],
-        "rounding_unit_bytes": solution.rounding_unit_bytes,
-    }
-
-
-def measure_all(chain: Chain, rows: list[dict[str, Any]]) -> float:
-    """Seconds for all budgets in one go, which share tables."""
-    start = time.perf_counter()
-    ChainDp().solve_each(chain, [row["budget_bytes"] for row in rows])
-    return time.perf_counter() - start
-
-
-def show(name: str, result: dict[str, Any]) -> None:
-    """Print one line."""
-    text = f"{name:16} {result['budget_bytes']:>13} {result['planning_seconds']:7.2f} s"
-    if "relative_seconds" in result:
-        loss = result["loss_percent"]
-        text += (
-            f"  {result['relative_seconds']:9.5f} (at least {result['relative_lower_bound']:.5f})"
-        )
-        text += "  best unknown" if loss is None else f"  loss {loss:+.4f} %"
-        text += f"  peak {result['peak_share']:.2%}"
-    else:
-        text += f"  infeasible below {result['least_budget_bytes']}"
-    print(text, flush=True)
+RESULTS = Path(__file__).resolve().parent / "results"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "measured.md"
+# What stands between them in the document is written by --document.
+_MARKS = (
+    "<!-- written by benchmarks.planner -->",
+    "<!-- end of what benchmarks.planner writes -->",
+)
+_PACKAGES = ("numpy", "numba", "checkpoint-schedules", "pyrevolve")
 
 
 def about() -> dict[str, Any]:
@@ -84,41 +57,102 @@ def about() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "architecture": platform.machine(),
         "python": platform.python_version(),
-        "numpy": version("numpy"),
         "load_at_start": os.getloadavg()[0],
+        "packages": {name: _version(name) for name in _PACKAGES},
     }
 
 
-def main() -> None:
-    """Measure the chains named, or all that have references."""
-    reference = json.loads((HERE / "instances" / "reference.json").read_text())["instances"]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help=f"any of {', '.join(reference)}; all if none")
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def run(names: Sequence[str], args: argparse.Namespace, options: Options) -> Iterator[Findings]:
+    """The parts that were asked for."""
+    if args.uniform:
+        yield from uniform_part(options)
+    yield from instances_part(names, options)
+    if args.seeded:
+        yield from seeded_part(options)
+    if args.frontier:
+        yield from frontier_part(options)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the parts named, or all."""
+    known = [*references(), LONG_INSTANCE]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--uniform", action="store_true", help="uniform chains, all peers")
+    parser.add_argument("--instances", nargs="*", choices=known, help="all if none is named")
+    parser.add_argument("--seeded", action="store_true", help="seeded chains, quality only")
+    parser.add_argument("--frontier", action="store_true", help="whole frontiers")
+    parser.add_argument("--quick", action="store_true", help="short chains, few budgets, one run")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds a peer's run may take")
+    parser.add_argument("--document", action="store_true", help="also write docs/measured.md")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
-    options = parser.parse_args()
-    found: dict[str, Any] = {"about": about(), "instances": {}}
-    for name in options.names or reference:
-        chain = Chain.load(HERE / "instances" / f"{name}.json")
-        rows = reference[name]
-        results = []
-        for row in rows:
-            results.append(measure(chain, row))
-            show(name, results[-1])
-        together = measure_all(chain, rows)
-        losses = [x["loss_percent"] for x in results if x.get("loss_percent") is not None]
-        print(
-            f"{name:16} n = {len(chain)}: {len(rows)} budgets in one go {together:.2f} s, ", end=""
-        )
-        print(f"worst loss {max(losses, default=0):+.4f} %", flush=True)
-        found["instances"][name] = {
-            "stages": len(chain),
-            "solve_each_seconds": together,
-            "budgets": results,
-        }
-    path = options.out or HERE / "results" / f"planner-{found['about']['date']}.json"
+    args = parser.parse_args(argv)
+    if not (args.uniform or args.seeded or args.frontier or args.instances is not None):
+        args.uniform = args.seeded = args.frontier = True
+        args.instances = []
+    names: list[str] = [] if args.instances is None else (args.instances or known)
+    if args.quick and not args.instances:
+        names = names[:2]
+    options = Options(1 if args.quick else 3, args.limit, args.quick)
+    report: dict[str, Any] = {"about": about(), "quick": args.quick}
+    report["compile"] = compile_seconds()
+    print(f"compilation: {report['compile']}", flush=True)
+    found = Findings()
+    for some in run(names, args, options):
+        found += some
+        for row in some.rows:
+            print(line(row), flush=True)
+        for defeat in filter(lambda x: x.is_worse, some.comparisons):
+            print(f"WORSE by {defeat.excess:.4%}: {defeat}", flush=True)
+    verdicts = goals(found)
+    for grid in grids(found):
+        print(f"\n{grid.title}\n{grid}")
+    print("\nGoals", *verdicts, sep="\n")
+    report |= {
+        "goals": [asdict(x) for x in verdicts],
+        "comparisons": comparisons_to_json(found.comparisons),
+        "rows": [x.to_json() for x in found.rows],
+    }
+    path = args.out or RESULTS / f"planner-{report['about']['date']}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path.name}")
+    if args.document:
+        document(report, found, verdicts)
+
+
+def document(report: dict[str, Any], found: Findings, verdicts: Sequence[Goal]) -> None:
+    """Put the figures between the marks in `docs/measured.md`."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, start, rest = text.partition(_MARKS[0])
+    _, end, after = rest.partition(_MARKS[1])
+    if not start or not end:
+        raise SystemExit(f"{DOCUMENT.name} lacks the marks {_MARKS[0]} and {_MARKS[1]}")
+    facts, compiled = report["about"], report["compile"]
+    packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
+    parts = [
+        f"{facts['date']}, {facts['cores']} cores ({facts['architecture']}), Python "
+        f"{facts['python']}, {packages}; load when it began {facts['load_at_start']:.1f}.",
+        f"Kernels, compiled and used for the first time: {compiled['first_process_seconds']:.1f} "
+        f"s; from the cache, in a new process: {compiled['cached_process_seconds']:.1f} s; from "
+        f"then on: {compiled['warm_seconds']:.2f} s.",
+        *(["A quick run: short chains, few budgets, one run each."] if report["quick"] else []),
+        *(to_markdown(grid) for grid in grids(found)),
+        "### Goals",
+        "\n".join(f"- {_VERDICTS[x.met]} {x.what}: {x.shown_by}" for x in verdicts),
+    ]
+    body = "\n\n".join(parts)
+    DOCUMENT.write_text(f"{before}{start}\n\n{body}\n\n{end}{after}", encoding="utf-8")
+    print(f"written to {DOCUMENT.name}")
+
+
+_VERDICTS = {True: "**met**", False: "**not met**", None: "not run"}
 
 
 if __name__ == "__main__":

@@ -52,6 +52,14 @@ class Slots:
         """What is in each place for a parameter now, in the order of the places."""
         return [module._parameters[name] for module, name in self._parameters]
 
+    def missing(self) -> str:
+        """A place that its module no longer has, in words; empty where all are there."""
+        for kind, places in (("parameter", self._parameters), ("buffer", self._buffers)):
+            for module, name in places:
+                if name not in (module._parameters if kind == "parameter" else module._buffers):
+                    return f"{kind} {name!r} of a {type(module).__name__}"
+        return ""
+
     def bind(self, aliases: Mapping[int, Tensor]) -> list[Tensor | None]:
         """The alias for each place, by the parameter that is there now.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -15,6 +16,7 @@ from .memory import storage_bytes
 from .stages import Block, Stage, StageLedger, backward_variant
 from .survey import Kind, LossWeight
 from .tracing import Block as TracedBlock
+from .trees import storages
 from .workload import Chain
 
 
@@ -23,7 +25,7 @@ def assemble(
     order: list[Kind],
     lost: LossWeight,
     device: torch.device,
-    leaf: Tensor | None = None,
+    inputs: Sequence[Tensor] = (),
 ) -> Chain:
     """Make a chain of stages that have been weighed and timed.
 
@@ -32,7 +34,7 @@ def assemble(
         order: The kind of each stage, with its ledger and seconds; equal stages share one.
         lost: What the loss takes.
         device: Where the model is to run; decides whether a random state takes bytes.
-        leaf: The input, if it is a leaf that wants its gradient.
+        inputs: The input's tensors, as the caller holds them.
 
     Returns:
         The chain, without a signature.
@@ -46,7 +48,7 @@ def assemble(
     cache: dict[tuple[int, int, int, bool], Stage] = {}
     stages: list[Stage] = []
     seen: set[int] = set()
-    gradient_bytes = storage_bytes([lost.gradient])
+    gradient_bytes = _bytes(lost.gradients)
     # Where nothing should draw random numbers, a look at their state at Turn says whether it did.
     look = 0 if draws else max(0, random_bytes - gradient_bytes)
     for i in range(len(order), 0, -1):
@@ -56,14 +58,21 @@ def assemble(
         seen.update(kind.gradient_bytes)
         last = i == len(order)
         buffers = next(span.buffer_bytes for span in spans if span.last >= i)
-        if i == 1 and leaf is not None and kind.input_gradient is not None:
-            kind = replace(kind, ledger=_with_copy(kind, leaf, fresh))
+        if i == 1:
+            kind = replace(kind, ledger=_with_copies(kind, inputs, fresh))
         key = (id(kind), fresh, buffers, last)
         if key not in cache:
             cache[key] = _stage(kind, fresh, partly, gradient_bytes, snapshot, buffers, extra, last)
         stages.append(cache[key])
-        gradient_bytes = _bytes(kind.input_gradient)
-    output_bytes = cast(StageLedger, order[-1].ledger).state_bytes
+        gradient_bytes = _bytes(kind.input_gradients)
+    # What the output shares with the input is the caller's anyway.
+    theirs = storages(inputs)
+    output_bytes = storage_bytes(
+        y
+        for storage, leaves in storages(order[-1].output.leaves).items()
+        for y in leaves
+        if storage not in theirs
+    )
     return Chain(
         stages=tuple(reversed(stages)),
         input_gradient_bytes=gradient_bytes,
@@ -76,18 +85,27 @@ def assemble(
     )
 
 
-def _with_copy(kind: Kind, leaf: Tensor, fresh: int) -> StageLedger:
-    """Charge the copy that autograd makes where a leaf wants its gradient in another layout."""
-    ledger, gradient = cast(StageLedger, kind.ledger), cast(Tensor, kind.input_gradient)
-    if gradient.stride() == leaf.stride():
+def _with_copies(kind: Kind, inputs: Sequence[Tensor], fresh: int) -> StageLedger:
+    """Charge the copies that autograd makes where leaves want gradients in another layout."""
+    ledger = cast(StageLedger, kind.ledger)
+    copies = sum(
+        leaf.nbytes
+        for leaf, gradient in zip(inputs, kind.input_gradients, strict=bool(inputs))
+        if leaf.is_leaf and gradient is not None and gradient.stride() != leaf.stride()
+    )
+    if not copies:
         return ledger
-    peak = fresh + _bytes(gradient) + leaf.nbytes
+    peak = fresh + _bytes(kind.input_gradients) + copies
     peaks = tuple(max(value, peak) for value in ledger.backward_peak_bytes)
-    return replace(ledger, backward_peak_bytes=peaks)
+    ledger = replace(ledger, backward_peak_bytes=peaks)
+    if ledger.parts is None:
+        return ledger
+    exact = tuple(max(value, peak) for value in ledger.parts.backward_peak_bytes)
+    return replace(ledger, parts=replace(ledger.parts, backward_peak_bytes=exact))
 
 
-def _bytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else storage_bytes([tensor])
+def _bytes(tensors: Iterable[Tensor | None]) -> int:
+    return storage_bytes(tensor for tensor in tensors if tensor is not None)
 
 
 def _spans(blocks: tuple[TracedBlock, ...]) -> tuple[Block, ...]:
@@ -112,17 +130,23 @@ def _stage(
 ) -> Stage:
     """The planning model's figures of a stage: upper bounds of what its ledger charges."""
     ledger = replace(cast(StageLedger, kind.ledger), shares_parameters_partly=partly)
-    state = 0 if last else ledger.state_bytes + snapshot  # the caller holds the output
+    parts = ledger.parts
+    whole = ledger.state_bytes if parts is None else sum(parts.output_bytes)
+    state = 0 if last else whole + snapshot  # the caller holds the output
     tape = ledger.tape_bytes + state + buffers + (snapshot if last else 0)
     forward = max(ledger.forward_peak_bytes - state, ledger.taped_peak_bytes - tape, 0)
-    highest = max(
-        ledger.backward_peak_bytes[
-            backward_variant(input_held=held, output_held=out, first=bool(fresh))
-        ]
-        for held in (False, True)
-        for out in (False, True)
-    )
-    backward = max(0, highest - _bytes(kind.input_gradient) - fresh)
+    if parts is None:
+        highest = max(
+            ledger.backward_peak_bytes[
+                backward_variant(input_held=held, output_held=out, first=bool(fresh))
+            ]
+            for held in (False, True)
+            for out in (False, True)
+        )
+    else:
+        half = len(parts.backward_peak_bytes) // 2
+        highest = max(parts.backward_peak_bytes[half:] if fresh else parts.backward_peak_bytes)
+    backward = max(0, highest - _bytes(kind.input_gradients) - fresh)
     return Stage(
         name=kind.name,
         forward_seconds=statistics.median(kind.forward_seconds),

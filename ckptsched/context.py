@@ -1,15 +1,56 @@
-"""What a run of a stage sees besides its input: random state, autocast, and the time."""
+"""What a run of a stage sees besides its input: random state, autocast, time, and how often."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
+
+_recomputing: ContextVar[bool] = ContextVar("ckptsched_recomputing", default=False)
+
+
+def is_recomputing() -> bool:
+    """Whether the stage that calls this is being run again, and not for the first time in a step.
+
+    A checkpointed model runs a stage again in its backward, and `profile` runs each stage many
+    times. What a stage does besides computing its output (count, log, append to a list) should
+    then be left out. The answer holds for the calling thread.
+
+    Returns:
+        True while ckptsched runs a stage again or measures it; False in the first run of a step,
+        under plain autograd and outside of stages.
+
+    Example:
+        >>> class Counting(torch.nn.Linear):
+        ...     seen = 0
+        ...
+        ...     def forward(self, x):
+        ...         if not is_recomputing():
+        ...             self.seen += len(x)
+        ...         return super().forward(x)
+    """
+    return _recomputing.get()
+
+
+@final
+class Recomputing:
+    """A `with` block in which `is_recomputing()` is True; a class, as it is entered every step."""
+
+    __slots__ = ("_token",)
+
+    _token: Token[bool]
+
+    def __enter__(self) -> None:
+        self._token = _recomputing.set(True)
+
+    def __exit__(self, *exception: object) -> None:
+        _recomputing.reset(self._token)
 
 
 @final
@@ -59,6 +100,25 @@ class RandomState:
     def counted_bytes(self) -> int:
         """Bytes on the device that the meter sees: the CPU's own state, on the CPU only."""
         return 0 if self.cuda else self.cpu.nbytes
+
+
+@final
+class Generators:
+    """Copies of the default random generators: a state that is kept without a tensor."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Copy the generators that a stage on this device may draw from."""
+        self._cpu = torch.default_generator.clone_state()
+        self._cuda: torch.Generator | None = None
+        if device.type == "cuda":
+            self._index = torch.cuda.current_device() if device.index is None else device.index
+            self._cuda = torch.cuda.default_generators[self._index].clone_state()
+
+    def restore(self) -> None:
+        """Put the default generators to where they were."""
+        torch.set_rng_state(self._cpu.get_state())
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda.get_state(), self._index)
 
 
 @final

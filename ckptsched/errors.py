@@ -35,6 +35,19 @@ class InfeasibleBudgetError(CkptschedError, ValueError):
         self.stage = stage
 
 
+class SolverTimeoutError(CkptschedError, TimeoutError):
+    """A solver's time limit ended before it found a schedule, or proved that there is none.
+
+    Attributes:
+        limit_seconds: The limit.
+    """
+
+    def __init__(self, message: str, *, limit_seconds: float) -> None:
+        """Keep the limit beside the sentence, for programs that retry."""
+        super().__init__(message)
+        self.limit_seconds = limit_seconds
+
+
 class InvalidScheduleError(CkptschedError, ValueError):
     """A schedule that breaks a rule of the chain model.
 
@@ -72,3 +85,7 @@ class ExecutionError(CkptschedError, RuntimeError):
 
 class StorageError(CkptschedError, RuntimeError):
     """A checkpoint that could not be written or read back."""
+
+
+class BudgetWarning(UserWarning):
+    """A call that gives the right result, and does not keep the budget of its plan."""

@@ -26,6 +26,7 @@ from .memory import storage_bytes
 from .stages import StageLedger
 from .survey import Kind, Loss, LossWeight, survey_backward, survey_forward
 from .tracing import trace
+from .trees import Extras, State
 from .weighing import go_back
 from .workload import Chain
 
@@ -54,7 +55,7 @@ _DRAWING = (
 )
 
 
-def estimate(model: nn.Module, x: Tensor, loss: Loss) -> Chain:
+def estimate(model: nn.Module, inputs: State, given: State, loss: Loss) -> Chain:
     """Estimate a model as a chain of stages, for planning before a machine is at hand.
 
     A copy of the model runs on the meta device. States, tapes and gradients are as measured for
@@ -65,7 +66,8 @@ def estimate(model: nn.Module, x: Tensor, loss: Loss) -> Chain:
 
     Args:
         model: The model; it may lie on the meta device itself.
-        x: One batch; only its shape, layout, dtype and `requires_grad` are used.
+        inputs: One batch, taken apart; only shapes, layouts, dtypes and `requires_grad` are used.
+        given: What every stage is given besides, taken apart.
         loss: From the output to a scalar; it is called with a tensor without data.
 
     Returns:
@@ -76,25 +78,33 @@ def estimate(model: nn.Module, x: Tensor, loss: Loss) -> Chain:
         ProfileError: A stage or the loss needs data; or autocast is on, which the meta device
             does not know.
     """
-    if any(enabled for _, enabled, _ in Autocast.take(x.device).modes):
+    device = inputs.leaves[0].device
+    if any(enabled for _, enabled, _ in Autocast.take(device).modes):
         raise ProfileError(
             "autocast is on, and tensors without data do not follow it; profile without fake"
         )
-    random = RandomState.take(x.device)
+    random = RandomState.take(device)
     try:
-        fake = x.detach().to("meta").requires_grad_(x.requires_grad)
+        fake, extras = _fakes(inputs), Extras.of(_fakes(given))
         blocks = trace(_without_data(model))
         # What stages make without naming a device must lie where their input lies.
         with torch.device("meta"), torch.enable_grad():
-            order = survey_forward(blocks, fake)
-            lost = _assess_loss(loss, order[-1].output)
-            for kind in survey_backward(order, lost.gradient):
+            order = survey_forward(blocks, fake, extras)
+            lost = _assess_loss(loss, order[-1])
+            for kind in survey_backward(order, lost.gradients):
                 _assess(kind)
-        chain = assemble(blocks, order, lost, x.device)
+        chain = assemble(blocks, order, lost, device)
     finally:
         random.restore()
     bare = {id(stage): replace(stage, ledger=None) for stage in chain.stages}
     return replace(chain, stages=tuple(bare[id(stage)] for stage in chain.stages))
+
+
+def _fakes(state: State) -> State:
+    """The same without data."""
+    return state.replaced(
+        leaf.detach().to("meta").requires_grad_(leaf.requires_grad) for leaf in state.leaves
+    )
 
 
 def _without_data(model: nn.Module) -> nn.Module:
@@ -123,15 +133,17 @@ def _constants(module: nn.Module) -> list[Tensor]:
 
 def _assess(kind: Kind) -> None:
     """Give a kind of stage its seconds, and its ledger as far as it can be known."""
-    flops, kind.draws = _count(lambda: _plain(kind))
+    flops, kind.draws = _count(kind.run)
     kind.set_gradients(first=True)
     with _saved() as saved:
         tape, output = kind.record(kind.x)
-    back, _ = _count(lambda: tape.backward(kind.gradient))
+    back, _ = _count(lambda: tape.backward(kind.gradients))
     kind.set_gradients(first=True)
     slots, constants = Slots([kind.call.module]), _constants(kind.call.module)
-    own = _storages([*slots.parameters(), *slots.buffers(), *constants])
-    entered, made, kept = _storages([kind.x]), _storages([output]), _storages(saved)
+    given = kind.extras.apart().leaves
+    own = _storages([*slots.parameters(), *slots.buffers(), *constants, *given])
+    entered, made = _storages(kind.x.leaves), _storages(output.leaves)
+    kept = _storages(saved)
     is_view = made.keys() == entered.keys()
     tape_bytes = _bytes(kept, besides=own.keys() | entered.keys() | made.keys())
     new = 0 if is_view else _bytes(made)
@@ -148,28 +160,30 @@ def _assess(kind: Kind) -> None:
     # A view moves nothing, and sends its gradient on as a view.
     moved = tape_bytes if is_view else _bytes({**entered, **own, **made}) + tape_bytes
     kind.forward_seconds = [_seconds(flops, moved)]
-    ends = [g for g in (kind.gradient, kind.input_gradient) if g is not None and not is_view]
+    both = (*kind.gradients, *kind.input_gradients)
+    ends = [g for g in both if g is not None and not is_view]
     sent = storage_bytes(ends) + sum(kind.gradient_bytes.values())
     kind.backward_seconds = [_seconds(back, moved + sent)]
 
 
-def _assess_loss(loss: Loss, output: Tensor) -> LossWeight:
+def _assess_loss(loss: Loss, last: Kind) -> LossWeight:
     """What a loss is likely to take, and the gradient that it sends back."""
+    output = last.output
     try:
         with _saved() as saved:
-            value, gradient = go_back(loss, output)
+            value, gradients = go_back(loss, output, last.carries)
     except ProfileError:
         raise
     except Exception as error:
         raise ProfileError(
-            f"the loss failed on an output of shape {tuple(output.shape)}, {output.dtype}: "
-            f"{type(error).__name__}: {error}; with fake=True the output lies on the meta device: "
+            f"the loss failed on an output of {output.describe(_shape)}: {type(error).__name__}: "
+            f"{error}; with fake=True the output lies on the meta device: "
             "let targets lie there, too, or leave the loss out"
         ) from error
-    kept = _bytes(_storages(saved), besides=_storages([output]))
-    ends = storage_bytes([output, gradient])
+    kept = _bytes(_storages(saved), besides=_storages(output.leaves))
+    ends = storage_bytes([*output.leaves, *(g for g in gradients if g is not None)])
     return LossWeight(
-        gradient=gradient,
+        gradients=gradients,
         seconds=_seconds(0, 2 * (ends + kept)),
         overhead_bytes=kept,
         rest_bytes=2 * storage_bytes([value]),
@@ -190,9 +204,8 @@ def _saved() -> Iterator[list[Tensor]]:
         yield saved
 
 
-def _plain(kind: Kind) -> None:
-    with torch.no_grad():
-        kind.call(kind.x)
+def _shape(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}, {tensor.dtype}"
 
 
 def _count(run: Callable[[], object]) -> tuple[int, bool]:

@@ -10,22 +10,32 @@ data alive.
 
 from __future__ import annotations
 
-from typing import Any, cast, final
+import warnings
+from typing import Any, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
 
+from .errors import BudgetWarning, ExecutionError, PlanMismatchError
 from .plans import Plan
 from .program import Program
 from .run import Run
+from .transforms import transform_at_work
+from .trees import Extras, State
 
 
-def checkpointed(model: nn.Module, plan: Plan) -> Checkpointed:
+def checkpointed(
+    model: nn.Module, plan: Plan, *, check: Literal["none", "outputs"] = "none"
+) -> Checkpointed:
     """Make a model train by a plan.
 
     Args:
         model: The model that the plan was made for.
         plan: The plan.
+        check: With "outputs" every stage that runs again must give, bit by bit, what it gave
+            first, or the backward ends with an error that names the stage. It costs time, about
+            a second for 1 GB of outputs, and keeps 16 bytes a stage; an output with gaps in its
+            memory is copied for the moment.
 
     Returns:
         A module with the same parameters, buffers and `state_dict` keys. It shares them with
@@ -34,17 +44,20 @@ def checkpointed(model: nn.Module, plan: Plan) -> Checkpointed:
 
     Raises:
         PlanMismatchError: The plan was made for another model, or by hand.
+        ExecutionError: There is no such check.
     """
+    if check not in ("none", "outputs"):
+        raise ExecutionError(f"check is {check!r}; give 'none' or 'outputs'")
     if isinstance(model, Checkpointed):
         model = model.model
-    return Checkpointed(model, plan)
+    return Checkpointed(model, plan, check_outputs=check == "outputs")
 
 
 @final
 class Checkpointed(nn.Module):
     """A model that trains by a plan; see `checkpointed`."""
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, *, check_outputs: bool = False) -> None:
         """Share everything that the model owns, and check that the plan is for it."""
         super().__init__()
         own = self.__dict__
@@ -52,7 +65,7 @@ class Checkpointed(nn.Module):
             own[name] = model.__dict__[name]
         # Not as a submodule: the keys of the state_dict stay those of the model.
         own["_model"] = model
-        own["_program"] = Program(model, plan)
+        own["_program"] = Program(model, plan, check_outputs=check_outputs)
         self.training = model.training
 
     @property
@@ -71,51 +84,88 @@ class Checkpointed(nn.Module):
         self.model.train(mode)
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any, *extras: Any, **options: Any) -> Any:
         """Run the model; a backward from the output follows the plan.
 
         Args:
-            x: A batch; of the planned shape and dtype where gradients are wanted.
+            x: A batch: a tensor, or tuples, lists, dicts and dataclasses of them; as planned
+                where gradients are wanted.
+            extras: What every stage is given besides, such as a condition.
+            options: The same by name.
 
         Raises:
             PlanMismatchError: The batch, the mode or what is trained is not as planned.
             ExecutionError: A stage cannot be run again with the same result.
         """
+        if not torch.is_grad_enabled():
+            return self.model(x, *extras, **options)
         program = cast(Program, self.__dict__["_program"])
-        if not torch.is_grad_enabled() or not program.wants_gradient(x):
-            return cast(Tensor, self.model(x))
-        return _step(program, x)
+        inputs, given = _apart(x, Extras(extras, options))
+        tensors = [*inputs.leaves, *given.leaves, *program.all_slots.parameters()]
+        if not any(tensor.requires_grad for tensor in tensors):
+            return self.model(x, *extras, **options)
+        transform = transform_at_work(tensors)
+        if transform:
+            warnings.warn(
+                f"{transform} is at work, which a plan cannot follow: the model runs by plain "
+                "autograd, and takes its memory",
+                BudgetWarning,
+                stacklevel=2,
+            )
+            return self.model(x, *extras, **options)
+        return _step(program, inputs, given)
 
 
-def _step(program: Program, x: Tensor) -> Tensor:
+def _apart(x: Any, extras: Extras) -> tuple[State, State]:
+    """The arguments of a call, taken apart."""
+    try:
+        inputs = State.of(x)
+    except ExecutionError as error:
+        raise PlanMismatchError(f"the model's first argument is {error}") from None
+    if not inputs.leaves:
+        raise PlanMismatchError(
+            f"the model's first argument is what its first stage takes, found a "
+            f"{type(x).__name__} without tensors"
+        )
+    return inputs, extras.apart()
+
+
+def _step(program: Program, inputs: State, given: State) -> Any:
     """One forward pass whose backward follows the schedule."""
-    program.check_batch(x)
-    run = Run(program, x)
-    token = x
-    for k, parameters in enumerate(run.parameters_by_block):
-        token = _BlockNode.apply(run, k, token, *parameters)
-    return cast(Tensor, _OutputNode.apply(run, token))
+    program.check_batch(inputs, given)
+    run = Run(program, inputs, given)
+    entry = inputs.leaves
+    for k in range(len(program.slots)):
+        entry = (_BlockNode.apply(run, k, len(entry), *entry, *run.tensors_of(k)),)
+    # Inside a tuple: the output node keeps the inputs for one more backward, and is no way to them.
+    output = _OutputNode.apply(run, *entry, (inputs, given))
+    return run.output.replaced(output if isinstance(output, tuple) else (output,)).value()
 
 
 class _BlockNode(torch.autograd.Function):
-    """One block in the outer graph; its parameters are inputs, so gradients reach them."""
+    """One block in the outer graph; its parameters are inputs, so gradients reach them.
+
+    The first block's node takes the tensors of the input, and those that every stage is given.
+    """
 
     @staticmethod
-    def forward(ctx: Any, run: Run, k: int, token: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, run: Run, k: int, entries: int, *tensors: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.run, ctx.k = run, k
+        ctx.run, ctx.k, ctx.entries = run, k, entries
         run.forward(run.program.segments.forward[k])
         return torch.empty(0, device=run.device)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         run, k = ctx.run, ctx.k
-        lowest = not ctx.needs_input_grad[2] or k == 0
+        wanted = ctx.needs_input_grad[3 : 3 + ctx.entries]
+        lowest = k == 0 or not wanted[0]
         gradients = run.backward(run.program.segments.backward[-1 - k], lowest=lowest)
-        before = None
-        if ctx.needs_input_grad[2]:
-            before = run.take_gradient() if k == 0 else torch.empty(0, device=run.device)
-        return None, None, before, *gradients
+        if k == 0:
+            before = run.take_gradients() or (None,) * ctx.entries
+        else:
+            before = (torch.empty(0, device=run.device) if wanted[0] else None,)
+        return None, None, None, *before, *gradients
 
 
 class _OutputNode(torch.autograd.Function):
@@ -125,12 +175,33 @@ class _OutputNode(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, run: Run, token: Tensor) -> Tensor:
+    def forward(ctx: Any, run: Run, token: Tensor, inputs: tuple[State, State]) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.run = run
-        return run.turn()
+        ctx.run, ctx.inputs = run, [State((), state.tree) for state in inputs]
+        ctx.count = len(inputs[0].leaves)
+        ctx.save_for_backward(*inputs[0].leaves, *inputs[1].leaves)
+        leaves = run.turn()
+        carries = run.program.carries[-1]
+        ctx.mark_non_differentiable(
+            *[leaf for leaf, carried in zip(leaves, carries, strict=True) if not carried]
+        )
+        return leaves if len(leaves) > 1 else leaves[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        ctx.run.start_backward(grads[0])
-        return None, torch.empty(0, device=ctx.run.device)
+        ctx.run.start_backward(grads, lambda: _saved(ctx))
+        return None, torch.empty(0, device=ctx.run.device), None
+
+
+def _saved(ctx: Any) -> tuple[State, State]:
+    """What a node saved; autograd lets it go after a backward without `retain_graph`."""
+    try:
+        leaves = ctx.saved_tensors
+    except RuntimeError as error:
+        raise ExecutionError(
+            "a second backward through one forward pass: pass retain_graph=True to the first, so "
+            "that its input is kept (the forward then runs once more), or run the model again "
+            f"(torch: {error})"
+        ) from error
+    inputs, given = ctx.inputs
+    return inputs.replaced(leaves[: ctx.count]), given.replaced(leaves[ctx.count :])

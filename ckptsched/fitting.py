@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
 
 from .budget import Budget
 from .executor import Checkpointed, checkpointed
@@ -13,7 +16,8 @@ from .survey import Loss
 
 def fit(
     model: nn.Module,
-    *sample: Tensor,
+    *sample: Any,
+    kwargs: Mapping[str, Any] | None = None,
     budget: int | float | str | Budget,
     solver: str = "auto",
     loss: Loss | None = None,
@@ -22,7 +26,8 @@ def fit(
 
     Args:
         model: The model, in the mode to train in.
-        sample: One batch, of the shape to train with.
+        sample: One batch, of the shape to train with, and what every stage is given besides.
+        kwargs: The same by name.
         budget: Bytes, text such as "256MiB", or a share such as "40%".
         solver: Name of a solver, or "auto".
         loss: From the output to a scalar, so that its bytes are counted exactly.
@@ -36,5 +41,5 @@ def fit(
         ProfileError: The model cannot be measured.
     """
     return checkpointed(
-        model, plan(profile(model, *sample, loss=loss), budget=budget, solver=solver)
+        model, plan(profile(model, *sample, kwargs=kwargs, loss=loss), budget=budget, solver=solver)
     )

@@ -6,22 +6,21 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, final
+from typing import Any, Unpack, final
 
+from .bar import bar_of_solvers
 from .budget import Budget, format_bytes, format_seconds
-from .errors import BudgetSyntaxError, CkptschedError, InfeasibleBudgetError
-from .planner import BaselineFigures, compare_baselines, plan_each
-from .plans import Plan, excess, render_json, write_atomically
+from .errors import BudgetSyntaxError, InfeasibleBudgetError
+from .files import render_json, write_atomically
+from .planner import BaselineFigures, PlanOptions, compare_baselines, plan_each
+from .plans import Plan, Workload, excess
+from .plots import Picture
 from .tables import Grid
-from .workload import Chain
 
 FORMAT = "ckptsched tradeoff"
 VERSION = 1
 _EVERY = re.compile(r"every_\d+")
-_PLOT_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
-_LOG_ABOVE = 4.0  # times store-all's seconds, from which a linear axis hides the cheaper plans
-_HEADROOM = 1.6  # the plot ends at this many times the largest overhead of a plan
+_KNEE = "< knee"
 
 
 @final
@@ -62,12 +61,37 @@ class Row:
 class Tradeoff:
     """Plans from the least budget that works to storing everything, beside the baselines."""
 
-    chain: Chain
+    chain: Workload
     """What was planned."""
     rows: tuple[Row, ...]
     """One a budget, the least first; a larger budget never takes longer."""
     baselines: tuple[BaselineFigures, ...]
     """Every baseline, whether or not it fits one of the budgets."""
+
+    @property
+    def knee(self) -> Row | None:
+        """The row where more bytes cease to save much time.
+
+        Budgets and seconds are scaled to run from 0 to 1 over the rows, and a chord is drawn
+        from the least budget's point (0, 1) to the largest's (1, 0). The knee is the row that
+        lies farthest below the chord, that is of the largest 1 - bytes - seconds; of several
+        the one of least budget. That is the knee of Satopää et al., "Finding a Kneedle in a
+        Haystack" (2011), for a decreasing convex curve, without its smoothing: plans have no
+        noise. It depends on which budgets are shown; more rows place it more finely.
+
+        None where no row lies below the chord, as when there are fewer than three.
+        """
+        first, last = self.rows[0].plan, self.rows[-1].plan
+        width, height = last.budget_bytes - first.budget_bytes, first.seconds - last.seconds
+        if width <= 0 or excess(first.seconds, last.seconds) == 0:
+            return None
+
+        def depth(row: Row) -> float:
+            along = (row.plan.budget_bytes - first.budget_bytes) / width
+            return 1.0 - along - (row.plan.seconds - last.seconds) / height
+
+        best = max(self.rows, key=depth)  # the first of equals
+        return best if depth(best) > 1e-9 else None
 
     def fitting(self, row: Row) -> tuple[BaselineFigures, ...]:
         """The baselines that fit the budget of a row."""
@@ -82,7 +106,7 @@ class Tradeoff:
         """Tables for people."""
         grids = (plan_grid(self), baseline_grid(self))
         parts = [heading(self), *(f"{grid.title}\n{grid}" for grid in grids)]
-        return "\n\n".join([*parts, *verdict(self)])
+        return "\n\n".join([*parts, *remarks(self)])
 
     def to_json(self) -> dict[str, Any]:
         """Rows and baselines as JSON data, in bytes and seconds."""
@@ -96,6 +120,7 @@ class Tradeoff:
             "least_budget_bytes": last.least_budget_bytes,
             "store_all_bytes": last.store_all_bytes,
             "store_all_seconds": self.chain.store_all_seconds,
+            "knee_budget_bytes": None if self.knee is None else self.knee.plan.budget_bytes,
             "rows": [_row_to_json(self, row) for row in self.rows],
             "baselines": [
                 {**asdict(x), "overhead": excess(x.seconds, self.chain.store_all_seconds)}
@@ -113,43 +138,49 @@ class Tradeoff:
         Raises:
             CkptschedError: matplotlib is not installed, or does not know the ending.
         """
-        _draw(self, path)
+        _picture(self).draw(path)
 
 
 def tradeoff(
-    chain: Chain,
+    chain: Workload,
     budgets: int | Sequence[int | float | str | Budget] = 10,
     *,
     also: Sequence[int | float | str | Budget] = (),
-    solver: str = "auto",
     skipped: Callable[[InfeasibleBudgetError], None] | None = None,
+    progress: bool | None = None,
+    **options: Unpack[PlanOptions],
 ) -> Tradeoff:
     """Plan a chain for many budgets, from one solve where the solver can.
 
     Args:
-        chain: The chain.
+        chain: The chain or graph.
         budgets: How many, from the least that works to storing everything, both included,
             each larger than the one before by the same factor; or the budgets themselves.
         also: Budgets besides.
-        solver: Name of the solver, see `plan`.
         skipped: Told of each budget of `also` that is too small, which then has no row.
+        progress: Whether to show a progress bar, see `plan`.
+        options: Of `plan`: solver, certify, time_limit, cache.
 
     Returns:
-        A row a budget; a larger budget never takes longer.
+        A row a budget; a larger budget never takes longer. Each row is what `plan` finds for
+        its budget, or less: where sizes are rounded, a larger budget takes over what a smaller
+        one found.
 
     Raises:
         InfeasibleBudgetError: One of the budgets that were given is too small.
     """
-    chosen = _spread(chain, budgets, solver) if isinstance(budgets, int) else list(budgets)
-    first = len(chosen)  # of the budgets besides
-    chosen = [*chosen, *also]
-    if not chosen:
-        raise BudgetSyntaxError("a trade-off needs at least one budget, found none")
+    with bar_of_solvers(progress):
+        if isinstance(budgets, int):
+            budgets = _spread(chain, budgets, options)
+        chosen = [*budgets, *also]
+        if not chosen:
+            raise BudgetSyntaxError("a trade-off needs at least one budget, found none")
+        results = plan_each(chain, chosen, **options)
     plans = []
-    for i, result in enumerate(plan_each(chain, chosen, solver=solver)):
+    for i, result in enumerate(results):
         if isinstance(result, Plan):
             plans.append(result)
-        elif skipped is None or i < first:
+        elif skipped is None or i < len(budgets):
             raise result
         else:
             skipped(result)
@@ -163,7 +194,7 @@ def tradeoff(
     )
 
 
-def _spread(chain: Chain, count: int, solver: str) -> list[int]:
+def _spread(chain: Workload, count: int, options: PlanOptions) -> list[int]:
     """Budgets from the least feasible to store-all, evenly spaced in the logarithm.
 
     Overhead rises steeply towards the least budget: equal factors look closer there.
@@ -173,7 +204,7 @@ def _spread(chain: Chain, count: int, solver: str) -> list[int]:
             f"a trade-off needs at least 2 budgets, found {count}; the least that works and "
             "store-all are the first two"
         )
-    [result] = plan_each(chain, ["100%"], solver=solver)
+    [result] = plan_each(chain, ["100%"], **options)
     if isinstance(result, InfeasibleBudgetError):
         raise result
     low, high = result.least_budget_bytes, max(result.store_all_bytes, result.least_budget_bytes)
@@ -227,6 +258,9 @@ def plan_grid(tradeoff: Tradeoff) -> Grid:
         "projected\ntime",
         "overhead",
     ]
+    knee = tradeoff.knee
+    if knee:
+        headings.append("")
     measuring = any(row.measured for row in tradeoff.rows)
     if measuring:
         headings += ["measured\npeak", "of the\nbudget", "measured\ntime", "measured\noverhead"]
@@ -243,6 +277,8 @@ def plan_grid(tradeoff: Tradeoff) -> Grid:
             format_seconds(plan.seconds),
             f"{plan.overhead:+.1%}",
         ]
+        if knee:
+            cells.append(_KNEE if row is knee else "")
         if measured is not None:
             cells += [
                 format_bytes(measured.peak_bytes),
@@ -288,85 +324,39 @@ def _best_of_family(tradeoff: Tradeoff, row: Row) -> BaselineFigures | None:
     return min(family, key=lambda x: x.seconds, default=None)
 
 
-def verdict(tradeoff: Tradeoff) -> list[str]:
-    """One line about what was measured; nothing where nothing was."""
+def remarks(tradeoff: Tradeoff) -> list[str]:
+    """A line about the knee, and one about what was measured; only those that apply."""
+    lines = []
+    if knee := tradeoff.knee:
+        plan = knee.plan
+        lines.append(
+            f"Knee: {format_bytes(plan.budget_bytes, budget=True)}, where "
+            f"{plan.budget_bytes / max(plan.store_all_bytes, 1):.1%} of store-all's bytes cost "
+            f"{plan.overhead:+.1%} of time; a byte beyond saves less time than the average byte."
+        )
     rows = [row for row in tradeoff.rows if row.measured is not None]
-    if not rows:
-        return []
-    largest = max(row.measured.max_gradient_difference for row in rows if row.measured)
-    failed = [row.plan.budget_bytes for row in rows if row.measured and not row.measured.ok]
-    kept = "every budget was kept" if not failed else f"NOT as promised at {failed} bytes"
-    return [f"Measured: {kept}; largest difference of a gradient {largest:.3g}."]
+    if rows:
+        largest = max(row.measured.max_gradient_difference for row in rows if row.measured)
+        failed = [row.plan.budget_bytes for row in rows if row.measured and not row.measured.ok]
+        kept = "every budget was kept" if not failed else f"NOT as promised at {failed} bytes"
+        lines.append(f"Measured: {kept}; largest difference of a gradient {largest:.3g}.")
+    return lines
 
 
-def check_plot(path: str | os.PathLike[str]) -> None:
-    """Find out before a long run whether a plot can be drawn there.
-
-    Args:
-        path: As `Tradeoff.plot` takes it.
-
-    Raises:
-        CkptschedError: matplotlib is not installed, or does not know the ending.
-    """
-    known = _new_figure().canvas.get_supported_filetypes()
-    ending = Path(path).suffix.removeprefix(".").lower()
-    if ending and ending not in known:
-        raise CkptschedError(
-            f"no plot can be drawn to {str(path)!r}: the ending '.{ending}' is unknown; give one "
-            f"of {', '.join(sorted(known))}"
-        )
-
-
-def _new_figure() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CkptschedError(
-            f"plots need matplotlib ({error}); install it: pip install 'ckptsched[plot]'"
-        ) from error
-    # A figure of its own, without pyplot: nothing global changes, and no display is needed.
-    return Figure(figsize=(8, 5), layout="constrained")
-
-
-def _draw(tradeoff: Tradeoff, path: str | os.PathLike[str]) -> None:
-    check_plot(path)
-    figure = _new_figure()
-    axes = figure.add_subplot()
-    largest = max(row.plan.budget_bytes for row in tradeoff.rows)
-    unit, scale = next((u, s) for u, s in _PLOT_UNITS if largest >= s or s == 1)
-    _draw_series(tradeoff, axes, scale)
-    name = tradeoff.chain.name or f"{len(tradeoff.chain)} stages"
-    axes.set_title(f"Bytes against seconds: {name}")
-    axes.set_xlabel(f"Peak of tensor bytes in a training step [{unit}]")
-    axes.set_ylabel("Seconds of the step / seconds when everything is stored")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
-def _draw_series(tradeoff: Tradeoff, axes: Any, scale: int) -> None:
-    plans = [row.plan for row in tradeoff.rows]
-    x, y = [plan.budget_bytes / scale for plan in plans], [1 + plan.overhead for plan in plans]
-    label = "our plan at each budget, projected"
-    axes.step(x, y, where="post", marker="o", markersize=4, label=label)
-    if measured := [row.measured for row in tradeoff.rows if row.measured]:
-        x = [item.peak_bytes / scale for item in measured]
-        ratios = [1 + item.overhead for item in measured]
-        axes.plot(x, ratios, "x", color="tab:red", label="our plan, measured")
-    # What is far dearer than any plan would flatten the plans: it goes to the upper edge.
-    top = 1 + _HEADROOM * (max(*y, 1.1) - 1)
+def _picture(tradeoff: Tradeoff) -> Picture:
     store_all = tradeoff.chain.store_all_seconds
-    label = "baselines, projected"
-    for item in tradeoff.baselines:
-        ratio = 1 + excess(item.seconds, store_all)
-        point = (item.peak_bytes / scale, min(ratio, top))
-        text = item.name if ratio <= top else f"{item.name} ({ratio:.3g})"
-        marker = "s" if ratio <= top else "^"
-        axes.plot(*point, marker, color="tab:gray", markersize=5, label=label)
-        axes.annotate(
-            text, point, xytext=(3, 4), textcoords="offset points", fontsize="small", rotation=50
-        )
-        label = "_"  # matplotlib leaves such labels out of the legend
-    axes.margins(0.08, 0.28)
-    if max(y) > _LOG_ABOVE:
-        axes.set_yscale("log")
+
+    def point(plan: Plan) -> tuple[int, float]:
+        return plan.budget_bytes, 1 + plan.overhead
+
+    found = [row.measured for row in tradeoff.rows if row.measured]
+    return Picture(
+        title=tradeoff.chain.name or f"{len(tradeoff.chain)} stages",
+        plans=tuple(point(row.plan) for row in tradeoff.rows),
+        measured=tuple((item.peak_bytes, 1 + item.overhead) for item in found),
+        baselines=tuple(
+            (item.name, (item.peak_bytes, 1 + excess(item.seconds, store_all)))
+            for item in tradeoff.baselines
+        ),
+        knee=tradeoff.knee and point(tradeoff.knee.plan),
+    )

@@ -21,7 +21,8 @@ from .stages import Stage, StageLedger, backward_variant
 from .trace import Live
 from .workload import Chain
 
-_CALLER_INPUT = -1
+Storages = tuple[int, ...]
+"""What a state lies in, by number: a run counts up, the caller's and clones count down."""
 
 
 @final
@@ -35,12 +36,13 @@ class Account:
 
 @dataclass(slots=True)
 class _Tape:
-    """What one stored tape holds: storages by the position of the run that made them."""
+    """What one stored tape holds."""
 
     ledger: StageLedger
-    input: int
-    output: int
+    input: Storages
+    output: Storages
     saved: list[int]
+    """Saved inputs, then saved outputs, then clones of buffers; one may occur twice."""
     hands_on: bool
     snapshot: bool
 
@@ -52,7 +54,7 @@ class _Books:
     level: int = 0
     sizes: dict[int, int] = field(default_factory=dict)
     holders: dict[int, int] = field(default_factory=dict)
-    states: dict[int, tuple[int, bool]] = field(default_factory=dict)
+    states: dict[int, tuple[Storages, bool]] = field(default_factory=dict)
     tapes: dict[int, _Tape] = field(default_factory=dict)
     extras: dict[str, int] = field(default_factory=dict)
 
@@ -98,19 +100,23 @@ class _Ledger:
         self.n = len(chain)
         self.liveness: Liveness = analyse(schedule, self.n)
         self.books = _Books()
-        self.books.sizes[_CALLER_INPUT] = chain.input_bytes
-        self.books.hold(_CALLER_INPUT)
+        first = self._stage(1)[1]
+        theirs = tuple(range(-1, -1 - (first.parts.inputs if first.parts else 1), -1))
+        for storage in theirs:
+            self.books.sizes[storage] = chain.input_bytes if storage == -1 else 0
+            self.books.hold(storage)
+            self.books.hold(storage)
         self.snapshot = chain.random_state_bytes
-        self.books.states[0] = (_CALLER_INPUT, self.liveness.snapshots_input)
+        self.books.states[0] = (theirs, self.liveness.snapshots_input)
         self.books.level += self.snapshot * self.liveness.snapshots_input
-        self.books.hold(_CALLER_INPUT)
+        self.next_storage = 0
         self.blocks = blocks_of(chain.blocks, self.n)
         self.owner = np.zeros(self.n + 1, dtype=np.int64)
         for k, block in enumerate(self.blocks):
             self.owner[block.first : block.last + 1] = k
         self.replays = self._replays()
         self.clones: dict[int, int] = {}  # storage of the clones of a block's buffers
-        self.next_clone = _CALLER_INPUT
+        self.next_clone = theirs[-1]
 
     def _replays(self) -> dict[int, list[tuple[int, int]]]:
         """Blocks that each backward segment runs again, with their buffers' bytes, by start."""
@@ -152,7 +158,7 @@ class _Ledger:
             code, i = codes[p], numbers[p]
             during[p] = self._peak_of(p, code, i)
             if code <= Code.TAPED_FORWARD:
-                self._forward(p, i, taped=bool(code))
+                during[p] = max(int(during[p]), self._forward(p, i, taped=bool(code)))
             elif code == Code.BACKWARD:
                 self._backward(i)
             elif code == Code.TURN:
@@ -189,35 +195,57 @@ class _Ledger:
             return level + int(output) + self.chain.loss_overhead_bytes
         return level
 
-    def _input_of(self, i: int) -> int:
-        """The storage that a run of stage i reads."""
+    def _input_of(self, i: int) -> Storages:
+        """The storages that a run of stage i reads."""
         state = self.books.states.get(i - 1)
         return state[0] if state is not None else self.books.tapes[i - 1].output
 
-    def _forward(self, p: int, i: int, *, taped: bool) -> None:
+    def _output_of(self, ledger: StageLedger, source: Storages) -> Storages:
+        """The storages of what a run makes of these; new ones are not held yet."""
+        if ledger.output_is_view:
+            return source
+        made: list[int] = []
+        sizes: tuple[int, ...] = (ledger.state_bytes,)
+        sources: tuple[int, ...] = (-1,)
+        if ledger.parts is not None:
+            sizes, sources = ledger.parts.output_bytes, ledger.parts.output_sources
+        for size, origin in zip(sizes, sources, strict=True):
+            if origin >= 0:
+                made.append(source[origin])
+                continue
+            self.books.sizes[self.next_storage] = size
+            made.append(self.next_storage)
+            self.next_storage += 1
+        return tuple(made)
+
+    def _forward(self, p: int, i: int, *, taped: bool) -> int:
+        """Book a run; returns the level when its output is there and its input still is."""
         books, (_, ledger) = self.books, self._stage(i)
         source = self._input_of(i)
-        output = source if ledger.output_is_view else p
-        books.sizes.setdefault(output, ledger.state_bytes)
+        output = self._output_of(ledger, source)
         snapshot = bool(self.liveness.snapshots[p])
         if not taped:
-            books.hold(output)
+            for storage in output:
+                books.hold(storage)
             books.states[i] = (output, snapshot)
             books.level += self.snapshot * snapshot
         else:
-            saved = [source] * ledger.input_saved + [output] * ledger.output_saved
+            saved = _saved(ledger, source, output)
             # Norm layers save their running statistics, here the clones of them.
             clone = self.clones.get(int(self.owner[i]))
             saved += [] if clone is None else [clone]
             hands_on = bool(self.liveness.keeps_output[p])
-            for storage in saved + [output] * hands_on:
+            for storage in saved + list(output) * hands_on:
                 books.hold(storage)
             books.level += ledger.tape_bytes + self.snapshot * (snapshot and hands_on)
             books.tapes[i] = _Tape(ledger, source, output, saved, hands_on, snapshot and hands_on)
-            if output not in books.holders:
-                del books.sizes[output]
+            for storage in output:
+                if storage not in books.holders:
+                    books.sizes.pop(storage, None)
+        level = books.level
         if self.liveness.frees_input[p]:
             self._stop_handing_on(i - 1)
+        return level
 
     def _stop_handing_on(self, i: int) -> None:
         tape = self.books.tapes[i]
@@ -225,13 +253,15 @@ class _Ledger:
             tape.hands_on = False
             self.books.level -= self.snapshot * tape.snapshot
             tape.snapshot = False
-            self.books.release(tape.output)
+            for storage in tape.output:
+                self.books.release(storage)
 
     def _turn(self, p: int) -> None:
         books = self.books
         output = self._input_of(self.n + 1)
-        books.hold(output)  # by the caller, to the end of the step
-        rest = self.chain.held_bytes - books.sizes[output]
+        for storage in output:
+            books.hold(storage)  # by the caller, to the end of the step
+        rest = self.chain.held_bytes - sum(books.sizes[storage] for storage in set(output))
         books.extra("value of the loss", max(0, rest))
         if self.liveness.frees_input[p]:
             self._stop_handing_on(self.n)
@@ -239,22 +269,28 @@ class _Ledger:
 
     def _backward_peak(self, i: int) -> int:
         tape = self.books.tapes[i]
-        stage = self.chain.stages[i - 1]
-        held = {
-            storage: self.books.holders.get(storage, 0) > tape.saved.count(storage)
-            for storage in (tape.input, tape.output)
-        }
-        peaks = tape.ledger.backward_peak_bytes
+        stage, ledger = self._stage(i)
         first = stage.parameter_gradient_bytes > 0
-        variants = {first, True} if tape.ledger.shares_parameters_partly else {first}
+        variants = {first, True} if ledger.shares_parameters_partly else {first}
+        if ledger.parts is not None:
+            count = len(ledger.parts.saved_inputs) + len(ledger.parts.saved_outputs)
+            outlives = tuple(self._outlives(tape, storage) for storage in tape.saved[:count])
+            return max(ledger.parts.backward_peak(outlives, first=variant) for variant in variants)
+        (source,), (output,) = tape.input, tape.output
         return max(
-            peaks[
+            ledger.backward_peak_bytes[
                 backward_variant(
-                    input_held=held[tape.input], output_held=held[tape.output], first=variant
+                    input_held=self._outlives(tape, source),
+                    output_held=self._outlives(tape, output),
+                    first=variant,
                 )
             ]
             for variant in variants
         )
+
+    def _outlives(self, tape: _Tape, storage: int) -> bool:
+        """Whether something besides the tape holds a storage."""
+        return self.books.holders.get(storage, 0) > tape.saved.count(storage)
 
     def _backward(self, i: int) -> None:
         books, (stage, _) = self.books, self._stage(i)
@@ -264,9 +300,10 @@ class _Ledger:
         books.extra("parameter gradients", known + stage.parameter_gradient_bytes)
 
     def _drop_state(self, i: int) -> None:
-        storage, snapshot = self.books.states.pop(i)
+        storages, snapshot = self.books.states.pop(i)
         self.books.level -= self.snapshot * snapshot
-        self.books.release(storage)
+        for storage in storages:
+            self.books.release(storage)
 
     def _drop_tape(self, i: int) -> None:
         self._stop_handing_on(i)
@@ -279,11 +316,11 @@ class _Ledger:
         """What is live now, and the rest of the peak as what the operation itself needs."""
         books = self.books
         names: dict[int, str] = {}
-        for i, (storage, _) in books.states.items():
-            names.setdefault(storage, f"state[{i}]")
+        held = [(storage, i) for i, (state, _) in books.states.items() for storage in state]
         for i, tape in books.tapes.items():
-            names.setdefault(tape.output, f"state[{i}]")
-            names.setdefault(tape.input, f"state[{i - 1}]")
+            held += [(s, i) for s in tape.output] + [(s, i - 1) for s in tape.input]
+        for storage, i in held:
+            names.setdefault(storage, f"state[{i}]")
         for storage in books.sizes:
             names.setdefault(storage, "output" if storage >= 0 else "copies of buffers")
         found = [Live(names[s], size) for s, size in books.sizes.items() if size]
@@ -294,3 +331,11 @@ class _Ledger:
         found.append(Live("random states", snapshots * self.snapshot))
         found.append(Live("the operation itself", peak - sum(x.bytes for x in found)))
         return tuple(sorted((x for x in found if x.bytes), key=lambda x: -x.bytes))
+
+
+def _saved(ledger: StageLedger, source: Storages, output: Storages) -> list[int]:
+    """The storages of input and output that a tape keeps."""
+    if ledger.parts is None:
+        return list(source) * ledger.input_saved + list(output) * ledger.output_saved
+    inputs = [source[k] for k in ledger.parts.saved_inputs]
+    return inputs + [output[k] for k in ledger.parts.saved_outputs]

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, TypeAlias, final
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, cast, final
 
+from .bar import bar_of_solvers
 from .budget import Budget, parse_budget
+from .certify import close
 from .errors import CkptschedError, InfeasibleBudgetError, WorkloadError
-from .plans import Plan, excess
+from .graph import Graph
+from .plan_cache import PlanCache, open_cache, program_digest
+from .plans import Plan, Workload
+from .portfolio import AUTO, NO_LIMIT, Answer, Portfolio, rules_for
 from .profiler import profile
 from .simulator import simulate
-from .solvers import baselines_for, get_solver
-from .solvers.base import AbstractSolver, Solution, infeasible
-from .solvers.baselines import Baseline, Guess, every_k_grid, fitting_every_k
+from .solvers import Baseline
 from .workload import Chain
 
-# On uniform chains revolve answers at once; beyond this many stages the dynamic program, which
-# may also keep tapes, takes minutes to improve on it.
-_UNIFORM_DP_STAGES = 500
-AUTO = "auto"
-_ALL_SCHEDULES = "all schedules"
-_NO_LIMIT = 2**62
-# Of a grid of every_<k>, so many that need least are tried for every budget.
-_LEAST_OF_GRID = 3
+# A plan is kept on disk if it took longer than reading it back will: that simulates its
+# schedule, at some 10 microseconds an operation.
+_WORTH_SECONDS = 0.1
+_READ_SECONDS = 1e-5
+
+TIME_LIMIT = 60.0
+"""Seconds of an integer program, where nothing else is said."""
+
+Certify: TypeAlias = Literal["class", "all"]
+"""What a lower bound is for: the solver's class of schedules, or all pinned ones."""
+
+
+class PlanOptions(TypedDict, total=False):
+    """What `plan` takes by keyword besides the budget, for functions that plan."""
+
+    solver: str
+    certify: Certify
+    time_limit: float
+    cache: bool
 
 
 @final
@@ -44,20 +58,37 @@ class BaselineFigures:
 
 
 def plan(
-    workload: Any, *sample: Any, budget: int | float | str | Budget, solver: str = "auto"
+    workload: Any,
+    *sample: Any,
+    budget: int | float | str | Budget,
+    solver: str = "auto",
+    certify: Certify = "class",
+    time_limit: float = TIME_LIMIT,
+    cache: bool = True,
+    progress: bool | None = None,
 ) -> Plan:
     """Find the schedule that takes least time within a budget.
 
     Args:
-        workload: A `Chain`, or an `nn.Module`, which is profiled first.
-        sample: One batch for the model; nothing where the workload is a chain.
+        workload: A `Chain` or `Graph`, or an `nn.Module`, which is profiled first.
+        sample: One batch for the model; nothing where the workload is a chain or graph.
         budget: Bytes, text such as "64MiB", a share of what storing everything needs such as
             "40%", or a `Budget`.
-        solver: Name of a solver. "auto" picks: `revolve` and `chain_dp` as far as they take
-            the chain, and never something dearer than a fitting baseline of those that
-            `compare_baselines` lists. Where the chain is too long for `chain_dp` it also looks
-            for a good k of `every_<k>`: the best for equal stages without a ledger, else one
-            of a grid.
+        solver: Name of a solver. "auto" picks: `chain_dp`, or `run_dp` where long runs of equal
+            stages follow each other; `revolve` where all are equal; `beyond_persistent` where
+            there are few; and never something dearer than a fitting baseline of those that
+            `compare_baselines` lists. Where `chain_dp` is not tried or refuses, it also looks for
+            a good k of `every_<k>`: the best for equal stages without a ledger, else one of a
+            grid. A graph is given to `graph_ilp`, or to `graph_cuts` where that is too much.
+        certify: What the lower bound is for. "class": the solver's class of schedules, such as
+            memory-persistent ones; "all": all pinned schedules, which takes longer. A cheaper
+            schedule that turns up is taken.
+        time_limit: Seconds that the integer program of `graph_ilp` may take, for each budget.
+            It stops with the best it has, and the bound that it has proven.
+        cache: Whether a plan that takes long is kept on disk, and taken from there the next
+            time (see `plan_cache`).
+        progress: Whether to show a progress bar on stderr where planning takes more than a
+            second; None shows it if stderr is a terminal.
 
     Returns:
         A plan that keeps the budget by simulation, with its certificate.
@@ -66,46 +97,83 @@ def plan(
         BudgetSyntaxError: The budget cannot be read.
         InfeasibleBudgetError: Nothing fits; the message names the least budget that works.
         WorkloadError: The solver is unknown or does not take the chain.
+        SolverTimeoutError: The time limit ended before anything was found.
         ProfileError: The model cannot be measured.
     """
     parse_budget(budget)  # before the model is measured, which takes a while
-    [result] = plan_each(_chain_of(workload, sample), [budget], solver=solver)
+    chain = chain_of(workload, sample)
+    [result] = plan_each(
+        chain,
+        [budget],
+        solver=solver,
+        certify=certify,
+        time_limit=time_limit,
+        cache=cache,
+        progress=progress,
+    )
     if isinstance(result, InfeasibleBudgetError):
         raise result
     return result
 
 
 def plan_each(
-    chain: Chain, budgets: Sequence[int | float | str | Budget], *, solver: str = "auto"
+    chain: Workload,
+    budgets: Sequence[int | float | str | Budget],
+    *,
+    progress: bool | None = None,
+    **options: Unpack[PlanOptions],
 ) -> list[Plan | InfeasibleBudgetError]:
     """Plan for several budgets, from one solve where the solver can.
 
     Args:
-        chain: The chain.
+        chain: The chain or graph.
         budgets: As `plan` takes them, in any order.
-        solver: As in `plan`.
+        progress: As in `plan`.
+        options: Of `plan`: solver, certify, time_limit, cache.
 
     Returns:
         A plan, or why there is none, for each budget. A larger budget never takes longer.
     """
     wanted = [parse_budget(budget) for budget in budgets]
-    store_all = get_solver("store_all").solve(chain, _NO_LIMIT)
-    sizes = [budget.resolve(store_all.trace.peak_bytes) for budget in wanted]
-    answers = _Search(chain, sizes, solver).answers()
-    results: list[Plan | InfeasibleBudgetError] = []
-    for answer, size, text in zip(answers, sizes, map(_as_asked, budgets), strict=True):
-        if isinstance(answer, _Answer):
-            results.append(_certify(chain, answer, size, text, store_all))
-        else:
-            results.append(_about(answer, text))
-    return results
+    # The rule takes graphs as well.
+    store_all = Baseline("store_all").solve(cast(Chain, chain), NO_LIMIT).trace.peak_bytes
+    task = _Task(
+        chain=chain,
+        sizes=tuple(budget.resolve(store_all) for budget in wanted),
+        solver=options.get("solver", AUTO),
+        certify=options.get("certify", "class"),
+        time_limit=options.get("time_limit", TIME_LIMIT),
+        store_all_bytes=store_all,
+    )
+    shelf = open_cache() if options.get("cache", True) else None
+    results = _find(task, shelf)
+    if results is None:
+        with bar_of_solvers(progress):
+            results = _solve(task, shelf)
+    return [_asked(x, _as_asked(budget)) for x, budget in zip(results, budgets, strict=True)]
 
 
-def compare_baselines(chain: Chain) -> tuple[BaselineFigures, ...]:
+def chain_of(workload: Any, sample: tuple[Any, ...]) -> Workload:
+    """The chain or graph itself, or the chain of a model on a sample.
+
+    Raises:
+        WorkloadError: A chain and a sample.
+        ProfileError: The model cannot be measured.
+    """
+    if not isinstance(workload, Chain | Graph):
+        return profile(workload, *sample)
+    if sample:
+        raise WorkloadError(
+            "a chain was profiled with its own sample: plan(chain, budget=...) takes no other"
+        )
+    return workload
+
+
+def compare_baselines(chain: Workload) -> tuple[BaselineFigures, ...]:
     """Every baseline that is worth comparing on a chain, with what it needs and takes."""
     figures = []
-    for baseline in baselines_for(chain):
-        trace = baseline.solve(chain, _NO_LIMIT).trace
+    for baseline in rules_for(chain):
+        trace = baseline.solve(cast(Chain, chain), NO_LIMIT).trace  # or a graph
         figures.append(
             BaselineFigures(
                 name=baseline.name,
@@ -115,16 +183,6 @@ def compare_baselines(chain: Chain) -> tuple[BaselineFigures, ...]:
             )
         )
     return tuple(figures)
-
-
-def _chain_of(workload: Any, sample: tuple[Any, ...]) -> Chain:
-    if not isinstance(workload, Chain):
-        return profile(workload, *sample)
-    if sample:
-        raise WorkloadError(
-            "a chain was profiled with its own sample: plan(chain, budget=...) takes no other"
-        )
-    return workload
 
 
 def _as_asked(budget: int | float | str | Budget) -> str:
@@ -138,180 +196,105 @@ def _as_asked(budget: int | float | str | Budget) -> str:
     return f"{budget} bytes"
 
 
-def _about(error: InfeasibleBudgetError, text: str) -> InfeasibleBudgetError:
-    """The error with the budget as it was asked for, where that is no number of bytes."""
+_Result: TypeAlias = Plan | InfeasibleBudgetError
+
+
+def _asked(result: _Result, text: str) -> _Result:
+    """The result with the budget as it was asked for."""
+    if isinstance(result, Plan):
+        return replace(result, budget_text=text)
     if not text.endswith("%"):
-        return error
+        return result
     return InfeasibleBudgetError(
-        f"{text} of storing everything is too little: {error}",
-        budget_bytes=error.budget_bytes,
-        least_budget_bytes=error.least_budget_bytes,
-        stage=error.stage,
+        f"{text} of storing everything is too little: {result}",
+        budget_bytes=result.budget_bytes,
+        least_budget_bytes=result.least_budget_bytes,
+        stage=result.stage,
     )
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """A schedule that fits, and who found it."""
-
-    solver: str
-    solution: Solution
-
-    @property
-    def seconds(self) -> float:
-        """Projected seconds."""
-        return self.solution.trace.seconds
-
-
-@final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Answer:
-    """The best schedule for a budget, and what is known about better ones."""
+class _Task:
+    """What is planned: everything that decides the plans."""
 
-    best: _Candidate
-    schedule_class: str
-    lower_bound_seconds: float
-    least_budget_bytes: int
+    chain: Workload
+    sizes: tuple[int, ...]
+    """Budgets in bytes. What one solve finds for a budget may depend on the others."""
+    solver: str
+    certify: Certify
+    time_limit: float
+    store_all_bytes: int
 
+    def __post_init__(self) -> None:
+        """Refuse options that mean nothing."""
+        if self.certify not in ("class", "all"):
+            raise WorkloadError(f'certify is "class" or "all", found {self.certify!r}')
+        if not 0 < self.time_limit < math.inf:
+            raise WorkloadError(
+                f"a time limit of {self.time_limit!r} s leaves no time; give seconds, such as 60"
+            )
 
-@final
-class _Search:
-    """What each method found for each budget."""
-
-    def __init__(self, chain: Chain, sizes: Sequence[int], solver: str) -> None:
-        self.chain, self.sizes = chain, sizes
-        auto = solver == AUTO
-        self.solved = _try_all(chain, sizes) if auto else [_solve_each(chain, sizes, solver)]
-        self.tried: dict[str, _Candidate] = {}
-        rules = baselines_for(chain) if auto else ()
-        # Where the dynamic program does not take the chain, a good k of every_<k> is looked for.
-        self.searches_k = auto and all(method.name != "chain_dp" for method, _ in self.solved)
-        self.grid: tuple[Guess, ...] = ()
-        if self.searches_k and (chain.has_ledger or not chain.is_uniform):
-            self.grid = every_k_grid(chain)
-            least = sorted(self.grid, key=lambda guess: guess.least_bytes)[:_LEAST_OF_GRID]
-            rules = (*rules, *(guess.rule for guess in least))
-        self.fixed = [self._try(rule) for rule in dict.fromkeys(rules)]
-
-    def _try(self, rule: Baseline) -> _Candidate:
-        """A rule of thumb, simulated once for all budgets."""
-        if rule.name not in self.tried:
-            self.tried[rule.name] = _Candidate(rule.name, rule.solve(self.chain, _NO_LIMIT))
-        return self.tried[rule.name]
-
-    def _best_every_k(self, size: int) -> list[_Candidate]:
-        """The cheapest every_<k> that fits a long chain: by a closed form, or of a grid."""
-        if not self.searches_k:
-            return []
-        rules: Iterable[Baseline] = (x.rule for x in self.grid if x.least_bytes <= size)
-        if self.chain.is_uniform:
-            rules = (*fitting_every_k(self.chain, size), *rules)
-        candidates = map(self._try, rules)
-        fitting = (x for x in candidates if x.solution.trace.peak_bytes <= size)
-        return list(itertools.islice(fitting, 1))
-
-    def answers(self) -> list[_Answer | InfeasibleBudgetError]:
-        """The best for every budget; a larger one takes over what a smaller one found."""
-        answers: dict[int, _Answer | InfeasibleBudgetError] = {}
-        smaller: list[_Candidate] = []
-        for i in sorted(range(len(self.sizes)), key=lambda i: self.sizes[i]):
-            answer = answers[i] = self._answer(i, smaller)
-            if isinstance(answer, _Answer):
-                smaller = [answer.best]
-        return [answers[i] for i in range(len(self.sizes))]
-
-    def _answer(self, i: int, smaller: list[_Candidate]) -> _Answer | InfeasibleBudgetError:
-        results = [(method, each[i]) for method, each in self.solved]
-        found = [(m, x) for m, x in results if isinstance(x, Solution)]
-        errors = [x for _, x in results if isinstance(x, InfeasibleBudgetError)]
-        candidates = [_Candidate(method.name, solution) for method, solution in found]
-        candidates += [x for x in self.fixed if x.solution.trace.peak_bytes <= self.sizes[i]]
-        candidates += self._best_every_k(self.sizes[i])
-        candidates += smaller
-        if not candidates:
-            return self._error(i, errors)
-        # The first of equals, up to the order of sums: a solver before a rule of thumb.
-        best = min(candidates, key=lambda x: float(f"{x.seconds:.12g}"))
-        claims = [solution for method, solution in found if not isinstance(method, Baseline)]
-        name, bound = _bound(self.chain, best, claims)
-        least = [x.solution.least_budget_bytes for x in (*candidates, *self.fixed)]
-        least += [x.least_budget_bytes for x in errors if x.least_budget_bytes is not None]
-        return _Answer(
-            best=best,
-            schedule_class=name,
-            lower_bound_seconds=bound,
-            least_budget_bytes=min(least),
-        )
-
-    def _error(self, i: int, errors: list[InfeasibleBudgetError]) -> InfeasibleBudgetError:
-        """Of all that failed, the error with the least budget that works."""
-        for rule in self.fixed:
-            trace = rule.solution.trace
-            errors.append(infeasible(self.chain, self.sizes[i], trace, "known"))
-        return min(
-            errors,
-            key=lambda x: _NO_LIMIT if x.least_budget_bytes is None else x.least_budget_bytes,
-        )
+    def request(self, size: int) -> dict[str, Any]:
+        """What a plan is kept by on disk."""
+        return {
+            "fingerprint": self.chain.fingerprint,
+            "budget_bytes": size,
+            "budgets": list(self.sizes),
+            "solver": self.solver,
+            "certify": self.certify,
+            "time_limit": self.time_limit,
+            "program": program_digest(),
+        }
 
 
-_Solved: TypeAlias = tuple[AbstractSolver, list[Solution | InfeasibleBudgetError]]
+def _find(task: _Task, shelf: PlanCache | None) -> list[_Result] | None:
+    """The plans that were kept, if all of them were."""
+    plans: list[_Result] = []
+    for size in task.sizes:
+        plan = shelf and shelf.find(task.request(size), task.chain)
+        if not plan:
+            return None
+        plans.append(plan)
+    return plans
 
 
-def _solve_each(chain: Chain, sizes: Sequence[int], solver: str) -> _Solved:
-    try:
-        method = get_solver(solver)
-    except WorkloadError as error:
-        raise WorkloadError(f'{error}, or "{AUTO}", which picks') from None
-    return method, method.solve_each(chain, sizes)
+def _solve(task: _Task, shelf: PlanCache | None) -> list[_Result]:
+    """Plan, and keep what took long."""
+    begun = time.perf_counter()
+    found = Portfolio(task.chain, task.sizes, task.solver, task.time_limit).answers()
+    results: list[_Result] = []
+    for answer, size in zip(found, task.sizes, strict=True):
+        if task.certify == "all":
+            answer = close(task.chain, size, answer, task.time_limit)
+        results.append(_plan(task, answer, size) if isinstance(answer, Answer) else answer)
+    taken = time.perf_counter() - begun
+    plans = [result for result in results if isinstance(result, Plan)]
+    operations = sum(len(plan.schedule) for plan in plans)
+    if shelf is not None and taken > _WORTH_SECONDS + _READ_SECONDS * operations:
+        for plan in plans:
+            shelf.keep(task.request(plan.budget_bytes), plan)
+    return results
 
 
-def _try_all(chain: Chain, sizes: Sequence[int]) -> list[_Solved]:
-    """What "auto" tries, the widest class of schedules first."""
-    names = []
-    if not chain.is_uniform or len(chain) <= _UNIFORM_DP_STAGES:
-        names.append("chain_dp")
-    if chain.is_uniform:
-        names.append("revolve")
-    solved = []
-    for name in names:
-        # A solver refuses a chain that is too long for it; the rules of thumb take any.
-        with suppress(WorkloadError):
-            solved.append(_solve_each(chain, sizes, name))
-    return solved
-
-
-def _bound(chain: Chain, best: _Candidate, claims: Sequence[Solution]) -> tuple[str, float]:
-    """The class of the first claim that the best schedule does not disprove, and its bound.
-
-    No schedule at all takes less than storing everything: that bound is always there.
-    """
-    least = chain.store_all_seconds
-    if excess(best.seconds, least) > 0:
-        for claim in claims:
-            if excess(claim.lower_bound_seconds, best.seconds) == 0:
-                return claim.schedule_class, max(claim.lower_bound_seconds, least)
-    return _ALL_SCHEDULES, least
-
-
-def _certify(chain: Chain, answer: _Answer, size: int, text: str, store_all: Solution) -> Plan:
+def _plan(task: _Task, answer: Answer, size: int) -> Plan:
     """Simulate once more, and put the certificate together."""
     solution = answer.best.solution
-    trace = simulate(chain, solution.schedule)
+    trace = simulate(task.chain, solution.schedule)
     if trace.peak_bytes > size:
         raise CkptschedError(
             f"the solver {answer.best.solver} gave a schedule of {trace.peak_bytes} bytes for a "
             f"budget of {size} bytes; this is a fault of ckptsched, please report it"
         )
     return Plan(
-        chain=chain,
+        chain=task.chain,
         schedule=solution.schedule,
         trace=trace,
         solver=answer.best.solver,
         schedule_class=answer.schedule_class,
         budget_bytes=size,
-        budget_text=text,
-        store_all_bytes=store_all.trace.peak_bytes,
+        budget_text=f"{size} bytes",
+        store_all_bytes=task.store_all_bytes,
         least_budget_bytes=answer.least_budget_bytes,
         lower_bound_seconds=answer.lower_bound_seconds,
         rounding_unit_bytes=solution.rounding_unit_bytes,

@@ -6,22 +6,28 @@ can run the schedule on paper again instead of trusting the figures beside it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 from .budget import format_bytes, format_seconds
 from .errors import CkptschedError, InvalidScheduleError, PlanMismatchError, WorkloadError
-from .schedule import Schedule, schedule_from_json, schedule_to_json
+from .files import checksum, render_json, write_atomically
+from .graph import Graph
+from .schedule import Backward, Forward, Schedule, Turn, schedule_from_json, schedule_to_json
 from .simulator import simulate
 from .trace import Live, Trace
 from .workload import Chain
+
+if TYPE_CHECKING:
+    from .explain import Explanation
+
+Workload: TypeAlias = Chain | Graph
+"""What can be planned."""
 
 FORMAT = "ckptsched plan"
 VERSION = 1
@@ -46,8 +52,8 @@ _CERTIFICATE: dict[str, type] = {
 class Plan:
     """A schedule that keeps a budget by simulation, with its certificate."""
 
-    chain: Chain
-    """What was planned."""
+    chain: Workload
+    """What was planned: a chain, or a graph."""
     schedule: Schedule
     """The operations."""
     trace: Trace
@@ -118,8 +124,24 @@ class Plan:
         """A table for people."""
         return _table(self)
 
-    def to_json(self) -> dict[str, Any]:
-        """The plan as JSON data, with fingerprint and checksum."""
+    def explain(self) -> Explanation:
+        """Why this plan: what binds it, what other budgets would buy, how baselines compare.
+
+        Plans again for budgets nearby, which takes about as long as planning did.
+
+        Returns:
+            What `print` shows as text.
+        """
+        from .explain import explain_plan  # it stands above the planner: it plans
+
+        return explain_plan(self)
+
+    def to_json(self, *, with_chain: bool = True) -> dict[str, Any]:
+        """The plan as JSON data, with fingerprint and checksum.
+
+        Args:
+            with_chain: Whether the chain or graph is in it; without, `from_json` must be given it.
+        """
         content: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -132,24 +154,28 @@ class Plan:
                 "peak_operation": self.trace.peak_operation,
             },
             "schedule": schedule_to_json(self.schedule),
-            "chain": self.chain.to_json(),
         }
-        content["checksum"] = _checksum(content)
+        if with_chain:
+            content[kind_of(self.chain)] = self.chain.to_json()
+        content["checksum"] = checksum(content)
         return content
 
     @classmethod
-    def from_json(cls, data: Any, source: str = "the data") -> Plan:
+    def from_json(
+        cls, data: Any, source: str = "the data", *, chain: Workload | None = None
+    ) -> Plan:
         """Read a plan and check that it is whole and true.
 
         Args:
             data: What `to_json` gave.
             source: Where it is from, for messages.
+            chain: The chain or graph that it is for, where the data leave it out.
 
         Raises:
             PlanMismatchError: No plan, another version, damaged, or a schedule that does
                 not do what the plan says.
         """
-        return _read(data, source)
+        return _read(data, source, chain)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a JSON file; it appears there whole or not at all."""
@@ -182,44 +208,6 @@ class Plan:
         return cls.from_json(data, source)
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file so that readers see the old content or the new, never a part.
-
-    Args:
-        path: The file; its folder must exist.
-        text: Its content.
-    """
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def render_json(data: Any, depth: int = 0) -> str:
-    """JSON text for people: mappings and lists of mappings in lines, columns in one line."""
-    pad = " " * (depth + 1)
-    if isinstance(data, dict) and data and depth < 3:
-        rows = (f"{pad}{json.dumps(k)}: {render_json(v, depth + 1)}" for k, v in data.items())
-        return "{\n" + ",\n".join(rows) + "\n" + " " * depth + "}"
-    if isinstance(data, list) and data and all(isinstance(item, dict) for item in data):
-        rows = (pad + json.dumps(item, allow_nan=False) for item in data)
-        return "[\n" + ",\n".join(rows) + "\n" + " " * depth + "]"
-    return json.dumps(data, allow_nan=False)
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    """SHA-256 of all but the checksum, however the file is laid out."""
-    rest = {key: value for key, value in content.items() if key != "checksum"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-
-
 def _check_seal(data: Any, source: str) -> None:
     """Refuse what is no plan, of another version, or changed after it was written."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -231,7 +219,7 @@ def _check_seal(data: Any, source: str) -> None:
             f"{source} has version {data.get('version')!r}, this ckptsched reads {VERSION}: "
             + _AGAIN
         )
-    found = _checksum(data)
+    found = checksum(data)
     if data.get("checksum") != found:
         raise PlanMismatchError(
             f"{source} is damaged: it says checksum {data.get('checksum')!r}, its content has "
@@ -239,10 +227,20 @@ def _check_seal(data: Any, source: str) -> None:
         )
 
 
-def _read(data: Any, source: str) -> Plan:
+def kind_of(workload: Workload) -> str:
+    """What it is, for people and as a key in JSON: "chain" or "graph"."""
+    return "graph" if isinstance(workload, Graph) else "chain"
+
+
+def _workload_from(data: Any) -> Workload:
+    """The chain of a plan's data, or its graph."""
+    return Graph.from_json(data["graph"]) if "graph" in data else Chain.from_json(data["chain"])
+
+
+def _read(data: Any, source: str, chain: Workload | None) -> Plan:
     _check_seal(data, source)
     try:
-        chain = Chain.from_json(data["chain"])
+        chain = _workload_from(data) if chain is None else chain
         schedule = schedule_from_json(data["schedule"])
         figures = data["certificate"]
         certificate = {key: _typed(figures, key, kind) for key, kind in _CERTIFICATE.items()}
@@ -253,8 +251,8 @@ def _read(data: Any, source: str) -> Plan:
         ) from error
     if chain.fingerprint != data.get("fingerprint"):
         raise PlanMismatchError(
-            f"{source} was made for the chain {str(data.get('fingerprint'))[:16]}..., but holds "
-            f"the chain {chain.fingerprint[:16]}...; {_AGAIN}"
+            f"{source} was made for the chain {str(data.get('fingerprint'))[:16]}..., but comes "
+            f"with the chain {chain.fingerprint[:16]}...; {_AGAIN}"
         )
     try:
         trace = simulate(chain, schedule)
@@ -308,9 +306,9 @@ def excess(seconds: float, least: float) -> float:
 
 
 def _divides(plan: Plan) -> bool:
-    """Whether the unit divides the planning model's sizes; a ledger has many more."""
+    """Whether the unit divides the planning model's sizes; ledgers and options have more."""
     chain, unit = plan.chain, plan.rounding_unit_bytes
-    if chain.has_ledger:
+    if chain.has_ledger or any(stage.other_tapes for stage in chain.stages):
         return False
     columns = chain.arrays
     sizes = (
@@ -327,7 +325,7 @@ def _divides(plan: Plan) -> bool:
 
 def _table(plan: Plan) -> str:
     chain = plan.chain
-    name = f"{chain.name!r}," if chain.name else "a chain of"
+    name = f"{chain.name!r}," if chain.name else f"a {kind_of(chain)} of"
     store_all = format_seconds(chain.store_all_seconds)
     again = plan.forwards - len(chain)
     rows = [
@@ -345,11 +343,11 @@ def _table(plan: Plan) -> str:
         ("least budget", _size(plan.least_budget_bytes)),
         (
             "lower bound",
-            f"{format_seconds(plan.lower_bound_seconds)}; {_class(plan)} takes less",
+            f"{format_seconds(plan.lower_bound_seconds)}; {words_of_class(plan)} takes less",
         ),
         ("gap", f"{plan.gap:.2%} above the lower bound"),
         ("rounding", _rounding(plan)),
-        ("at the peak", _peak_operation(plan)),
+        ("at the peak", words_of_peak(plan)),
         *(("", line) for line in _live_lines(plan)),
     ]
     width = max(len(label) for label, _ in rows)
@@ -361,9 +359,14 @@ def _size(size: int, *, budget: bool = False) -> str:
     return f"{format_bytes(size, budget=budget)} ({size} bytes)" if size >= 1024 else f"{size} B"
 
 
-def _class(plan: Plan) -> str:
+def words_of_class(plan: Plan) -> str:
+    """What takes no less than the plan's lower bound: "no memory-persistent schedule"."""
     name = plan.schedule_class
-    return "no schedule at all" if name == "all schedules" else f"no {name} schedule"
+    if name == "all schedules":
+        return "no schedule at all"
+    if name.startswith("all "):
+        return "no " + name.removeprefix("all ").removesuffix("s")  # "no pinned schedule"
+    return f"none of the {name}" if "schedules" in name else f"no {name} schedule"
 
 
 def _rounding(plan: Plan) -> str:
@@ -373,14 +376,21 @@ def _rounding(plan: Plan) -> str:
     return f"unit {unit}, nothing lost"
 
 
-def _peak_operation(plan: Plan) -> str:
+def words_of_peak(plan: Plan) -> str:
+    """The operation at the peak: "backward of block.step[1], operation 38 of 40"."""
     trace = plan.trace
-    digits = trace.peak_operation.lstrip("FTBxtg-")
-    number = int(digits) if digits.isdigit() else 0
-    stage = f" {plan.chain.stage_name(number)}" if number else ""
-    verbs = {"F": "forward of", "T": "forward with tape of", "B": "backward of", "t": "the loss"}
-    verb = verbs.get(trace.peak_operation[:1], trace.peak_operation)
-    what = f"{verb}{stage}" if digits.isdigit() else verb
+    operation = plan.schedule[trace.peak_position]
+    match operation:
+        case Forward(stage, tape, option):
+            kept = f" {option}" if option else ""  # of several tapes
+            verb = f"forward with tape{kept} of" if tape else "forward of"
+            what = f"{verb} {plan.chain.stage_name(stage)}"
+        case Backward(stage):
+            what = f"backward of {plan.chain.stage_name(stage)}"
+        case Turn():
+            what = "the loss"
+        case _:
+            what = trace.peak_operation
     return f"{what}, operation {trace.peak_position + 1} of {len(plan.schedule)}"
 
 
@@ -393,10 +403,10 @@ def _live_lines(plan: Plan) -> list[str]:
     return [f"{label:<{width}}  {format_bytes(size):>12}" for label, size in shown]
 
 
-def label_of(item: Live, chain: Chain) -> str:
+def label_of(item: Live, chain: Workload) -> str:
     """Name of something live for people: "tape[3] (block.step[1])"."""
     match = _VALUE.fullmatch(item.name)
-    if match is None:
+    if match is None or isinstance(chain, Graph):  # what is live on a graph has names already
         return item.name
     number = int(match[2])
     name = chain.stage_name(number) if number else "the input"

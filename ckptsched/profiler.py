@@ -6,47 +6,52 @@ Stages that repeat, such as the steps of an ODE block, are measured once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from .aliases import Slots, make_alias
 from .assembly import assemble
-from .context import Autocast, RandomState, one_kernel
-from .errors import ProfileError
+from .bar import progress_bar
+from .context import Autocast, RandomState, Recomputing, one_kernel
+from .errors import CkptschedError, ProfileError
 from .estimate import estimate
 from .memory import Meter, default_meter
 from .structure import sign
 from .survey import Kind, Loss, survey_backward, survey_forward
 from .tracing import trace
+from .trees import Extras, State
 from .weighing import time_once, weigh, weigh_loss
 from .workload import Chain
 
 # Rounds of timing: a median needs three; more where they are cheap.
 _MIN_ROUNDS, _MAX_ROUNDS, _ENOUGH_SECONDS = 3, 15, 2.0
-_PATIENCE_SECONDS = 1.0  # before a progress bar is shown
 
 
-def default_loss(output: Tensor) -> Tensor:
+def default_loss(output: Any) -> Tensor:
     """A loss that takes at least the bytes of a cross-entropy, where the user names none.
 
     Args:
-        output: The model's output, any shape, floating point.
+        output: The model's output: a floating point tensor of any shape, or a value of several,
+            of which those count that carry a gradient.
 
     Returns:
         A scalar.
     """
-    return torch.log_softmax(output, dim=-1).square().mean()
+    if isinstance(output, Tensor):
+        return torch.log_softmax(output, dim=-1).square().mean()
+    losses = [default_loss(leaf) for leaf in State.of(output).leaves if leaf.requires_grad]
+    return torch.stack(losses).sum()
 
 
 def profile(
     model: nn.Module,
-    *sample: Tensor,
+    *sample: Any,
+    kwargs: Mapping[str, Any] | None = None,
     loss: Loss | None = None,
     meter: Meter | None = None,
     progress: bool | None = None,
@@ -57,10 +62,13 @@ def profile(
     The model is left as it was: its buffers, gradients and modes, and the random state.
 
     Args:
-        model: An `nn.Sequential`, an `ODEBlock`, or any module of one tensor, which then is
+        model: An `nn.Sequential`, an `ODEBlock`, a `StagedModule`, or any module, which then is
             one stage. It is measured in the mode (train or eval) that it is in.
-        sample: One batch, on the model's device, of the shape to train with; with
-            `requires_grad` where the gradient with respect to the input is wanted.
+        sample: What the model is called with: one batch, on the model's device, of the shape to
+            train with; with `requires_grad` where the gradient with respect to it is wanted. It
+            is a tensor, or tuples, lists, dicts and dataclasses of them. What follows is given to
+            every stage.
+        kwargs: Arguments of the call by name; they are given to every stage, too.
         loss: From the output to a scalar; its seconds and bytes are measured, too. Without
             it, bytes are provided for as for a cross-entropy (`default_loss`).
         meter: What counts bytes; the best that works on the device where none is given.
@@ -79,23 +87,40 @@ def profile(
     """
     if not isinstance(model, nn.Module):
         raise ProfileError(f"profile needs an nn.Module, found a {type(model).__name__}")
-    if len(sample) != 1 or not isinstance(sample[0], Tensor):
-        found = ", ".join(type(part).__name__ for part in sample) or "nothing"
-        raise ProfileError(f"profile needs one tensor as the sample, found {found}")
-    x = sample[0]
+    inputs, given = _apart(sample, kwargs or {})
     if fake:
-        return estimate(model, x, loss or default_loss)
-    meter = meter or default_meter(x.device)
+        with Recomputing():
+            return estimate(model, inputs, given, loss or default_loss)
+    device = inputs.leaves[0].device
+    meter = meter or default_meter(device)
     blocks = trace(model)
-    with _left_as_it_was(model, x.device), Autocast.take(x.device).again(), one_kernel():
-        order = survey_forward(blocks, x)
-        lost = weigh_loss(loss or default_loss, order[-1].output, meter)
-        kinds = survey_backward(order, lost.gradient)
-        _measure(kinds, meter, progress)
-        chain = assemble(
-            blocks, order, lost, x.device, x if x.requires_grad and x.is_leaf else None
+    with _left_as_it_was(model, device), Autocast.take(device).again(), one_kernel():
+        extras = Extras.of(
+            given.replaced(make_alias(t) if t.requires_grad else t.detach() for t in given.leaves)
         )
-    return replace(chain, signature=sign(model, blocks, x))
+        order = survey_forward(blocks, inputs, extras)
+        carries = [order[0].wanted, *(kind.carries for kind in order)]
+        lost = weigh_loss(loss or default_loss, order[-1].output, carries[-1], meter)
+        kinds = survey_backward(order, lost.gradients)
+        _measure(kinds, meter, progress)
+        chain = assemble(blocks, order, lost, device, inputs.leaves)
+    return replace(chain, signature=sign(model, blocks, inputs, given, carries))
+
+
+def _apart(sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[State, State]:
+    """The arguments of a call, taken apart."""
+    if not sample:
+        raise ProfileError("profile needs a sample to call the model with, found nothing")
+    try:
+        inputs = State.of(sample[0])
+    except CkptschedError as error:
+        raise ProfileError(f"the sample is {error}") from error
+    if not inputs.leaves:
+        raise ProfileError(
+            "the sample must be a tensor, or a tuple, list, dict or dataclass with some; found a "
+            f"{type(sample[0]).__name__} without tensors"
+        )
+    return inputs, Extras(sample[1:], kwargs).apart()
 
 
 @contextmanager
@@ -107,7 +132,12 @@ def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
     random = RandomState.take(device)
     try:
         bound = slots.bind(aliases)
-        with slots.parameters_replaced(bound), slots.buffers_replaced(clones), torch.enable_grad():
+        with (
+            slots.parameters_replaced(bound),
+            slots.buffers_replaced(clones),
+            torch.enable_grad(),
+            Recomputing(),
+        ):
             yield
     finally:
         random.restore()
@@ -115,10 +145,12 @@ def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 def _measure(kinds: list[Kind], meter: Meter, progress: bool | None) -> None:
     """Measure bytes, then seconds in rounds over all kinds, so that drift hits all alike."""
-    with _bar(len(kinds) * (1 + _MIN_ROUNDS), progress) as advance:
+    total, done = len(kinds) * (1 + _MIN_ROUNDS), 0
+    with progress_bar(progress) as tell:
         for kind in kinds:
             kind.ledger = weigh(kind, meter)
-            advance()
+            done += 1
+            tell("profiling", done / total)
         begun = time.perf_counter()
         for turn in range(_MAX_ROUNDS):
             if turn >= _MIN_ROUNDS and time.perf_counter() - begun > _ENOUGH_SECONDS:
@@ -126,26 +158,5 @@ def _measure(kinds: list[Kind], meter: Meter, progress: bool | None) -> None:
             for kind in kinds:
                 time_once(kind)
                 if turn < _MIN_ROUNDS:
-                    advance()
-
-
-@contextmanager
-def _bar(total: int, progress: bool | None) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr that appears after a second; gives what moves it on."""
-    console = Console(stderr=True)
-    shown = console.file.isatty() if progress is None else progress
-    # In a file nothing can be taken away again: there the last state alone is written.
-    bar = Progress(console=console, transient=console.is_terminal)
-    task = bar.add_task("profiling", total=total)
-    begun = time.perf_counter()
-
-    def advance() -> None:
-        bar.advance(task)
-        if shown and time.perf_counter() - begun > _PATIENCE_SECONDS:
-            bar.start()
-
-    try:
-        yield advance
-    finally:
-        if bar.live.is_started:
-            bar.stop()
+                    done += 1
+                    tell("profiling", done / total)

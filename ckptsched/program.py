@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import final
 
 import numpy as np
@@ -13,11 +14,14 @@ from .aliases import Slots
 from .budget import Tier
 from .context import Autocast
 from .errors import PlanMismatchError
-from .liveness import analyse, cut
+from .liveness import Liveness, analyse, cut
 from .plans import Plan
 from .schedule import Code
-from .structure import structure_digest, training_mode
+from .stages import Signature
+from .structure import describe_inputs, read_carries, structure_digest, training_mode
 from .tracing import StageCall, trace
+from .trees import State
+from .workload import Chain
 
 
 @final
@@ -32,19 +36,43 @@ class Lock:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The same as `Liveness`, one byte an operation: quicker to ask for a single one."""
+
+    keeps_output: bytes
+    frees_input: bytes
+    restores: bytes
+    snapshots: bytes
+    repeats: bytes
+
+    @classmethod
+    def of(cls, liveness: Liveness) -> Facts:
+        """Pack the flags."""
+        return cls(*(getattr(liveness, name).tobytes() for name in cls.__slots__))
+
+
+@final
 class Program:
     """What a model and a plan have in common, made once: the schedule, cut and annotated."""
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, *, check_outputs: bool = False) -> None:
         self.model, self.plan = model, plan
+        self.check_outputs = check_outputs
         self.blocks = trace(model)
         self.stages: list[StageCall] = [stage for block in self.blocks for stage in block.stages]
         self.lock = Lock()
+        if not isinstance(plan.chain, Chain):
+            raise PlanMismatchError(
+                "the plan is for a graph, and models are run as chains; profile the model and "
+                "plan the chain"
+            )
+        self.chain, chain, schedule = plan.chain, plan.chain, plan.schedule
         self._check_model()
-        chain, schedule = plan.chain, plan.schedule
         self.codes, self.numbers = schedule.codes, schedule.stages
         self.kinds = schedule.kinds
         self.liveness = analyse(schedule, len(chain))
+        self.facts = Facts.of(self.liveness)
         self.segments = cut(schedule, chain.blocks)
         if self.liveness.repeats[: self.segments.turn].any():
             raise PlanMismatchError(
@@ -62,13 +90,14 @@ class Program:
         self.modules = tuple(model.modules())
         self.tensors = self._tensors()
         self.repeated: dict[object, list[int]] = {}
+        self.carries = self._carries()
 
     def __getstate__(self) -> dict[str, object]:
         """All but what is known by the identity of modules, which a copy does not share."""
         return {**self.__dict__, "repeated": {}}
 
     def _check_model(self) -> None:
-        chain = self.plan.chain
+        chain = self.chain
         if chain.signature is None:
             raise PlanMismatchError(
                 "the plan was made for a chain without a model; profile the model and plan that"
@@ -82,6 +111,12 @@ class Program:
                 f"found {len(self.stages)} stages in {len(self.blocks)} blocks with structure "
                 f"{structure_digest(self.blocks)[:12]}; plan this model anew"
             )
+        options = (self.plan.schedule.codes == Code.TAPED_FORWARD) & (self.plan.schedule.kinds > 0)
+        if options.any():
+            raise PlanMismatchError(
+                f"the plan runs {options.sum()} stages with another tape than their own, which the "
+                "executor cannot do; plan for a chain whose stages offer one tape each"
+            )
         if np.any(self.plan.schedule.codes == Code.COPY) or np.any(
             self.plan.schedule.sources != Tier.DEVICE
         ):
@@ -90,50 +125,65 @@ class Program:
                 "plan for the device alone"
             )
 
+    def _carries(self) -> list[tuple[bool, ...]]:
+        """For each tensor of each state, from the input on, whether it carries a gradient."""
+        signature, n = self.plan.chain.signature, len(self.plan.chain)
+        assert signature is not None
+        found = read_carries(signature.carries or f"{n + 1}x1")
+        if len(found) != n + 1:
+            raise PlanMismatchError(
+                f"the plan tells of {len(found)} states, and its chain has {n + 1}: its file is "
+                "damaged; plan again"
+            )
+        return found
+
     def _tensors(self) -> list[tuple[object, ...]]:
         owned = self.all_slots.parameters() + self.all_slots.buffers()
         return [(t.shape, t.dtype, t.device, t.stride()) for t in owned]
 
-    def wants_gradient(self, x: Tensor) -> bool:
+    def wants_gradient(self, inputs: State, given: State) -> bool:
         """Whether a backward is possible at all."""
-        if isinstance(x, Tensor) and x.requires_grad:
-            return True
-        return any(p.requires_grad for p in self.all_slots.parameters())
+        tensors = (*inputs.leaves, *given.leaves, *self.all_slots.parameters())
+        return any(t.requires_grad for t in tensors)
 
     def parameter_name(self, parameter: Tensor) -> str:
         """Name of a parameter of the model; "?" for one that it does not own now."""
         return next((n for n, p in self.model.named_parameters() if p is parameter), "?")
 
-    def check_batch(self, x: object) -> None:
-        """Refuse a batch, a mode or a choice of trained parameters that was not planned."""
+    def check_batch(self, inputs: State, given: State) -> None:
+        """Refuse a batch, a mode or a choice of trained parameters that was not planned.
+
+        Args:
+            inputs: The model's first argument, taken apart.
+            given: Its further arguments, taken apart.
+        """
         signature = self.plan.chain.signature
         assert signature is not None
-        if not isinstance(x, Tensor):
-            raise PlanMismatchError(f"the model takes one tensor, found a {type(x).__name__}")
-        expected = (signature.input_shape, signature.input_dtype, signature.device)
-        found = (tuple(x.shape), str(x.dtype), x.device.type)
-        if expected != found:
+        if any(leaf.is_inference() for leaf in (*inputs.leaves, *given.leaves)):
             raise PlanMismatchError(
-                f"the plan is for a batch of shape {expected[0]}, {expected[1]} on {expected[2]}; "
-                f"found {found[0]}, {found[1]} on {found[2]}; give such a batch, or plan for this "
-                "one (under torch.no_grad any batch runs)"
+                "the batch was made under torch.inference_mode, so autograd cannot keep it; give a "
+                "clone made outside (x.clone())"
             )
-        if tuple(x.stride()) != signature.input_stride:
+        found = describe_inputs(inputs, given)
+        if found != signature.inputs:
+            expected, actual = (text or "one tensor" for text in (signature.inputs, found))
             raise PlanMismatchError(
-                f"the plan is for a batch with strides {signature.input_stride}, found "
-                f"{tuple(x.stride())}: another memory format takes other bytes; copy the batch "
-                "(torch.empty_strided(shape, strides).copy_(x)), or plan for this one"
+                f"the plan is for a call with {expected}; found {actual}; call the model so, or "
+                "profile and plan for this"
             )
-        if x.device.type == "cpu" and torch.get_num_threads() != signature.threads:
+        if not found:
+            self._check_tensor(inputs.leaves[0], signature)
+        first = inputs.leaves[0]
+        if first.device.type != signature.device:
+            raise PlanMismatchError(
+                f"the plan is for inputs on {signature.device}, found {first.device.type}; move "
+                "them, or profile and plan there"
+            )
+        if first.device.type == "cpu" and torch.get_num_threads() != signature.threads:
             raise PlanMismatchError(
                 f"the plan was measured with {signature.threads} threads, found "
                 f"{torch.get_num_threads()}: workspaces depend on them; call "
                 f"torch.set_num_threads({signature.threads}), or profile and plan again"
-            )
-        if x.requires_grad and not signature.input_requires_grad:
-            raise PlanMismatchError(
-                "the plan is for an input without gradient, found one that requires it; profile "
-                "with such a sample, or detach the input"
             )
         mode = training_mode(self.model)
         if mode != signature.training:
@@ -141,7 +191,7 @@ class Program:
                 f"the plan is for mode {signature.training!r}, found {mode!r}; call train() or "
                 "eval() as when it was profiled, or plan again (under torch.no_grad any mode runs)"
             )
-        autocast = str(Autocast.take(x.device))
+        autocast = str(Autocast.take(first.device))
         if autocast != signature.autocast:
             raise PlanMismatchError(
                 f"the plan is for autocast {signature.autocast}, found {autocast}; run the model "
@@ -164,4 +214,26 @@ class Program:
             raise PlanMismatchError(
                 "other parameters require gradients than when the model was made to follow the "
                 "plan; plan again after freezing or unfreezing"
+            )
+
+    def _check_tensor(self, x: Tensor, signature: Signature) -> None:
+        """The same for a batch that is one tensor, with less to say."""
+        expected = (signature.input_shape, signature.input_dtype, signature.device)
+        found = (tuple(x.shape), str(x.dtype), x.device.type)
+        if expected != found:
+            raise PlanMismatchError(
+                f"the plan is for a batch of shape {expected[0]}, {expected[1]} on {expected[2]}; "
+                f"found {found[0]}, {found[1]} on {found[2]}; give such a batch, or plan for this "
+                "one (under torch.no_grad any batch runs)"
+            )
+        if tuple(x.stride()) != signature.input_stride:
+            raise PlanMismatchError(
+                f"the plan is for a batch with strides {signature.input_stride}, found "
+                f"{tuple(x.stride())}: another memory format takes other bytes; copy the batch "
+                "(torch.empty_strided(shape, strides).copy_(x)), or plan for this one"
+            )
+        if x.requires_grad and not signature.input_requires_grad:
+            raise PlanMismatchError(
+                "the plan is for an input without gradient, found one that requires it; profile "
+                "with such a sample, or detach the input"
             )

@@ -29,6 +29,11 @@ def report(what: str, share: float) -> None:
         listener(what, share)
 
 
+def is_heard() -> bool:
+    """Whether somebody listens."""
+    return _listener.get() is not None
+
+
 @contextlib.contextmanager
 def listening(listener: Listener | None) -> Iterator[None]:
     """Have what is computed inside tell a listener how far it is; None: nobody.

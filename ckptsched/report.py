@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import Unpack, final
 
 import numpy as np
 import numpy.typing as npt
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from .bar import progress_bar
 from .budget import Budget, format_bytes, format_seconds
 from .errors import CkptschedError, InfeasibleBudgetError
 from .frontier import (
     Measured,
     Tradeoff,
     baseline_grid,
-    check_plot,
     heading,
     plan_grid,
+    remarks,
     tradeoff,
-    verdict,
 )
-from .plans import Plan
+from .planner import PlanOptions
+from .plans import Plan, Workload, kind_of
+from .plots import check_plot
 from .schedule import Code
 from .tables import Grid
 from .verifier import Verification
-from .workload import Chain
 
 _PLAIN_WIDTH = 160  # of output that goes to a file or a pipe, where nothing has to be folded
 
@@ -66,14 +65,14 @@ class Outputs:
 
 
 def report(
-    chain: Chain,
+    chain: Workload,
     budgets: int | Sequence[int | float | str | Budget] = 10,
     *,
     also: Sequence[int | float | str | Budget] = (),
-    solver: str = "auto",
     measure: Callable[[Plan], Verification] | None = None,
     console: Console | None = None,
     outputs: Outputs | None = None,
+    **options: Unpack[PlanOptions],
 ) -> Tradeoff:
     """Print the trade-off between bytes and seconds, and write it to files.
 
@@ -81,10 +80,10 @@ def report(
         chain: The chain.
         budgets: How many, or which; see `tradeoff`.
         also: Budgets besides; one that is too small is said on standard error and left out.
-        solver: Name of the solver, see `plan`.
         measure: Runs a step under a plan, as `verify` does; None shows projections only.
         console: Where to print; standard output by default.
         outputs: Files to write besides.
+        options: Of `plan`: solver, certify, time_limit, cache.
 
     Returns:
         The trade-off, with what was measured.
@@ -95,7 +94,7 @@ def report(
     outputs = outputs or Outputs()
     outputs.check()
     console = console or make_console()
-    found = tradeoff(chain, budgets, also=also, solver=solver, skipped=_say_skipped)
+    found = tradeoff(chain, budgets, also=also, skipped=_say_skipped, **options)
     if measure is not None:
         found = measure_rows(found, measure, console)
     print_tradeoff(found, console)
@@ -137,8 +136,10 @@ def measure_rows(
         The trade-off with measured figures.
     """
     rows = []
-    with _progress(console, "measuring", len(found.rows)) as advance:
-        for row in found.rows:
+    count = len(found.rows)
+    with progress_bar(console.is_terminal, console=console, patience_seconds=0.0) as tell:
+        for i, row in enumerate(found.rows):
+            tell("measuring", i / count)
             result = measure(row.plan)
             measured = Measured(
                 peak_bytes=result.measured_peak_bytes,
@@ -148,19 +149,7 @@ def measure_rows(
                 ok=result.ok,
             )
             rows.append(replace(row, measured=measured))
-            advance()
     return replace(found, rows=tuple(rows))
-
-
-@contextmanager
-def _progress(console: Console, label: str, total: int) -> Iterator[Callable[[], None]]:
-    if not console.is_terminal:
-        yield lambda: None
-        return
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda: bar.advance(task)
 
 
 def print_tradeoff(found: Tradeoff, console: Console) -> None:
@@ -169,7 +158,7 @@ def print_tradeoff(found: Tradeoff, console: Console) -> None:
     for grid in (plan_grid(found), baseline_grid(found)):
         console.print()
         print_grid(grid, console)
-    for line in verdict(found):
+    for line in remarks(found):
         console.print()
         console.print(Text(line))
 
@@ -189,18 +178,18 @@ def print_grid(grid: Grid, console: Console) -> None:
     console.print(table)
 
 
-def print_chain(chain: Chain, console: Console, plan: Plan) -> None:
-    """Print what a chain holds.
+def print_chain(chain: Workload, console: Console, plan: Plan) -> None:
+    """Print what a chain or graph holds.
 
     Args:
-        chain: The chain.
+        chain: The chain or graph.
         console: Where to print.
         plan: A plan of the chain that stores everything, for its figures.
     """
     name = f" {chain.name!r}" if chain.name else ""
     exact = "to the byte" if chain.has_ledger else "in the planning model"
     lines = [
-        f"chain{name} of {len(chain)} stages, {exact}",
+        f"{kind_of(chain)}{name} of {len(chain)} stages, {exact}",
         f"  store-all     {format_bytes(plan.store_all_bytes)} and "
         f"{format_seconds(chain.store_all_seconds)}",
         f"  least budget  {format_bytes(plan.least_budget_bytes)} "
@@ -212,7 +201,7 @@ def print_chain(chain: Chain, console: Console, plan: Plan) -> None:
     print_grid(chain_grid(chain), console)
 
 
-def chain_grid(chain: Chain) -> Grid:
+def chain_grid(chain: Workload) -> Grid:
     """A row a block; a row a stage where the chain has no blocks."""
     spans = [(block.name, block.first, block.last) for block in chain.blocks]
     spans = spans or [(chain.stage_name(i), i, i) for i in range(1, len(chain) + 1)]

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import enum
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .aliases import make_alias
-from .context import Autocast, RandomState, one_kernel
-from .errors import ExecutionError
+from .checksums import Checksums
+from .context import RandomState, Recomputing
+from .errors import BudgetWarning, ExecutionError
+from .higher import Gradients, differentiable_gradients
 from .liveness import Segment
 from .program import Program
 from .schedule import Code, Kind
-from .tape import Tape, check_output, record
+from .surroundings import Surroundings
+from .tape import Tape, record, run_stage
+from .trees import State
+
+# Plain numbers: members of an enum are slow to look up, and there is one operation a step or more.
+_FORWARD, _TAPED_FORWARD, _BACKWARD = map(int, (Code.FORWARD, Code.TAPED_FORWARD, Code.BACKWARD))
+_STATE, _TAPE = int(Kind.STATE), int(Kind.TAPE)
+_FIRST = nullcontext()  # surrounds the first run of a stage
 
 
-class _State:
+class _Phase(enum.Enum):
+    """How far a run is."""
+
+    FORWARD = enum.auto()
+    TURNED = enum.auto()
+    GOING_BACK = enum.auto()
+    RELEASED = enum.auto()
+
+
+class _Stored:
     """A stored state, and what it takes to run on from it."""
 
-    __slots__ = ("random", "tensor", "version")
+    __slots__ = ("random", "state", "versions")
 
-    def __init__(self, tensor: Tensor, random: RandomState | None) -> None:
-        self.tensor = tensor
-        self.version = tensor._version
+    def __init__(self, state: State, random: RandomState | None) -> None:
+        self.state = state
+        self.versions = state.versions()
         self.random = random
 
 
@@ -35,7 +55,7 @@ class _Kept:
 
     __slots__ = ("output", "tape")
 
-    def __init__(self, tape: Tape, output: _State | None) -> None:
+    def __init__(self, tape: Tape, output: _Stored | None) -> None:
         self.tape = tape
         self.output = output
 
@@ -44,33 +64,37 @@ class _Kept:
 class Run:
     """One call of the model: what is stored, and where in the schedule it stands."""
 
-    def __init__(self, program: Program, x: Tensor) -> None:
+    def __init__(self, program: Program, inputs: State, given: State) -> None:
+        """Begin a step.
+
+        Args:
+            program: The model and its plan.
+            inputs: The input as the caller gave it, taken apart.
+            given: What every stage is given besides, taken apart.
+        """
         self.program = program
-        self.device = x.device
-        self.autocast = Autocast.take(x.device)
-        self.input_needs_gradient = x.requires_grad
-        parameters = program.all_slots.parameters()
-        self.aliases = [make_alias(p) for p in parameters]
-        self.alias_of = {id(p): a for p, a in zip(parameters, self.aliases, strict=True)}
-        self.bound = [slots.bind(self.alias_of) for slots in program.slots]
-        self.pinned = [(p, p._version) for p in parameters]
+        self.device = inputs.leaves[0].device
+        self.seen = Surroundings(program, self.device, given)
         self.parameters_by_block = self._assign()
-        self.held_buffers = [slots.buffers_in_place() for slots in program.slots]
-        self.buffer_versions = self._buffer_versions()
-        self.unchanged: list[bool] = []
-        self.modes = [(module, module.training) for module in program.modules]
-        self.first_trained = self._first_trained()
-        self.states: dict[int, _State] = {}
+        self.inputs_wanted = tuple([leaf.requires_grad for leaf in inputs.leaves])
+        self.first_trained = self._first_trained(inputs, given)
+        self.states: dict[int, _Stored] = {}
         self.tapes: dict[int, _Kept] = {}
-        self.gradient: Tensor | None = None
-        self.phase = "forward"
-        self.states[0] = _State(x.detach(), self._snapshot(program.liveness.snapshots_input))
-        # Bytes of Python, which are no tensor's.
-        self.random_before = b"" if program.random else RandomState.take(x.device).to_bytes()
+        self.gradients: tuple[Tensor | None, ...] = ()
+        self.higher: Gradients | None = None
+        self.phase = _Phase.FORWARD
+        self._repeating = False
+        self.output = State(())
+        self.checksums = Checksums() if program.check_outputs else None
+        self._start(inputs)
+
+    def _start(self, inputs: State) -> None:
+        snapshot = self._snapshot(self.program.liveness.snapshots_input)
+        self.states[0] = _Stored(inputs.detached(), snapshot)
 
     def _assign(self) -> list[list[Tensor]]:
         """Give each parameter to the first block that uses it, where its gradient is complete."""
-        seen: set[int] = set()
+        seen = {id(t) for t in self.seen.given.leaves}  # those belong to the first block
         assigned = []
         for slots in self.program.slots:
             mine = [p for p in slots.parameters() if id(p) not in seen]
@@ -78,13 +102,9 @@ class Run:
             assigned.append(mine)
         return assigned
 
-    def _buffer_versions(self) -> list[int]:
-        held = (b for buffers in self.held_buffers for b in buffers if b is not None)
-        return [b._version for b in held]
-
-    def _first_trained(self) -> int:
-        """The first stage whose output needs a gradient; 0 where the input does."""
-        if self.input_needs_gradient:
+    def _first_trained(self, inputs: State, given: State) -> int:
+        """The first stage whose output may need a gradient; 0 where an input does."""
+        if any(leaf.requires_grad for leaf in (*inputs.leaves, *given.leaves)):
             return 0
         known: dict[int, bool] = {}
         for i, stage in enumerate(self.program.stages, 1):
@@ -96,7 +116,7 @@ class Run:
                 return i
         return len(self.program.stages) + 1
 
-    def _snapshot(self, wanted: bool | np.bool_) -> RandomState | None:
+    def _snapshot(self, wanted: bool | int) -> RandomState | None:
         if not wanted or not self.program.random:
             return None
         return RandomState.take(self.device)
@@ -105,49 +125,77 @@ class Run:
 
     def forward(self, segment: Segment) -> None:
         """Run the operations of one block's forward."""
-        with self._guard(), self._swapped(segment):
+        with self._guard(), self.seen.entered(), self._swapped(segment):
             self._interpret(segment)
 
-    def turn(self) -> Tensor:
-        """End the forward pass and hand out the output."""
-        program = self.program
-        n = len(program.stages)
+    def turn(self) -> tuple[Tensor, ...]:
+        """End the forward pass and hand out the tensors of the output; its tree is in `output`."""
+        with self._guard():
+            self.seen.end_forward()
+        self.phase = _Phase.TURNED
+        output = self._take_output().detached()
+        self.output = State((), output.tree)
+        return output.leaves
+
+    def _take_output(self) -> State:
+        n = len(self.program.stages)
         state = self.states.get(n)
         if state is None:
             kept = self.tapes[n]
             assert kept.output is not None
             state, kept.output = kept.output, None
-        if not program.random and RandomState.take(self.device).to_bytes() != self.random_before:
-            self.release()
-            raise ExecutionError(
-                "a stage drew random numbers, and none did when the model was profiled: it would "
-                "draw others when it runs again; profile and plan again, with a sample on which it "
-                "draws"
-            )
-        self.phase = "backward"
-        now = self._buffer_versions()
-        self.unchanged = [a == b for a, b in zip(self.buffer_versions, now, strict=True)]
-        return state.tensor.detach()
+        return state.state
 
-    def start_backward(self, gradient: Tensor | None) -> None:
-        """Take the gradient of the output, and check that the backward can go on."""
-        if self.phase != "backward":
-            raise ExecutionError(
-                "a second backward through one forward pass: its checkpoints are gone; run the "
-                "model again, or add up the losses and go back once (retain_graph does not help)"
-            )
-        if torch.is_grad_enabled():
-            raise ExecutionError(
-                "a backward with create_graph=True was asked for: a checkpointed model gives first "
-                "derivatives only; use the model itself (`.model`) for higher ones"
-            )
-        self.phase = "going back"
-        try:
-            self._check_parameters()
-        except BaseException:
-            self.release()
-            raise
-        self.gradient = gradient
+    def start_backward(
+        self,
+        gradients: tuple[Tensor | None, ...],
+        inputs: Callable[[], tuple[State, State]],
+    ) -> None:
+        """Take the gradient of the output, and check that the backward can go on.
+
+        Args:
+            gradients: With respect to the tensors of the output.
+            inputs: Gives the input and what every stage is given, with their graphs, or fails where
+                they are gone; asked only where the stored states are not enough.
+        """
+        first, self.phase = self.phase is _Phase.TURNED, _Phase.GOING_BACK
+        with self._guard():
+            self.seen.check()
+            if torch.is_grad_enabled():
+                self._clear()
+                warnings.warn(
+                    "a backward with create_graph=True runs a checkpointed model again as one "
+                    "graph: it takes the memory of plain autograd, not that of the plan",
+                    BudgetWarning,
+                    stacklevel=2,
+                )
+                self.higher = differentiable_gradients(self.seen, *self._again(inputs), gradients)
+                return
+            if not first:
+                self._rewind(self._again(inputs)[0])
+        self.gradients = gradients
+
+    def _again(self, inputs: Callable[[], tuple[State, State]]) -> tuple[State, State]:
+        first, given = inputs()
+        self.seen.give(given)
+        return first, given
+
+    def _rewind(self, inputs: State) -> None:
+        """Run the forward pass again, for one more backward."""
+        program = self.program
+        self._clear()
+        whole = Segment(0, 0, program.segments.turn)
+        blocks = range(len(program.slots))
+        with (
+            self.seen.entered(),
+            self.seen.modes(),
+            self._swapped(whole),
+            self.seen.traceless(blocks),
+        ):
+            self.seen.restore_random()
+            self._start(inputs)
+            self._interpret(whole, again=True)
+        self._take_output()
 
     def backward(self, segment: Segment, *, lowest: bool) -> list[Tensor | None]:
         """Run the operations of one block's backward.
@@ -157,207 +205,208 @@ class Run:
             lowest: Whether no block before this one needs a backward.
 
         Returns:
-            The gradients of the parameters that were given to this block.
+            The gradients of what `tensors_of` names for this block.
         """
-        if self.phase != "going back":
+        aliases = [self.seen.alias_of[id(t)] for t in self.tensors_of(segment.block)]
+        if self.higher is not None:
+            return [self.higher.others[id(alias)] for alias in aliases]
+        if self.phase is not _Phase.GOING_BACK:
             raise ExecutionError(
                 "this forward pass has been released: its backward was done or failed; run the "
                 "model again"
             )
         with (
             self._guard(),
-            self._modes_of_the_forward(),
+            self.seen.entered(),
+            self.seen.modes(),
             self._swapped(segment),
             self._replaying(segment),
         ):
             self._interpret(segment)
         gradients = []
-        for parameter in self.parameters_by_block[segment.block]:
-            alias = self.alias_of[id(parameter)]
+        for alias in aliases:
             gradients.append(alias.grad)
             alias.grad = None
         if lowest:
-            gradient = self.gradient
+            found = self.gradients
             self.release()
-            self.gradient = gradient
+            self.gradients = found
         return gradients
 
-    def take_gradient(self) -> Tensor | None:
-        """The gradient with respect to the input, given away."""
-        gradient, self.gradient = self.gradient, None
-        return gradient
+    def tensors_of(self, block: int) -> list[Tensor]:
+        """Whose gradients a block hands over: further inputs at the first, and its parameters."""
+        further = self.seen.given.leaves if block == 0 else ()
+        return [*further, *self.parameters_by_block[block]]
+
+    def take_gradients(self) -> tuple[Tensor | None, ...]:
+        """The gradients with respect to the input's tensors, given away."""
+        if self.higher is not None:
+            gradients, self.higher = self.higher.inputs, None
+            return gradients
+        gradients, self.gradients = self.gradients, ()
+        return gradients
 
     def release(self) -> None:
         """Forget everything that is stored."""
-        self.phase = "released"
+        self.phase = _Phase.RELEASED
+        self._clear()
+        self.seen.let_go()
+
+    def _clear(self) -> None:
         self.states.clear()
         self.tapes.clear()
-        self.gradient = None
-        for alias in self.aliases:
+        self.gradients, self.higher = (), None
+        for alias in self.seen.aliases:
             alias.grad = None
 
     # -- what surrounds the operations
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
-        """Hold the model's lock and autocast; release what is stored when anything fails."""
+        """Release what is stored when anything fails."""
         try:
-            with self.program.lock.lock, self.autocast.again(), one_kernel():
-                yield
+            yield
         except BaseException:
             self.release()
             raise
 
-    @contextmanager
-    def _modes_of_the_forward(self) -> Iterator[None]:
-        """Let every module train, or not, as in the forward pass."""
-        changed = [(m, m.training) for m, flag in self.modes if m.training != flag]
-        try:
-            for module, now in changed:
-                module.training = not now
-            yield
-        finally:
-            for module, now in changed:
-                module.training = now
-
-    @contextmanager
-    def _swapped(self, segment: Segment) -> Iterator[None]:
+    def _swapped(self, segment: Segment) -> AbstractContextManager[None]:
         """Put aliases into the modules of every block that the operations touch."""
         program = self.program
         touched = np.unique(program.owner[program.numbers[segment.start : segment.stop]])
-        with ExitStack() as stack:
-            for k in touched:
-                replaced = program.slots[int(k)].parameters_replaced(self.bound[int(k)])
-                stack.enter_context(replaced)
-            yield
+        return self.seen.parameters_replaced(touched.tolist(), self.seen.bound)
 
-    @contextmanager
-    def _replaying(self, segment: Segment) -> Iterator[None]:
-        """Leave no trace of what is run again: random numbers drawn, buffers changed."""
+    def _replaying(self, segment: Segment) -> AbstractContextManager[None]:
+        """Leave no trace of what the operations run again."""
         program = self.program
         part = slice(segment.start, segment.stop)
         again = program.numbers[part][program.liveness.repeats[part]]
         if not len(again):
-            yield
-            return
-        outer = RandomState.take(self.device) if program.random else None
-        try:
-            with ExitStack() as stack:
-                clones: dict[int, Tensor] = {}
-                for k in np.unique(program.owner[again]):
-                    slots, held = program.slots[int(k)], self.held_buffers[int(k)]
-                    for buffer in held:
-                        if buffer is not None and id(buffer) not in clones:
-                            clones[id(buffer)] = buffer.clone()
-                    stack.enter_context(slots.buffers_replaced(clones, held))
-                yield
-        finally:
-            if outer is not None:
-                outer.restore()
-
-    def _check_parameters(self) -> None:
-        program = self.program
-        for slots, bound in zip(program.slots, self.bound, strict=True):
-            for now, alias in zip(slots.in_place(), bound, strict=True):
-                if now is not None and alias is not None and now.device != alias.device:
-                    raise ExecutionError(
-                        f"parameter {program.parameter_name(now)!r} was on {alias.device} in the "
-                        f"forward pass and is on {now.device} now; move the model before the "
-                        "forward pass"
-                    )
-        versions = zip(self.buffer_versions, self._buffer_versions(), self.unchanged, strict=True)
-        for before, after, steady in versions:
-            if steady and before != after:
-                raise ExecutionError(
-                    "a buffer that the forward pass left alone was changed in place before the "
-                    "backward, so stages would run again with another; call backward before"
-                )
-        for parameter, version in self.pinned:
-            if parameter._version != version:
-                raise ExecutionError(
-                    f"parameter {program.parameter_name(parameter)!r} was changed in place "
-                    "between forward and backward; call backward before optimizer.step"
-                )
+            return nullcontext()
+        return self.seen.traceless(np.unique(program.owner[again]).tolist())
 
     # -- the operations
 
-    def _interpret(self, segment: Segment) -> None:
+    def _interpret(self, segment: Segment, *, again: bool = False) -> None:
         program = self.program
+        self._repeating = again
         part = slice(segment.start, segment.stop)
-        codes, numbers = program.codes[part].tolist(), program.numbers[part].tolist()
-        for p, code, i in zip(range(segment.start, segment.stop), codes, numbers, strict=True):
-            if code == Code.FORWARD:
+        columns = (program.codes, program.numbers, program.kinds)
+        operations = zip(*(column[part].tolist() for column in columns), strict=True)
+        for p, (code, i, kind) in enumerate(operations, segment.start):
+            if code == _FORWARD:
                 self._forward(p, i)
-            elif code == Code.TAPED_FORWARD:
+            elif code == _TAPED_FORWARD:
                 self._taped_forward(p, i)
-            elif code == Code.BACKWARD:
+            elif code == _BACKWARD:
                 self._backward(i)
-            elif program.kinds[p] == Kind.STATE:
+            elif kind == _STATE:
                 del self.states[i]
-            elif program.kinds[p] == Kind.TAPE:
+            elif kind == _TAPE:
                 del self.tapes[i]
 
-    def _input(self, p: int, i: int) -> _State:
+    def _input(self, p: int, i: int) -> _Stored:
         """The input of stage i, with the random state that its run begins with."""
-        state = self.states.get(i - 1)
-        if state is None:
+        stored = self.states.get(i - 1)
+        if stored is None:
             kept = self.tapes[i - 1]
             assert kept.output is not None
-            state = kept.output
-        if state.tensor._version != state.version:
+            stored = kept.output
+        if stored.state.versions() != stored.versions:
             raise ExecutionError(
                 f"the input of stage {self.program.stages[i - 1].name!r} was changed in place "
-                "since the stage first ran, by the caller or another stage; change a copy instead"
+                "since it was made, by the caller or by another stage that holds a view of it; "
+                "change a copy instead (x = x + 1, not x += 1)"
             )
-        if self.program.liveness.frees_input[p]:
+        if self.program.facts.frees_input[p]:
             self.tapes[i - 1].output = None
-        if self.program.random and self.program.liveness.restores[p]:
-            assert state.random is not None
-            state.random.restore()
-        return state
+        if self.program.random and self.program.facts.restores[p]:
+            assert stored.random is not None
+            stored.random.restore()
+        return stored
 
-    def _check_input(self, state: _State, i: int) -> None:
-        if state.tensor._version != state.version:
+    def _check_input(self, stored: _Stored, i: int) -> None:
+        if stored.state.versions() != stored.versions:
             raise ExecutionError(
                 f"stage {self.program.stages[i - 1].name!r} changed its input in place, so it "
                 "cannot be run again; use an operation that is not in place, or make the stage one "
                 "with the stage before it"
             )
 
+    def _marked(self, p: int) -> AbstractContextManager[None]:
+        """What tells the stage whether it runs again."""
+        again = self._repeating or self.program.facts.repeats[p]
+        return Recomputing() if again else _FIRST
+
+    def _check_result(self, i: int, output: State) -> None:
+        if self.checksums is not None:
+            self.checksums.see(i, self.program.stages[i - 1].name, output.leaves)
+
+    def _wanted(self, i: int) -> tuple[bool, ...]:
+        """For each tensor of state i whether its gradient is wanted."""
+        if i == 0:
+            return self.inputs_wanted
+        carries = self.program.carries[i]
+        return carries if i >= self.first_trained else (False,) * len(carries)
+
     def _forward(self, p: int, i: int) -> None:
-        state = self._input(p, i)
+        stored = self._input(p, i)
         stage = self.program.stages[i - 1]
-        with torch.no_grad():
+        with self._marked(p), torch.no_grad():
             # Detached: a stage that turns gradients on by itself returns a graph.
-            output = check_output(stage, stage(state.tensor)).detach()
-        self._check_input(state, i)
-        self.states[i] = _State(output, self._snapshot(self.program.liveness.snapshots[p]))
+            output = run_stage(stage, stored.state, self.seen.extras).detached()
+        self._check_input(stored, i)
+        self._check_output(i, output, None)
+        snapshot = self._snapshot(self.program.facts.snapshots[p])
+        self.states[i] = _Stored(output, snapshot)
 
     def _taped_forward(self, p: int, i: int) -> None:
-        state = self._input(p, i)
+        stored = self._input(p, i)
         stage = self.program.stages[i - 1]
-        tape, output = record(stage, state.tensor, needs_gradient=i > self.first_trained)
-        self._check_input(state, i)
-        key = (stage.key, i > self.first_trained)
+        wanted = self._wanted(i - 1)
+        with self._marked(p):
+            tape, output = record(stage, stored.state, wanted=wanted, extras=self.seen.extras)
+        self._check_input(stored, i)
+        self._check_output(i, output, tape)
+        key = (stage.key, wanted)
         repeated = self.program.repeated.get(key)
         if repeated is None:
             leaves = tape.repeated_leaves()
-            repeated = [k for k, alias in enumerate(self.aliases) if id(alias) in leaves]
+            repeated = [k for k, alias in enumerate(self.seen.aliases) if id(alias) in leaves]
             self.program.repeated[key] = repeated
         if repeated:
-            tape.feed_back([self.aliases[k] for k in repeated])
+            tape.feed_back([self.seen.aliases[k] for k in repeated])
         kept = None
-        if self.program.liveness.keeps_output[p]:
-            kept = _State(output, self._snapshot(self.program.liveness.snapshots[p]))
+        if self.program.facts.keeps_output[p]:
+            kept = _Stored(output, self._snapshot(self.program.facts.snapshots[p]))
         self.tapes[i] = _Kept(tape, kept)
+
+    def _check_output(self, i: int, output: State, tape: Tape | None) -> None:
+        """Refuse an output that is not made up as the profile saw it."""
+        carries = self.program.carries[i]
+        name = self.program.stages[i - 1].name
+        if len(output.leaves) != len(carries):
+            raise ExecutionError(
+                f"stage {name!r} returned {len(output.leaves)} tensors, and {len(carries)} when "
+                "the model was profiled; let it return the same always, or profile and plan again"
+            )
+        found = carries if tape is None else tape.carries
+        if found != carries and any(map(operator.gt, found, carries)):
+            raise ExecutionError(
+                f"stage {name!r} returned a tensor that depends on parameters or inputs that are "
+                "trained, and it did not when the model was profiled, so its gradient would be "
+                "lost; profile and plan again"
+            )
+        self._check_result(i, output)
 
     def _backward(self, i: int) -> None:
         tape = self.tapes.pop(i).tape
-        gradient = self.take_gradient()
-        if gradient is not None and gradient.shape != tape.shape:
-            raise ExecutionError(
-                f"stage {self.program.stages[i - 1].name!r} returned shape "
-                f"{tuple(gradient.shape)} when it first ran and {tuple(tape.shape)} when it ran "
-                "again; a stage must depend on its input and parameters only"
-            )
-        self.gradient = tape.backward(gradient)
+        gradients = self.take_gradients()
+        for gradient, shape in zip(gradients, tape.shapes, strict=True):
+            if gradient is not None and gradient.shape != shape:
+                raise ExecutionError(
+                    f"stage {self.program.stages[i - 1].name!r} returned shape "
+                    f"{tuple(gradient.shape)} when it first ran and {tuple(shape)} when it ran "
+                    "again; a stage must depend on its input and parameters only"
+                )
+        self.gradients = tape.backward(gradients)

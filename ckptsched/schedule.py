@@ -45,10 +45,14 @@ class Value:
 @final
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Reads as: from state[i-1], compute state[i]; with a tape, keep tape[i], which holds it."""
+    """Reads as: from state[i-1], compute state[i]; with a tape, keep tape[i], which holds it.
+
+    Where a stage offers several tapes, the option says which: 0 is its own.
+    """
 
     stage: int
     tape: bool = False
+    option: int = 0
 
 
 @final
@@ -98,14 +102,17 @@ class Code(enum.IntEnum):
     DROP = 5
 
 
-# One operation is one 64-bit integer: code, kind, source, target a byte each, then the stage.
+# One operation is one 64-bit integer: code, kind, source, target a byte each, then the stage. A
+# run with tape has the option in place of the kind.
 _KIND, _SOURCE, _TARGET, _STAGE = 8, 16, 24, 32
 
 
 def _pack(operation: Operation) -> int:
     match operation:
-        case Forward(stage, tape):
-            return (Code.TAPED_FORWARD if tape else Code.FORWARD) | stage << _STAGE
+        case Forward(stage, False):
+            return Code.FORWARD | stage << _STAGE
+        case Forward(stage, _, option):
+            return Code.TAPED_FORWARD | option << _KIND | stage << _STAGE
         case Turn():
             return int(Code.TURN)
         case Backward(stage):
@@ -122,8 +129,10 @@ def _pack(operation: Operation) -> int:
 def _unpack(packed: int) -> Operation:
     code, stage = packed & 0xFF, packed >> _STAGE
     match code:
-        case Code.FORWARD | Code.TAPED_FORWARD:
-            return Forward(stage, tape=code == Code.TAPED_FORWARD)
+        case Code.FORWARD:
+            return Forward(stage)
+        case Code.TAPED_FORWARD:
+            return Forward(stage, tape=True, option=packed >> _KIND & 0xFF)
         case Code.TURN:
             return Turn()
         case Code.BACKWARD:
@@ -193,6 +202,11 @@ class Schedule:
         return int(self._packed.nbytes)
 
     @property
+    def packed(self) -> npt.NDArray[np.int64]:
+        """The packed operations, which cannot be written to, shape (m,)."""
+        return self._packed
+
+    @property
     def codes(self) -> npt.NDArray[np.uint8]:
         """The `Code` of every operation, shape (m,)."""
         return (self._packed & 0xFF).astype(np.uint8)
@@ -204,7 +218,7 @@ class Schedule:
 
     @property
     def kinds(self) -> npt.NDArray[np.uint8]:
-        """The value's `Kind` of every Copy and Drop, shape (m,)."""
+        """The value's `Kind` of every Copy and Drop, the option of every run with tape."""
         return (self._packed >> _KIND & 0xFF).astype(np.uint8)
 
     @property
@@ -233,11 +247,13 @@ class Schedule:
 
 _MOST_STAGE = 2**31 - 1  # a stage takes the upper half of a packed operation
 
+_MOST_OPTION = 255  # and an option a byte
 _MOST_DIGITS = 20  # leading zeros included
 _LETTER = {Kind.STATE: "x", Kind.TAPE: "t", Kind.GRAD: "g"}
 _KINDS = {letter: kind for kind, letter in _LETTER.items()}
 _WORD = re.compile(
-    r"(?P<op>[FTB])(?P<stage>\d+)"
+    r"(?P<op>[FB])(?P<stage>\d+)"
+    r"|T(?P<taped>\d+)(?:\.(?P<option>\d+))?"
     r"|(?P<turn>turn)"
     r"|-(?P<dropped>[xtg])(?P<from>\d+)(?:@(?P<tier>host|disk))?"
     r"|(?P<copied>[xtg])(?P<of>\d+):(?P<source>\w+)>(?P<target>\w+)"
@@ -245,10 +261,12 @@ _WORD = re.compile(
 
 
 def format_operation(operation: Operation) -> str:
-    """One word: F3, T3 (with tape), turn, B3, -x3, -x3@host, x3:device>host."""
+    """One word: F3, T3 (with tape), T3.1, turn, B3, -x3, -x3@host, x3:device>host."""
     match operation:
-        case Forward(stage, tape):
-            return f"{'T' if tape else 'F'}{stage}"
+        case Forward(stage, False):
+            return f"F{stage}"
+        case Forward(stage, _, option):
+            return f"T{stage}.{option}" if option else f"T{stage}"
         case Turn():
             return "turn"
         case Backward(stage):
@@ -273,16 +291,20 @@ def parse_operation(word: str, position: int = 0) -> Operation:
     try:
         if match is None:
             raise KeyError(word)
-        stage = match["stage"] or match["from"] or match["of"] or "0"
+        stage = match["stage"] or match["taped"] or match["from"] or match["of"] or "0"
         if len(stage) > _MOST_DIGITS or int(stage) > _MOST_STAGE:
             reason = f"stages are counted to {_MOST_STAGE} at most"
             raise InvalidScheduleError(position, repr(word[:40]), reason)
         if match["turn"]:
             return Turn()
-        if match["op"] == "B":
-            return Backward(int(match["stage"]))
         if match["op"]:
-            return Forward(int(match["stage"]), tape=match["op"] == "T")
+            return (Backward if match["op"] == "B" else Forward)(int(match["stage"]))
+        if match["taped"]:
+            option = match["option"] or "0"
+            if len(option) > _MOST_DIGITS or int(option) > _MOST_OPTION:
+                reason = f"options are counted to {_MOST_OPTION} at most"
+                raise InvalidScheduleError(position, repr(word[:40]), reason)
+            return Forward(int(match["taped"]), tape=True, option=int(option))
         if match["dropped"]:
             tier = Tier[match["tier"].upper()] if match["tier"] else Tier.DEVICE
             return Drop(Value(_KINDS[match["dropped"]], int(match["from"])), tier)
@@ -304,9 +326,9 @@ class ScheduleBuilder:
         """Run a stage without tape."""
         self._packed.append(stage << _STAGE)
 
-    def tape(self, stage: int) -> None:
-        """Run a stage with tape."""
-        self._packed.append(1 | stage << _STAGE)
+    def tape(self, stage: int, option: int = 0) -> None:
+        """Run a stage with one of its tapes."""
+        self._packed.append(1 | option << _KIND | stage << _STAGE)
 
     def turn(self) -> None:
         """End the forward pass."""

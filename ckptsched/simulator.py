@@ -14,6 +14,8 @@ import numpy as np
 
 from .budget import Link, Tier
 from .errors import InvalidScheduleError, WorkloadError
+from .graph import Graph
+from .graph_simulator import simulate_graph
 from .ledger import charge
 from .schedule import Code, Copy, Drop, Kind, Schedule, Value, format_operation
 from .trace import Live, Trace
@@ -21,9 +23,12 @@ from .workload import Chain
 
 Links = Mapping[tuple[Tier, Tier], Link]
 
+# From so many operations on, the compiled pass saves more than it takes to load.
+_COMPILED_OPERATIONS = 30_000
+
 
 def simulate(
-    chain: Chain,
+    chain: Chain | Graph,
     schedule: Schedule,
     *,
     model: Literal["auto", "planning", "ledger"] = "auto",
@@ -32,7 +37,7 @@ def simulate(
     """Run a schedule on paper.
 
     Args:
-        chain: The chain that it is for.
+        chain: The chain or graph that it is for.
         schedule: The schedule.
         model: The planning model, the ledger, or the ledger where the chain has one.
         links: Speed of copies between tiers; a copy without a link costs no time.
@@ -49,6 +54,8 @@ def simulate(
             "this chain has no exact bytes: profile the model for a ledger, or ask for the "
             "planning model"
         )
+    if isinstance(chain, Graph):
+        return simulate_graph(chain, schedule, links)
     planning = _Planning(chain, schedule, links or {})
     planning.run()
     timeline = planning.timeline
@@ -88,9 +95,15 @@ class _Planning:
         self.n = len(chain)
         self.sizes = {
             Kind.STATE: columns.state_bytes.tolist(),
-            Kind.TAPE: columns.tape_bytes.tolist(),
+            Kind.TAPE: columns.tape_bytes.tolist(),  # of the tape that is, or was last, stored
             Kind.GRAD: columns.gradient_bytes.tolist(),
         }
+        # By stage what a run with tape and the backward from it take: those of the tape that is
+        # stored, where a stage offers several.
+        self.taped_seconds = columns.forward_seconds.tolist()
+        self.taped_overhead = columns.forward_overhead_bytes.tolist()
+        self.backward_seconds = columns.backward_seconds.tolist()
+        self.backward_overhead = columns.backward_overhead_bytes.tolist()
         self.stored = {kind: bytearray(self.n + 1) for kind in Kind}
         self.stored[Kind.STATE][0] = 1
         self.away: dict[tuple[Value, Tier], int] = {}
@@ -106,15 +119,14 @@ class _Planning:
     def run(self, until: int | None = None) -> None:
         """Interpret all operations, or those before `until`; check the end if all."""
         schedule, chain = self.schedule, self.chain
-        columns = chain.arrays
-        forward_seconds, backward_seconds = (
+        if self.run_compiled(until):
+            return
+        columns, offers_tapes = chain.arrays, chain.offers_tapes
+        forward_seconds, o_f = (
             columns.forward_seconds.tolist(),
-            columns.backward_seconds.tolist(),
-        )
-        o_f, o_b = (
             columns.forward_overhead_bytes.tolist(),
-            columns.backward_overhead_bytes.tolist(),
         )
+        backward_seconds, o_b = self.backward_seconds, self.backward_overhead
         w_p = columns.parameter_gradient_bytes.tolist()
         w_a, w_t, w_g = (self.sizes[kind] for kind in Kind)
         states, tapes, grads = (self.stored[kind] for kind in Kind)
@@ -131,11 +143,17 @@ class _Planning:
                 target = tapes if code else states
                 if not (1 <= i <= self.n and (states[i - 1] or tapes[i - 1]) and not target[i]):
                     self.check_forward(i, "tape" if code else "state", target)
-                size = w_t[i] if code else w_a[i]
                 target[i] = 1
-                during[p] = level + size + o_f[i]
-                level += size
-                times.append(forward_seconds[i])
+                if code and (kinds[p] or offers_tapes):
+                    self.take_option(i, kinds[p])
+                    during[p] = level + w_t[i] + self.taped_overhead[i]
+                    level += w_t[i]
+                    times.append(self.taped_seconds[i])
+                else:
+                    size = w_t[i] if code else w_a[i]
+                    during[p] = level + size + o_f[i]
+                    level += size
+                    times.append(forward_seconds[i])
             elif code == Code.DROP:
                 during[p] = level
                 plain = kinds[p] == Kind.STATE and sources[p] == Tier.DEVICE and 0 < i < self.n
@@ -177,6 +195,47 @@ class _Planning:
         if until is None:
             self.check_end()
 
+    def run_compiled(self, until: int | None) -> bool:
+        """Do the same by compiled code; whether all went well.
+
+        Where it did not, nothing has changed, and `run` finds out what is wrong.
+        """
+        stop = len(self.schedule) if until is None else until
+        if stop < _COMPILED_OPERATIONS or self.chain.offers_tapes:
+            return False
+        from . import simulator_kernel
+
+        c, chain = self.chain.arrays, self.chain
+        overheads = c.forward_overhead_bytes, c.backward_overhead_bytes
+        sizes = simulator_kernel.Sizes(
+            *(c.state_bytes, c.tape_bytes, c.gradient_bytes, *overheads),
+            *(c.parameter_gradient_bytes, chain.loss_overhead_bytes),
+        )
+        flags = [*(self.stored[kind] for kind in Kind), self.done]
+        stored = simulator_kernel.Stored(*(np.array(x, dtype=np.uint8) for x in flags))
+        packed = self.schedule.packed[:stop]
+        timeline = np.zeros(stop, dtype=np.int64)
+        if simulator_kernel.run(packed, sizes, stored, self.level, timeline) < stop:
+            return False
+        for flag, found in zip(flags, stored, strict=True):
+            flag[:] = found.tobytes()
+        codes, stages = self.schedule.codes[:stop], self.schedule.stages[:stop]
+        self.turned = bool((codes == Code.TURN).any())
+        self.parameter_gradients = int(
+            c.parameter_gradient_bytes[stages[codes == Code.BACKWARD]].sum()
+        )
+        times = np.where(
+            codes == Code.BACKWARD, c.backward_seconds[stages], c.forward_seconds[stages]
+        )
+        times[codes == Code.TURN] = chain.loss_seconds
+        times = times[codes != Code.DROP]
+        parts = np.array_split(times, 1 + len(times) // _COMPILED_OPERATIONS)
+        self.seconds = math.fsum(x for part in parts for x in part.tolist())
+        self.timeline[:stop] = timeline
+        if until is None:
+            self.check_end()
+        return True
+
     def require(self, condition: object, reason: str) -> None:
         if not condition:
             operation = format_operation(self.schedule[self.position])
@@ -190,6 +249,18 @@ class _Planning:
             f"state[{i - 1}] is not available: neither it nor tape[{i - 1}] is stored",
         )
         self.require(not target[i], f"{name}[{i}] is already stored")
+
+    def take_option(self, i: int, option: int) -> None:
+        """Have a stage's figures be those of one of its tapes."""
+        stage = self.chain.stages[i - 1]
+        offered = len(stage.other_tapes)
+        self.require(option <= offered, f"stage {i} offers no tape {option}, the last is {offered}")
+        tape = stage.tapes[option]
+        self.sizes[Kind.TAPE][i] = tape.tape_bytes
+        self.taped_seconds[i] = tape.forward_seconds
+        self.taped_overhead[i] = tape.forward_overhead_bytes
+        self.backward_seconds[i] = tape.backward_seconds
+        self.backward_overhead[i] = tape.backward_overhead_bytes
 
     def check_backward(self, i: int) -> None:
         states, tapes, grads = (self.stored[kind] for kind in Kind)

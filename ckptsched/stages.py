@@ -15,7 +15,49 @@ from typing import final
 from .errors import WorkloadError
 
 _BACKWARD_VARIANTS = 8
+_MOST_OTHER_TAPES = 255  # an option takes a byte of a packed operation
 _LEDGER_FLAGS = ("output_is_view", "input_saved", "output_saved", "shares_parameters_partly")
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageParts:
+    """Exact bytes of one stage whose input or output lies in several storages."""
+
+    inputs: int
+    """Number of storages of the input."""
+    output_bytes: tuple[int, ...]
+    """Bytes of each storage of the output."""
+    output_sources: tuple[int, ...]
+    """For each of them which storage of the input it is, counted from 0; -1 for a new one."""
+    saved_inputs: tuple[int, ...]
+    """Storages of the input that the tape keeps."""
+    saved_outputs: tuple[int, ...]
+    """New storages of the output that the tape keeps."""
+    backward_peak_bytes: tuple[int, ...]
+    """Peak of the backward above the level before it, by which of the kept storages outlive the
+    tape: bit k of the index for the k-th of the saved inputs and outputs. Twice: where the
+    parameter gradients are there already, then where they come into being. Of two lengths: all
+    combinations, or for more than four storages none and any."""
+
+    @property
+    def new_bytes(self) -> int:
+        """Bytes of the output's storages that are not the input's."""
+        pairs = zip(self.output_bytes, self.output_sources, strict=True)
+        return sum(size for size, source in pairs if source < 0)
+
+    def backward_peak(self, outlives: tuple[bool, ...], *, first: bool) -> int:
+        """The peak of the backward.
+
+        Args:
+            outlives: For each of the saved inputs and outputs whether it outlives the tape.
+            first: Whether the parameter gradients come into being in this backward.
+        """
+        half = len(self.backward_peak_bytes) // 2
+        mask = sum(held << k for k, held in enumerate(outlives))
+        if half != 1 << len(outlives):
+            mask = int(any(outlives))
+        return self.backward_peak_bytes[half * first + mask]
 
 
 @final
@@ -41,6 +83,9 @@ class StageLedger:
     """Peak of the backward above the level before it, by `backward_variant`."""
     shares_parameters_partly: bool = False
     """Whether some but not all of its parameter gradients exist before its first backward."""
+    parts: StageParts | None = None
+    """The storages one by one where input or output have several; the figures above then bound
+    them from below."""
 
 
 def backward_variant(*, input_held: bool, output_held: bool, first: bool) -> int:
@@ -55,6 +100,30 @@ def backward_variant(*, input_held: bool, output_held: bool, first: bool) -> int
         A number from 0 to 7.
     """
     return 4 * input_held + 2 * output_held + first
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TapeOption:
+    """Another way to run a stage with tape: with fewer bytes and more seconds, say."""
+
+    name: str = ""
+    """Name for people."""
+    tape_bytes: int
+    """Bytes of the tape, the output state included (w_t)."""
+    forward_seconds: float
+    """Seconds of one run with this tape."""
+    backward_seconds: float
+    """Seconds of the backward from it."""
+    forward_overhead_bytes: int = 0
+    """Extra bytes while the run with tape goes on (o_f)."""
+    backward_overhead_bytes: int = 0
+    """Extra bytes while the backward runs (o_b)."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the run and the backward together."""
+        return self.forward_seconds + self.backward_seconds
 
 
 @final
@@ -82,6 +151,21 @@ class Stage:
     """Parameter gradients that appear with this stage's backward and stay (w_p)."""
     ledger: StageLedger | None = None
     """Exact bytes; None where only the planning model is known."""
+    other_tapes: tuple[TapeOption, ...] = ()
+    """Tapes that can be kept instead of the stage's own: options 1, 2 and so on of a run with
+    tape. Option 0 is the stage's own tape."""
+
+    @property
+    def tapes(self) -> tuple[TapeOption, ...]:
+        """All tapes by option, the stage's own first."""
+        own = TapeOption(
+            tape_bytes=self.tape_bytes,
+            forward_seconds=self.forward_seconds,
+            backward_seconds=self.backward_seconds,
+            forward_overhead_bytes=self.forward_overhead_bytes,
+            backward_overhead_bytes=self.backward_overhead_bytes,
+        )
+        return (own, *self.other_tapes)
 
 
 @final
@@ -124,6 +208,10 @@ class Signature:
     """Autocast as it was, such as "cpu to torch.bfloat16", or "off"."""
     torch_version: str
     """Version of torch that was measured."""
+    inputs: str = ""
+    """Structure and layout of all arguments where they are more than one tensor."""
+    carries: str = ""
+    """Which tensors of each state carry a gradient, such as "1x0 9x1"; empty: all do."""
 
 
 def check_size(what: str, value: object) -> None:
@@ -157,8 +245,26 @@ def check_stage(what: str, stage: Stage) -> None:
             f"the tape of {what} has {stage.tape_bytes} bytes, fewer than the "
             f"{stage.state_bytes} of the state that it contains"
         )
+    if len(stage.other_tapes) > _MOST_OTHER_TAPES:
+        raise WorkloadError(
+            f"{what} offers {len(stage.other_tapes)} other tapes; {_MOST_OTHER_TAPES} at most"
+        )
+    for k, option in enumerate(stage.other_tapes, 1):
+        _check_option(f"tape {k} of {what}", option, stage.state_bytes)
     if stage.ledger is not None:
         _check_ledger(f"the ledger of {what}", stage.ledger)
+
+
+def _check_option(what: str, option: TapeOption, state_bytes: int) -> None:
+    check_time(f"the forward of {what}", option.forward_seconds)
+    check_time(f"the backward of {what}", option.backward_seconds)
+    for name in ("tape_bytes", "forward_overhead_bytes", "backward_overhead_bytes"):
+        check_size(f"{name} of {what}", getattr(option, name))
+    if option.tape_bytes < state_bytes:
+        raise WorkloadError(
+            f"{what} has {option.tape_bytes} bytes, fewer than the {state_bytes} of the state "
+            "that it contains"
+        )
 
 
 def _check_ledger(what: str, ledger: StageLedger) -> None:

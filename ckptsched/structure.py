@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .context import Autocast
+from .errors import PlanMismatchError
 from .stages import Signature
 from .tracing import Block
+from .trees import NO_EXTRAS, State
 
 _INDEX = re.compile(r"\[\d+\]$")
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+\b")
@@ -61,8 +63,76 @@ def training_mode(model: nn.Module) -> str:
     return "mixed " + hashlib.sha256(bytes(flags)).hexdigest()[:12]
 
 
-def sign(model: nn.Module, blocks: Iterable[Block], x: Tensor) -> Signature:
-    """The signature of a model and one batch."""
+def describe_inputs(inputs: State, given: State) -> str:
+    """The structure and layout of a call's arguments; empty for one tensor and nothing else.
+
+    Such as "float32[2, 3]; tuple(), dict('mask': bool[3])": the state, then further arguments by
+    position and by name.
+
+    Args:
+        inputs: The first argument, taken apart.
+        given: The further ones, taken apart, as `Extras.apart` gives them.
+    """
+    if inputs.is_tensor and given.tree == NO_EXTRAS.apart().tree:
+        return ""
+    further = given.describe(_layout).removeprefix("tuple(").removesuffix(")")
+    return f"{inputs.describe(_layout)}; {further}"
+
+
+def _layout(tensor: Tensor) -> str:
+    text = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+    if not tensor.is_contiguous():
+        text += f" strides {list(tensor.stride())}"
+    if tensor.device.type != "cpu":
+        text += f" on {tensor.device.type}"
+    return f"{text} with gradient" if tensor.requires_grad else text
+
+
+def write_carries(carries: Iterable[tuple[bool, ...]]) -> str:
+    """Which tensors of each state carry a gradient, as text such as "1x0 9x1 1x11".
+
+    Args:
+        carries: For each state, from the input on, a flag for each of its tensors.
+    """
+    words = ("".join("01"[flag] for flag in flags) for flags in carries)
+    return " ".join(f"{len(list(same))}x{word}" for word, same in itertools.groupby(words))
+
+
+def read_carries(text: str) -> list[tuple[bool, ...]]:
+    """What `write_carries` wrote; equal states share one tuple.
+
+    Raises:
+        PlanMismatchError: The text is none of that kind.
+    """
+    found: list[tuple[bool, ...]] = []
+    for part in text.split():
+        count, _, word = part.partition("x")
+        if not count.isdecimal() or not word or set(word) - {"0", "1"}:
+            raise PlanMismatchError(
+                f"the plan says {part!r} of which states carry a gradient; its file is damaged, "
+                "so plan again"
+            )
+        found += [tuple(digit == "1" for digit in word)] * int(count)
+    return found
+
+
+def sign(
+    model: nn.Module,
+    blocks: Iterable[Block],
+    inputs: State,
+    given: State,
+    carries: Iterable[tuple[bool, ...]],
+) -> Signature:
+    """The signature of a model and one batch.
+
+    Args:
+        model: The model.
+        blocks: Its blocks.
+        inputs: Its first argument, taken apart.
+        given: Its further arguments, taken apart.
+        carries: For each state, from the input on, which of its tensors carry a gradient.
+    """
+    x = inputs.leaves[0]
     return Signature(
         structure=structure_digest(blocks),
         input_shape=tuple(x.shape),
@@ -74,4 +144,6 @@ def sign(model: nn.Module, blocks: Iterable[Block], x: Tensor) -> Signature:
         training=training_mode(model),
         autocast=str(Autocast.take(x.device)),
         torch_version=str(torch.__version__),
+        inputs=describe_inputs(inputs, given),
+        carries=write_carries(carries),
     )

@@ -7,9 +7,9 @@ the gradient that comes back to it, since these decide what PyTorch allocates.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, final
 
 import numpy as np
@@ -21,10 +21,11 @@ from .context import RandomState
 from .errors import CkptschedError, ProfileError
 from .stages import StageLedger
 from .structure import stage_label
-from .tape import Tape, check_output, record
+from .tape import Tape, record, run_stage
 from .tracing import Block, StageCall
+from .trees import Extras, State
 
-Loss: TypeAlias = Callable[[Tensor], Tensor]
+Loss: TypeAlias = Callable[[Any], Tensor]
 
 WITHOUT_DATA = (
     "with fake=True tensors hold no data, and not every operation can do without: "
@@ -37,8 +38,8 @@ WITHOUT_DATA = (
 class LossWeight:
     """What a loss takes, and what it sends back."""
 
-    gradient: Tensor
-    """With respect to the output."""
+    gradients: tuple[Tensor | None, ...]
+    """With respect to the tensors of the output."""
     seconds: float
     """Seconds of its forward and backward."""
     overhead_bytes: int
@@ -54,14 +55,18 @@ class Kind:
     name: str
     """Name within its block, equal for all steps of an ODE."""
     call: StageCall
-    x: Tensor
+    x: State
     """An input that it has seen, without a graph."""
-    output: Tensor
-    """What it made of it."""
-    needs_gradient: bool
-    """Whether the gradient with respect to its input is wanted."""
+    extras: Extras
+    """What every stage is given besides."""
+    output: State
+    """What it made of them."""
+    wanted: tuple[bool, ...]
+    """For each tensor of its input whether the gradient is wanted."""
+    carries: tuple[bool, ...]
+    """For each tensor of its output whether it carries a gradient."""
     aliases: list[Tensor]
-    """The aliases of its trained parameters."""
+    """The aliases of its trained parameters, and of what else collects gradients."""
     repeated: list[Tensor]
     """Those that one run uses more than once."""
     draws: bool
@@ -70,10 +75,10 @@ class Kind:
     """How many stages of the chain run this computation."""
     is_last: bool = False
     """Whether the caller holds its output."""
-    gradient: Tensor | None = None
-    """What comes back to it."""
-    input_gradient: Tensor | None = None
-    """What it sends back."""
+    gradients: tuple[Tensor | None, ...] = ()
+    """What comes back to it, by tensor of its output."""
+    input_gradients: tuple[Tensor | None, ...] = ()
+    """What it sends back, by tensor of its input."""
     gradient_bytes: dict[int, int] = field(default_factory=dict)
     """Bytes of the gradient of each alias that gets one, by the alias's id."""
     ledger: StageLedger | None = None
@@ -83,9 +88,14 @@ class Kind:
     backward_seconds: list[float] = field(default_factory=list)
     """Seconds of each timed backward, and what its run with tape took longer."""
 
-    def record(self, x: Tensor) -> tuple[Tape, Tensor]:
+    def run(self) -> State:
+        """Run the stage without tape, as the executor does."""
+        with torch.no_grad():
+            return run_stage(self.call, self.x, self.extras)
+
+    def record(self, x: State) -> tuple[Tape, State]:
         """Run the stage with its tape, as the executor does."""
-        tape, output = record(self.call, x, needs_gradient=self.needs_gradient)
+        tape, output = record(self.call, x, wanted=self.wanted, extras=self.extras)
         if self.repeated:
             tape.feed_back(self.repeated)
         return tape, output
@@ -97,18 +107,30 @@ class Kind:
             alias.grad = torch.zeros_like(alias) if given else None
 
 
-def layout(tensor: Tensor) -> tuple[Any, ...]:
-    """What of a tensor decides the bytes that operations on it take."""
-    size = tensor.untyped_storage().nbytes()
-    return tuple(tensor.shape), tensor.dtype, tensor.stride(), tensor.storage_offset(), size
+def layout(leaves: Iterable[Tensor]) -> tuple[Any, ...]:
+    """What of tensors decides the bytes that operations on them take."""
+    homes: dict[int, int] = {}
+    found = []
+    for tensor in leaves:
+        storage = tensor.untyped_storage()
+        home = homes.setdefault(storage._cdata, len(homes))
+        place = tensor.stride(), tensor.storage_offset(), storage.nbytes(), home
+        found.append((tuple(tensor.shape), tensor.dtype, *place))
+    return tuple(found)
 
 
-def survey_forward(blocks: tuple[Block, ...], x: Tensor) -> list[Kind]:
+def _layout_of_gradients(gradients: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    flags = tuple(gradient is not None for gradient in gradients)
+    return flags, layout(gradient for gradient in gradients if gradient is not None)
+
+
+def survey_forward(blocks: tuple[Block, ...], x: State, extras: Extras) -> list[Kind]:
     """Run every distinct stage on what the stage before it made.
 
     Args:
         blocks: The model, its parameters replaced by aliases.
         x: The sample; on the meta device there are no results to compare.
+        extras: What every stage is given besides, leaves where gradients are wanted.
 
     Returns:
         The kind of each stage, in order; equal stages share one.
@@ -118,28 +140,28 @@ def survey_forward(blocks: tuple[Block, ...], x: Tensor) -> list[Kind]:
     """
     known: dict[Hashable, Kind] = {}
     order = []
-    needs_gradient = x.requires_grad
-    state = x.detach()
+    carries = tuple(leaf.requires_grad for leaf in x.leaves)
+    state = x.detached()
     for block in blocks:
         for call in block.stages:
-            key = (call.key, layout(state), needs_gradient)
+            structure = state.describe(lambda tensor: "tensor")
+            key = (call.key, layout(state.leaves), structure, carries)
             kind = known.get(key)
             if kind is None:
-                kind = known[key] = _examine(block, call, state, needs_gradient)
+                kind = known[key] = _examine(block, call, state, extras, carries)
             kind.count += 1
             order.append(kind)
-            state = kind.output
-            needs_gradient = needs_gradient or bool(kind.aliases)
+            state, carries = kind.output, kind.carries
     order[-1].is_last = True
     return order
 
 
-def survey_backward(order: list[Kind], gradient: Tensor | None) -> list[Kind]:
+def survey_backward(order: list[Kind], gradients: tuple[Tensor | None, ...]) -> list[Kind]:
     """Send a gradient back through every distinct stage.
 
     Args:
         order: The kind of each stage; replaced where a gradient of another layout comes back.
-        gradient: With respect to the model's output.
+        gradients: With respect to the tensors of the model's output.
 
     Returns:
         The distinct kinds.
@@ -147,42 +169,52 @@ def survey_backward(order: list[Kind], gradient: Tensor | None) -> list[Kind]:
     known: dict[Hashable, Kind] = {}
     for i in reversed(range(len(order))):
         found = order[i]
-        key = (id(found), None if gradient is None else layout(gradient))
+        key = (id(found), _layout_of_gradients(gradients))
         kind = known.get(key)
         if kind is None:
-            kind = known[key] = _for_gradient(found, gradient, is_last=i == len(order) - 1)
+            kind = known[key] = _for_gradient(found, gradients, is_last=i == len(order) - 1)
         order[i] = kind
-        gradient = kind.input_gradient
+        gradients = kind.input_gradients
     return list(known.values())
 
 
-def _examine(block: Block, call: StageCall, x: Tensor, needs_gradient: bool) -> Kind:
+def _examine(
+    block: Block, call: StageCall, x: State, extras: Extras, wanted: tuple[bool, ...]
+) -> Kind:
     name = call.name or type(call.module).__name__
     with _failures_named(f"stage {name!r}", x):
-        output, draws = _check_repeatable(name, call, x)
-        tape, _ = record(call, x, needs_gradient=needs_gradient)
+        output, draws = _check_repeatable(name, call, x, extras)
+        tape, _ = record(call, x, wanted=wanted, extras=extras)
     leaves = tape.repeated_leaves()
-    owned = {id(parameter) for parameter in Slots([call.module]).parameters()}
-    if not tape.uses().keys() <= owned:
+    given = [leaf for leaf in extras.apart().leaves if leaf.requires_grad]
+    collecting = [*Slots([call.module]).parameters(), *given]
+    if not tape.uses().keys() <= {id(leaf) for leaf in collecting}:
         raise ProfileError(
             f"stage {name!r} uses a parameter that its module does not own, so its gradient would "
-            "be lost; register the parameter, or the module that owns it, in the stage"
+            "be lost; register the parameter, or the module that owns it, in the stage, or give "
+            "the tensor to the model as a further argument"
         )
-    aliases = [alias for alias in Slots([call.module]).parameters() if alias.requires_grad]
+    aliases = list({id(leaf): leaf for leaf in collecting if leaf.requires_grad}.values())
     return Kind(
         name=stage_label(block, call.name),
         call=call,
         x=x,
+        extras=extras,
         output=output,
-        needs_gradient=needs_gradient,
+        wanted=wanted,
+        carries=tape.carries,
         aliases=aliases,
         repeated=[alias for alias in aliases if id(alias) in leaves],
         draws=draws,
     )
 
 
+def _shape(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}, {tensor.dtype}"
+
+
 @contextmanager
-def _failures_named(what: str, x: Tensor) -> Iterator[None]:
+def _failures_named(what: str, x: State) -> Iterator[None]:
     """Turn what a stage raises on this input into an error that names it."""
     try:
         yield
@@ -191,23 +223,26 @@ def _failures_named(what: str, x: Tensor) -> Iterator[None]:
     except CkptschedError as error:
         raise ProfileError(str(error)) from error
     except Exception as error:
-        advice = f"; {WITHOUT_DATA}" if x.is_meta else ""
+        advice = f"; {WITHOUT_DATA}" if x.leaves[0].is_meta else ""
         raise ProfileError(
-            f"{what} failed on an input of shape {tuple(x.shape)}, {x.dtype}: "
+            f"{what} failed on an input of {x.describe(_shape)}: "
             f"{type(error).__name__}: {error}{advice}"
         ) from error
 
 
-def _check_repeatable(name: str, call: StageCall, x: Tensor) -> tuple[Tensor, bool]:
+def _check_repeatable(name: str, call: StageCall, x: State, extras: Extras) -> tuple[State, bool]:
     """Run a stage twice from one random state; returns its output, and whether it draws."""
-    before, others = RandomState.take(x.device), _other_generators()
-    version = x._version
+    device = x.leaves[0].device
+    before, others = RandomState.take(device), _other_generators()
+    given = extras.apart()
+    versions = x.versions(), given.versions()
     with torch.no_grad():
-        output = check_output(call, call(x)).detach()
-        draws = RandomState.take(x.device) != before
-        if x._version != version:
+        output = run_stage(call, x, extras).detached()
+        draws = RandomState.take(device) != before
+        if (x.versions(), given.versions()) != versions:
+            what = "its input" if x.versions() != versions[0] else "what every stage is given"
             raise ProfileError(
-                f"stage {name!r} changes its input in place, so it cannot be run again; use an "
+                f"stage {name!r} changes {what} in place, so it cannot be run again; use an "
                 "operation that is not in place, or make it one module with the stage before it"
             )
         if _other_generators() != others:
@@ -216,18 +251,14 @@ def _check_repeatable(name: str, call: StageCall, x: Tensor) -> tuple[Tensor, bo
                 "back when it runs again; draw from torch's"
             )
         before.restore()
-        again = check_output(call, call(x))
-    if (output.shape, output.dtype) != (again.shape, again.dtype):
+        again = run_stage(call, x, extras)
+    shapes = output.describe(_shape), again.describe(_shape)
+    if shapes[0] != shapes[1]:
         raise ProfileError(
-            f"stage {name!r} returned shape {tuple(output.shape)}, {output.dtype} and, run again "
-            f"on the same input, {tuple(again.shape)}, {again.dtype}; a stage must depend on its "
-            "input and parameters only"
+            f"stage {name!r} returned {shapes[0]} and, run again on the same input, {shapes[1]}; "
+            "a stage must depend on its input and parameters only"
         )
-    # CUDA kernels may add up in another order; on the CPU equal means equal.
-    tolerance = 0.0 if x.device.type == "cpu" else 1e-3
-    if not x.is_meta and not torch.allclose(
-        output, again, rtol=tolerance, atol=tolerance, equal_nan=True
-    ):
+    if not all(map(_equal, output.leaves, again.leaves)):
         raise ProfileError(
             f"stage {name!r} gives another result when it is run again on the same input with the "
             "same random state: it keeps a state of its own (a buffer that it reads and changes, "
@@ -236,32 +267,33 @@ def _check_repeatable(name: str, call: StageCall, x: Tensor) -> tuple[Tensor, bo
     return output, draws
 
 
+def _equal(one: Tensor, other: Tensor) -> bool:
+    # CUDA kernels may add up in another order; on the CPU equal means equal.
+    tolerance = 0.0 if one.device.type == "cpu" else 1e-3
+    return one.is_meta or torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
 def _other_generators() -> tuple[object, ...]:
     """State of the default generators of Python and numpy, to compare."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     return random.getstate(), kind, np.asarray(keys).tobytes(), *rest
 
 
-def _for_gradient(found: Kind, gradient: Tensor | None, *, is_last: bool) -> Kind:
-    """The kind for a gradient of this layout, after going back once."""
-    kind = Kind(
-        name=found.name,
-        call=found.call,
-        x=found.x,
-        output=found.output,
-        needs_gradient=found.needs_gradient,
-        aliases=found.aliases,
-        repeated=found.repeated,
-        draws=found.draws,
-        count=found.count,
+def _for_gradient(found: Kind, gradients: tuple[Tensor | None, ...], *, is_last: bool) -> Kind:
+    """The kind for gradients of this layout, after going back once."""
+    kind = replace(
+        found,
         is_last=is_last,
-        gradient=gradient,
+        gradients=gradients,
+        gradient_bytes={},
+        forward_seconds=[],
+        backward_seconds=[],
     )
     kind.set_gradients(first=True)
     name = kind.call.name or type(kind.call.module).__name__
     with _failures_named(f"the backward of stage {name!r}", kind.x):
         tape, _ = kind.record(kind.x)
-        kind.input_gradient = tape.backward(gradient)
+        kind.input_gradients = tape.backward(gradients)
         for alias in kind.aliases:
             if alias.grad is not None and alias.grad.layout is not torch.strided:
                 raise ProfileError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .errors import ExecutionError
+from .trees import NO_EXTRAS, Extras, State
 
 # Something that requires a gradient, so that a source does; it never receives one.
 _ANCHOR = torch.empty(0, requires_grad=True)
@@ -61,21 +62,33 @@ class _Sums(torch.autograd.Function):
 class Tape:
     """What one run of one stage leaves for its backward."""
 
-    __slots__ = ("_box", "_fed", "_roots", "_sums", "shape")
+    __slots__ = ("_boxes", "_edges", "_fed", "_feed", "_sums", "shapes")
 
-    def __init__(self, box: list[Tensor], roots: list[GradientEdge], shape: torch.Size) -> None:
+    def __init__(
+        self,
+        boxes: list[list[Tensor] | None],
+        edges: list[GradientEdge | None],
+        shapes: tuple[torch.Size, ...],
+    ) -> None:
         """Take what `record` made.
 
         Args:
-            box: Where the source puts the gradient of the input.
-            roots: Edge of the output; empty where nothing in the stage needs a gradient.
-            shape: Shape of the output.
+            boxes: Where sources put the gradients of the input's tensors; None for a tensor whose
+                gradient is not wanted.
+            edges: Of the output's tensors; None for one that needs no gradient.
+            shapes: Of the output's tensors.
         """
-        self._box = box
-        self._roots = roots
+        self._boxes = boxes
+        self._edges = edges
         self._fed: Sequence[Tensor] = ()
+        self._feed: GradientEdge | None = None
         self._sums: list[Tensor | None] = []
-        self.shape = shape
+        self.shapes = shapes
+
+    @property
+    def carries(self) -> tuple[bool, ...]:
+        """Which tensors of the output depend on something that wants a gradient."""
+        return tuple([edge is not None for edge in self._edges])
 
     def repeated_leaves(self) -> set[int]:
         """Ids of the leaves that the stage has used more than once."""
@@ -84,20 +97,18 @@ class Tape:
     def uses(self) -> dict[int, int]:
         """How often the stage has used each leaf, by the leaf's id."""
         uses: dict[int, int] = {}
-        stack: list[Node] = [edge.node for edge in self._roots]
-        seen = set(stack)
-        while stack:
-            for node, _ in stack.pop().next_functions:
-                if node is None:
-                    continue
-                leaf = getattr(node, "variable", None)
-                if leaf is _ANCHOR:
-                    continue
-                if leaf is not None:
-                    uses[id(leaf)] = uses.get(id(leaf), 0) + 1
-                elif node not in seen:
-                    seen.add(node)
-                    stack.append(node)
+        seen: set[Node] = set()
+        ahead: list[Node | None] = [edge.node for edge in self._edges if edge is not None]
+        while ahead:
+            node = ahead.pop()
+            leaf = getattr(node, "variable", None)
+            if node is None or leaf is _ANCHOR:
+                continue
+            if leaf is not None:
+                uses[id(leaf)] = uses.get(id(leaf), 0) + 1
+            elif node not in seen:
+                seen.add(node)
+                ahead += [before for before, _ in node.next_functions]
         return uses
 
     def feed_back(self, aliases: Sequence[Tensor]) -> None:
@@ -110,67 +121,93 @@ class Tape:
         with torch.enable_grad():
             token = cast(Tensor, _Sums.apply(self._sums, *aliases))
         self._fed = aliases
-        self._roots.insert(0, get_gradient_edge(token))
+        self._feed = get_gradient_edge(token)
 
-    def backward(self, gradient: Tensor | None) -> Tensor | None:
+    def backward(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Go back once.
 
         Args:
-            gradient: With respect to the output, in its shape and dtype.
+            gradients: With respect to the output's tensors, each in its shape and dtype; None
+                where none came.
 
         Returns:
-            The gradient with respect to the input; None where it needs none.
+            The gradients with respect to the input's tensors; None where there is none.
         """
-        if not self._roots or gradient is None:
-            return None
-        gradients = [gradient]
-        if self._fed:
-            gradients.insert(0, torch.empty(0, device=self._fed[0].device))
+        roots, given = [], []
+        for edge, gradient in zip(self._edges, gradients, strict=True):
+            if edge is not None and gradient is not None:
+                roots.append(edge)
+                given.append(gradient)
+        if not roots:
+            return (None,) * len(self._boxes)
+        if self._feed is not None:
+            roots.insert(0, self._feed)
+            given.insert(0, torch.empty(0, device=self._fed[0].device))
             for alias in self._fed:
                 self._sums.append(alias.grad)
                 alias.grad = None
-        torch.autograd.backward(self._roots, gradients)
-        return self._box.pop() if self._box else None
+        torch.autograd.backward(roots, given)
+        return tuple([box.pop() if box else None for box in self._boxes])
 
 
 def record(
-    stage: Callable[[Tensor], Tensor], x: Tensor, *, needs_gradient: bool
-) -> tuple[Tape, Tensor]:
+    stage: Callable[..., Any],
+    x: State,
+    *,
+    wanted: Sequence[bool],
+    extras: Extras = NO_EXTRAS,
+) -> tuple[Tape, State]:
     """Run a stage with gradients on and keep its tape.
 
     Args:
         stage: The stage, its parameters replaced by aliases.
         x: Its input, without a graph.
-        needs_gradient: Whether the gradient with respect to the input is wanted.
+        wanted: For each tensor of the input whether its gradient is wanted.
+        extras: What else every stage is given.
 
     Returns:
-        The tape, and the output without a graph, in the same storage.
+        The tape, and the output without a graph, in the same storages.
     """
-    box: list[Tensor] = []
+    boxes: list[list[Tensor] | None] = []
+    sources = []
     with torch.enable_grad():
-        source = x.detach()
-        if needs_gradient:
-            box.append(source)
-            source = cast(Tensor, _Source.apply(_ANCHOR, box))
-        output = check_output(stage, stage(source))
-    roots = [get_gradient_edge(output)] if output.requires_grad else []
-    return Tape(box, roots, output.shape), output.detach()
+        for leaf, wants in zip(x.leaves, wanted, strict=True):
+            source = leaf.detach()
+            box: list[Tensor] | None = None
+            if wants:
+                box = [source]
+                source = cast(Tensor, _Source.apply(_ANCHOR, box))
+            boxes.append(box)
+            sources.append(source)
+        output = run_stage(stage, x.replaced(sources), extras)
+    edges = [get_gradient_edge(y) if y.requires_grad else None for y in output.leaves]
+    shapes = tuple([y.shape for y in output.leaves])
+    return Tape(boxes, edges, shapes), output.detached()
 
 
-def check_output(stage: object, output: object) -> Tensor:
-    """Refuse what cannot be a state.
+def run_stage(stage: Callable[..., Any], x: State, extras: Extras = NO_EXTRAS) -> State:
+    """Run a stage as it is, and take apart what it returns.
 
     Args:
-        stage: The stage, for its name.
-        output: What it returned.
+        stage: The stage.
+        x: Its input.
+        extras: What else every stage is given.
 
     Raises:
-        ExecutionError: It is not a tensor.
+        ExecutionError: It returned what cannot be a state.
     """
+    value = x.value()
+    output = stage(value, *extras.args, **extras.kwargs) if extras else stage(value)
     if isinstance(output, Tensor):
-        return output
-    found = "nothing (None)" if output is None else f"a {type(output).__name__}"
-    raise ExecutionError(
-        f"stage {getattr(stage, 'name', stage)!r} returned {found} where a tensor was expected; "
-        "let every stage take one tensor and return one tensor"
-    )
+        return State((output,))
+    try:
+        state = State.of(output)
+    except ExecutionError as error:
+        raise ExecutionError(f"stage {getattr(stage, 'name', stage)!r} returned {error}") from None
+    if not state.leaves:
+        found = "nothing (None)" if output is None else f"a {type(output).__name__} without tensors"
+        raise ExecutionError(
+            f"stage {getattr(stage, 'name', stage)!r} returned {found} where a state was expected; "
+            "let every stage return a tensor, or a tuple, list, dict or dataclass with some"
+        )
+    return state

@@ -12,9 +12,9 @@ import abc
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard, cast, final
+from typing import Any, TypeGuard, final
 
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import ProfileError
 
@@ -55,11 +55,14 @@ class StageCall(abc.ABC):
     module: nn.Module
 
     @abc.abstractmethod
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute the next state from this one.
 
         Args:
-            x: The state that the stage before handed on.
+            x: The state that the stage before handed on: a tensor, or tuples, lists, dicts and
+                dataclasses of tensors, numbers and the like.
+            args: What the model was called with besides, the same for every stage.
+            kwargs: The same by name.
         """
 
     @property
@@ -101,9 +104,9 @@ class ModuleStage(StageCall):
         self.prefix = prefix
         self.module = module
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the module, its hooks included."""
-        return cast(Tensor, self.module(x))
+        return self.module(x, *args, **kwargs)
 
     @property
     def label(self) -> str:
@@ -136,10 +139,10 @@ class FusedStage(StageCall):
         self.module = _joined([stage.module for stage in self.stages])
         self.prefix = ""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the joined stages in order."""
         for stage in self.stages:
-            x = stage(x)
+            x = stage(x, *args, **kwargs)
         return x
 
     @property
@@ -164,14 +167,16 @@ class StagedModule(nn.Module, abc.ABC):
             New objects at every call, since `trace` writes a prefix into each; at least one.
         """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the stages in order; what overrides this must compute the same.
 
         Args:
             x: The state that enters the first stage.
+            args: What every stage is given besides; its gradient is the sum over all stages.
+            kwargs: The same by name.
         """
         for stage in self.stages():
-            x = stage(x)
+            x = stage(x, *args, **kwargs)
         return x
 
 

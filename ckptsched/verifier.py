@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from .memory import Meter, default_meter
 from .plans import Plan
 from .profiler import default_loss
 from .survey import Loss
+from .trees import State
 
 
 @final
@@ -114,8 +116,8 @@ class _Outcome:
 def verify(
     model: nn.Module,
     plan: Plan,
-    sample: Tensor,
-    *,
+    *sample: Any,
+    kwargs: Mapping[str, Any] | None = None,
     loss: Loss | None = None,
     meter: Meter | None = None,
     rounds: int = 0,
@@ -130,7 +132,8 @@ def verify(
     Args:
         model: The model, or one that `checkpointed` returned.
         plan: The plan.
-        sample: A batch of the planned shape.
+        sample: A batch as planned, and what every stage is given besides.
+        kwargs: The same by name.
         loss: From the output to a scalar; the profiler's default where none is given.
         meter: What counts bytes; the best that works on the device where none is given.
         rounds: How often to time both steps, in turn; 0 for not at all.
@@ -144,20 +147,19 @@ def verify(
         PlanMismatchError: The plan does not belong to the model or the sample.
     """
     planned = checkpointed(model, plan)
-    if not sample.is_leaf:  # what it was made from is no part of the step
-        sample = sample.detach().requires_grad_()
+    call = _Call(sample, kwargs or {})
     plain = planned.model
     if not torch.is_grad_enabled():
         raise PlanMismatchError("verify needs gradients; call it outside torch.no_grad")
     loss = loss or default_loss
-    meter = meter or default_meter(sample.device)
-    autocast = Autocast.take(sample.device)
-    with _left_as_it_was(plain, sample) as reset, autocast.again():
-        expected = _step(plain, sample, loss, meter)
+    meter = meter or default_meter(call.device)
+    autocast = Autocast.take(call.device)
+    with _left_as_it_was(plain, call) as reset, autocast.again():
+        expected = _step(plain, call, loss, meter)
         reset()
-        found = _step(planned, sample, loss, meter)
+        found = _step(planned, call, loss, meter)
         reset()
-        seconds = _time(planned, plain, sample, loss, rounds, reset)
+        seconds = _time(planned, plain, call, loss, rounds, reset)
     difference, worst, largest = _compare(expected.gradients, found.gradients)
     return Verification(
         budget_bytes=plan.budget_bytes,
@@ -180,14 +182,39 @@ def verify(
     )
 
 
+@final
+class _Call:
+    """A call of the model; its tensors are leaves, as what they came from is no part of a step."""
+
+    def __init__(self, sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not sample:
+            raise PlanMismatchError("verify needs a sample to call the model with, found nothing")
+        state = State.of((sample, dict(kwargs)), opaque=True)
+        if not state.leaves:
+            raise PlanMismatchError("verify needs a sample with tensors, found none in it")
+        self.leaves = [t if t.is_leaf else t.detach().requires_grad_() for t in state.leaves]
+        self._sample, self._kwargs = state.replaced(self.leaves).value()
+        self.device = self.leaves[0].device
+
+    def __call__(self, model: nn.Module) -> Any:
+        return model(*self._sample, **self._kwargs)
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """By name: "input", or with a number where there are several tensors."""
+        several = len(self.leaves) > 1
+        return {
+            f"input {k}" if several else "input": leaf.grad for k, leaf in enumerate(self.leaves, 1)
+        }
+
+
 class _left_as_it_was:
     """Keeps gradients, buffers and random state, and puts them back when asked and at the end."""
 
-    def __init__(self, model: nn.Module, sample: Tensor) -> None:
-        self.leaves = [*model.parameters(), sample]
+    def __init__(self, model: nn.Module, call: _Call) -> None:
+        self.leaves = [*model.parameters(), *call.leaves]
         self.gradients = [leaf.grad for leaf in self.leaves]
         self.buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        self.random = RandomState.take(sample.device)
+        self.random = RandomState.take(call.device)
 
     def __enter__(self) -> _left_as_it_was:
         for leaf in self.leaves:
@@ -208,9 +235,9 @@ class _left_as_it_was:
             leaf.grad = gradient
 
 
-def _step(model: nn.Module, sample: Tensor, loss: Loss, meter: Meter) -> _Outcome:
+def _step(model: nn.Module, call: _Call, loss: Loss, meter: Meter) -> _Outcome:
     with meter.window() as window:
-        output = model(sample)
+        output = call(model)
         value = loss(output)
         value.backward()  # type: ignore[no-untyped-call]
         window.mark()
@@ -219,9 +246,9 @@ def _step(model: nn.Module, sample: Tensor, loss: Loss, meter: Meter) -> _Outcom
     named = {name: parameter.grad for name, parameter in model.named_parameters()}
     return _Outcome(
         loss=value,
-        gradients={**named, "input": sample.grad},
+        gradients={**named, **call.gradients()},
         buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
-        random=RandomState.take(sample.device),
+        random=RandomState.take(call.device),
         peak_bytes=window.phases[0].peak_bytes,
     )
 
@@ -252,7 +279,7 @@ def _same_nan(left: Tensor, right: Tensor) -> bool:
 def _time(
     planned: Checkpointed,
     plain: nn.Module,
-    sample: Tensor,
+    call: _Call,
     loss: Loss,
     rounds: int,
     reset: _left_as_it_was,
@@ -261,9 +288,9 @@ def _time(
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for model, seconds in zip((planned, plain), times, strict=True):
-            start = now(sample.device)
-            loss(model(sample)).backward()  # type: ignore[no-untyped-call]
-            seconds.append(now(sample.device) - start)
+            start = now(call.device)
+            loss(call(model)).backward()  # type: ignore[no-untyped-call]
+            seconds.append(now(call.device) - start)
             reset()
     if not rounds:
         return 0.0, 0.0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -12,8 +12,11 @@ from torch import Tensor
 from .context import now
 from .errors import ProfileError
 from .memory import Meter, storage_bytes
-from .stages import StageLedger, backward_variant
+from .stages import StageLedger, StageParts, backward_variant
 from .survey import Kind, Loss, LossWeight
+from .trees import State, storages
+
+_MOST_STORAGES = 4  # whose combinations are measured one by one
 
 
 @final
@@ -23,9 +26,20 @@ class _Weight:
 
     taped_peak: int
     tape: int
-    input_saved: bool
-    output_saved: bool
+    saved_inputs: tuple[int, ...]
+    """Storages of the input that the tape keeps."""
+    saved_outputs: tuple[int, ...]
+    """New storages of the output that the tape keeps, by number among all of the output."""
     backward_peak: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Which storages outlive the tape."""
+
+    inputs: Container[int] = ()
+    outputs: Container[int] = ()
 
 
 def weigh(kind: Kind, meter: Meter) -> StageLedger:
@@ -35,37 +49,91 @@ def weigh(kind: Kind, meter: Meter) -> StageLedger:
         kind: The stage, with a gradient that comes back to it.
         meter: What counts bytes.
     """
-    state_bytes = storage_bytes([kind.output])
-    is_view = _shares_storage(kind.output, kind.x)
-    with meter.window() as window, torch.no_grad():
-        output = kind.call(kind.x)
+    with meter.window() as window:
+        output = kind.run()
         window.mark()
         del output
     forward_peak = window.phases[0].peak_bytes
-    lone = _weigh_backward(kind, meter, input_held=False, output_held=False, first=True)
-    peaks = {}
-    for input_held in (False, True) if lone.input_saved else (False,):
-        for output_held in (False, True) if lone.output_saved and kind.is_last else (False,):
-            # Later backwards add to gradients that are there; a stage that runs once has none.
-            for first in (True, False) if kind.count > 1 and kind.gradient_bytes else (True,):
-                same = not (input_held or output_held) and first
-                weight = (
-                    lone
-                    if same
-                    else _weigh_backward(
-                        kind, meter, input_held=input_held, output_held=output_held, first=first
-                    )
-                )
-                peaks[input_held, output_held, first] = weight.backward_peak
-    return StageLedger(
-        state_bytes=state_bytes,
-        output_is_view=is_view,
+    lone = _weigh_backward(kind, meter, _Held(), first=True)
+    simple = len(storages(kind.x.leaves)) == len(storages(kind.output.leaves)) == 1
+    ledger = StageLedger(
+        state_bytes=storage_bytes(kind.output.leaves),
+        output_is_view=simple and _sources(kind) == (0,),
         tape_bytes=lone.tape,
-        input_saved=lone.input_saved,
-        output_saved=lone.output_saved,
+        input_saved=bool(lone.saved_inputs),
+        output_saved=bool(lone.saved_outputs),
         forward_peak_bytes=forward_peak,
         taped_peak_bytes=lone.taped_peak,
-        backward_peak_bytes=_all_variants(peaks, state_bytes if lone.output_saved else 0),
+        backward_peak_bytes=(lone.backward_peak,) * 8,
+    )
+    if simple:
+        return replace(ledger, backward_peak_bytes=_simple_peaks(kind, meter, lone))
+    return _with_parts(kind, meter, lone, ledger)
+
+
+def _sources(kind: Kind) -> tuple[int, ...]:
+    """For each storage of the output the storage of the input that it is; -1 for a new one."""
+    inputs = list(storages(kind.x.leaves))
+    return tuple(
+        inputs.index(storage) if storage in inputs else -1
+        for storage in storages(kind.output.leaves)
+    )
+
+
+def _firsts(kind: Kind) -> tuple[bool, ...]:
+    # Later backwards add to gradients that are there; a stage that runs once has none.
+    return (False, True) if kind.count > 1 and kind.gradient_bytes else (True,)
+
+
+def _simple_peaks(kind: Kind, meter: Meter, lone: _Weight) -> tuple[int, ...]:
+    """Peaks of the backward of a stage from one storage to one."""
+    peaks = {}
+    for input_held in (False, True) if lone.saved_inputs else (False,):
+        for output_held in (False, True) if lone.saved_outputs and kind.is_last else (False,):
+            held = _Held((0,) * input_held, (0,) * output_held)
+            for first in _firsts(kind):
+                if not (input_held or output_held) and first:
+                    peaks[False, False, True] = lone.backward_peak
+                else:
+                    weight = _weigh_backward(kind, meter, held, first=first)
+                    peaks[input_held, output_held, first] = weight.backward_peak
+    return _all_variants(peaks, storage_bytes(kind.output.leaves) if lone.saved_outputs else 0)
+
+
+def _with_parts(kind: Kind, meter: Meter, lone: _Weight, ledger: StageLedger) -> StageLedger:
+    """Add the storages one by one; the figures beside them become lower bounds."""
+    outputs = storages(kind.output.leaves)
+    sources = _sources(kind)
+    saved = [(True, k) for k in lone.saved_inputs] + [(False, k) for k in lone.saved_outputs]
+    masks = range(1 << len(saved)) if len(saved) <= _MOST_STORAGES else (0, (1 << len(saved)) - 1)
+    peaks: dict[bool, list[int]] = {}
+    for first in _firsts(kind):
+        for mask in masks:
+            chosen = [part for k, part in enumerate(saved) if mask >> k & 1]
+            held = _Held(
+                [k for is_input, k in chosen if is_input],
+                [k for is_input, k in chosen if not is_input],
+            )
+            same = not mask and first
+            weight = lone if same else _weigh_backward(kind, meter, held, first=first)
+            peaks.setdefault(first, []).append(weight.backward_peak)
+    parts = StageParts(
+        inputs=len(storages(kind.x.leaves)),
+        output_bytes=tuple(storage_bytes(leaves) for leaves in outputs.values()),
+        output_sources=sources,
+        saved_inputs=lone.saved_inputs,
+        saved_outputs=lone.saved_outputs,
+        backward_peak_bytes=(*peaks.get(False, peaks[True]), *peaks[True]),
+    )
+    new = tuple(k for k, source in enumerate(sources) if source < 0)
+    lowest = {first: min(peaks.get(first, peaks[True])) for first in (False, True)}
+    return replace(
+        ledger,
+        state_bytes=parts.new_bytes,
+        input_saved=len(lone.saved_inputs) == parts.inputs,
+        output_saved=bool(new) and lone.saved_outputs == new,
+        backward_peak_bytes=(lowest[False], lowest[True]) * 4,
+        parts=parts,
     )
 
 
@@ -88,92 +156,108 @@ def _all_variants(peaks: dict[tuple[bool, bool, bool], int], output_bytes: int) 
     return tuple(filled)
 
 
-def _weigh_backward(
-    kind: Kind, meter: Meter, *, input_held: bool, output_held: bool, first: bool
-) -> _Weight:
+def _weigh_backward(kind: Kind, meter: Meter, held: _Held, *, first: bool) -> _Weight:
     """Run a stage with tape and go back, with its input born inside the window."""
     kind.set_gradients(first=first)
+    sources = _sources(kind)
     with meter.window() as window:
-        x: Tensor | None = _copy(kind.x)
-        input_bytes = storage_bytes([x])  # type: ignore[list-item]
+        x = _copy(kind.x)
         window.mark()
-        tape, made = kind.record(x)  # type: ignore[arg-type]
-        output: Tensor | None = made
-        output_bytes = storage_bytes([made])
-        is_view = _shares_storage(made, x)  # type: ignore[arg-type]
-        del made
+        tape, made = kind.record(x)
+        inputs: list[Any] = list(storages(x.leaves).values())
+        outputs: list[Any] = list(storages(made.leaves).values())
+        sizes = [storage_bytes(leaves) for leaves in (*inputs, *outputs)]
+        del x, made
         window.mark()
-        if not output_held:
-            output = None
+        _drop(outputs, [k for k, source in enumerate(sources) if source >= 0])
+        for k in range(len(outputs)):
+            _drop(outputs, () if k in held.outputs else (k,))
+            window.mark()
+        for k in range(len(inputs)):
+            _drop(inputs, () if k in held.inputs else (k,))
+            window.mark()
+        gradients = tape.backward(kind.gradients)
         window.mark()
-        if not input_held:
-            x = None
-        window.mark()
-        gradient = tape.backward(kind.gradient)
-        window.mark()
-        del gradient, output, x
-    _, forward, without_output, without_input, backward, _ = window.phases
+        del gradients, outputs, inputs
     kind.set_gradients(first=True)
-    output_saved = not is_view and forward.final_bytes == without_output.final_bytes
-    input_saved = without_output.final_bytes == without_input.final_bytes
-    kept = without_input.final_bytes
+    forward, drops, backward = window.phases[1], window.phases[2:-2], window.phases[-2]
+    n = len(sizes) - len(sources)
+    kept = [drop.final_bytes == drop.start_bytes for drop in drops]
+    saved_outputs = [k for k, source in enumerate(sources) if source < 0 and kept[k]]
+    saved_inputs = [k for k, saved in enumerate(kept[len(sources) :]) if saved]
+    saved_bytes = sum(sizes[k] for k in saved_inputs) + sum(sizes[n + k] for k in saved_outputs)
     return _Weight(
         taped_peak=forward.peak_bytes - forward.start_bytes,
-        tape=kept - input_bytes * input_saved - output_bytes * output_saved,
-        input_saved=input_saved,
-        output_saved=output_saved,
+        tape=drops[-1].final_bytes - saved_bytes,
+        saved_inputs=tuple(saved_inputs),
+        saved_outputs=tuple(saved_outputs),
         backward_peak=backward.peak_bytes - backward.start_bytes,
     )
 
 
-def _shares_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+def _drop(groups: list[Any], which: Iterable[int]) -> None:
+    for k in which:
+        groups[k] = None
 
 
-def _copy(x: Tensor) -> Tensor:
-    """A copy with a storage of its own and the same layout, gaps included."""
-    size = x.untyped_storage().nbytes() // x.element_size()
-    whole = x.as_strided((size,), (1,), 0).clone()
-    return whole.as_strided(x.shape, x.stride(), x.storage_offset())
+def _copy(state: State) -> State:
+    """A copy with storages of its own and the same layout, gaps included."""
+    fresh: dict[int, Tensor] = {}
+    leaves = []
+    for leaf in state.leaves:
+        storage = leaf.untyped_storage()
+        if storage._cdata not in fresh:
+            whole = torch.empty(0, dtype=torch.uint8, device=leaf.device).set_(storage)
+            fresh[storage._cdata] = whole.clone()
+        made = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
+        home = fresh[storage._cdata].untyped_storage()
+        leaves.append(made.set_(home, leaf.storage_offset(), leaf.shape, leaf.stride()))
+    return state.replaced(leaves)
 
 
 def time_once(kind: Kind) -> None:
     """Time a stage forward without tape, forward with tape, and backward."""
+    device = kind.x.leaves[0].device
     if kind.count > 1:
         # Equal steps run one after the other, and find caches and memory as the last left them.
-        with torch.no_grad():
-            kind.call(kind.x)
-    start = now(kind.x.device)
-    with torch.no_grad():
-        kind.call(kind.x)
-    plain = now(kind.x.device)
+        kind.run()
+    start = now(device)
+    kind.run()
+    plain = now(device)
     tape, _ = kind.record(kind.x)
-    taped = now(kind.x.device)
-    tape.backward(kind.gradient)
-    end = now(kind.x.device)
+    taped = now(device)
+    tape.backward(kind.gradients)
+    end = now(device)
     kind.forward_seconds.append(plain - start)
     # Every schedule runs each stage with tape once, so what that takes longer is a constant.
     kind.backward_seconds.append(end - taped + max(0.0, (taped - plain) - (plain - start)))
 
 
-def weigh_loss(loss: Loss, output: Tensor, meter: Meter) -> LossWeight:
+def weigh_loss(loss: Loss, output: State, carries: tuple[bool, ...], meter: Meter) -> LossWeight:
     """Measure a loss on one output of the model.
+
+    Args:
+        loss: From the output to a scalar.
+        output: The model's output.
+        carries: Which of its tensors carry a gradient.
+        meter: What counts bytes.
 
     Raises:
         ProfileError: The output is no floating point tensor, or the loss no function of it.
     """
-    _, gradient = go_back(loss, output)
-    start = now(output.device)
-    go_back(loss, output)
-    seconds = now(output.device) - start
-    size = storage_bytes([gradient])
+    device = output.leaves[0].device
+    _, gradients = go_back(loss, output, carries)
+    start = now(device)
+    go_back(loss, output, carries)
+    seconds = now(device) - start
+    size = storage_bytes(g for g in gradients if g is not None)
     with meter.window() as window:
-        value, again = go_back(loss, output, arrived=window.mark)
+        value, again = go_back(loss, output, carries, arrived=window.mark)
         rest = 2 * storage_bytes([value])
         del value, again
     before = window.phases[0]
     return LossWeight(
-        gradient=gradient,
+        gradients=gradients,
         seconds=seconds,
         overhead_bytes=max(0, before.peak_bytes - size),
         # At least the value and the number 1 that going back begins with, whose storage the
@@ -189,39 +273,54 @@ class _Arrival(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, arrived: Callable[[], None], box: list[Tensor]) -> Tensor:
+    def forward(ctx: Any, arrived: Callable[[], None], box: list[Any], *leaves: Tensor) -> Any:
         ctx.arrived, ctx.box = arrived, box
-        return output.view_as(output)
+        ctx.set_materialize_grads(False)
+        views = tuple([leaf.view_as(leaf) for leaf in leaves])
+        return views if len(views) > 1 else views[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         ctx.arrived()
-        ctx.box.append(grads[0])
-        return None, None, None
+        ctx.box.append(grads)
+        return None, None, *[None for _ in grads]
 
 
 def go_back(
-    loss: Loss, output: Tensor, arrived: Callable[[], None] = lambda: None
-) -> tuple[Tensor, Tensor]:
+    loss: Loss,
+    output: State,
+    carries: tuple[bool, ...],
+    arrived: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Run a loss and go back through it.
 
     Args:
         loss: From the output to a scalar.
         output: The model's output.
+        carries: Which of its tensors carry a gradient.
         arrived: Called as the gradient arrives at the output.
 
     Returns:
-        The value of the loss, and the gradient that it sends back.
+        The value of the loss, and the gradients that it sends back, by tensor of the output.
 
     Raises:
-        ProfileError: The output is no floating point tensor, or the loss no function of it.
+        ProfileError: The output has no floating point tensor, or the loss no function of it.
     """
-    if not output.is_floating_point():
+    if not any(carries):
+        dtypes = ", ".join(str(leaf.dtype) for leaf in output.leaves)
         raise ProfileError(
-            f"the model's output has dtype {output.dtype}; a loss needs a floating point one"
+            f"the model's output has dtype {dtypes}; a loss needs a floating point one that "
+            "depends on what is trained"
         )
-    box: list[Tensor] = []
-    value = loss(_Arrival.apply(output.detach().requires_grad_(), arrived, box))
+    box: list[tuple[Tensor | None, ...]] = []
+    leaves = [
+        leaf.detach().requires_grad_() if carried else leaf.detach()
+        for leaf, carried in zip(output.leaves, carries, strict=True)
+    ]
+    caught = _Arrival.apply(arrived, box, *[leaf for leaf in leaves if leaf.requires_grad])
+    views = iter(caught if isinstance(caught, tuple) else (caught,))
+    given = output.replaced(next(views) if leaf.requires_grad else leaf for leaf in leaves)
+    value = loss(given.value())
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ProfileError(f"the loss must return one number, found {found}")
@@ -230,4 +329,6 @@ def go_back(
     value.backward()  # type: ignore[no-untyped-call]
     if not box:
         raise ProfileError("the loss does not depend on the output: no gradient comes back")
-    return value.detach(), box.pop()
+    sent = iter(box.pop())
+    gradients = tuple([next(sent) if carried else None for carried in carries])
+    return value.detach(), gradients

@@ -16,7 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import WorkloadError
-from .stages import Block, Signature, Stage, StageLedger, check_size, check_stage, check_time
+from .stages import (
+    Block,
+    Signature,
+    Stage,
+    StageLedger,
+    StageParts,
+    TapeOption,
+    check_size,
+    check_stage,
+    check_time,
+)
 
 _SIZE_UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
@@ -130,18 +140,26 @@ class Chain:
 
     @functools.cached_property
     def has_ledger(self) -> bool:
-        """Whether every stage has exact bytes."""
-        return all(stage.ledger is not None for stage in self.stages)
+        """Whether every stage has exact bytes; those of other tapes are never known."""
+        return all(x.ledger is not None and not x.other_tapes for x in self.stages)
+
+    @functools.cached_property
+    def offers_tapes(self) -> bool:
+        """Whether some stage can be taped in more than one way."""
+        return any(stage.other_tapes for stage in self.stages)
 
     @functools.cached_property
     def store_all_seconds(self) -> float:
-        """Seconds of the step when nothing is run twice."""
-        columns = self.arrays
-        return math.fsum((*columns.forward_seconds, *columns.backward_seconds, self.loss_seconds))
+        """Seconds of the step when nothing is run twice, and every tape is the fastest."""
+        times = [self.loss_seconds]
+        for stage in self.stages:
+            fastest = min(stage.tapes, key=lambda x: x.seconds) if stage.other_tapes else stage
+            times += fastest.forward_seconds, fastest.backward_seconds
+        return math.fsum(times)
 
     @functools.cached_property
     def is_uniform(self) -> bool:
-        """Whether all stages have the same seconds and bytes.
+        """Whether all stages have the same seconds and bytes, and one tape each.
 
         Parameter gradients may appear with the backward of the last stage alone, as those of
         shared parameters do: then they are there, and alike, whatever is run again.
@@ -161,6 +179,8 @@ class Chain:
             )
             for stage in self.stages
         )
+        if self.offers_tapes:
+            return False
         return same and not any(stage.parameter_gradient_bytes for stage in self.stages[:-1])
 
     def stage_name(self, i: int) -> str:
@@ -230,6 +250,11 @@ _COLUMNS = (
     ("o_b", "backward_overhead_bytes", False),
     ("w_p", "parameter_gradient_bytes", False),
 )
+# Those of a further tape of a stage.
+_TAPE_COLUMNS = tuple(row for row in _COLUMNS if row[0] in ("u_f", "u_b", "w_t", "o_f", "o_b"))
+# What distinct stages have besides columns: a name, exact bytes, other tapes.
+_Kind: TypeAlias = tuple[str, StageLedger | None, tuple[TapeOption, ...]]
+_PLAIN: _Kind = ("", None, ())
 
 
 def chain_to_json(chain: Chain) -> dict[str, Any]:
@@ -247,16 +272,35 @@ def chain_to_json(chain: Chain) -> dict[str, Any]:
     data["w_held"] = chain.held_bytes
     data["draws"] = chain.draws
     data["random_state_bytes"] = chain.random_state_bytes
-    kinds: dict[tuple[str, StageLedger | None], int] = {}
-    index = [kinds.setdefault((stage.name, stage.ledger), len(kinds)) for stage in chain.stages]
-    if any(stage.name or stage.ledger is not None for stage in chain.stages):
+    kinds: dict[_Kind, int] = {}
+    index = [
+        kinds.setdefault((stage.name, stage.ledger, stage.other_tapes), len(kinds))
+        for stage in chain.stages
+    ]
+    if any(kind != _PLAIN for kind in kinds):
         data["kind"] = index
-        data["kinds"] = [
-            {"name": name, "ledger": None if ledger is None else asdict(ledger)}
-            for name, ledger in kinds
-        ]
+        data["kinds"] = [_kind_to_json(*kind) for kind in kinds]
     data["blocks"] = [asdict(block) for block in chain.blocks]
     data["signature"] = None if chain.signature is None else asdict(chain.signature)
+    return data
+
+
+def _kind_to_json(
+    name: str, ledger: StageLedger | None, tapes: tuple[TapeOption, ...]
+) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "name": name,
+        "ledger": None if ledger is None else asdict(ledger),
+    }
+    if tapes:
+        data["tapes"] = [
+            {"name": tape.name}
+            | {
+                key: (float if is_time else int)(getattr(tape, attribute))
+                for key, attribute, is_time in _TAPE_COLUMNS
+            }
+            for tape in tapes
+        ]
     return data
 
 
@@ -270,7 +314,7 @@ def chain_from_json(data: Mapping[str, Any]) -> Chain:
             _check_number(key, data.get(key, 0))
         _check_number("u_loss", data.get("u_loss", 0.0))
         return Chain(
-            stages=_build_stages(columns, *_read_kinds(data, len(columns["u_f"]))),
+            stages=_build_stages(columns, *_read_kinds(data, len(columns["u_f"]), size, time)),
             input_bytes=columns["w_a"][0],
             input_gradient_bytes=columns["w_g"][0],
             loss_seconds=data.get("u_loss", 0.0) * time,
@@ -326,14 +370,20 @@ def _read_columns(data: Mapping[str, Any], size: int, time: float) -> dict[str, 
     return columns
 
 
-_Kind: TypeAlias = tuple[str, StageLedger | None]
-
-
-def _read_kinds(data: Mapping[str, Any], n: int) -> tuple[list[_Kind], Sequence[int]]:
-    """Names and exact bytes of distinct stages, and which of them each stage has."""
-    kinds: list[_Kind] = [("", None)]
+def _read_kinds(
+    data: Mapping[str, Any], n: int, size: int, time: float
+) -> tuple[list[_Kind], Sequence[int]]:
+    """Names, exact bytes and other tapes of distinct stages, and which of them each has."""
+    kinds: list[_Kind] = [_PLAIN]
     if "kinds" in data:
-        kinds = [(kind["name"], _read_ledger(kind["ledger"])) for kind in data["kinds"]]
+        kinds = [
+            (
+                kind["name"],
+                _read_ledger(kind["ledger"]),
+                tuple(_read_tape(tape, size, time) for tape in kind.get("tapes", ())),
+            )
+            for kind in data["kinds"]
+        ]
     index = data.get("kind", [0] * n)
     if not isinstance(index, (list, tuple)) or len(index) != n:
         found = f"{len(index)} values" if isinstance(index, (list, tuple)) else repr(index)
@@ -347,10 +397,26 @@ def _read_kinds(data: Mapping[str, Any], n: int) -> tuple[list[_Kind], Sequence[
     return kinds, index
 
 
+def _read_tape(data: Mapping[str, Any], size: int, time: float) -> TapeOption:
+    values = {}
+    for key, attribute, is_time in _TAPE_COLUMNS:
+        value = data[key] if key in ("u_f", "u_b", "w_t") else data.get(key, 0)
+        _check_number(f"{key} of a tape", value)
+        values[attribute] = value * (time if is_time else size)
+    return TapeOption(name=data.get("name", ""), **values)
+
+
 def _read_ledger(data: Mapping[str, Any] | None) -> StageLedger | None:
     if data is None:
         return None
-    return StageLedger(**{**data, "backward_peak_bytes": tuple(data["backward_peak_bytes"])})
+    parts = data.get("parts")
+    if parts is not None:
+        lists: dict[str, Any] = {
+            key: tuple(x) if isinstance(x, list) else x for key, x in parts.items()
+        }
+        parts = StageParts(**lists)
+    peaks = tuple(data["backward_peak_bytes"])
+    return StageLedger(**{**data, "backward_peak_bytes": peaks, "parts": parts})
 
 
 def _read_signature(data: Mapping[str, Any] | None) -> Signature | None:
@@ -374,10 +440,11 @@ def _build_stages(
         )
         stage = cache.get((kind, *values))
         if stage is None:
-            name, ledger = kinds[kind]
+            name, ledger, tapes = kinds[kind]
             fields: dict[str, Any] = {
                 attribute: value for (_, attribute, _), value in zip(_COLUMNS, values, strict=True)
             }
-            stage = cache[(kind, *values)] = Stage(name=name, ledger=ledger, **fields)
+            stage = Stage(name=name, ledger=ledger, other_tapes=tapes, **fields)
+            cache[(kind, *values)] = stage
         stages.append(stage)
     return tuple(stages)

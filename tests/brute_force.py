@@ -17,14 +17,19 @@ from ckptsched.schedule import Backward, Drop, Forward, Kind, Operation, Schedul
 from ckptsched.simulator import simulate
 from ckptsched.workload import Chain
 
-# What is kept of each state ("" nothing, "x" itself, "t" its tape), the next backward, whether
-# the loss is still to come, and whether the last run made a state that may still go.
+# What is kept of each state ("" nothing, "x" itself, "0", "1", … its tape by that option), the
+# next backward, whether the loss is still to come, and whether the last run made a state that may
+# still go.
 Position = tuple[tuple[str, ...], int, bool, bool]
 
 
 @functools.cache
-def persistent_schedules(n: int) -> tuple[Schedule, ...]:
+def persistent_schedules(n: int, tapes: tuple[int, ...] = ()) -> tuple[Schedule, ...]:
     """All memory-persistent schedules of n stages.
+
+    Args:
+        n: Number of stages.
+        tapes: How many tapes each stage offers; one each where it is empty.
 
     Runs start from the topmost state available below the next backward. When a state that the
     run before has made is read, it is decided whether it stays; what stays, does so until the
@@ -38,11 +43,14 @@ def persistent_schedules(n: int) -> tuple[Schedule, ...]:
         if position[1] == 0:
             found.append(Schedule.of(done))
         else:
-            todo += [(then, (*done, *operations)) for then, operations in _steps(position)]
+            steps = _steps(position, tapes or (1,) * n)
+            todo += [(then, (*done, *operations)) for then, operations in steps]
     return tuple(found)
 
 
-def _steps(position: Position) -> Iterator[tuple[Position, tuple[Operation, ...]]]:
+def _steps(
+    position: Position, tapes: tuple[int, ...]
+) -> Iterator[tuple[Position, tuple[Operation, ...]]]:
     kept, b, before_loss, fresh = position
     top = max(k for k in range(b + 1) if kept[k])
     if before_loss and top == b:
@@ -52,7 +60,9 @@ def _steps(position: Position) -> Iterator[tuple[Position, tuple[Operation, ...]
         yield (rest, b - 1, False, False), (Backward(b), *_drop(kept, b - 1))
     else:
         i = top + 1
-        yield (_put(kept, i, "t"), b, before_loss, False), (Forward(i, tape=True),)
+        for k in range(tapes[i - 1]):
+            taped = Forward(i, tape=True, option=k)
+            yield (_put(kept, i, str(k)), b, before_loss, False), (taped,)
         if before_loss or i < b:
             yield (_put(kept, i, "x"), b, before_loss, True), (Forward(i),)
             if fresh:
@@ -74,7 +84,8 @@ def _drop(kept: tuple[str, ...], i: int) -> tuple[Operation, ...]:
 
 def persistent_frontier(chain: Chain) -> list[tuple[int, float]]:
     """Least seconds by peak: every persistent schedule that no other beats in both."""
-    traces = [simulate(chain, schedule) for schedule in persistent_schedules(len(chain))]
+    tapes = tuple(len(stage.tapes) for stage in chain.stages)
+    traces = [simulate(chain, schedule) for schedule in persistent_schedules(len(chain), tapes)]
     frontier: list[tuple[int, float]] = []
     for peak, seconds in sorted((trace.peak_bytes, trace.seconds) for trace in traces):
         if not frontier or seconds < frontier[-1][1]:
@@ -97,7 +108,10 @@ def cheapest(chain: Chain, budget: int, *, pinned: bool = True) -> float:
     """
     n, c = len(chain), chain.arrays
     fixed = chain.held_bytes
-    sizes = {"": [0] * (n + 1), "x": c.state_bytes.tolist(), "t": c.tape_bytes.tolist()}
+    sizes = {"": [0] * (n + 1), "x": c.state_bytes.tolist()}
+    for k in range(max(len(stage.tapes) for stage in chain.stages)):
+        tapes = (stage.tapes[min(k, len(stage.tapes) - 1)] for stage in chain.stages)
+        sizes[str(k)] = [0, *(tape.tape_bytes for tape in tapes)]
     later = [int(c.parameter_gradient_bytes[i + 1 :].sum()) for i in range(n + 1)]
     w_g = c.gradient_bytes.tolist()
 
@@ -134,14 +148,17 @@ def _moves(
     w_g = c.gradient_bytes
     if b == n + 1 and kept[n]:
         yield kept, n, int(w_g[n]) + chain.loss_overhead_bytes, chain.loss_seconds
-    if b <= n and kept[b] == "t" and kept[b - 1]:
-        need = int(w_g[b - 1] + c.backward_overhead_bytes[b] + c.parameter_gradient_bytes[b])
-        yield _put(kept, b, ""), b - 1, need, float(c.backward_seconds[b])
+    if b <= n and kept[b].isdigit() and kept[b - 1]:
+        tape = chain.stages[b - 1].tapes[int(kept[b])]
+        need = int(w_g[b - 1] + tape.backward_overhead_bytes + c.parameter_gradient_bytes[b])
+        yield _put(kept, b, ""), b - 1, need, tape.backward_seconds
     for i in range(1, n + 1):
         if kept[i - 1] and not kept[i]:
-            for what in "xt":
-                need = sizes[what][i] + int(c.forward_overhead_bytes[i])
-                yield _put(kept, i, what), b, need, float(c.forward_seconds[i])
-        held = pinned and i < n and kept[i + 1] == "t"
+            need = sizes["x"][i] + int(c.forward_overhead_bytes[i])
+            yield _put(kept, i, "x"), b, need, float(c.forward_seconds[i])
+            for k, tape in enumerate(chain.stages[i - 1].tapes):
+                need = tape.tape_bytes + tape.forward_overhead_bytes
+                yield _put(kept, i, str(k)), b, need, tape.forward_seconds
+        held = pinned and i < n and kept[i + 1].isdigit()
         if kept[i] and not held:
             yield _put(kept, i, ""), b, 0, 0.0

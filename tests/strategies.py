@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from ckptsched.stages import Block, Stage, StageLedger
+from ckptsched.stages import Block, Stage, StageLedger, TapeOption
 from ckptsched.workload import Chain
 
 SMALL = st.integers(0, 6)
@@ -42,6 +42,31 @@ def chains(draw: st.DrawFn, most_stages: int = 4, extras: bool = True) -> Chain:
         loss_overhead_bytes=draw(SMALL) if extras else 0,
         held_bytes=draw(SMALL) if extras else 0,
     )
+
+
+@st.composite
+def tape_options(draw: st.DrawFn, state_bytes: int) -> TapeOption:
+    """Another tape of a stage: it may be better or worse than its own in any respect."""
+    return TapeOption(
+        name=draw(st.sampled_from(["", "slopes"])),
+        tape_bytes=state_bytes + draw(SMALL),
+        forward_seconds=draw(SECONDS),
+        backward_seconds=draw(SECONDS),
+        forward_overhead_bytes=draw(SMALL),
+        backward_overhead_bytes=draw(SMALL),
+    )
+
+
+@st.composite
+def chains_with_options(draw: st.DrawFn, most_stages: int = 3, most_options: int = 2) -> Chain:
+    """A chain without exact bytes, whose stages offer further tapes."""
+    chain = draw(chains(most_stages))
+    links = []
+    for stage in chain.stages:
+        option = tape_options(stage.state_bytes)
+        others = draw(st.lists(option, min_size=0, max_size=most_options))
+        links.append(replace(stage, other_tapes=tuple(others)))
+    return replace(chain, stages=tuple(links))
 
 
 @st.composite

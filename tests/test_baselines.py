@@ -202,3 +202,12 @@ def test_a_baseline_is_charged_by_the_ledger() -> None:
     chain = Chain(stages=(exact_stage(),) * 3, held_bytes=10)
     trace = Baseline("store_all").solve(chain, PLENTY).trace
     assert trace.ledger_peak_bytes == trace.peak_bytes < trace.planning_peak_bytes
+
+
+@given(chain=st.one_of(chains(6), ledger_chains(4, noise=True)))
+def test_guesses_of_all_rules(chain: Chain) -> None:
+    for rule in baselines_for(chain):
+        guess, trace = rule.guess(chain), rule.solve(chain, 2**40).trace
+        assert guess.rule == rule
+        assert guess.seconds == pytest.approx(trace.seconds)
+        assert guess.least_bytes <= trace.peak_bytes

@@ -11,16 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptsched.errors import InfeasibleBudgetError, WorkloadError
+from ckptsched.progress import listening
 from ckptsched.simulator import simulate
 from ckptsched.solvers import Baseline, ChainDp, Revolve, Solution, baselines_for
-from ckptsched.solvers.chain_lowering import Guided, lower
-from ckptsched.solvers.chain_sizes import Slots, chain_sizes
+from ckptsched.solvers.chain_lowering import outline
+from ckptsched.solvers.chain_sizes import chain_sizes
 from ckptsched.solvers.chain_table import Table, least_memory
 from ckptsched.solvers.revolve import advances, revolve_schedule
+from ckptsched.stages import Stage
 from ckptsched.workload import Chain
 from tests.brute_force import cheapest, cheapest_of, persistent_frontier, persistent_schedules
 from tests.helpers import EXAMPLES, example, instance, reference, steps, tiny_cases, uniform
-from tests.strategies import chains, ledger_chains, scaled_chains, uniform_chains
+from tests.strategies import (
+    chains,
+    chains_with_options,
+    ledger_chains,
+    scaled_chains,
+    uniform_chains,
+)
 
 
 def seconds_of(result: Solution | InfeasibleBudgetError) -> float:
@@ -94,6 +102,32 @@ def test_equal_to_enumeration(chain: Chain) -> None:
         assert seconds_of(result) >= cheapest(chain, budget)
 
 
+@settings(max_examples=300, deadline=None)
+@given(chains_with_options())
+def test_equal_to_enumeration_with_several_tapes(chain: Chain) -> None:
+    frontier = persistent_frontier(chain)
+    budgets = sorted({peak + d for peak, _ in frontier for d in (-1, 0)})
+    for budget, result in zip(budgets, ChainDp().solve_each(chain, budgets), strict=True):
+        check_result(chain, budget, result)
+        assert seconds_of(result) == cheapest_of(frontier, budget)
+        assert seconds_of(result) >= cheapest(chain, budget)
+        if isinstance(result, Solution):
+            assert result.lower_bound_seconds == result.trace.seconds
+    assert frontier[-1][1] == chain.store_all_seconds
+
+
+@settings(max_examples=60, deadline=None)
+@given(chains())
+def test_a_tape_like_the_stages_own_changes_nothing(chain: Chain) -> None:
+    twice = replace(chain, stages=tuple(replace(x, other_tapes=x.tapes) for x in chain.stages))
+    peaks = [peak for peak, _ in persistent_frontier(chain)]
+    pairs = zip(ChainDp().solve_each(chain, peaks), ChainDp().solve_each(twice, peaks), strict=True)
+    for one, two in pairs:
+        assert isinstance(one, Solution)
+        assert isinstance(two, Solution)
+        assert one.schedule == two.schedule
+
+
 @settings(max_examples=100, deadline=None)
 @given(ledger_chains(views=False))
 def test_equal_to_enumeration_in_exact_bytes(chain: Chain) -> None:
@@ -121,12 +155,12 @@ def test_exact_bytes_with_buffers_and_random_states(chain: Chain) -> None:
 def check_exact_bytes(chain: Chain) -> None:
     frontier = persistent_frontier(chain)
     sizes = chain_sizes(chain)
-    table = Table(Slots(sizes, 1, "nearest"), max(0, frontier[-1][0] - sizes.fixed))
+    table = Table(sizes, 1, max(0, frontier[-1][0] - sizes.fixed), exact=True)
     budgets = [peak for peak, _ in frontier]
     for (budget, optimum), result in zip(
         frontier, ChainDp().solve_each(chain, budgets), strict=True
     ):
-        bound = float(table.extra_seconds[budget - sizes.fixed]) + chain.store_all_seconds
+        bound = table.extra_seconds(budget - sizes.fixed) + chain.store_all_seconds
         assert bound <= optimum
         check_result(chain, budget, result)
         if isinstance(result, Solution):
@@ -262,14 +296,16 @@ def test_the_least_budget_is_met_and_one_byte_less_is_refused() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(scaled_chains(), st.integers(1, 40), st.sampled_from([0.9, 1.0, 1.01, 1.1]))
-def test_guided_schedules_fit_in_bytes(chain: Chain, slots: int, optimism: float) -> None:
+def test_drawn_schedules_fit_in_bytes(chain: Chain, slots: int, scale: float) -> None:
     sizes = chain_sizes(chain)
-    least = least_memory(Slots(sizes, 1, "nearest"))
+    least = least_memory(sizes)
     top = Baseline("store_all").solve(chain, 10**12).trace.peak_bytes - sizes.fixed
-    table = Table(Slots(sizes, -(-top // slots) or 1, "nearest"), slots)
+    table = Table(sizes, -(-top // slots) or 1, top)
     for m in np.linspace(least.total, top, 5).astype(np.int64):
-        trace = simulate(chain, lower(Guided(least, table, optimism), int(m)))
+        drawn = outline(least, int(m), table, scale)
+        trace = simulate(chain, drawn.build())
         assert trace.peak_bytes <= int(m) + sizes.fixed
+        assert chain.store_all_seconds + drawn.extra_seconds == pytest.approx(trace.seconds)
 
 
 def test_solving_twice_gives_the_same_schedule() -> None:
@@ -279,17 +315,199 @@ def test_solving_twice_gives_the_same_schedule() -> None:
 
 
 def test_long_chains_are_refused() -> None:
-    with pytest.raises(WorkloadError, match=r"about a thousand stages at most, found 8000"):
+    with pytest.raises(WorkloadError, match=r"up to about 1,700 stages, found 8000"):
         ChainDp().solve(uniform(8000), 10**9)
 
 
-def test_scaling_all_times_leaves_the_schedule_unchanged() -> None:
-    case = tiny_cases()[1]["chain"]
-    scaled = case | {key: [8 * x for x in case[key]] for key in ("u_f", "u_b")}
-    for budget in range(21, 46):
-        first = ChainDp().solve(Chain.from_json(case), budget)
-        second = ChainDp().solve(Chain.from_json(scaled), budget)
+def scaled(chain: Chain, *, seconds: float = 1.0, size: int = 1) -> Chain:
+    """The same chain in other units."""
+    data = chain.to_json()
+    for key in ("u_f", "u_b"):
+        data[key] = [seconds * x for x in data[key]]
+    for key in ("w_a", "w_t", "w_g", "o_f", "o_b", "w_p"):
+        data[key] = [size * x for x in data[key]]
+    data |= {"u_loss": seconds * data["u_loss"]}
+    return Chain.from_json(data | {key: size * data[key] for key in ("o_loss", "w_held")})
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    scaled_chains(most_stages=8),
+    st.integers(-300, 300),
+    st.sampled_from([None, 20]),
+    st.floats(0, 1),
+)
+def test_scaling_all_times_leaves_the_schedule_unchanged(
+    chain: Chain, exponent: int, slots: int | None, share: float
+) -> None:
+    budget = budget_between(chain, share)
+    first = ChainDp(slots).solve(chain, budget)
+    second = ChainDp(slots).solve(scaled(chain, seconds=2.0**exponent), budget)
+    assert first.schedule == second.schedule
+    # A bound that is the plan's own seconds differs from them in the last digits.
+    assert second.lower_bound_seconds == pytest.approx(
+        2.0**exponent * first.lower_bound_seconds, rel=1e-12
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(chains(most_stages=8), st.integers(2, 10**6), st.floats(0, 1))
+def test_scaling_all_bytes_leaves_the_schedule_unchanged(
+    chain: Chain, factor: int, share: float
+) -> None:
+    budget = budget_between(chain, share)
+    first = ChainDp().solve(chain, budget)
+    for spare in (0, factor - 1):
+        second = ChainDp().solve(scaled(chain, size=factor), factor * budget + spare)
         assert first.schedule == second.schedule
+        assert first.lower_bound_seconds == second.lower_bound_seconds
+
+
+def budget_between(chain: Chain, share: float) -> int:
+    """A budget between the least and that of storing everything."""
+    most = Baseline("store_all").solve(chain, 10**15).trace.peak_bytes
+    (none,) = ChainDp().solve_each(chain, [-1])
+    assert isinstance(none, InfeasibleBudgetError)
+    assert none.least_budget_bytes is not None
+    return none.least_budget_bytes + int(share * (most - none.least_budget_bytes))
+
+
+@st.composite
+def chains_to_split(draw: st.DrawFn) -> tuple[Chain, Chain]:
+    """A chain, and the same with one stage in two.
+
+    Every schedule of the first is one of the second: the two parts run one after the other, the
+    state between them goes at once, and what it takes comes off the overheads.
+    """
+    chain = draw(chains(most_stages=4))
+    k = draw(st.integers(0, len(chain) - 1))
+    stage = chain.stages[k]
+    tape = draw(st.integers(0, stage.tape_bytes - stage.state_bytes))
+    between = draw(st.integers(0, min(stage.forward_overhead_bytes, tape)))
+    most = min(stage.backward_overhead_bytes, stage.tape_bytes - tape)
+    gradient = draw(st.integers(0, most))
+    parameters = draw(st.integers(0, stage.parameter_gradient_bytes))
+    share = draw(st.integers(0, 9))
+    first = Stage(
+        forward_seconds=min(float(share), stage.forward_seconds),
+        backward_seconds=min(float(share), stage.backward_seconds),
+        state_bytes=between,
+        tape_bytes=tape,
+        gradient_bytes=gradient,
+        forward_overhead_bytes=stage.forward_overhead_bytes - between,
+        backward_overhead_bytes=stage.backward_overhead_bytes,
+        parameter_gradient_bytes=parameters,
+    )
+    second = replace(
+        stage,
+        forward_seconds=stage.forward_seconds - first.forward_seconds,
+        backward_seconds=stage.backward_seconds - first.backward_seconds,
+        tape_bytes=stage.tape_bytes - tape,
+        forward_overhead_bytes=stage.forward_overhead_bytes - between,
+        backward_overhead_bytes=stage.backward_overhead_bytes - gradient,
+        parameter_gradient_bytes=stage.parameter_gradient_bytes - parameters,
+    )
+    stages = (*chain.stages[:k], first, second, *chain.stages[k + 1 :])
+    return chain, replace(chain, stages=stages)
+
+
+@settings(max_examples=200, deadline=None)
+@given(chains_to_split())
+def test_splitting_a_stage_in_two_is_never_worse(pair: tuple[Chain, Chain]) -> None:
+    whole, parts = pair
+    budgets = [peak for peak, _ in persistent_frontier(whole)]
+    one, two = (ChainDp().solve_each(chain, budgets) for chain in pair)
+    for before, after in zip(one, two, strict=True):
+        assert seconds_of(after) <= seconds_of(before) + 1e-9
+    assert parts.store_all_seconds == pytest.approx(whole.store_all_seconds)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.one_of(scaled_chains(), chains_with_options(), ledger_chains(noise=True)),
+    st.integers(1, 40),
+)
+def test_a_coarse_table_bounds_every_schedule(chain: Chain, slots: int) -> None:
+    frontier, sizes = persistent_frontier(chain), chain_sizes(chain)
+    top = max(0, frontier[-1][0] - sizes.fixed)
+    for exact in (False, True):
+        table = Table(sizes, max(1, top // slots), top, exact=exact)
+        for peak, seconds in frontier:
+            for budget in (peak, peak + 1):
+                bound = chain.store_all_seconds + table.bound(budget - sizes.fixed)
+                assert bound <= seconds * (1 + 1e-15)
+
+
+def test_bounds_in_short_floats_stay_below_those_in_long_ones() -> None:
+    chain = instance("random_n50_s0")
+    sizes = chain_sizes(chain)
+    top = Baseline("store_all").solve(chain, 10**15).trace.peak_bytes - sizes.fixed
+    short, long = (Table(sizes, top // 300, top, exact=exact) for exact in (False, True))
+    known = [x for x in range(0, top, top // 100) if not math.isinf(long.bound(x))]
+    assert len(known) > 80
+    for size in known:
+        assert short.bound(size) <= long.bound(size)
+        assert short.bound(size) == pytest.approx(long.bound(size), rel=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(chains(most_stages=6) | chains_with_options() | ledger_chains(views=False))
+def test_a_frontier_is_the_plan_at_each_of_its_budgets(chain: Chain) -> None:
+    budgets = [peak for peak, _ in persistent_frontier(chain)] if len(chain) <= 4 else [40, 60, 80]
+    together = ChainDp().solve_each(chain, budgets)
+    for budget, result in zip(budgets, together, strict=True):
+        (alone,) = ChainDp().solve_each(chain, [budget])
+        assert seconds_of(alone) == seconds_of(result)
+        if isinstance(alone, Solution) and isinstance(result, Solution):
+            assert alone.lower_bound_seconds == result.lower_bound_seconds
+
+
+def test_a_frontier_of_rounded_sizes_is_no_worse_than_its_plans() -> None:
+    chain = instance("random_n50_s0")
+    budgets = [row["budget_bytes"] for row in reference("random_n50_s0")]
+    for budget, result in zip(budgets, ChainDp().solve_each(chain, budgets), strict=True):
+        alone = ChainDp().solve(chain, budget)
+        assert isinstance(result, Solution)
+        assert result.trace.seconds <= alone.trace.seconds
+        assert result.lower_bound_seconds <= alone.lower_bound_seconds
+        assert result.rounding_unit_bytes == alone.rounding_unit_bytes
+
+
+def test_too_little_memory_means_larger_slots_then_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chain = instance("random_n50_s0")
+    budget = reference("random_n50_s0")[3]["budget_bytes"]
+    fine = ChainDp().solve(chain, budget)
+    monkeypatch.setattr("ckptsched.solvers.chain_dp.MOST_NUMBERS", 1e5)
+    coarse = ChainDp().solve(chain, budget)
+    assert coarse.rounding_unit_bytes > 10 * fine.rounding_unit_bytes
+    assert coarse.lower_bound_seconds < fine.lower_bound_seconds
+    assert fine.trace.seconds <= coarse.trace.seconds * (1 + 1e-9)
+    check_result(chain, budget, coarse)
+    monkeypatch.setattr("ckptsched.solvers.chain_dp.MOST_NUMBERS", 1e4)
+    message = r"50 stages would need .* for 100 slots, more than the 39\.063 KiB"
+    with pytest.raises(WorkloadError, match=message):
+        ChainDp().solve(chain, budget)
+
+
+def test_a_long_computation_tells_its_progress_and_can_be_stopped() -> None:
+    chain = instance("random_n50_s0")
+    budget = reference("random_n50_s0")[3]["budget_bytes"]
+    told: list[tuple[str, float]] = []
+    with listening(lambda what, share: told.append((what, share))):
+        ChainDp().solve(chain, budget)
+    tables = [share for what, share in told if what.startswith("table of 50 stages and ")]
+    assert tables == sorted(tables)
+    assert tables[0] == 0
+    assert tables[-1] == pytest.approx(1)
+
+    def stop(what: str, share: float) -> None:
+        if share > 0.2 and what.startswith("table"):
+            raise KeyboardInterrupt
+
+    with listening(stop), pytest.raises(KeyboardInterrupt):
+        ChainDp().solve(chain, budget)
 
 
 def test_slots_must_be_positive() -> None:

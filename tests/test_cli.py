@@ -14,11 +14,14 @@ from click.testing import CliRunner, Result
 
 from ckptsched.cli import main
 from ckptsched.errors import ProfileError
+from ckptsched.graph import Graph
+from ckptsched.inverse import largest_batch, largest_steps, least_budget
 from ckptsched.planner import plan
 from ckptsched.plans import Plan
 from ckptsched.targets import Inputs, load_model, load_target, sample_input
 from ckptsched.verifier import Verification
 from ckptsched.workload import Chain
+from tests.helpers import EXAMPLES
 from tests.small_chains import mixed_chain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,6 +96,98 @@ def test_plan_prints_and_saves(folder: Path) -> None:
 def test_plan_with_a_solver(folder: Path) -> None:
     result = run("plan", "chain.json", "--budget", "1 GiB", "--solver", "anode")
     assert "solver          anode" in result.stdout
+
+
+def test_plan_for_an_overhead(folder: Path) -> None:
+    result = run("plan", "chain.json", "--overhead", "10%", "-o", "plan.json")
+    assert result.exit_code == 0, result.output
+    made = Plan.load("plan.json")
+    assert made == least_budget(mixed_chain(), overhead=0.1)
+    assert "asked for as at most 10% overhead" in result.stdout
+    assert "an overhead of 'much' cannot be planned" in failure(
+        "plan", "chain.json", "--overhead", "much"
+    )
+
+
+@pytest.mark.parametrize("extra", [(), ("--budget", "50%", "--overhead", "10%")])
+def test_plan_needs_a_budget_or_an_overhead(folder: Path, extra: tuple[str, ...]) -> None:
+    result = run("plan", "chain.json", *extra)
+    assert result.exit_code == 2
+    assert "give --budget or --overhead, one of the two" in result.stderr
+
+
+def test_the_largest_batch(folder: Path) -> None:
+    result = run("largest", "chain.json", "--budget", "200MiB", "-o", "plan.json")
+    assert result.exit_code == 0, result.output
+    found = largest_batch(mixed_chain(), budget="200MiB")
+    assert result.stdout == f"{found}\n\nplan written to plan.json\n"
+    assert Plan.load("plan.json") == found.plan
+    model = ("nets_of_test:mlp", "--input", "6x4", "--fake")
+    result = run("largest", *model, "--budget", "20kB", "--overhead", "300%")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("largest size: ")
+    assert "needs an input" in failure("largest", "nets_of_test:mlp", "--budget", "20kB")
+    assert "is a share of a size" in failure("largest", "chain.json", "--budget", "50%")
+
+
+def test_the_most_steps(folder: Path) -> None:
+    options = ("--budget", "40MiB", "--overhead", "20%")
+    result = run("largest", "chain.json", "--steps", *options)
+    assert result.exit_code == 0, result.output
+    found = largest_steps(mixed_chain(), budget="40MiB", overhead="20%")
+    assert result.stdout == f"{found}\n"
+
+
+def test_graphs_are_planned_and_shown(folder: Path) -> None:
+    graph = Graph.from_chain(mixed_chain())
+    graph.save("graph.json")
+    result = run("plan", "graph.json", "--budget", "50%", "-o", "plan.json")
+    assert result.exit_code == 0, result.output
+    made = Plan.load("plan.json")
+    assert made.chain == graph
+    result = run("show", "plan.json", "--operations", "--explain")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith(graph.schedule_text(made.schedule) + "\n")
+    result = run("show", "graph.json")
+    assert "graph 'mixed' of 12 stages" in result.stdout
+    assert run("report", "graph.json", "--budgets", "3").exit_code == 0
+    assert "takes a model" in failure("largest", "graph.json", "--budget", "90MiB")
+
+
+def test_certify_all(folder: Path) -> None:
+    # A checkpoint that is dropped and made again: better than any memory-persistent schedule.
+    Chain.from_json(EXAMPLES["E4"][0]).save("e4.json")
+    result = run("plan", "e4.json", "--budget", "24", "--certify", "all", "-o", "plan.json")
+    assert result.exit_code == 0, result.output
+    assert "no pinned schedule takes less" in result.stdout
+    assert Plan.load("plan.json").seconds == 100
+    result = run("plan", "e4.json", "--budget", "24", "--time-limit", "0")
+    assert result.exit_code == 2
+
+
+def test_show_explains(folder: Path) -> None:
+    made = plan(mixed_chain(), budget="50%")
+    made.save("plan.json")
+    result = run("show", "plan.json", "--explain")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{made}\n\n{made.explain()}\n"
+    result = run("show", "chain.json", "--explain")
+    assert "Storing everything takes" in result.stdout
+
+
+def test_no_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, cache_of_its_own: Path) -> None:
+    monkeypatch.setattr("ckptsched.planner._WORTH_SECONDS", -1e9)
+    for command in (
+        ("plan", "chain.json", "--budget", "50%"),
+        ("plan", "chain.json", "--overhead", "10%"),
+        ("report", "chain.json", "--budgets", "3"),
+        ("show", "chain.json", "--explain"),
+        ("largest", "chain.json", "--budget", "90MiB"),
+    ):
+        assert run(*command, "--no-cache").exit_code == 0
+        assert not cache_of_its_own.exists()
+    assert run("plan", "chain.json", "--budget", "50%").exit_code == 0
+    assert len(list((cache_of_its_own / "plans").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -193,8 +288,8 @@ def test_show_what_is_damaged(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("[1]", "holds neither a chain nor a plan"),
-        ("{}", "holds neither a chain nor a plan"),
+        ("[1]", "holds neither a chain, nor a graph, nor a plan"),
+        ("{}", "holds neither a chain, nor a graph, nor a plan"),
         ('{"u_f": []}', "'other.json': "),
         ('{"format": "ckptsched plan", "version": 9}', "version 9, this ckptsched reads 1"),
     ],
@@ -452,7 +547,7 @@ def test_a_callable_that_fails(folder: Path) -> None:
 def test_help_and_version() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for name in ("profile", "plan", "report", "show", "verify"):
+    for name in ("profile", "plan", "largest", "report", "show", "verify"):
         assert name in result.stdout
         assert run(name, "-h").exit_code == 0
     assert run("--version").stdout.startswith("ckptsched, version ")

@@ -167,7 +167,17 @@ def test_long_chains_are_planned_without_a_table(monkeypatch: pytest.MonkeyPatch
     assert plan(mixed_chain(), budget=caught.value.least_budget_bytes or 0)
 
 
-def test_a_long_uniform_chain_gets_the_best_k() -> None:
+def test_chains_of_long_runs_are_planned_as_such() -> None:
+    chain = uniform(600, state=10, tape=40)
+    made = plan(chain, budget=1020)
+    # Equal states never grow: what no memory-persistent schedule beats, no schedule beats.
+    assert (made.solver, made.schedule_class) == ("run_dp", "all pinned schedules")
+    assert made.gap < 0.01
+    assert made.seconds < plan(chain, budget=1020, solver="revolve").seconds
+
+
+def test_a_long_uniform_chain_gets_the_best_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckptsched.portfolio._names", lambda chain: ["revolve"])
     chain = uniform(600, state=10, tape=40)
     budget = 1020
     every = [get_solver(f"every_{k}").solve(chain, 2**40).trace for k in range(1, 600)]
@@ -188,7 +198,10 @@ def test_a_very_long_uniform_chain_gets_a_good_k_too() -> None:
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_long_mixed_chains_get_a_k_of_the_grid(exact: bool) -> None:
+def test_long_mixed_chains_get_a_k_of_the_grid(
+    exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptsched.portfolio._names", lambda chain: [])
     stage = exact_stage() if exact else uniform(1, state=10, tape=40).stages[0]
     other = replace(stage, forward_seconds=1.5)
     chain = Chain(stages=(*(stage,) * 999, other, *(stage,) * 1000), held_bytes=10 * exact)
@@ -250,7 +263,7 @@ def test_a_solver_that_overruns_is_found_out(monkeypatch: pytest.MonkeyPatch) ->
 
     real = get_solver
     monkeypatch.setattr(
-        "ckptsched.planner.get_solver", lambda name: Liar() if name == "liar" else real(name)
+        "ckptsched.portfolio.get_solver", lambda name: Liar() if name == "liar" else real(name)
     )
     with pytest.raises(CkptschedError, match="fault of ckptsched"):
         plan(mixed_chain(), budget="50%", solver="liar")
@@ -287,6 +300,61 @@ def test_the_trade_off_spans_least_to_store_all(chain: Chain) -> None:
 def test_every_trade_off_is_monotone(chain: Chain) -> None:
     if plan(chain, budget=10**6).store_all_bytes:
         check_rows(tradeoff(chain, 5))
+
+
+@given(chain=random_chains())
+@settings(max_examples=40)
+def test_the_trade_off_is_the_plan_at_each_of_its_budgets(chain: Chain) -> None:
+    # Small whole numbers are planned exactly, so that no budget gains from another's schedule.
+    if plan(chain, budget=10**6).store_all_bytes:
+        for row in tradeoff(chain, 6).rows:
+            alone = plan(chain, budget=row.plan.budget_bytes)
+            assert row.plan.seconds == pytest.approx(alone.seconds, rel=1e-12)
+
+
+def depths(found: Tradeoff) -> list[float]:
+    """How far each row lies below the chord, in scaled coordinates."""
+    x = [row.plan.budget_bytes for row in found.rows]
+    y = [row.plan.seconds for row in found.rows]
+    return [
+        1 - (a - x[0]) / (x[-1] - x[0]) - (b - y[-1]) / (y[0] - y[-1])
+        for a, b in zip(x, y, strict=True)
+    ]
+
+
+@given(chain=random_chains())
+@settings(max_examples=40)
+def test_the_knee_lies_farthest_below_the_chord(chain: Chain) -> None:
+    if not plan(chain, budget=10**6).store_all_bytes:
+        return
+    found = tradeoff(chain, 7)
+    knee = found.knee
+    first, last = found.rows[0].plan, found.rows[-1].plan
+    if knee is None:
+        falls = first.seconds > last.seconds * (1 + 1e-9)
+        assert not falls or max(depths(found)) <= 1e-6
+    else:
+        below = depths(found)[found.rows.index(knee)]
+        assert below == pytest.approx(max(depths(found)), abs=1e-6)
+        assert below > 0
+        assert first.budget_bytes < knee.plan.budget_bytes < last.budget_bytes
+
+
+def test_the_knee_does_not_depend_on_units() -> None:
+    found = tradeoff(mixed_chain(), 9)
+    data = mixed_chain().to_json()
+    for key in ("u_f", "u_b"):
+        data[key] = [1000 * x for x in data[key]]
+    data["u_loss"] *= 1000
+    slow = tradeoff(Chain.from_json(data), [row.plan.budget_bytes for row in found.rows])
+    assert found.knee is not None
+    assert slow.knee is not None
+    assert found.rows.index(found.knee) == slow.rows.index(slow.knee)
+
+
+def test_two_rows_have_no_knee() -> None:
+    assert tradeoff(mixed_chain(), 2).knee is None
+    assert tradeoff(uniform_chain(1)).knee is None
 
 
 def test_budgets_of_ones_own() -> None:
@@ -326,7 +394,7 @@ def test_a_larger_budget_takes_over_what_a_smaller_one_found(
 
     real = get_solver
     monkeypatch.setattr(
-        "ckptsched.planner.get_solver", lambda name: Odd() if name == "odd" else real(name)
+        "ckptsched.portfolio.get_solver", lambda name: Odd() if name == "odd" else real(name)
     )
     plans = plan_each(chain, [100 * MIB, 60 * MIB], solver="odd")
     assert [isinstance(x, Plan) and x.schedule == good.schedule for x in plans] == [True, True]

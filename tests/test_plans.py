@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptsched.errors import PlanMismatchError
+from ckptsched.files import write_atomically
+from ckptsched.graph import Graph
 from ckptsched.planner import plan
-from ckptsched.plans import Plan, excess, write_atomically
+from ckptsched.plans import Plan, excess, words_of_class
 from ckptsched.schedule import Schedule
 from ckptsched.simulator import simulate
 from ckptsched.solvers import get_solver
+from tests.graphs import graphs
 from tests.small_chains import MIB, mixed_chain, random_chains, uniform_chain
 
 
@@ -95,7 +98,7 @@ def test_the_table_says_what_matters(tight: Plan) -> None:
         f"{tight.overhead:+.2%}",
         f"{tight.forwards} of 12 stages",
         f"({tight.least_budget_bytes} bytes)",
-        f"no {tight.schedule_class} schedule takes less",
+        f"{words_of_class(tight)} takes less",
         f"{tight.gap:.2%}",
         f"operation {tight.trace.peak_position + 1} of {len(tight.schedule)}",
     )
@@ -198,6 +201,32 @@ def test_another_version(saved: Path) -> None:
     assert "has version 7, this ckptsched reads 1: plan again" in refusal(saved)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("all schedules", "no schedule at all"),
+        ("all pinned schedules", "no pinned schedule"),
+        ("memory-persistent", "no memory-persistent schedule"),
+        ("frontier-advancing schedules", "none of the frontier-advancing schedules"),
+    ],
+)
+def test_classes_in_words(tight: Plan, name: str, words: str) -> None:
+    assert words_of_class(replace(tight, schedule_class=name)) == words
+
+
+@given(graph=graphs())
+@settings(max_examples=25)
+def test_plans_of_graphs_load_again(graph: Graph) -> None:
+    made = plan(graph, budget="100%", solver="store_all")
+    data = json.loads(json.dumps(made.to_json()))
+    assert "graph" in data
+    assert Plan.from_json(data) == made
+    assert Plan.from_json(made.to_json(with_chain=False), chain=graph) == made
+    with pytest.raises(PlanMismatchError):
+        Plan.from_json(made.to_json(with_chain=False))
+    assert f"{len(graph)} stages" in str(made)
+
+
 def test_a_chain_is_no_plan(tmp_path: Path) -> None:
     path = tmp_path / "chain.json"
     mixed_chain().save(path)
@@ -217,7 +246,7 @@ def test_a_foreign_fingerprint(saved: Path) -> None:
     edit(saved, lambda data: data.update(fingerprint=foreign), seal=True)
     message = refusal(saved)
     assert f"made for the chain {foreign[:16]}" in message
-    assert f"holds the chain {mixed_chain().fingerprint[:16]}" in message
+    assert f"comes with the chain {mixed_chain().fingerprint[:16]}" in message
 
 
 def test_a_schedule_of_another_plan(saved: Path) -> None:

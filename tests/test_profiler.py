@@ -134,7 +134,7 @@ class Returns(nn.Module):
         self.calls += 1
         values = {
             "nothing": None,
-            "pair": (x, x),
+            "object": (x, object()),
             "text": "state",
             "growing": x.new_zeros(2, 4 + self.calls),
             "counting": x + self.calls,
@@ -153,10 +153,13 @@ GENERATOR = torch.Generator().manual_seed(0)
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("nothing", r"stage '1' returned nothing \(None\) where a tensor was expected"),
-        ("pair", "stage '1' returned a tuple where a tensor was expected"),
-        ("text", "stage '1' returned a str where a tensor was expected"),
-        ("growing", r"stage '1' returned shape \(2, 5\).*run again on the same input, \(2, 6\)"),
+        ("nothing", r"stage '1' returned nothing \(None\) where a state was expected"),
+        ("object", "stage '1' returned a object where a state was expected"),
+        ("text", "stage '1' returned a str without tensors where a state was expected"),
+        (
+            "growing",
+            r"stage '1' returned shape \(2, 5\).*run again on the same input, shape \(2, 6\)",
+        ),
         ("counting", "stage '1' gives another result when it is run again"),
         ("own generator", "stage '1' gives another result when it is run again"),
         ("in place", "stage '1' changes its input in place"),
@@ -211,10 +214,12 @@ def test_hidden_state_in_buffers_is_refused() -> None:
 
 def test_bad_arguments() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(cs.ProfileError, match="one tensor as the sample, found nothing"):
+    with pytest.raises(cs.ProfileError, match="a sample to call the model with, found nothing"):
         cs.profile(model)
-    with pytest.raises(cs.ProfileError, match="one tensor as the sample, found list"):
-        cs.profile(model, [1.0])  # type: ignore[arg-type]
+    with pytest.raises(cs.ProfileError, match="found a list without tensors"):
+        cs.profile(model, [1.0])
+    with pytest.raises(cs.ProfileError, match="the sample is a object where a state was expected"):
+        cs.profile(model, object())
     with pytest.raises(cs.ProfileError, match=r"needs an nn\.Module, found a function"):
         cs.profile(lambda x: x, torch.ones(1))  # type: ignore[arg-type]
     with pytest.raises(cs.ProfileError, match="must return one number"):
@@ -239,7 +244,7 @@ def test_progress_goes_to_a_bar(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def shown(progress: bool | None, patience: float = 0.1) -> str:
-        monkeypatch.setattr("ckptsched.profiler._PATIENCE_SECONDS", patience)
+        monkeypatch.setattr("ckptsched.bar._PATIENCE_SECONDS", patience)
         cs.profile(nn.Sequential(Slow()), torch.ones(1, 2, requires_grad=True), progress=progress)
         out, err = capsys.readouterr()
         assert not out

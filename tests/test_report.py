@@ -95,6 +95,25 @@ def test_print_shows_both_tables(found: Tradeoff) -> None:
     assert repr(found).startswith("<Tradeoff of 6 budgets, ")
 
 
+def test_the_knee_is_shown(found: Tradeoff, tmp_path: Path) -> None:
+    import matplotlib as mpl
+
+    knee = found.knee
+    assert knee is not None
+    lines = [line for line in str(found).splitlines() if "< knee" in line]
+    assert len(lines) == 1
+    assert str(knee.plan.budget_bytes) in lines[0]
+    share = knee.plan.budget_bytes / knee.plan.store_all_bytes
+    assert f"where {share:.1%} of store-all's bytes cost {knee.plan.overhead:+.1%}" in str(found)
+    assert found.to_json()["knee_budget_bytes"] == knee.plan.budget_bytes
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        found.plot(tmp_path / "with.svg")
+        replace(found, rows=found.rows[:2]).plot(tmp_path / "without.svg")
+    assert ">knee<" in (tmp_path / "with.svg").read_text()
+    assert ">knee<" not in (tmp_path / "without.svg").read_text()
+    assert "knee" not in str(replace(found, rows=found.rows[:2]))
+
+
 def test_the_report_is_plain_text_in_a_file(found: Tradeoff) -> None:
     console = plain()
     report(mixed_chain(), 6, console=console)

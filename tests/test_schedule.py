@@ -62,10 +62,11 @@ def test_one_word_an_operation(operation: Operation) -> None:
 
 
 def test_words() -> None:
-    text = "F3 T3 turn B3 -x3 -t2 -g1 -x3@host -x4@disk x3:device>host t1:disk>device"
+    text = "F3 T3 T3.1 turn B3 -x3 -t2 -g1 -x3@host -x4@disk x3:device>host t1:disk>device"
     assert list(Schedule.from_text(text)) == [
         Forward(3),
         Forward(3, tape=True),
+        Forward(3, tape=True, option=1),
         Turn(),
         Backward(3),
         Drop(Value(Kind.STATE, 3)),
@@ -80,7 +81,21 @@ def test_words() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["F", "X3", "turn3", "-y3", "-x3@tape", "x3:device>cloud", "F-1", "f3", "B3.0", "-x"]
+    "word",
+    [
+        "F",
+        "X3",
+        "turn3",
+        "-y3",
+        "-x3@tape",
+        "x3:device>cloud",
+        "F-1",
+        "f3",
+        "B3.0",
+        "F3.1",
+        "T3.",
+        "-x",
+    ],
 )
 def test_other_words_are_refused_with_their_position(word: str) -> None:
     with pytest.raises(InvalidScheduleError) as caught:
@@ -95,6 +110,18 @@ def test_other_words_are_refused_with_their_position(word: str) -> None:
 def test_stages_that_no_operation_can_hold_are_refused(word: str) -> None:
     with pytest.raises(InvalidScheduleError, match="stages are counted to 2147483647 at most"):
         Schedule.from_text(word)
+
+
+@pytest.mark.parametrize("word", ["T3.256", f"T3.{'9' * 5000}"])
+def test_options_that_no_operation_can_hold_are_refused(word: str) -> None:
+    with pytest.raises(InvalidScheduleError, match="options are counted to 255 at most"):
+        Schedule.from_text(word)
+
+
+def test_an_option_survives_packing() -> None:
+    run = Forward(2**31 - 1, tape=True, option=255)
+    assert list(Schedule.of([run])) == [run]
+    assert Schedule.of([run]).kinds.tolist() == [255]
 
 
 def test_the_last_stage_that_an_operation_can_hold() -> None:

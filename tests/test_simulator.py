@@ -12,7 +12,7 @@ from ckptsched.errors import InvalidScheduleError, WorkloadError
 from ckptsched.schedule import Schedule
 from ckptsched.simulator import simulate
 from ckptsched.solvers import Baseline, ChainDp, Revolve
-from ckptsched.stages import Block
+from ckptsched.stages import Block, TapeOption
 from ckptsched.trace import Live
 from ckptsched.workload import Chain
 from tests.brute_force import persistent_schedules
@@ -115,6 +115,32 @@ def test_every_rule_has_its_message(text: str, position: int, reason: str) -> No
     assert error.operation == text.split()[position]
     assert error.reason.startswith(reason)
     assert f"invalid schedule at operation {position} {error.operation}: {reason}" in str(error)
+
+
+def test_a_tape_is_charged_by_its_option() -> None:
+    thin = TapeOption(
+        tape_bytes=2,
+        forward_seconds=4.0,
+        backward_seconds=8.0,
+        forward_overhead_bytes=7,
+        backward_overhead_bytes=30,
+    )
+    whole = example("E1")
+    first, second = whole.stages
+    chain = replace(whole, stages=(first, replace(second, other_tapes=(thin,))))
+    own, other = (run(chain, f"T1 {taped} turn B2 B1 -x0") for taped in ("T2", "T2.1"))
+    assert [int(x) for x in own.timeline] == levels(whole, "T1 T2 turn B2 B1 -x0")
+    # The input, tape 1 of 3 bytes and tape 2 of 2; the loss, then both backward passes.
+    assert [int(x) for x in other.timeline] == [4, 1 + 3 + 2 + 7, 7, 7 + 1 + 30, 6, 2]
+    assert own.seconds == 6
+    assert other.seconds == 6 - 3 + 12
+    assert other.peak_operation == "B2"
+    again = run(chain, "F1 T2.1 turn -t2 T2 B2 -x1 T1 B1 -x0")
+    assert again.seconds == 1 + 4 + 1 + 2 + 1 + 2
+    with pytest.raises(InvalidScheduleError, match="stage 2 offers no tape 2, the last is 1"):
+        run(chain, "T1 T2.2 turn B2 B1 -x0")
+    with pytest.raises(InvalidScheduleError, match="stage 1 offers no tape 1, the last is 0"):
+        run(whole, "T1.1 T2 turn B2 B1 -x0")
 
 
 @pytest.mark.parametrize(

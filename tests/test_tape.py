@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ckptsched.aliases import Slots, make_alias
 from ckptsched.errors import ExecutionError
 from ckptsched.tape import record
+from ckptsched.trees import State
 
 
 class Twice(nn.Module):
@@ -29,14 +30,15 @@ def go_back_by_stages(stage: nn.Module, x: Tensor, times: int, feed: bool) -> di
     tapes = []
     with slots.parameters_replaced(slots.bind(aliases)):
         for _ in range(times):
-            tape, x = record(stage, x, needs_gradient=True)
+            tape, state = record(stage, State.of(x), wanted=[True])
+            x = state.value()
             repeated = tape.repeated_leaves()
             if feed:
                 tape.feed_back([a for a in aliases.values() if id(a) in repeated])
             tapes.append(tape)
     gradient: Tensor | None = torch.ones_like(x)
     for tape in reversed(tapes):
-        gradient = tape.backward(gradient)
+        (gradient,) = tape.backward([gradient])
     assert gradient is not None
     found = {name: aliases[id(p)].grad for name, p in stage.named_parameters()}
     assert all(p.grad is None for p in stage.parameters())
@@ -64,21 +66,27 @@ def test_sums_fed_back_give_the_bits_of_one_graph() -> None:
 
 def test_repeated_leaves_are_those_used_more_than_once() -> None:
     stage = Twice()
-    tape, _ = record(stage, torch.randn(2, 8), needs_gradient=False)
+    tape, _ = record(stage, State.of(torch.randn(2, 8)), wanted=[False])
     assert tape.repeated_leaves() == {id(p) for p in stage.twice.parameters()}
 
 
 def test_a_stage_without_gradients_has_an_empty_tape() -> None:
-    tape, output = record(nn.Tanh(), torch.ones(3), needs_gradient=False)
-    assert tape.backward(torch.ones(3)) is None
-    assert not output.requires_grad
+    tape, output = record(nn.Tanh(), State.of(torch.ones(3)), wanted=[False])
+    assert tape.backward([torch.ones(3)]) == (None,)
+    assert tape.carries == (False,)
+    assert not output.value().requires_grad
 
 
-def test_output_must_be_a_tensor() -> None:
-    with pytest.raises(ExecutionError, match=r"returned nothing \(None\) where a tensor"):
-        record(lambda x: None, torch.ones(2), needs_gradient=True)  # type: ignore[arg-type,return-value]
-    with pytest.raises(ExecutionError, match="returned a tuple where a tensor"):
-        record(lambda x: (x, x), torch.ones(2), needs_gradient=True)  # type: ignore[arg-type,return-value]
+def test_output_must_have_tensors() -> None:
+    def returned(value: object) -> None:
+        record(lambda x: value, State.of(torch.ones(2)), wanted=[True])
+
+    with pytest.raises(ExecutionError, match=r"returned nothing \(None\) where a state"):
+        returned(None)
+    with pytest.raises(ExecutionError, match="returned a tuple without tensors where a state"):
+        returned((1, "two"))
+    with pytest.raises(ExecutionError, match="returned a object where a state was expected"):
+        returned({"x": torch.ones(1), "y": object()})
 
 
 def test_slots_put_everything_back_after_a_failure() -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import ckptsched as cs
 from ckptsched.context import RandomState
-from ckptsched.run import _State
+from ckptsched.run import _Stored
+from ckptsched.trees import State
 from ckptsched.verifier import _compare
 from tests.networks import dropout_mlp, ode_net, planned
 
@@ -97,12 +98,12 @@ def test_a_wrong_replay_of_random_numbers_is_caught(monkeypatch: pytest.MonkeyPa
     class Forgetful:
         def restore(self) -> None: ...
 
-    def forget(self: _State, tensor: Tensor, random: RandomState | None) -> None:
-        self.tensor, self.version = tensor, tensor._version
+    def forget(self: _Stored, state: State, random: RandomState | None) -> None:
+        self.state, self.versions = state, state.versions()
         self.random = None if random is None else Forgetful()  # type: ignore[assignment]
 
     plans = [planned(model, x, solver) for solver in ("store_all", "every_2")]
-    monkeypatch.setattr(_State, "__init__", forget)
+    monkeypatch.setattr(_Stored, "__init__", forget)
     assert cs.verify(model, plans[0], x).ok  # which runs nothing again
     result = cs.verify(model, plans[1], x)
     assert not result.gradients_equal

@@ -15,7 +15,7 @@ from ckptsched.errors import WorkloadError
 from ckptsched.stages import Block, Signature, Stage, backward_variant
 from ckptsched.workload import Chain
 from tests.helpers import EXAMPLES, exact_stage, uniform
-from tests.strategies import chains, ledger_chains
+from tests.strategies import chains, chains_with_options, ledger_chains
 
 DATA: dict[str, Any] = {"u_f": [1, 2], "u_b": [3, 4], "w_a": [5, 6, 7], "w_t": [8, 9]}
 SIGNATURE = Signature(
@@ -33,7 +33,7 @@ SIGNATURE = Signature(
 
 
 @settings(deadline=None)
-@given(chains(most_stages=6) | ledger_chains(most_stages=6, noise=True))
+@given(chains(most_stages=6) | chains_with_options() | ledger_chains(most_stages=6, noise=True))
 def test_chains_survive_json(chain: Chain) -> None:
     chain = replace(chain, name="a chain", signature=SIGNATURE)
     again = Chain.from_json(json.loads(json.dumps(chain.to_json())))
@@ -201,6 +201,7 @@ def test_uniform_chains() -> None:
         {"gradient_bytes": 9},
         {"backward_overhead_bytes": 9},
         {"ledger": exact_stage().ledger},
+        {"other_tapes": stages[0].tapes},
     ):
         other = replace(stages[0], **change)
         assert not Chain(stages=(*stages, other)).is_uniform
@@ -209,6 +210,48 @@ def test_uniform_chains() -> None:
     assert Chain(stages=(first_use,)).is_uniform
     assert not Chain(stages=(first_use, *stages)).is_uniform
     assert not Chain(stages=(first_use,) * 3).is_uniform
+
+
+def test_a_stage_may_offer_several_tapes() -> None:
+    tapes = [{"u_f": 3, "u_b": 0, "w_t": 7}, {"name": "slopes", "u_f": 1, "u_b": 3, "w_t": 20}]
+    kinds = [{"name": "step", "ledger": None, "tapes": tapes}]
+    data = DATA | {"kinds": kinds, "kind": [0, 0], "size_unit": "KiB", "time_unit": "ms"}
+    chain = Chain.from_json(data)
+    first, second = chain.stages[0].other_tapes
+    assert chain.stages[0].tapes == (chain.stages[0].tapes[0], first, second)
+    assert (first.tape_bytes, first.forward_seconds) == (7 * 1024, 0.003)
+    assert (second.name, second.backward_seconds) == ("slopes", 0.003)
+    assert chain.offers_tapes
+    assert not chain.has_ledger
+    # The fastest tape of each stage takes 3 ms.
+    assert chain.store_all_seconds == pytest.approx(0.003 + 0.003)
+    plain = replace(chain, stages=tuple(replace(x, other_tapes=()) for x in chain.stages))
+    assert plain.fingerprint != chain.fingerprint
+    assert "tapes" not in plain.to_json()["kinds"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w_t": 5}, "tape 1 of stage 1 has 5 bytes, fewer than the 6 of the state"),
+        ({"u_f": -1}, "the forward of tape 1 of stage 1 must take 0 seconds or more"),
+        ({"u_b": "1"}, "u_b of a tape must be a number"),
+        ({"o_b": 0.5}, "backward_overhead_bytes of tape 1 of stage 1 must be a whole number"),
+        ({"w_t": None}, "w_t of a tape must be a number"),
+    ],
+)
+def test_impossible_tapes_are_refused(change: dict[str, Any], message: str) -> None:
+    tape = {"u_f": 3, "u_b": 0, "w_t": 9} | change
+    kinds = [{"name": "", "ledger": None, "tapes": [tape]}]
+    with pytest.raises(WorkloadError, match=message):
+        Chain.from_json(DATA | {"kinds": kinds, "kind": [0, 0]})
+
+
+def test_at_most_255_other_tapes() -> None:
+    stage = uniform(1).stages[0]
+    Chain(stages=(replace(stage, other_tapes=stage.tapes * 255),))
+    with pytest.raises(WorkloadError, match="offers 256 other tapes; 255 at most"):
+        Chain(stages=(replace(stage, other_tapes=stage.tapes * 256),))
 
 
 def test_the_fingerprint_is_of_what_matters() -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Callable, Hashable
-from typing import final
+from collections.abc import Callable, Hashable, Mapping
+from types import MappingProxyType
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import WorkloadError
 from ..tracing import StageCall, StagedModule
-from .steps import runge_kutta_step
+from .steps import Slope, runge_kutta_step
 from .tableaus import ButcherTableau, find_tableau
 
+_NONE: Mapping[str, Any] = MappingProxyType({})
 _TWO_KINDS = (
     "dz/dt = f takes f(z) or f(t, z); give time_dependent=False or True where the signature "
     "does not say which"
@@ -40,9 +43,9 @@ class StepStage(StageCall):
         self.module = block
         self.index = index
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Advance the state by this step."""
-        return self.module.step(self.index, x)
+        return self.module.step(self.index, x, *args, **kwargs)
 
     @property
     def label(self) -> str:
@@ -116,12 +119,14 @@ class ODEBlock(StagedModule):
         """The time steps in order; a small object each."""
         return [StepStage(self, index) for index in range(self.steps)]
 
-    def step(self, index: int, z: Tensor) -> Tensor:
+    def step(self, index: int, z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Advance the state by one time step.
 
         Args:
             index: 0 for the first step.
             z: State at the start of the step.
+            args: What f is given besides the state, such as a condition.
+            kwargs: The same by name.
 
         Returns:
             The state at its end; same shape and dtype.
@@ -131,7 +136,10 @@ class ODEBlock(StagedModule):
         """
         # From t0 each time: adding up h would let the time drift over many steps.
         t = self.t0 + (self.t1 - self.t0) * (index / self.steps)
-        return runge_kutta_step(self._slope, self.tableau, t, self.h, z)
+        slope: Slope = self._slope
+        if args or kwargs:
+            slope = functools.partial(self._slope, args=args, kwargs=kwargs)
+        return runge_kutta_step(slope, self.tableau, t, self.h, z)
 
     @property
     def h(self) -> float:
@@ -143,12 +151,15 @@ class ODEBlock(StagedModule):
         """How often a forward pass evaluates f."""
         return self.steps * self.tableau.slopes
 
-    def _slope(self, t: float, z: Tensor) -> Tensor:
+    def _slope(
+        self, t: float, z: Tensor, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = _NONE
+    ) -> Tensor:
         if not self.time_dependent:
-            return self.f(z)
+            return self.f(z, *args, **kwargs)
         # Filled on the device: a tensor made from a Python number would be copied there,
         # and on CUDA the step would wait for it.
-        return self.f(torch.full((), t, dtype=z.dtype.to_real(), device=z.device), z)
+        time = torch.full((), t, dtype=z.dtype.to_real(), device=z.device)
+        return self.f(time, z, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """Method, steps and times, for `print(model)`."""

@@ -11,12 +11,23 @@ from .base import infeasible as infeasible
 from .baselines import BASELINE_NAMES as BASELINE_NAMES
 from .baselines import Baseline as Baseline
 from .baselines import baselines_for as baselines_for
+from .beyond_persistent import BeyondPersistent as BeyondPersistent
 from .chain_dp import ChainDp as ChainDp
+from .exact_search import ExactSearch as ExactSearch
+from .graph_cuts import GraphCuts as GraphCuts
+from .graph_ilp import GraphIlp as GraphIlp
+from .graph_ilp import solve_graph as solve_graph
 from .revolve import Revolve as Revolve
+from .run_dp import RunDp as RunDp
 
 SOLVERS: dict[str, Callable[[], AbstractSolver]] = {
     "chain_dp": ChainDp,
     "revolve": Revolve,
+    "run_dp": RunDp,
+    "beyond_persistent": BeyondPersistent,
+    "exact_search": ExactSearch,
+    "graph_cuts": GraphCuts,
+    "graph_ilp": GraphIlp,
 }
 """Makers of the solvers that search; `get_solver` knows the baselines as well."""
 

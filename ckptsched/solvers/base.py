@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import abc
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 from ..budget import format_bytes
 from ..errors import InfeasibleBudgetError
+from ..graph import Graph
 from ..schedule import Schedule
 from ..trace import Trace
 from ..workload import Chain
-
-_NUMBER = re.compile(r"\d+")
 
 
 @final
@@ -80,21 +78,24 @@ class AbstractSolver(abc.ABC):
         return results
 
 
-def infeasible(chain: Chain, budget_bytes: int, least: Trace, what: str) -> InfeasibleBudgetError:
+def infeasible(
+    chain: Chain | Graph, budget_bytes: int, least: Trace, what: str
+) -> InfeasibleBudgetError:
     """The error for a budget below the least that works.
 
     Args:
-        chain: The chain.
+        chain: The chain or graph.
         budget_bytes: What was asked for.
         least: Simulation of the schedule of least peak.
         what: Name of the solver or class, for the message.
     """
     operation = least.peak_operation
-    number = _NUMBER.search(operation)
-    if number is None:
+    parse = chain.parse_schedule if isinstance(chain, Graph) else Schedule.from_text
+    if operation == "turn":
         stage = "the loss"
     else:  # of a Drop or Copy too, such as "-x3"
-        stage = chain.stage_name(int(number[0])) if int(number[0]) else "the input"
+        number = int(parse(operation).stages[0])
+        stage = chain.stage_name(number) if number else "the input"
     return InfeasibleBudgetError(
         f"no {what} schedule fits a budget of {format_bytes(budget_bytes, budget=True)} "
         f"({budget_bytes} bytes); the least that works is {format_bytes(least.peak_bytes)} "

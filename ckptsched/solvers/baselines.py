@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import final
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import WorkloadError
 from ..schedule import Schedule, ScheduleBuilder
@@ -45,6 +46,18 @@ class _Segment:
     first: int
     last: int
     taped: bool
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What an `every_<k>` needs and takes, without simulating it."""
+
+    rule: Baseline
+    least_bytes: int
+    """Its peak is no less: states and tapes that it keeps at once."""
+    seconds: float
+    """Seconds of the step, up to the order of sums."""
 
 
 @final
@@ -106,6 +119,30 @@ class Baseline(AbstractSolver):
             lower_bound_seconds=trace.seconds,
             least_budget_bytes=trace.peak_bytes,
         )
+
+    def guess(self, chain: Chain) -> Guess:
+        """What the strategy takes, and needs at least, without simulating it.
+
+        Args:
+            chain: Any chain.
+        """
+        states, tapes = _kept_bytes(chain)
+        forward = chain.arrays.forward_seconds[1:]
+        n = len(chain)
+        if self.name == "input_only":
+            again = float(forward @ np.arange(n - 1, -1, -1))
+            return Guess(self, int(tapes.max()), chain.store_all_seconds + again)
+        segments = self._segments(chain)
+        starts = np.array([segment.first - 1 for segment in segments])
+        last_states = states[[segment.last - 1 for segment in segments[:-1]]]
+        taped = np.array([segment.taped for segment in segments])
+        # While a segment is run again, its tapes are there, the states that were kept before it,
+        # and the tapes of those before it that were taped at once.
+        sums = np.add.reduceat(tapes, starts)
+        kept = np.where(taped[:-1], sums[:-1], last_states)
+        least = int((sums + np.concatenate(([0], np.cumsum(kept)))).max())
+        again = float(np.add.reduceat(forward, starts)[~taped].sum())
+        return Guess(self, least, chain.store_all_seconds + again)
 
     def _segments(self, chain: Chain) -> list[_Segment]:
         n = len(chain)
@@ -187,18 +224,6 @@ def baselines_for(chain: Chain) -> tuple[Baseline, ...]:
     return tuple(Baseline(name) for name in names)
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Guess:
-    """What an `every_<k>` needs and takes, without simulating it."""
-
-    rule: Baseline
-    least_bytes: int
-    """Its peak is no less: states and tapes that it keeps at once."""
-    seconds: float
-    """Seconds of the step, up to the order of sums."""
-
-
 def every_k_grid(chain: Chain) -> tuple[Guess, ...]:
     """`every_<k>` for numbers k that grow by about a fifth, to find a good one by trying.
 
@@ -214,21 +239,18 @@ def every_k_grid(chain: Chain) -> tuple[Guess, ...]:
     factor = max(_GRID_FACTOR, n ** (1 / most))
     numbers = {min(math.ceil(factor**i), n) for i in range(math.ceil(math.log(n, factor)) + 1)}
     numbers = {-(-n // -(-n // k)) for k in numbers}
-    columns = chain.arrays
-    states, tapes = columns.state_bytes[1:], columns.tape_bytes[1:]
-    if chain.has_ledger:
-        known = [stage.ledger for stage in chain.stages if stage.ledger is not None]
-        states = np.array([0 if x.output_is_view else x.state_bytes for x in known])
-        tapes = np.array([x.tape_bytes for x in known])
-    guesses = []
-    for k in sorted(numbers):
-        starts = np.arange(0, n, k)
-        kept = np.concatenate(([0], np.cumsum(states[starts[1:] - 1])))
-        least = int((np.add.reduceat(tapes, starts) + kept).max())
-        again = float(columns.forward_seconds[1 : starts[-1] + 1].sum())
-        if k < n:
-            guesses.append(Guess(Baseline(f"every_{k}"), least, chain.store_all_seconds + again))
+    guesses = [Baseline(f"every_{k}").guess(chain) for k in numbers if k < n]
     return tuple(sorted(guesses, key=lambda guess: guess.seconds))
+
+
+def _kept_bytes(chain: Chain) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Bytes of every state and tape that a schedule surely pays for while it keeps them."""
+    columns = chain.arrays
+    if not chain.has_ledger:
+        return columns.state_bytes[1:], columns.tape_bytes[1:]
+    known = [stage.ledger for stage in chain.stages if stage.ledger is not None]
+    states = np.array([0 if x.output_is_view else x.state_bytes for x in known], dtype=np.int64)
+    return states, np.array([x.tape_bytes for x in known], dtype=np.int64)
 
 
 def fitting_every_k(chain: Chain, budget_bytes: int, most: int = 4) -> tuple[Baseline, ...]:

@@ -6,51 +6,59 @@ Beaumont et al. (RR-9302); recurrence and conditions stand in `chain_table`.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
 import numpy as np
-import numpy.typing as npt
 
+from ..budget import format_bytes
 from ..errors import InfeasibleBudgetError, WorkloadError
 from ..schedule import Code, Schedule
 from ..simulator import simulate
 from ..trace import Trace
 from ..workload import Chain
 from .base import AbstractSolver, Solution, infeasible
-from .baselines import Baseline, baselines_for
-from .chain_lowering import Guided, lower
-from .chain_sizes import ChainSizes, Slots, chain_sizes
-from .chain_table import LeastMemory, Table, least_memory, table_numbers
+from .baselines import baselines_for
+from .chain_lowering import Outline, fastest_outline, outline
+from .chain_sizes import ChainSizes, chain_sizes
+from .chain_table import LeastMemory, Table, least_memory, table_numbers, table_splits
 from .revolve import Revolve
 
-# With a unit that divides all sizes, this many slots are solved exactly rather than rounded:
-# 2,000 slots take four times as long as the default, and leave no gap.
-EXACT_SLOTS = 2_000
-# A table of 8-byte numbers takes 1.2 GB at most, and some 20 to 60 seconds to fill.
-MOST_NUMBERS = 1.5e8
-MOST_ADDITIONS = 2e10
-# A chain of 520 stages loses ten percent at 100 slots; with far fewer a plan says little.
-FEWEST_SLOTS = 50
-# Budgets share a table with those up to this much larger.
-_OCTAVE = math.sqrt(2)
-# Schedules of slots beyond the budget may fit after all, as sizes are rounded: some for 5 %
-# more have been seen to.
-_HEADROOM = 1.1
-# How much more than the exact bytes guided schedules look for in the rounded table.
-_OPTIMISM = (1.0, 1.005, 1.01, 1.02)
-# Rounding down loses more than rounding to nearest, so bounds get more slots, while they take
-# no more than about half a second and 160 MB.
-_BOUND_SLOTS = 20_000
-_BOUND_ADDITIONS = 5e8
-_BOUND_NUMBERS = 2e7
-# Where the ledger needs more than its relaxation: a small table, and schedules tried with it,
-# to find the least budget. 5e8 additions take about half a second.
-_EDGE_ADDITIONS = 5e8
+# A table has at most so many slots, more where it is small, and so many numbers of 4 bytes. It
+# serves a range of budgets, of which the smallest has `_USEFUL_SLOTS` where that can be.
+_SLOTS = (8_000, 64_000)
+_ADDITIONS = 2e9
+_NUMBERS = 1.25e8
+_USEFUL_SLOTS = 1_000
+_LEAST_SPAN, _MOST_SPAN = 2.0, 8.0
+# Where it is exact it may take 1 GB, and where it would have few slots 1.2 GB.
+_EXACT_NUMBERS = 2.5e8
+MOST_NUMBERS = 3e8
+# With fewer slots a plan says little. More additions take more than about half a minute of one
+# core; to look at a split takes as long as the second number.
+FEWEST_SLOTS = 100
+MOST_ADDITIONS = 3.5e11
+_SPLIT_ADDITIONS = 300
+# How many schedules are drawn from a table for a budget: some at least, more on short chains.
+# Each looks the table up for a little less memory than there is, as rounding lets too much fit,
+# or for a little more.
+_DRAWN = (12, 60)
+_DRAWN_STAGES = 6_000
+_LESS = (0.0002, 0.04)
+_MORE = (0.0002, 0.01)
+# Where the best of them is so much above the bound, a second table is filled, in which sizes are
+# rounded to the nearest, and more are drawn from that.
+_POOR = 0.006
+# No more are drawn where one is as near to the bound as this.
+_CLOSE = 1e-4
+# Where the ledger charges more than its relaxation: how often schedules of fewer bytes are drawn,
+# and how many of one draw are simulated.
+_DRAWS = 8
+_TRIALS = 3
+# The same, to find the least budget: a small table, and schedules tried with it.
+_EDGE_SLOTS = 500
 _EDGE_TRIALS = 24
 
 
@@ -60,29 +68,30 @@ class ChainDp(AbstractSolver):
     """Optimal among memory-persistent schedules, up to rounding.
 
     Where all sizes share a unit that is not small beside the budget, and the chain has no
-    ledger, the schedule is optimal in its class. Else sizes are rounded to the nearest of
-    about `slots` units, and schedules are simulated in exact bytes, from the cheapest on,
-    until one fits: those of the rounded table, those that the table prefers among the choices
-    that fit in bytes, the baselines and, on uniform chains, revolve. A second table with sizes
-    rounded down gives the lower bound. For a chain with a ledger both tables work with sizes
-    that bound the ledger from below (`chain_sizes`), so the bound holds in the ledger.
+    ledger, the schedule is optimal in its class. Else sizes are counted in 1,000 slots or more,
+    so that too much fits: the table bounds the seconds from below, and the schedules are those
+    that it prefers among what fits in exact bytes. Where they are not near the bound, a table of
+    sizes rounded to the nearest slot is asked too. The baselines are candidates and, on uniform
+    chains, revolve. For a chain with a ledger the sizes bound the ledger from below
+    (`chain_sizes`), so that the bound holds in the ledger, and schedules are simulated until one
+    fits.
 
-    A larger budget never gives a costlier schedule within one `solve_each`. Tables depend on
-    the chain and on the budget's half-octave below the peak of storing everything, not on the
-    budget, so that `solve` and `solve_each` choose from the same tables; `solve` alone does
-    not see the schedules of smaller budgets, and may lose the difference of two roundings.
+    A larger budget never gives a costlier schedule within one `solve_each`. A table serves a
+    range of budgets that depends on the chain alone, whichever are asked for.
 
-    Time n**3 / 6 * slots additions, memory 4 n**2 * slots bytes.
+    Less than n**3 / 6 * slots additions and 2 n**2 * slots bytes for a table, twice that with a
+    ledger. Where that is too much slots are larger, as the solution's rounding unit says.
     """
 
-    slots: int = 500
-    """Memory slots in which a budget is measured where it must be rounded."""
+    slots: int | None = None
+    """Where sizes must be rounded, slots of the one table that serves all budgets. None takes as
+    many slots as are of use, in several tables where memory is short."""
 
     name = "chain_dp"
 
     def __post_init__(self) -> None:
         """Refuse a number of slots that finds nothing."""
-        if self.slots < 1:
+        if self.slots is not None and self.slots < 1:
             raise WorkloadError(f"chain_dp needs at least one slot, found {self.slots}")
 
     def solve(self, chain: Chain, budget_bytes: int) -> Solution:
@@ -95,7 +104,7 @@ class ChainDp(AbstractSolver):
     def solve_each(
         self, chain: Chain, budgets: Sequence[int]
     ) -> list[Solution | InfeasibleBudgetError]:
-        """Solve for several budgets; those of a half-octave share a table.
+        """Solve for several budgets; those of an octave share a table.
 
         Raises:
             WorkloadError: The chain is too long for a useful table.
@@ -108,18 +117,24 @@ class ChainDp(AbstractSolver):
                 found[budget] = infeasible(chain, budget, search.least, "memory-persistent")
             else:
                 feasible.append(budget)
-        for unit, group in search.groups(feasible):
-            found.update(search.solve(unit, group))
+        if chain.is_uniform and feasible:
+            for result in Revolve().solve_each(chain, feasible):
+                if isinstance(result, Solution):
+                    search.know(result.schedule)
+        for grid, group in search.groups(feasible):
+            found.update(search.solve(grid, group))
         return [found[budget] for budget in budgets]
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Unit:
-    """How bytes are counted: slots of so many bytes, and whether that is exact."""
+class _Grid:
+    """How bytes are counted: slots of so many bytes, whether that is exact, and up to where."""
 
-    bytes: int
+    unit: int
     exact: bool
+    top: int
+    """0 where it does not matter: the largest budget of those asked for."""
 
 
 @final
@@ -128,10 +143,8 @@ class _Candidate:
     """A schedule that may be the answer; built and simulated when first asked."""
 
     seconds: float
-    """Seconds of the step, known before it is simulated."""
+    """Seconds of the step, known before it is simulated, up to the last digits."""
     build: Callable[[], Schedule]
-    from_bytes: int = 0
-    """It is not tried for budgets below."""
     trial: tuple[Schedule, Trace] | None = None
 
     def run(self, chain: Chain) -> tuple[Schedule, Trace]:
@@ -139,7 +152,6 @@ class _Candidate:
         if self.trial is None:
             schedule = self.build()
             self.trial = schedule, simulate(chain, schedule)
-            self.build = lambda: schedule  # lets go of the table that it came from
         return self.trial
 
 
@@ -149,185 +161,196 @@ class _Search:
     """What is shared between the budgets of one chain."""
 
     chain: Chain
-    slots: int
+    slots: int | None
     sizes: ChainSizes = field(init=False)
     fewest: LeastMemory = field(init=False)
     least: Trace = field(init=False)
+    store_all: Trace = field(init=False)
     last: _Candidate | None = field(init=False, default=None)
-    known: dict[Schedule, _Candidate] = field(init=False, default_factory=dict)
+    known: dict[bytes, _Candidate] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Find the least budget, and collect what needs no table."""
         chain = self.chain
         self.sizes = chain_sizes(chain)
-        if self.most_slots < FEWEST_SLOTS:
-            raise WorkloadError(
-                f"chain_dp takes chains of about a thousand stages at most, found "
-                f"{len(chain)}: their table would need more than "
-                f"{8 * MOST_NUMBERS / 1e9:.1f} GB or {MOST_ADDITIONS:.0e} additions; "
-                'solver="auto" takes chains of any length, "revolve" those of equal stages'
-            )
-        self.fewest = least_memory(Slots(self.sizes, 1, "nearest"))
+        self._check_length()
+        self.fewest = least_memory(self.sizes)
         for baseline in baselines_for(chain):
             self.know(baseline.schedule(chain))
-        least = self.know(lower(self.fewest, self.fewest.total))
-        self.least = least.run(chain)[1]
+        self.store_all = self.draw(fastest_outline(self.sizes)).run(chain)[1]
+        self.least = self.draw(outline(self.fewest, self.fewest.total)).run(chain)[1]
         if self.least.peak_bytes > self.fewest.total + self.sizes.fixed:
             self._look_for_less()
 
-    @functools.cached_property
-    def most_slots(self) -> int:
-        """Columns that a table may have."""
-        numbers, additions = table_numbers(self.sizes, 1)
-        return int(min(MOST_NUMBERS / numbers, MOST_ADDITIONS / additions))
-
-    @functools.cached_property
-    def store_all(self) -> Trace:
-        """Simulation of storing everything."""
-        return simulate(self.chain, Baseline("store_all").schedule(self.chain))
-
-    def know(self, schedule: Schedule) -> _Candidate:
-        """Add a schedule to those that are tried for every budget from now on."""
-        if schedule not in self.known:
-            columns, codes, stages = self.chain.arrays, schedule.codes, schedule.stages
-            seconds = (
-                columns.forward_seconds[stages[codes <= Code.TAPED_FORWARD]].sum()
-                + columns.backward_seconds.sum()
-                + self.chain.loss_seconds
+    def _check_length(self) -> None:
+        """Refuse a chain whose coarsest table would take minutes."""
+        least = table_splits(self.sizes) * (FEWEST_SLOTS + _SPLIT_ADDITIONS)
+        if least > MOST_ADDITIONS:
+            raise WorkloadError(
+                f"chain_dp takes chains of up to about 1,700 stages, found {len(self.chain)}: a "
+                f"table of {FEWEST_SLOTS} slots would need {least:.1e} additions, more than "
+                f'{MOST_ADDITIONS:.1e}; solver="auto" takes chains of any length, "revolve" '
+                "those of equal stages"
             )
-            self.known[schedule] = _Candidate(float(seconds), lambda: schedule)
-        return self.known[schedule]
+
+    def know(self, schedule: Schedule) -> None:
+        """Add a schedule to those that are tried for every budget from now on."""
+        columns, codes, stages = self.chain.arrays, schedule.codes, schedule.stages
+        seconds = (
+            columns.forward_seconds[stages[codes <= Code.TAPED_FORWARD]].sum()
+            + columns.backward_seconds.sum()
+            + self.chain.loss_seconds
+        )
+        key = hash(schedule).to_bytes(8, signed=True)
+        self.known.setdefault(key, _Candidate(float(seconds), lambda: schedule))
+
+    def draw(self, drawn: Outline) -> _Candidate:
+        """The candidate of an outline; the one that is known if it came up before."""
+        seconds = self.chain.store_all_seconds + drawn.extra_seconds
+        return self.known.setdefault(drawn.events.tobytes(), _Candidate(seconds, drawn.build))
 
     def _look_for_less(self) -> None:
         """Find the least budget where the ledger charges more than its relaxation.
 
         Deterministic in the chain alone, so that every budget from the least on is met.
         """
-        least, fixed = self.fewest.total, self.sizes.fixed
-        _, additions = table_numbers(self.sizes, 1)
-        top = self.least.peak_bytes - fixed
-        slots = int(
-            min(self.slots, self.most_slots, max(FEWEST_SLOTS, _EDGE_ADDITIONS / additions))
-        )
-        unit = max(1, -(-top // slots))
-        table = Table(Slots(self.sizes, unit, "nearest"), -(-top // unit))
+        least = self.fewest.total
+        top = self.least.peak_bytes - self.sizes.fixed
+        unit = max(self._unit(top, MOST_NUMBERS), -(-top // _EDGE_SLOTS))
+        table = Table(self.sizes, unit, top)
         for m in np.unique(np.linspace(least, top, _EDGE_TRIALS).astype(np.int64)):
-            self.know(lower(self.fewest, int(m)))
-            self.know(lower(Guided(self.fewest, table), int(m)))
-        for slot in np.unique(np.linspace(table.least, table.top, _EDGE_TRIALS).astype(np.int64)):
-            if table.least <= slot <= table.top:
-                self.know(lower(table, int(slot)))
+            self.draw(outline(self.fewest, int(m)))
+            for scale in (1.0, 0.98):
+                self.draw(outline(self.fewest, int(m), table, scale))
         traces = [candidate.run(self.chain)[1] for candidate in self.known.values()]
         self.least = min(traces, key=lambda trace: trace.peak_bytes)
 
-    def groups(self, budgets: Iterable[int]) -> list[tuple[_Unit, list[int]]]:
+    def groups(self, budgets: Iterable[int]) -> list[tuple[_Grid, list[int]]]:
         """Budgets that share a table, smallest first."""
-        groups: dict[_Unit, list[int]] = {}
+        groups: dict[_Grid, list[int]] = {}
         for budget in budgets:
-            groups.setdefault(self._unit(budget - self.sizes.fixed), []).append(budget)
+            groups.setdefault(self._grid(budget - self.sizes.fixed), []).append(budget)
         return list(groups.items())
 
-    def _unit(self, m: int) -> _Unit:
-        """The unit for m bytes: exact where it can be, else by the half-octave of m."""
+    def _grid(self, m: int) -> _Grid:
+        """The slots for m bytes: exact where they can be, else those of its range."""
         top = self.store_all.peak_bytes - self.sizes.fixed
         divisor = self.sizes.common_divisor
-        if min(m, top) // divisor < min(EXACT_SLOTS, self.most_slots):
-            return _Unit(divisor, exact=True)
-        slots = min(self.slots, int(self.most_slots / _OCTAVE / _HEADROOM))
-        octave = max(0, math.floor(math.log(top / m, _OCTAVE))) if m < top else 0
-        bottom = top / _OCTAVE ** (octave + 1)
-        return _Unit(max(1, math.ceil(bottom / slots)), exact=False)
+        if self._unit(min(m, top), min(_EXACT_NUMBERS, MOST_NUMBERS)) <= divisor:
+            return _Grid(divisor, exact=True, top=0)
+        while True:
+            unit = max(self._unit(top, MOST_NUMBERS), top // _USEFUL_SLOTS)
+            unit = min(unit, self._unit(top, min(_NUMBERS, MOST_NUMBERS)))
+            span = min(max(_LEAST_SPAN, top / unit / _USEFUL_SLOTS), _MOST_SPAN)
+            if self.slots is not None or m * span > top:
+                self._check_memory(top)
+                return _Grid(unit, exact=False, top=top)
+            top = math.ceil(top / span)
 
-    def solve(self, unit: _Unit, budgets: Sequence[int]) -> list[tuple[int, Solution]]:
-        """Solve for budgets of one unit, smallest first, with one table or two."""
-        fixed, base = self.sizes.fixed, self.chain.store_all_seconds
+    def _unit(self, top: int, numbers: float) -> int:
+        """The smallest unit whose table has no more slots and numbers than it may, in bytes."""
+        few, many = _SLOTS
+        slots = self.slots or min(max(few, int(_ADDITIONS / table_splits(self.sizes))), many)
+        return max(1, math.ceil(table_numbers(self.fewest, top) / numbers), -(-top // slots))
+
+    def _check_memory(self, top: int) -> None:
+        """Refuse where fewer slots than are of use would take too much memory."""
+        needed = table_numbers(self.fewest, top) * FEWEST_SLOTS / top
+        if needed > MOST_NUMBERS:
+            raise WorkloadError(
+                f"the table of chain_dp for {len(self.chain)} stages would need "
+                f"{format_bytes(int(4 * needed))} for {FEWEST_SLOTS} slots, more than the "
+                f"{format_bytes(int(4 * MOST_NUMBERS))} that it may take; "
+                'solver="auto" takes chains of any length'
+            )
+
+    def solve(self, grid: _Grid, budgets: Sequence[int]) -> list[tuple[int, Solution]]:
+        """Solve for budgets of one grid, smallest first, with one table or two."""
+        base = self.chain.store_all_seconds
+        bounds = dict.fromkeys(budgets, base)
         # A budget that fits everything needs no table.
         needed = [budget for budget in budgets if budget < self.store_all.peak_bytes]
-        found: dict[int, _Candidate] = {}
-        extra, step = np.zeros(1), 1
         if needed:
-            top = max(needed) - fixed
-            most = top if unit.exact else int(top * _HEADROOM)
-            table = Table(Slots(self.sizes, unit.bytes, "nearest"), most // unit.bytes)
-            levels = self._levels(table)
-            for budget in needed:
-                self._guide(table, budget)
-                found[budget] = self._cheapest(budget, levels)
-            extra, step = table.extra_seconds.copy(), unit.bytes
-            del table, levels  # before the next table takes as much
-            if not unit.exact and any(found[budget].seconds > base for budget in needed):
-                step = self._bound_unit(top, unit.bytes)
-                extra = Table(Slots(self.sizes, step, "down"), top // step).extra_seconds
-        found |= {budget: self._cheapest(budget) for budget in budgets if budget not in found}
-        bounds = [extra[min((x - fixed) // step, len(extra) - 1)] for x in budgets]
+            top = grid.top or self._usable(needed[-1])
+            numbers = table_numbers(self.fewest, top) / grid.unit
+            exact = grid.exact and 2 * numbers <= _EXACT_NUMBERS
+            table = Table(self.sizes, grid.unit, top, exact=exact)
+            bounds |= {budget: base + table.bound(self._usable(budget)) for budget in needed}
+            poor = self._draw_each(table, {x: bounds[x] for x in needed}, exact=grid.exact)
+            del table  # before the next takes as much
+            if poor and not grid.exact:
+                table = Table(self.sizes, grid.unit, top, nearest=True)
+                self._draw_each(table, {x: bounds[x] for x in poor}, exact=False)
         return [
-            (budget, self.solution(found[budget], base + float(bound), unit))
-            for budget, bound in zip(budgets, bounds, strict=True)
+            (budget, self.solution(self._cheapest(budget), bounds[budget], grid))
+            for budget in budgets
         ]
 
-    def _bound_unit(self, top: int, unit: int) -> int:
-        """The unit of the lower bound: finer than the table's where that costs little."""
-        numbers, additions = table_numbers(self.sizes, 1)
-        slots = min(_BOUND_SLOTS, _BOUND_NUMBERS / numbers, _BOUND_ADDITIONS / additions)
-        return min(unit, max(1, -(-top // max(int(slots), 1))))
+    def _usable(self, budget: int) -> int:
+        """The bytes of a budget that states and tapes can use: all sizes have a common divisor."""
+        m = budget - self.sizes.fixed
+        return m - m % self.sizes.common_divisor
 
-    def _levels(self, table: Table) -> list[_Candidate]:
-        """One candidate for each distinct cost in the table, at the fewest slots that have it."""
-        extra, fixed, unit = table.extra_seconds, self.sizes.fixed, table.sizes.unit
-        slots = [m for m in range(table.least, table.top + 1) if _falls(extra, m)]
+    def _draw_each(self, table: Table, bounds: dict[int, float], *, exact: bool) -> list[int]:
+        """Draw schedules for budgets, smallest first; those whose schedule may be much too dear."""
+        poor, least = [], math.inf
+        for budget, bound in bounds.items():
+            if least > bound:  # else that of a smaller budget cannot be bettered
+                found = self._draw(table, budget, bound, exact=exact)
+                least = min(least, found)
+                if found > bound * (1 + _POOR):
+                    poor.append(budget)
+        return poor
 
-        def build(m: int) -> Callable[[], Schedule]:
-            return lambda: lower(table, m)
-
-        return [
-            _Candidate(
-                self.chain.store_all_seconds + float(extra[m]),
-                build(m),
-                from_bytes=int(m * unit / _HEADROOM) + fixed,
-            )
-            for m in slots
-        ]
-
-    def _guide(self, table: Table, budget: int) -> None:
-        """Add schedules that fit in (relaxed) bytes, and are cheap in the table."""
-        if table.sizes.unit == self.sizes.common_divisor and not self.sizes.is_ledger:
-            return  # the table itself is exact
-        for optimism in _OPTIMISM:
-            guided = Guided(self.fewest, table, optimism)
-            self.know(lower(guided, budget - self.sizes.fixed))
-
-    def _cheapest(self, budget: int, levels: Sequence[_Candidate] = ()) -> _Candidate:
-        """The cheapest candidate that fits; it is remembered for larger budgets."""
-        if self.chain.is_uniform:
-            with contextlib.suppress(InfeasibleBudgetError):
-                self.know(Revolve().solve(self.chain, budget).schedule)
-        for candidate in sorted((*self.known.values(), *levels), key=lambda x: x.seconds):
-            if candidate.from_bytes <= budget:
-                schedule, trace = candidate.run(self.chain)
+    def _draw(self, table: Table, budget: int, bound: float, *, exact: bool) -> float:
+        """Know schedules that are cheap in the table; the seconds of the best that fits."""
+        m = self._usable(budget)
+        for _ in range(_DRAWS):
+            drawn = []
+            for scale in (1.0,) if exact else self._scales():
+                drawn.append(self.draw(outline(self.fewest, m, table, scale)))
+                if drawn[-1].seconds <= bound * (1 + _CLOSE):
+                    break
+            peaks = []
+            for candidate in sorted(drawn, key=lambda x: x.seconds)[:_TRIALS]:
+                trace = candidate.run(self.chain)[1]
                 if trace.peak_bytes <= budget:
-                    found = self.known.setdefault(schedule, candidate)
-                    # Equal costs may be estimated in the wrong order, by their last digits.
-                    if self.last is None or trace.seconds < self.last.run(self.chain)[1].seconds:
-                        self.last = found
-                    return self.last
+                    return trace.seconds
+                peaks.append(trace.peak_bytes)
+            m -= min(peaks) - budget
+            if m < self.fewest.total:
+                break
+        return math.inf
+
+    def _scales(self) -> list[float]:
+        """How much bytes count where a table is looked up, in turn."""
+        least, most = _DRAWN
+        count = min(max(least, _DRAWN_STAGES // len(self.chain)), most)
+        less = 1 - np.geomspace(*_LESS, 3 * count // 4)
+        more = 1 + np.geomspace(*_MORE, count // 4)
+        return [1.0, *less.tolist(), *more.tolist()]
+
+    def _cheapest(self, budget: int) -> _Candidate:
+        """The cheapest candidate that fits; it is remembered for larger budgets."""
+        for candidate in sorted(self.known.values(), key=lambda x: x.seconds):
+            trace = candidate.run(self.chain)[1]
+            if trace.peak_bytes <= budget:
+                # Equal costs may be estimated in the wrong order, by their last digits.
+                if self.last is None or trace.seconds < self.last.run(self.chain)[1].seconds:
+                    self.last = candidate
+                return self.last
         raise AssertionError("the schedule of least memory fits every budget from the least on")
 
-    def solution(self, candidate: _Candidate, bound: float, unit: _Unit) -> Solution:
+    def solution(self, candidate: _Candidate, bound: float, grid: _Grid) -> Solution:
         """A candidate that fits, with what is known about the budget."""
         schedule, trace = candidate.run(self.chain)
+        if trace.seconds - bound <= 1e-12 * trace.seconds:
+            bound = trace.seconds  # the same sums in another order differ in the last digits
         return Solution(
             schedule=schedule,
             trace=trace,
             schedule_class="memory-persistent",
-            # The same sums in another order may differ in the last digits.
-            lower_bound_seconds=min(bound, trace.seconds),
+            lower_bound_seconds=bound,
             least_budget_bytes=self.least.peak_bytes,
-            rounding_unit_bytes=unit.bytes,
+            rounding_unit_bytes=grid.unit,
         )
-
-
-def _falls(extra: npt.NDArray[np.float64], m: int) -> bool:
-    """Whether m slots are cheaper than one fewer, by more than the last digits."""
-    if m == 0 or math.isinf(extra[m]) or math.isinf(extra[m - 1]):
-        return not math.isinf(extra[m])
-    return bool(extra[m] < extra[m - 1] - 1e-12 * max(1.0, extra[m - 1]))

@@ -1,99 +1,88 @@
-"""From the recurrence's tables to schedules: every segment is taped or split."""
+"""From the recurrence's tables to schedules: every segment is taped or split.
+
+The choices are made in exact bytes. A segment takes what the table of least memory allows in the
+bytes that are left for it; which of that, the table of seconds decides, though it counts in slots.
+So every budget from the least on has a schedule, and none overruns.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import final
 
 import numpy as np
+import numpy.typing as npt
 
 from ..schedule import Schedule, ScheduleBuilder
-from .chain_sizes import Slots
+from . import chain_walk
+from .chain_sizes import ChainSizes
 from .chain_table import LeastMemory, Table
 
 
-class Choices(Protocol):
-    """What the lowering asks: how the schedule of a segment begins."""
+@final
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """A schedule before its operations are written out."""
 
-    def split(self, start: int, t: int, m: int) -> int:
-        """The j at which a segment with m slots splits; 0 where its first stage is taped."""
+    events: npt.NDArray[np.int64]
+    """What to do, as `chain_walk.walk` writes it, shape (events, 3)."""
+    extra_seconds: float
+    """What it takes longer than when nothing is run twice and every tape is the fastest."""
 
-    @property
-    def sizes(self) -> Slots:
-        """The sizes that m counts in."""
+    def build(self) -> Schedule:
+        """Write the operations out."""
+        build = ScheduleBuilder()
+        for what, first, last in self.events.tolist():
+            if what == chain_walk.SWEEP:
+                build.sweep(first, last)
+            elif what == chain_walk.TAPE:
+                build.tape(first, last)
+            elif what == chain_walk.TURN:
+                build.turn()
+            elif what == chain_walk.BACKWARD:
+                build.backward(first)
+            else:
+                build.drop_state(first)
+        return build.build()
 
 
-def lower(choices: Choices, m: int) -> Schedule:
-    """Write out the schedule of the whole chain, without recursion.
+def fastest_outline(sizes: ChainSizes) -> Outline:
+    """Tape every stage by its fastest option, run nothing twice."""
+    n, tapings = len(sizes), sizes.tapings
+    events = np.zeros((2 * n + 2, 3), dtype=np.int64)
+    events[:n, 0], events[:n, 1] = chain_walk.TAPE, np.arange(1, n + 1)
+    free = np.flatnonzero((tapings.extra_seconds == 0) & (tapings.start <= n))[::-1]
+    events[tapings.start[free] - 1, 2] = tapings.option[free]  # the first of equals
+    events[n, 0] = chain_walk.TURN
+    events[n + 1 : -1, 0], events[n + 1 : -1, 1] = chain_walk.BACKWARD, np.arange(n, 0, -1)
+    events[-1, 0] = chain_walk.DROP
+    return Outline(events, 0.0)
+
+
+def outline(
+    least: LeastMemory, size: int, table: Table | None = None, scale: float = 1.0
+) -> Outline:
+    """Choose for every segment what fits and takes least, from the whole chain down.
 
     Args:
-        choices: Where segments split.
-        m: Slots of the whole chain.
+        least: Least memory in bytes.
+        size: Bytes of the whole chain, no fewer than its least.
+        table: What a segment takes. Where there is none or it knows of nothing that fits, as
+            may be near the least memory, a segment is taped if that fits, else split where its
+            longer part is shortest.
+        scale: Bytes count this much where the table is looked up. It rounds so that too much
+            fits; a little less than 1 makes up for that.
 
     Returns:
-        A valid schedule, in O(operations) and one choice a segment.
+        An outline, in one look at the splits of each of at most 2 n segments.
     """
-    sizes, starts = choices.sizes, choices.sizes.sizes.starts
-    n, tape = len(sizes.sizes), sizes.tape.tolist()
-    build = ScheduleBuilder()
-    # Entries are (start, t, m) to solve, (0, i, 0) to drop state i, (-1, i, 0) to reverse i.
-    todo = [(0, 0, 0), (1, n + 1, m)]
-    while todo:
-        start, t, m = todo.pop()
-        s = int(starts.stage[start])
-        if start == 0:
-            build.drop_state(t)
-        elif start < 0:
-            build.backward(t)
-        elif s == n + 1:
-            build.turn()
-        else:
-            j = 0 if s == t else choices.split(start, t, m)
-            if j:
-                build.sweep(s, j - 1)
-                takes = int(sizes.split_takes(start, t)[j - s - 1])
-                todo += [(start, j - 1, m), (0, j - 1, 0), (j, t, m - takes)]
-            else:
-                build.tape(s)
-                todo.append((-1, s, 0))
-                if s < t:
-                    todo.append((int(starts.after[s]), t, m - tape[s]))
-    return build.build()
-
-
-@final
-@dataclass(frozen=True)
-class Guided:
-    """Choices that fit in bytes, of the least seconds that a rounded table knows for them.
-
-    A segment takes what the exact table of least memory allows in m bytes; which of that, the
-    table of slots decides. So every budget from the least on has a schedule without overrun.
-    """
-
-    least: LeastMemory
-    """In bytes."""
-    table: Table
-    """In slots."""
-    optimism: float = 1.0
-    """Bytes count this much in the table: it rounds, and what it refuses may fit after all."""
-
-    @property
-    def sizes(self) -> Slots:
-        """Bytes."""
-        return self.least.sizes
-
-    def split(self, start: int, t: int, m: int) -> int:
-        """The choice that fits in m bytes and has the least seconds in the table."""
-        sizes, scale = self.sizes, self.optimism / self.table.sizes.unit
-        s = int(sizes.sizes.starts.stage[start])
-        taped = np.inf
-        if m >= self.least.taped_need(start, t):
-            rest = round((m - int(sizes.tape[s])) * scale)
-            taped = self.table.taped_seconds(s, t, rest)
-        rests = np.rint((m - sizes.split_takes(start, t)) * scale).astype(np.int64)
-        seconds = self.table.split_seconds(start, t, round(m * scale), rests)
-        seconds[self.least.split_need(start, t) > m] = np.inf
-        best = int(seconds.argmin())
-        if np.isinf(min(taped, seconds[best])):  # near the least memory slots are too coarse
-            return self.least.split(start, t, m)
-        return 0 if taped <= seconds[best] else s + 1 + best
+    sizes = least.sizes
+    events = np.empty((4 * len(sizes) + 2, 3), dtype=np.int64)
+    if table is None:
+        rows, values = np.zeros((1, 1, 3), np.int64), np.zeros(0, np.float32)
+        seconds, extra = np.cumsum(sizes.forward_seconds), sizes.tapings.extra_seconds
+        model = (values, rows, least.slots, seconds, extra, -1)
+    else:
+        model = (table.values, table.rows, table.slots, table.seconds, table.extra, table.top)
+    count, total = chain_walk.walk(least.slots, least.least, *model, size, scale, events)
+    return Outline(events[:count], total if table is None else table.unscaled(total))

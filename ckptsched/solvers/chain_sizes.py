@@ -1,4 +1,4 @@
-"""The sizes that the chain recurrence works with, in bytes or rounded to memory slots.
+"""The sizes that the chain recurrence works with, in bytes and in memory slots.
 
 For a chain without exact bytes they are the planning model's, and the recurrence is exact. For
 a chain with a ledger they are *relaxed*: each operation of a persistent schedule takes at most
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from ..stages import StageLedger, backward_variant
 from ..workload import Chain
 
 Bytes = npt.NDArray[np.int64]
-Rounding = Literal["nearest", "down"]
+Indices = npt.NDArray[np.int64]
 
 
 @final
@@ -33,24 +33,41 @@ class Starts:
     s - 1: it is handed on to the last run that reads it, which is the run of s with tape.
     """
 
-    stage: npt.NDArray[np.int64]
+    stage: Indices
     """First stage s of the segment."""
     handed: Bytes
     """What state s - 1 takes until stage s has been taped; 0 where it counts with a tape."""
+
+    @functools.cached_property
+    def twin(self) -> npt.NDArray[np.int64]:
+        """The further start of segments from stage s, by s; 0 where there is none."""
+        n = int(self.stage.max()) - 1
+        found = np.zeros(n + 2, dtype=np.int64)
+        found[self.stage[n + 2 :]] = np.arange(n + 2, len(self.stage))
+        return found
+
+
+@final
+@dataclass(frozen=True)
+class Tapings:
+    """The ways to tape the first stage of a segment; those of a start lie side by side."""
+
+    start: npt.NDArray[np.int64]
+    """The start of the segment."""
+    option: npt.NDArray[np.int64]
+    """Which of the stage's tapes it is."""
+    tape: Bytes
+    """What the tape takes while it is kept."""
+    forward: Bytes
+    """The run with tape: the tape, the overhead, and a state handed on to it."""
     backward: Bytes
-    """The backward of s: its tape, both gradients and all parameter gradients included."""
+    """The backward: the tape, both gradients and all parameter gradients included."""
     backward_after_turn: Bytes
     """The same where the tape is from before Turn, so that the caller may hold its output."""
     after: npt.NDArray[np.int64]
-    """The start of the segment that follows a tape of stage s, by s."""
-
-    @functools.cached_property
-    def by_stage(self) -> tuple[tuple[int, ...], ...]:
-        """The starts of segments from stage s, by s; further ones last."""
-        found: list[list[int]] = [[] for _ in range(int(self.stage.max()) + 1)]
-        for start, s in enumerate(self.stage.tolist()):
-            found[s].append(start)
-        return tuple(tuple(starts) for starts in found)
+    """The start of the segment that follows."""
+    extra_seconds: npt.NDArray[np.float64]
+    """What this tape takes longer than the stage's fastest, its backward included."""
 
 
 @final
@@ -60,14 +77,10 @@ class ChainSizes:
 
     state: Bytes
     """What keeping state i takes (w_a), shape (n + 1,)."""
-    tape: Bytes
-    """What keeping tape i takes (w_t), shape (n + 1,)."""
     gradient: Bytes
     """Gradient with respect to state i (w_g); 0 at n + 1, shape (n + 2,)."""
     forward: Bytes
     """A run without tape, its output included (w_a + o_f), shape (n + 1,)."""
-    taped: Bytes
-    """A run with tape, the tape included (w_t + o_f), shape (n + 1,)."""
     later: Bytes
     """W: what the backward of stages after i has left for good, shape (n + 2,)."""
     turn: int
@@ -75,7 +88,9 @@ class ChainSizes:
     fixed: int
     """What is there from start to end, such as the input."""
     starts: Starts
-    """Where segments start, and the backward passes of their first stages."""
+    """Where segments start."""
+    tapings: Tapings
+    """How their first stages are taped."""
     origin: npt.NDArray[np.int64]
     """The state in whose storage state i lies: i itself, or an earlier one for a view."""
     forward_seconds: npt.NDArray[np.float64]
@@ -100,91 +115,126 @@ class ChainSizes:
         need = np.where(
             self.origin[None, :-1] < np.arange(n + 2)[:, None], alone[None, :], pair[None, :]
         )
-        need[np.arange(1, n + 1)[None, :] < np.arange(n + 2)[:, None]] = np.iinfo(np.int64).min
-        sweep = np.full((n + 2, n + 2), np.iinfo(np.int64).min // 2, dtype=np.int64)
+        need[np.arange(1, n + 1)[None, :] < np.arange(n + 2)[:, None]] = 0
+        sweep = np.zeros((n + 2, n + 2), dtype=np.int64)
         np.maximum.accumulate(need, axis=1, out=sweep[:, 2:])
-        return np.maximum(sweep, np.iinfo(np.int64).min // 2)
+        return sweep
 
     @functools.cached_property
-    def free_splits(self) -> dict[int, tuple[int, ...]]:
-        """The j by s where state j - 1 is a view of a state before s, and so costs nothing."""
-        found: dict[int, list[int]] = {}
-        for i in np.flatnonzero(self.origin[1:] < np.arange(1, len(self) + 1)) + 1:
-            for s in range(int(self.origin[i]) + 1, int(i) + 1):
-                found.setdefault(s, []).append(int(i) + 1)
-        return {s: tuple(js) for s, js in found.items()}
+    def kept(self) -> Bytes:
+        """kept[start, j]: what (j, t) has less than (start, t) where it splits at j.
+
+        State j - 1, unless it is a view of a state before s, and a state that is handed on.
+        """
+        starts, n = self.starts, len(self)
+        kept = np.zeros((len(starts.stage), n + 2), dtype=np.int64)
+        is_new = self.origin[None, :] >= starts.stage[:, None]
+        kept[:, 1:] = np.where(is_new, self.state[None, :], 0)
+        kept += starts.handed[:, None]
+        return kept
 
     @functools.cached_property
     def common_divisor(self) -> int:
         """The largest unit of which all sizes are multiples, in bytes."""
-        starts = self.starts
+        tapings = self.tapings
         numbers = np.concatenate(
             (
-                *(self.state, self.tape, self.gradient, self.forward, self.taped, self.later),
-                *(starts.handed, starts.backward, starts.backward_after_turn),
+                *(self.state, self.gradient, self.forward, self.later, self.starts.handed),
+                *(tapings.tape, tapings.forward, tapings.backward, tapings.backward_after_turn),
             )
         )
         return math.gcd(self.turn, *(int(x) for x in np.unique(numbers))) or 1
 
 
-@final
-@dataclass(frozen=True)
-class Slots:
-    """The same sizes in slots of `unit` bytes."""
+class Slots(NamedTuple):
+    """The same sizes in slots of `unit` bytes.
 
-    sizes: ChainSizes
+    A segment from stage s with k slots stands for all bytes up to k * unit + offset[s]. The
+    offsets follow the tapes, offset[s + 1] = offset[s] - w_t[s] modulo the unit, so that keeping
+    tapes rounds nothing away however many they are; keeping a state loses less than a slot.
+    Where the unit divides all sizes nothing is rounded. Plain arrays, as compiled loops take
+    them; a row a start (`Starts`), or a number a taping (`Tapings`).
+
+    Sizes are rounded so that whatever fits in bytes fits; or to the nearest, which bounds nothing
+    but says better what is worth keeping.
+    """
+
     unit: int
-    rounding: Rounding
+    """Bytes of a slot."""
+    offset: Bytes
+    """By stage, 0 to unit - 1, shape (n + 2,)."""
+    turn: int
+    """Least slots of the loss."""
+    stage: Indices
+    """First stage, by start."""
+    twin: Indices
+    """The further start, by stage; 0 where there is none."""
+    takes: Indices
+    """takes[start, j]: slots that (j, t) has less than (start, t); -1 at the least."""
+    sweep: Bytes
+    """sweep[s, j]: the most bytes of runs s..j-1 without tape."""
+    level: Bytes
+    """W(t) + w_g[t] by t: bytes that are there all through a segment."""
+    up: Bytes
+    """Bytes to add before a need is divided by the unit, by start."""
+    handed: Bytes
+    """Bytes of a state handed on, by start."""
+    first: Indices
+    """Start a has the tapings first[a] to first[a + 1] - 1."""
+    tape: Indices
+    """Slots that what follows has less, by taping."""
+    forward: Bytes
+    """Bytes of the run with tape, by taping."""
+    backward: Bytes
+    """Bytes of the backward, by taping."""
+    backward_after_turn: Bytes
+    """The same where the tape is from before Turn."""
+    after: Indices
+    """The start that follows, by taping."""
+    option: Indices
+    """Which of the stage's tapes it is, by taping."""
 
-    def round(self, size: Bytes) -> Bytes:
-        """Bytes as whole slots; thresholds below 0 count as 0."""
-        half = self.unit // 2 if self.rounding == "nearest" else 0
-        slots: Bytes = size + half
-        slots //= self.unit
-        return np.maximum(slots, 0, out=slots)
+    def columns(self, size: int) -> int:
+        """The fewest slots that stand for so many bytes in the whole chain."""
+        return -(-size // self.unit)
 
-    @functools.cached_property
-    def state(self) -> Bytes:
-        """Slots that keeping a state takes."""
-        return self.round(self.sizes.state)
 
-    @functools.cached_property
-    def tape(self) -> Bytes:
-        """Slots that keeping a tape takes."""
-        return self.round(self.sizes.tape)
+def slots_of(sizes: ChainSizes, unit: int, *, nearest: bool = False) -> Slots:
+    """Count a chain's sizes in slots.
 
-    @functools.cached_property
-    def turn(self) -> int:
-        """Slots of the loss."""
-        return int(self.round(np.array([self.sizes.turn], dtype=np.int64))[0])
-
-    @functools.cached_property
-    def handed(self) -> Bytes:
-        """Slots that a state handed on takes, by start."""
-        return self.round(self.sizes.starts.handed)
-
-    def taped_need(self, t: int) -> Bytes:
-        """Least slots by start in which its stage can be taped first and reversed last."""
-        sizes, starts, n = self.sizes, self.sizes.starts, len(self.sizes)
-        stage = np.minimum(starts.stage, n)  # the loss has no tape: any number will do
-        forward = sizes.taped[stage] + starts.handed + sizes.gradient[t] + sizes.later[t]
-        backward = starts.backward if t <= n else starts.backward_after_turn
-        return self.round(np.maximum(forward, backward))
-
-    def sweep_need(self, start: int, t: int) -> Bytes:
-        """Least slots by j = s+1..t in which stages s..j-1 can be swept in (s, t)."""
-        sizes, starts = self.sizes, self.sizes.starts
-        s = int(starts.stage[start])
-        more = sizes.gradient[t] + sizes.later[t] + starts.handed[start]
-        return self.round(sizes.sweep[s, s + 1 : t + 1] + more)
-
-    def split_takes(self, start: int, t: int) -> Bytes:
-        """Slots that the part (j, t) has less than (s, t), by split j = s+1..t."""
-        s = int(self.sizes.starts.stage[start])
-        takes: Bytes = self.state[s:t] + self.handed[start]
-        free = [j for j in self.sizes.free_splits.get(s, ()) if j <= t]
-        takes[np.array(free, dtype=np.int64) - s - 1] = self.handed[start]
-        return takes
+    Args:
+        sizes: The chain's sizes.
+        unit: Bytes of a slot; 1 counts bytes.
+        nearest: Whether to round to the nearest.
+    """
+    half = unit // 2 if nearest else 0
+    n, starts, tapings = len(sizes), sizes.starts, sizes.tapings
+    first = np.searchsorted(tapings.start, np.arange(len(starts.stage) + 1))
+    offset = np.zeros(n + 2, dtype=np.int64)
+    offset[2:] = np.cumsum(-tapings.tape[first[1 : n + 1]]) % unit
+    own = offset[starts.stage]
+    stage = starts.stage[tapings.start]
+    up = (half if nearest else unit - 1) - own
+    turn = max(0, (sizes.turn + int(up[n + 1])) // unit)
+    return Slots(
+        unit=unit,
+        offset=offset,
+        turn=turn,
+        stage=starts.stage,
+        twin=starts.twin,
+        takes=(sizes.kept + offset[None, :] - own[:, None] + half) // unit,
+        sweep=sizes.sweep,
+        level=sizes.gradient + sizes.later,
+        up=up,
+        handed=starts.handed,
+        first=first,
+        tape=(tapings.tape + offset[starts.stage[tapings.after]] - offset[stage] + half) // unit,
+        forward=tapings.forward,
+        backward=tapings.backward,
+        backward_after_turn=tapings.backward_after_turn,
+        after=tapings.after,
+        option=tapings.option,
+    )
 
 
 def chain_sizes(chain: Chain) -> ChainSizes:
@@ -194,30 +244,44 @@ def chain_sizes(chain: Chain) -> ChainSizes:
 
 def _planning_sizes(chain: Chain) -> ChainSizes:
     columns, n = chain.arrays, len(chain)
-    w_g, w_t = columns.gradient_bytes, columns.tape_bytes
+    w_g = columns.gradient_bytes
     later = _later(columns.parameter_gradient_bytes)
-    backward = np.zeros(n + 2, dtype=np.int64)
-    backward[1:-1] = (w_t + w_g + columns.backward_overhead_bytes)[1:] + w_g[:-1]
-    backward[:-1] += later[:-1] + columns.parameter_gradient_bytes
     return ChainSizes(
         state=columns.state_bytes,
-        tape=w_t,
         gradient=np.append(w_g, 0),
         forward=columns.state_bytes + columns.forward_overhead_bytes,
-        taped=w_t + columns.forward_overhead_bytes,
         later=later,
         turn=int(w_g[-1]) + chain.loss_overhead_bytes,
         fixed=chain.input_bytes + chain.held_bytes,
-        starts=Starts(
-            stage=np.arange(n + 2),
-            handed=np.zeros(n + 2, dtype=np.int64),
-            backward=backward,
-            backward_after_turn=backward,
-            after=np.arange(1, n + 2),
-        ),
+        starts=Starts(stage=np.arange(n + 2), handed=np.zeros(n + 2, dtype=np.int64)),
+        tapings=_planning_tapings(chain, later),
         origin=np.arange(n + 1),
         forward_seconds=columns.forward_seconds,
         is_ledger=False,
+    )
+
+
+def _planning_tapings(chain: Chain, later: Bytes) -> Tapings:
+    """Every tape of every stage."""
+    columns = chain.arrays
+    tapes = [(i, k, tape) for i, x in enumerate(chain.stages, 1) for k, tape in enumerate(x.tapes)]
+    stage = np.array([i for i, _, _ in tapes], dtype=np.int64)
+    w_t = np.array([tape.tape_bytes for _, _, tape in tapes], dtype=np.int64)
+    o_f = np.array([tape.forward_overhead_bytes for _, _, tape in tapes], dtype=np.int64)
+    o_b = np.array([tape.backward_overhead_bytes for _, _, tape in tapes], dtype=np.int64)
+    seconds = np.array([tape.seconds for _, _, tape in tapes])
+    fastest = np.minimum.reduceat(seconds, np.searchsorted(stage, np.arange(1, len(chain) + 1)))
+    w_g, w_p = columns.gradient_bytes, columns.parameter_gradient_bytes
+    backward = w_t + w_g[stage] + w_g[stage - 1] + o_b + later[stage] + w_p[stage]
+    return Tapings(
+        start=stage,
+        option=np.array([k for _, k, _ in tapes], dtype=np.int64),
+        tape=w_t,
+        forward=w_t + o_f,
+        backward=backward,
+        backward_after_turn=backward,
+        after=stage + 1,
+        extra_seconds=seconds - fastest[stage - 1],
     )
 
 
@@ -231,22 +295,20 @@ def _later(w_p: Bytes, held: int = 0) -> Bytes:
 def _ledger_sizes(chain: Chain) -> ChainSizes:
     """Relax the ledger; why each figure is a lower bound stands beside it."""
     columns, storages = chain.arrays, _storages(chain)
-    ledgers = storages.ledgers
     w_g = columns.gradient_bytes
     later = _later(columns.parameter_gradient_bytes, storages.held)
-    forward = np.array([0, *(x.forward_peak_bytes for x in ledgers)], dtype=np.int64)
-    taped = np.array([0, *(x.taped_peak_bytes for x in ledgers)], dtype=np.int64)
+    forward = np.array([0, *(x.forward_peak_bytes for x in storages.ledgers)], dtype=np.int64)
+    starts, tapings = _ledger_starts(chain, storages, later)
     return ChainSizes(
         # A view that is kept keeps the storage it lies in; the input's is the caller's.
         state=storages.own[storages.origin],
-        tape=storages.tape,
         gradient=np.append(w_g, 0),
         forward=forward,
-        taped=taped,
         later=later,
         turn=storages.held + int(w_g[-1]) + chain.loss_overhead_bytes,
         fixed=chain.input_bytes,
-        starts=_ledger_starts(chain, storages, later),
+        starts=starts,
+        tapings=tapings,
         origin=storages.origin,
         forward_seconds=columns.forward_seconds,
         is_ledger=True,
@@ -298,7 +360,7 @@ def _storages(chain: Chain) -> _Storages:
     )
 
 
-def _ledger_starts(chain: Chain, storages: _Storages, later: Bytes) -> Starts:
+def _ledger_starts(chain: Chain, storages: _Storages, later: Bytes) -> tuple[Starts, Tapings]:
     """A further start wherever a tape hands its output on without saving it."""
     n, w_g = len(chain), chain.arrays.gradient_bytes
     # Tape i + 1 is gone when the backward of stage i starts, and with it what only it saved.
@@ -307,7 +369,8 @@ def _ledger_starts(chain: Chain, storages: _Storages, later: Bytes) -> Starts:
     handed = np.where(storages.saved | storages.read, 0, storages.own)
     # The last stage, run again, has an output that is not the caller's.
     again = np.where(storages.saved & (np.arange(n + 1) == n), storages.held, 0)
-    columns: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]
+    # Stage, what is handed on, backward, backward after Turn; the loss has no backward.
+    starts: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]
     after = np.arange(1, n + 2)
     for kept in (True, False):
         for s in range(1, n + 1) if kept else range(2, n + 1):
@@ -315,17 +378,23 @@ def _ledger_starts(chain: Chain, storages: _Storages, later: Bytes) -> Starts:
                 size = 0 if kept else int(handed[s - 1])
                 first = int(level[s]) + _peak(chain, storages, s, kept, True)
                 other = int(level[s] + again[s]) + _peak(chain, storages, s, kept, False)
-                after[s - 1] = len(columns)
-                columns.append((s, size, other, first))
+                after[s - 1] = len(starts)
+                starts.append((s, size, other, first))
         if kept:
-            columns.append((n + 1, 0, 0, 0))
-    stage, sizes, backward, backward_after_turn = np.array(columns, dtype=np.int64).T
-    return Starts(
-        stage=stage,
-        handed=sizes,
-        backward=backward,
-        backward_after_turn=backward_after_turn,
-        after=after,
+            starts.append((n + 1, 0, 0, 0))
+    stage, sizes, backward, backward_after_turn = np.array(starts, dtype=np.int64).T
+    taped = np.array([0, *(x.taped_peak_bytes for x in storages.ledgers)], dtype=np.int64)
+    start = np.flatnonzero((stage > 0) & (stage <= n))
+    of = stage[start]
+    return Starts(stage=stage, handed=sizes), Tapings(
+        start=start,
+        option=np.zeros_like(start),
+        tape=storages.tape[of],
+        forward=taped[of] + sizes[start],
+        backward=backward[start],
+        backward_after_turn=backward_after_turn[start],
+        after=after[of],
+        extra_seconds=np.zeros(len(start)),
     )
 
 

@@ -5,11 +5,13 @@ state s - 1 is there and not counted in m, and the gradient of state t is counte
 counts all bytes that checkpoints and tapes of earlier stages leave, so that conditions carry
 W(t) (`ChainSizes.later`) and the recurrence's shifts stay as they are:
 
-    E(s,t,m) = P(s,t,m) - seconds of s..t when nothing is run twice
+    E(s,t,m) = P(s,t,m) - seconds of s..t when nothing is run twice and every tape is the fastest
     E(n+1,n+1,m) = 0                                      if m >= turn
-    E(s,s,m)     = 0                                      if m >= need(s,s)
+    E(s,s,m)     = min over the tapes of stage s of
+        extra seconds                                     if m >= need(s,s)
     E(s,t,m)     = min of
-        E(s+1, t, m - w_t[s])                             if m >= need(s,t)
+        min over the tapes of stage s of
+            extra seconds + E(s+1, t, m - w_t[s])         if m >= need(s,t)
         min over j = s+1..t of
             u_f[s..j-1] + E(j, t, m - w_a[j-1]) + E(s, j-1, m)
                                                           if m >= W(t) + w_g[t] + sweep(s,j)
@@ -22,247 +24,233 @@ term, sweep(s,j) and E(j, t, m - h - w_a[j-1]) have it, and E(s, j-1, m) starts 
 
 Reference: Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, RR-9302 (hal-02352969), with the
 gradient that a backward consumes, both overheads and parameter gradients counted.
+
+Counted in slots (`Slots`), whatever fits in bytes fits, so that E is a lower bound of the
+seconds in bytes. In 32-bit floats each number is off by a few units in its last place for every
+stage that it covers: `Table.bound` takes that off.
 """
 
 from __future__ import annotations
 
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
 
-from .chain_sizes import ChainSizes, Slots
+from ..budget import format_bytes
+from ..progress import report
+from . import chain_kernel
+from .chain_sizes import ChainSizes, Slots, slots_of
 
-Seconds = npt.NDArray[np.float64]
-
-# More slots than any budget has: "does not fit". Sums of two of them stay within 64 bits.
-NEVER = 2**61
-# Splits are added and minimised in pieces that stay in a core's second-level cache.
-_PIECE_NUMBERS = 64000
+# Stages along the side of a tile: 256 rows of 500 slots take half of a second-level cache.
+_TILE = 16
+# Tiles between two looks at the progress, and for Ctrl-C: some hundredths of a second.
+_TILES_AT_ONCE = 4
+# Less work than this is done before a second thread has started.
+_ADDITIONS_ALONE = 3e9
+_THREADS = 2
+# Ends of segments between two looks, while least memory is found.
+_ENDS_AT_ONCE = 16
 
 
 @final
 @dataclass(frozen=True)
 class LeastMemory:
-    """The least slots of every segment: the recurrence for feasibility alone.
+    """What every segment needs: the recurrence for feasibility alone.
 
-    slots[start, t] is the least m for which E(s, t, m) is finite, shape (starts, n + 2). In
-    bytes (unit 1) it is exact at any size of the chain's numbers.
+    In bytes (a unit of 1) it is exact at any size of the chain's numbers.
     """
 
-    sizes: Slots
-    slots: npt.NDArray[np.int64]
+    sizes: ChainSizes
+    slots: Slots
+    least: npt.NDArray[np.int64]
+    """The least slots for which E(s, t, m) is finite, by start and t, shape (starts, n + 2)."""
+    enough: npt.NDArray[np.int64]
+    """The slots from which on E(s, t, m) is 0, in the same shape."""
 
     @property
     def total(self) -> int:
         """Least slots of the whole chain."""
-        return int(self.slots[1, -1])
-
-    def split(self, start: int, t: int, m: int) -> int:
-        """Tape if that fits, else split where the longer part is shortest."""
-        if m >= self.taped_need(start, t):
-            return 0
-        s = int(self.sizes.sizes.starts.stage[start])
-        js = np.arange(s + 1, t + 1)
-        length = np.maximum(js - s, t - js)
-        length[self.split_need(start, t) > m] = NEVER
-        return int(js[int(length.argmin())])
-
-    def taped_need(self, start: int, t: int) -> int:
-        """Least slots of a segment of several stages if its first is taped."""
-        starts = self.sizes.sizes.starts
-        s = int(starts.stage[start])
-        rest = int(self.sizes.tape[s] + self.slots[starts.after[s], t])
-        return max(int(self.sizes.taped_need(t)[start]), rest)
-
-    def split_need(self, start: int, t: int) -> npt.NDArray[np.int64]:
-        """Least slots of a segment by its first split j = s+1..t."""
-        s = int(self.sizes.sizes.starts.stage[start])
-        need: npt.NDArray[np.int64] = self.slots[s + 1 : t + 1, t] + self.sizes.split_takes(
-            start, t
-        )
-        np.maximum(need, self.slots[start, s:t], out=need)
-        np.maximum(need, self.sizes.sweep_need(start, t), out=need)
-        return need
+        return int(self.least[1, -1])
 
 
-def least_memory(sizes: Slots) -> LeastMemory:
+def least_memory(sizes: ChainSizes, unit: int = 1, *, nearest: bool = False) -> LeastMemory:
     """Find the least memory of every segment.
 
     Args:
-        sizes: The chain's sizes, in bytes or slots.
+        sizes: The chain's sizes.
+        unit: Bytes of a slot.
+        nearest: Whether sizes are rounded to the nearest slot.
 
     Returns:
         The table, in O(n**3) additions.
     """
-    n, starts = len(sizes.sizes), sizes.sizes.starts
-    slots = np.full((len(starts.stage), n + 2), NEVER, dtype=np.int64)
-    slots[n + 1, n + 1] = sizes.turn
-    least = LeastMemory(sizes, slots)
-    tape, after, by_stage = sizes.tape.tolist(), starts.after.tolist(), starts.by_stage
-    for t in range(1, n + 2):
-        taped = sizes.taped_need(t).tolist()
-        for s in range(min(t, n), 0, -1):
-            for start in by_stage[s]:
-                if s == t:
-                    slots[start, t] = taped[start]
-                else:
-                    best = max(taped[start], tape[s] + int(slots[after[s], t]))
-                    slots[start, t] = min(best, int(least.split_need(start, t).min()))
-    return least
+    n, slots = len(sizes), slots_of(sizes, unit, nearest=nearest)
+    shape = (len(sizes.starts.stage), n + 2)
+    found = LeastMemory(sizes, slots, np.zeros(shape, np.int64), np.zeros(shape, np.int64))
+    free = sizes.tapings.extra_seconds == 0
+    for first in range(1, n + 2, _ENDS_AT_ONCE):
+        last = min(first + _ENDS_AT_ONCE - 1, n + 1)
+        chain_kernel.least_slots(slots, first, last, free, found.least, found.enough)
+        report(f"least memory of {n} stages", (last / (n + 1)) ** 3)
+    return found
 
 
 @final
 class Table:
     """Extra seconds of every segment for every number of slots up to `top`.
 
-    The rows (start, s..t) lie side by side, from `_row[start]` on: values[row, m] = E(s, t, m),
-    infinite where nothing fits. 4 n**2 (top + 1) bytes, or up to twice that with a ledger.
+    A row is kept from its least slots to those from which on it is 0.
     """
 
-    def __init__(self, sizes: Slots, top: int) -> None:
-        """Fill the table, in about n**3 / 6 * top additions, or up to twice that.
+    def __init__(
+        self,
+        sizes: ChainSizes,
+        unit: int,
+        top_bytes: int,
+        *,
+        exact: bool = False,
+        nearest: bool = False,
+    ) -> None:
+        """Fill the table, in less than starts * n**2 / 6 * slots additions.
 
         Args:
-            sizes: The chain's sizes in slots.
-            top: Largest number of slots of interest.
+            sizes: The chain's sizes.
+            unit: Bytes of a slot.
+            top_bytes: Largest number of bytes of interest.
+            exact: Keep 64-bit floats instead of 32-bit ones.
+            nearest: Round sizes to the nearest slot, instead of so that whatever fits fits; then
+                its numbers bound nothing.
         """
-        self.sizes, self.top = sizes, top
-        self._starts = sizes.sizes.starts
-        self.n = n = len(sizes.sizes)
-        lengths = np.where(self._starts.stage > 0, n + 2 - self._starts.stage, 0)
-        self._row = np.concatenate(([0], np.cumsum(lengths)))
-        self._values = np.full((int(self._row[-1]), top + 1), np.inf)
-        self._seconds = np.cumsum(sizes.sizes.forward_seconds)
-        self._least = least_memory(sizes).slots
-        self._scratch = np.empty(max(_PIECE_NUMBERS, 8 * (top + 1)))
+        needs = least_memory(sizes, unit, nearest=nearest)
+        self.sizes, self.slots = sizes, needs.slots
+        self.top = self.slots.columns(top_bytes)
+        self.rows, numbers = _place(needs, self.top)
+        # Times are scaled by a power of two, which rounds nothing, so that none is too large or
+        # too small for a 32-bit float.
+        total = math.fsum(sizes.forward_seconds) + math.fsum(sizes.tapings.extra_seconds)
+        self._scale = 2.0 ** -math.frexp(total)[1]
+        self.seconds = np.cumsum(sizes.forward_seconds) * self._scale
+        self.extra = sizes.tapings.extra_seconds * self._scale
+        dtype = np.float64 if exact else np.float32
+        self.values: npt.NDArray[Any] = np.empty(numbers, dtype)
         self._fill()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return int(self.values.nbytes)
 
     @property
     def least(self) -> int:
         """Least slots of the whole chain; above `top` where nothing fits."""
-        return int(self._least[1, self.n + 1])
+        return int(self.rows[1, -1, 1])
 
-    @property
-    def extra_seconds(self) -> Seconds:
-        """Extra seconds of the whole chain by slots, shape (top + 1,)."""
-        row: Seconds = self._rows(1, self.n + 1, self.n + 1)[0]
-        return row
-
-    def split(self, start: int, t: int, m: int) -> int:
-        """The choice of least extra seconds; taping where it is as good as splitting."""
-        s = int(self._starts.stage[start])
-        taped = np.inf
-        if m >= int(self.sizes.taped_need(t)[start]):
-            taped = self.taped_seconds(s, t, m - int(self.sizes.tape[s]))
-        split = self.split_seconds(start, t, m, m - self.sizes.split_takes(start, t))
-        split[self.sizes.sweep_need(start, t) > m] = np.inf
-        best = int(split.argmin())
-        return 0 if taped <= split[best] else s + 1 + best
-
-    def taped_seconds(self, s: int, t: int, rest: int) -> float:
-        """Extra seconds of (s, t) if stage s is taped and `rest` slots are left for the rest."""
-        row = self._rows(int(self._starts.after[s]), t, t)[0]
-        return float(row[min(rest, self.top)]) if rest >= 0 else np.inf
-
-    def split_seconds(self, start: int, t: int, m: int, rest: npt.NDArray[np.int64]) -> Seconds:
-        """Extra seconds of a segment by split j = s+1..t, whatever its sweep needs.
+    def extra_seconds(self, size: int) -> float:
+        """E of the whole chain as computed; infinite where nothing fits.
 
         Args:
-            start: How it starts, which says with which stage s.
-            t: Last stage.
-            m: Slots of the part (s, j - 1).
-            rest: Slots of the part (j, t), by j.
+            size: Bytes.
         """
-        s = int(self._starts.stage[start])
-        js = np.arange(s + 1, t + 1)
-        seconds: Seconds = self._seconds[s:t] - self._seconds[s - 1]
-        seconds += self._values[self._row[js] + t - js, np.clip(rest, 0, self.top)]
-        seconds += self._rows(start, s, t - 1)[:, min(m, self.top)]
-        seconds[rest < 0] = np.inf
-        return seconds
+        return float(self.row(1, len(self.sizes) + 1)[min(self.slots.columns(size), self.top)])
 
-    def _rows(self, start: int, first: int, last: int) -> Seconds:
-        zero = int(self._row[start] - self._starts.stage[start])
-        rows: Seconds = self._values[zero + first : zero + last + 1]
-        return rows
+    def unscaled(self, seconds: float) -> float:
+        """Seconds in which the table counts, in seconds."""
+        return seconds / self._scale
+
+    def row(self, start: int, t: int) -> npt.NDArray[np.float64]:
+        """E(start, t, m) by slots m = 0..top."""
+        zero, least, end = (int(x) for x in self.rows[start, t])
+        found = np.zeros(self.top + 2)
+        found[:least] = np.inf
+        found[least:end] = self.values[zero + least : zero + end]
+        found /= self._scale
+        return found[: self.top + 1]
+
+    def bound(self, size: int) -> float:
+        """What no schedule in so many bytes is below, in seconds more than the fastest.
+
+        A number in the table is a sum of seconds, none negative. Each stage of the segment adds
+        three roundings at most (the seconds of a sweep, and two sums), so that it is at most
+        (1 + e)**(3 n + 3) times the true one, with half a unit in the last place for e. The
+        running sum of u_f adds an error of n units of the total for each of n sweeps.
+
+        Args:
+            size: Bytes.
+        """
+        n, found = len(self.sizes), self.extra_seconds(size)
+        relative = (3 * n + 3) * float(np.finfo(self.values.dtype).eps) / 2
+        total = float(self.seconds[-1]) / self._scale
+        absolute = (n + 1) ** 2 * float(np.finfo(np.float64).eps) * total
+        return max(0.0, found * math.exp(-relative) - absolute)
 
     def _fill(self) -> None:
-        n, top, sizes = self.n, self.top, self.sizes
-        self._rows(n + 1, n + 1, n + 1)[0, sizes.turn :] = 0.0
-        # enough[start]: slots of (s, t) from which on taping all of it fits, so that E = 0.
-        enough = np.zeros(len(self._starts.stage), dtype=np.int64)
-        enough[n + 1] = sizes.turn
-        tape, state = sizes.tape.tolist(), sizes.state.tolist()
-        by_stage, after = self._starts.by_stage, self._starts.after.tolist()
-        shifted = np.full((n + 2, top + 1), np.inf)  # row j: E(j, t, m - w_a[j-1]) + u_f[1..j-1]
-        for t in range(1, n + 2):
-            taped = sizes.taped_need(t)
-            for s in range(t, 0, -1):
-                for start in by_stage[s] if s <= n else ():
-                    rest = tape[s] + int(enough[after[s]]) if s < t else 0
-                    enough[start] = max(int(taped[start]), rest)
-                    self._cell(start, t, int(taped[start]), int(enough[start]), shifted)
-                shift = min(state[s - 1], top + 1)
-                row = self._rows(s, t, t)[0]
-                shifted[s, :shift] = np.inf
-                shifted[s, shift:] = row[: top + 1 - shift] + self._seconds[s - 1]
+        n, top = len(self.sizes), self.top
+        self.values[: top + 2] = 0
+        self.values[top + 2 : 2 * top + 4] = np.inf
+        cut = np.empty(self.rows.shape[:2], dtype=np.int64)
 
-    def _cell(self, start: int, t: int, taped: int, enough: int, shifted: Seconds) -> None:
-        """Fill a row: infinite below its least slots, 0 from `enough` on, between by min."""
-        row = self._rows(start, t, t)[0]
-        row[enough:] = 0.0
-        s = int(self._starts.stage[start])
-        lo, hi = int(self._least[start, t]), min(enough, self.top + 1)
-        if lo >= hi or s == t:
-            return
-        self._split_cell(start, t, (lo, hi), shifted)
-        row[lo:hi] -= self._seconds[s - 1]
-        tape = int(self.sizes.tape[s])
-        at = max(lo, taped, tape)
-        if at < hi:
-            rest = self._rows(int(self._starts.after[s]), t, t)[0]
-            np.minimum(row[at:hi], rest[at - tape : hi - tape], out=row[at:hi])
+        def fill(tiles: npt.NDArray[np.int64]) -> None:
+            chain_kernel.fill(
+                *(self.values, self.rows, cut, self.slots, self.seconds, self.extra, top, _TILE),
+                tiles,
+            )
 
-    def _split_cell(self, start: int, t: int, span: tuple[int, int], shifted: Seconds) -> None:
-        """Minimise over splits; those whose sweep needs more slots join further up."""
-        s, handed = int(self._starts.stage[start]), int(self.sizes.handed[start])
-        row, needs = self._rows(start, t, t)[0], self.sizes.sweep_need(start, t)
-        lo, hi = max(span[0], handed), span[1]
-        for j in self.sizes.sizes.free_splits.get(s, ()):
-            at = max(lo, int(needs[j - s - 1])) if j <= t else hi
-            if at < hi:
-                split = self._rows(j, t, t)[0, at - handed : hi - handed] + self._seconds[j - 1]
-                split += self._rows(start, j - 1, j - 1)[0, at:hi]
-                np.minimum(row[at:hi], split, out=row[at:hi])
-        ends = [len(needs)]
-        if needs[-1] > lo:  # needs never fall, as a longer sweep includes the shorter
-            steps = np.flatnonzero(np.diff(np.maximum(needs, lo))) + 1
-            ends = [*(int(x) for x in steps), len(needs)]
-        first = 0
-        for last in ends:
-            at = max(lo, int(needs[last - 1]))
-            if at < hi:
-                left = shifted[s + 1 + first : s + 1 + last, at - handed : hi - handed]
-                right = self._rows(start, s + first, s + last - 1)[:, at:hi]
-                _minimum_of_sums(left, right, row[at:hi], self._scratch)
-            first = last
+        what = f"table of {n} stages and {top} slots, {format_bytes(self.nbytes)}"
+        report(what, 0.0)
+        side = -(-(n + 1) // _TILE)
+        is_long = table_splits(self.sizes) * top > _ADDITIONS_ALONE
+        pool = ThreadPoolExecutor(_THREADS) if is_long and (os.cpu_count() or 1) > 1 else None
+        try:
+            done = 0
+            for apart in range(side):  # tiles as far apart are independent of each other
+                first = 1 + _TILE * np.arange(side - apart)
+                tiles = np.stack((first, first + _TILE * apart), axis=1)
+                parts = (
+                    tiles[k : k + _TILES_AT_ONCE] for k in range(0, len(tiles), _TILES_AT_ONCE)
+                )
+                for _ in pool.map(fill, parts) if pool else map(fill, parts):
+                    pass
+                done += (apart + 1) * len(tiles)
+                report(what, 6 * done / (side * (side + 1) * (side + 2)))
+        finally:
+            if pool:
+                pool.shutdown(cancel_futures=True)
 
 
-def _minimum_of_sums(left: Seconds, right: Seconds, best: Seconds, scratch: Seconds) -> None:
-    """Lower `best` to the minimum over k of left[k] + right[k]; scratch spares allocations."""
-    count, width = left.shape
-    piece = len(scratch) // width
-    for k in range(0, count, piece):
-        size = min(piece, count - k)
-        sums = scratch[: size * width].reshape(size, width)
-        np.add(left[k : k + size], right[k : k + size], out=sums)
-        np.minimum(best, np.minimum.reduce(sums, axis=0), out=best)
+def _place(needs: LeastMemory, top: int) -> tuple[npt.NDArray[np.int64], int]:
+    """Where rows lie, and how many numbers they take, zeros and infinities included.
+
+    A row that does not end before `top` has a number for one slot more.
+    """
+    stage, n = needs.slots.stage, len(needs.sizes)
+    end = np.where(needs.enough > top, top + 2, needs.enough)
+    least = np.where(needs.least > top, end, needs.least)
+    is_segment = (stage[:, None] >= 1) & (stage[:, None] <= np.arange(n + 2)[None, :])
+    widths = np.where(is_segment, end - least, 0)
+    before = 2 * (top + 2) + np.cumsum(widths.ravel()) - widths.ravel()
+    rows = np.stack((before.reshape(widths.shape) - least, least, end), axis=2)
+    return rows, 2 * (top + 2) + int(widths.sum())
 
 
-def table_numbers(sizes: ChainSizes, slots: int) -> tuple[float, float]:
-    """Numbers that a table holds, and additions that fill it."""
+def table_numbers(needs: LeastMemory, top: int) -> float:
+    """Numbers in the rows of a table in bytes; divided by a unit, of one in slots.
+
+    Args:
+        needs: Least memory in bytes.
+        top: The largest number of bytes.
+    """
+    end = np.minimum(needs.enough, top)
+    width = np.maximum(end - needs.least, 0)
+    stage, t = needs.slots.stage[:, None], np.arange(len(needs.sizes) + 2)[None, :]
+    return float(width[(stage >= 1) & (stage <= t)].sum(dtype=np.float64))
+
+
+def table_splits(sizes: ChainSizes) -> float:
+    """How many splits all segments have together: each takes an addition for each slot."""
     n = len(sizes)
-    starts = (len(sizes.starts.stage) - 2) / n
-    return starts * (n + 1) * (n + 2) / 2 * slots, starts * n**3 / 6 * slots
+    return (len(sizes.starts.stage) - 2) * n**2 / 6

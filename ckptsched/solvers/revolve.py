@@ -12,8 +12,10 @@ import functools
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
+
+import numpy as np
 
 from ..errors import InfeasibleBudgetError, WorkloadError
 from ..schedule import Schedule, ScheduleBuilder
@@ -22,16 +24,19 @@ from ..trace import Trace
 from ..workload import Chain
 from .base import AbstractSolver, Solution, infeasible
 
-# Schedules with more runs without tape are not made: two million operations take 16 MB, and two
-# seconds to simulate. 100,000 stages need ten states then, 1,000 stages one.
-MOST_ADVANCES = 1_000_000
+# Schedules with more runs without tape are not made: 16 million operations take 130 MB, and a
+# second to simulate. 100,000 stages need three states then, 4,000 stages one.
+MOST_ADVANCES = 8_000_000
 # With a ledger an operation takes ten times as long: 1,000 stages need two states then, 8,000 five.
 # The second number is for each stage.
 _MOST_ADVANCES_OF_LEDGER = (100_000, 4)
 # While the most states that fit are looked for, the peak of a schedule with more runs than this
-# is inferred from that of one with more states: each state fewer saves its bytes. The schedule
-# chosen and that of the fewest states, which gives the least budget, are always simulated.
+# is that of a shorter chain, or with a ledger inferred from that of one with more states: each
+# state fewer saves its bytes. The schedule chosen is always simulated, and with a ledger that of
+# the fewest states, which gives the least budget.
 _SIMULATED_ADVANCES = 100_000
+# From so many operations on, the compiled loop saves more than it takes to load.
+_COMPILED_OPERATIONS = 30_000
 # What the lower bound holds for: schedules that keep several tapes may take less.
 _CLASS = "binomial (states and one tape)"
 
@@ -109,6 +114,18 @@ def revolve_schedule(stages: int, states: int) -> Schedule:
         stages: Length l of the chain, at least 1.
         states: States s kept at once, the input included, at least 1.
     """
+    operations = 2 * (advances(stages, states) + stages + 1)
+    if operations >= _COMPILED_OPERATIONS:
+        from . import revolve_kernel
+
+        packed = np.empty(operations, dtype=np.int64)
+        revolve_kernel.write_out(stages, states, packed)
+        return Schedule(packed)
+    return _short_schedule(stages, states)
+
+
+def _short_schedule(stages: int, states: int) -> Schedule:
+    """The same, without compiled code."""
     build = ScheduleBuilder()
     todo = [(0, stages, states)]  # the input of stage first + 1 is kept; reverse `length` stages
     splits: dict[tuple[int, int], int] = {}  # the same few shapes come again and again
@@ -142,6 +159,7 @@ class _Trials:
 
     chain: Chain
     runs: dict[int, tuple[Schedule, Trace]] = field(default_factory=dict)
+    peaks: dict[int, int] = field(default_factory=dict)
 
     def run(self, states: int) -> tuple[Schedule, Trace]:
         """The schedule and its simulation."""
@@ -178,11 +196,27 @@ class _Trials:
         return stage.state_bytes
 
     def peak(self, states: int) -> int:
-        """Peak with so many states; inferred where simulating takes long."""
+        """Peak with so many states, without simulating what takes long."""
         if states in self.runs or states >= self._reference:
             return self.run(states)[1].peak_bytes
+        if not self.chain.has_ledger:
+            return self._saturated_peak(states)
         missing = self._reference - states
         return self.run(self._reference)[1].peak_bytes - missing * self._state_bytes
+
+    def _saturated_peak(self, states: int) -> int:
+        """Peak with so many states, of a chain that is no longer than its peak depends on.
+
+        What is stored is at most so many states, a tape, a gradient, and in a sweep another state.
+        Longer chains add nothing once all states are in use where three stages are left, so that a
+        sweep of two is needed: (states + 1) (states + 2) / 2 stages are reversed without that.
+        """
+        if states not in self.peaks:
+            length = min(len(self.chain), (states + 2) * (states + 3))
+            short = replace(self.chain, stages=self.chain.stages[-length:], blocks=())
+            trace = simulate(short, revolve_schedule(length, states))
+            self.peaks[states] = trace.peak_bytes
+        return self.peaks[states]
 
     def most(self, budget_bytes: int) -> int:
         """Most states whose simulated peak is within the budget; the fewest if none is."""
@@ -248,7 +282,9 @@ class Revolve(AbstractSolver):
         schedule, trace = trials.run(trials.most(budget_bytes))
         if trace.peak_bytes > budget_bytes:
             raise infeasible(chain, budget_bytes, trace, "binomial")
-        least = trials.run(trials.fewest)[1].peak_bytes
+        least = trials.peak(trials.fewest)
+        if chain.has_ledger:
+            least = trials.run(trials.fewest)[1].peak_bytes
         return Solution(
             schedule=schedule,
             trace=trace,

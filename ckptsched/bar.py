@@ -1,0 +1,73 @@
+"""A progress bar on stderr, for what turns out to take long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import Progress
+
+from . import progress
+from .progress import Listener
+
+_PATIENCE_SECONDS = 1.0  # before a bar is shown
+
+
+@contextmanager
+def progress_bar(
+    shown: bool | None = None,
+    *,
+    console: Console | None = None,
+    patience_seconds: float | None = None,
+) -> Iterator[Listener]:
+    """A bar that appears once something has taken more than a second, and goes at its end.
+
+    Args:
+        shown: Whether to show it at all; None shows it if stderr is a terminal.
+        console: Where; standard error by default.
+        patience_seconds: How long nothing is shown; a second by default.
+
+    Returns:
+        What moves it on: called with what is being done and the share of it that is done.
+    """
+    console = console or Console(stderr=True)
+    visible = console.file.isatty() if shown is None else shown
+    patience = _PATIENCE_SECONDS if patience_seconds is None else patience_seconds
+    # In a file nothing can be taken away again: there the last state alone is written.
+    bar = Progress(console=console, transient=console.is_terminal)
+    task = bar.add_task("", total=1.0)
+    begun = time.perf_counter()
+    doing = ""
+
+    def tell(what: str, share: float) -> None:
+        nonlocal doing
+        if not visible:
+            return
+        if what != doing:  # what remains is guessed from the speed of this alone
+            doing = what
+            bar.reset(task, description=what)
+        bar.update(task, completed=share)
+        if time.perf_counter() - begun >= patience:
+            bar.start()
+
+    try:
+        yield tell
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+@contextmanager
+def bar_of_solvers(shown: bool | None = None) -> Iterator[None]:
+    """A bar for what solvers report meanwhile; none of its own where somebody listens already.
+
+    Args:
+        shown: As `progress_bar` takes it.
+    """
+    if progress.is_heard():
+        yield
+        return
+    with progress_bar(shown) as tell, progress.listening(tell):
+        yield

@@ -1,0 +1,94 @@
+"""Gradients that can be differentiated again: plain autograd over a chain run once more.
+
+A schedule's backward computes numbers, not a graph. Where a graph is wanted
+(`create_graph=True`), the chain runs again as one graph from its input, and autograd goes
+back through that. It takes the memory of plain autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from .context import Recomputing
+from .surroundings import Surroundings
+from .tape import run_stage
+from .trees import Extras, State
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """What came out, each connected to its graph."""
+
+    inputs: tuple[Tensor | None, ...]
+    """With respect to the tensors of the input."""
+    others: dict[int, Tensor | None]
+    """With respect to parameters and further inputs, by the id of their alias."""
+
+
+def differentiable_gradients(
+    seen: Surroundings,
+    inputs: State,
+    given: State,
+    gradients: Sequence[Tensor | None],
+) -> Gradients:
+    """Go back through the whole chain so that one can go back through that, too.
+
+    Args:
+        seen: What the forward pass found.
+        inputs: The input as the caller gave it, with its graph.
+        given: What every stage is given besides, with its graph.
+        gradients: With respect to the tensors of the output.
+    """
+    program = seen.program
+    # Stand-ins that are no leaves: asking for their gradients fires no hooks of the parameters,
+    # and their graph leads on to the parameters themselves.
+    aliases = [seen.alias_of[id(t)] for t in (*seen.parameters, *seen.given.leaves)]
+    stand_in = {
+        id(a): t.view_as(t) if t.requires_grad else a
+        for t, a in zip((*seen.parameters, *given.leaves), aliases, strict=True)
+    }
+    bound = [[None if a is None else stand_in[id(a)] for a in places] for places in seen.bound]
+    sources = [leaf.view_as(leaf) for leaf in inputs.leaves]
+    extras = Extras.of(given.replaced(stand_in[id(a)] for a in aliases[len(seen.parameters) :]))
+    blocks = range(len(program.slots))
+    with (
+        seen.entered(),
+        seen.modes(),
+        seen.parameters_replaced(blocks, bound),
+        seen.traceless(blocks),
+        Recomputing(),
+    ):
+        seen.restore_random()
+        output = inputs.replaced(sources)
+        for stage in program.stages:
+            output = run_stage(stage, output, extras)
+    starts = [*sources, *(stand_in[id(a)] for a in aliases)]
+    found = _gradients(output.leaves, starts, gradients)
+    n = len(sources)
+    return Gradients(tuple(found[:n]), {id(a): g for a, g in zip(aliases, found[n:], strict=True)})
+
+
+def _gradients(
+    outputs: Sequence[Tensor], starts: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    wanted = [start for start in starts if start.requires_grad]
+    pairs = zip(outputs, gradients, strict=True)
+    ends = [(y, g) for y, g in pairs if g is not None and y.requires_grad]
+    if not ends or not wanted:
+        return [None] * len(starts)
+    found = iter(
+        torch.autograd.grad(
+            [y for y, _ in ends],
+            wanted,
+            [g for _, g in ends],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(found) if start.requires_grad else None for start in starts]

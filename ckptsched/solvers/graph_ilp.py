@@ -1,0 +1,264 @@
+"""Rematerialisation of a graph as an integer program, with the solver's bound as the proof."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+from ..budget import format_bytes
+from ..errors import InfeasibleBudgetError, SolverTimeoutError, WorkloadError
+from ..graph import Graph
+from ..schedule import Schedule
+from ..simulator import simulate
+from ..trace import Trace
+from ..workload import Chain
+from .base import AbstractSolver, Solution, infeasible
+from .graph_cuts import ALL_SCHEDULES, GraphCuts, Judged, plain_schedules
+from .graph_milp import Outcome, minimise
+from .graph_model import GraphModel
+from .graph_orders import Reordered, orders
+from .graph_runs import with_drops
+
+# What is counted grows with nodes**3: with 150 nodes the program has 60,000 variables, takes ten
+# seconds to write and a gigabyte.
+MOST_NODES = 150
+# Branches side by side can be counted in many ways; each is a program of its own.
+MOST_ORDERS = 24
+# Up to so many nodes two sweeps a phase are searched: that is some five times the work.
+_TWO_SWEEPS_NODES = 10
+# What tolerances let pass may take some bytes too many: then the budget is cut by such shares.
+_SHARES = (1e-6, 1e-4, 1e-2)
+
+FRONTIER_ADVANCING = "frontier-advancing schedules"
+"""The class that `GraphIlp` searches."""
+SWEEPS = " of {} sweeps"
+"""Added where a phase may have several."""
+IN_ORDER = ", in the graph's order"
+"""Added where the nodes can be counted in too many ways."""
+PLANNING_SIZES = ", in the planning model"
+"""Added for a chain whose exact bytes the bound does not know."""
+
+
+@final
+@dataclass(frozen=True)
+class GraphIlp(AbstractSolver):
+    """Optimal among frontier-advancing schedules, proven by the solver's bound.
+
+    Frontier-advancing: between two Backwards, and before Turn, there is one sweep through the
+    nodes in a topological order, in which each is run at most once; Backwards come in the
+    reverse of that order. Where a graph has at most `MOST_ORDERS` such orders each is tried;
+    else its own alone, and the class says so. Small graphs are given two sweeps, and then the
+    optimum was that of all schedules wherever those could be searched (`docs/graphs.md`).
+
+    A chain is planned with the planning model's sizes. Where it has exact bytes the schedule
+    keeps the budget in those too, and the bound holds for the planning model.
+    """
+
+    time_limit_seconds: float = 60.0
+    """Seconds of the solver for each budget, and once for the least budget."""
+    sweeps: int | None = None
+    """Sweeps a phase; None for two on graphs of up to ten nodes, one on larger ones."""
+
+    name = "graph_ilp"
+
+    def __post_init__(self) -> None:
+        """Refuse a limit that leaves no time, and no sweeps."""
+        if self.sweeps is not None and self.sweeps < 1:
+            raise WorkloadError(f"graph_ilp needs one sweep or more, found {self.sweeps}")
+        if not 0 < self.time_limit_seconds < math.inf:
+            raise WorkloadError(
+                f"graph_ilp needs a time limit of more than 0 seconds, found "
+                f"{self.time_limit_seconds!r}"
+            )
+
+    def solve(self, chain: Chain | Graph, budget_bytes: int) -> Solution:
+        """Find the cheapest frontier-advancing schedule within a budget.
+
+        Args:
+            chain: A graph or chain of at most `MOST_NODES` nodes.
+            budget_bytes: Bytes that the simulated peak may reach.
+
+        Raises:
+            InfeasibleBudgetError: No schedule of the class fits; the message names the least
+                budget that works.
+            SolverTimeoutError: The limit ended before one was found.
+            WorkloadError: There are too many nodes.
+        """
+        (result,) = self.solve_each(chain, [budget_bytes])
+        if isinstance(result, InfeasibleBudgetError):
+            raise result
+        return result
+
+    def solve_each(
+        self, chain: Chain | Graph, budgets: Sequence[int]
+    ) -> list[Solution | InfeasibleBudgetError]:
+        """Solve for several budgets; the least budget is looked for once."""
+        if len(chain) > MOST_NODES:
+            raise WorkloadError(
+                f"graph_ilp takes at most {MOST_NODES} nodes, found {len(chain)}; graph_cuts "
+                "takes graphs of any size, chain_dp longer chains"
+            )
+        graph = Graph.from_chain(chain) if isinstance(chain, Chain) else chain
+        sweeps = self.sweeps or (2 if len(graph) <= _TWO_SWEEPS_NODES else 1)
+        search = _Search(chain, graph, self.time_limit_seconds, sweeps)
+        for solution in GraphCuts().solve_each(graph, budgets):
+            if isinstance(solution, Solution):
+                search.know(solution.schedule)
+        # A larger budget chooses from what a smaller one found, too.
+        found = {budget: search.solve(budget) for budget in sorted(set(budgets))}
+        return [found[budget] for budget in budgets]
+
+
+@final
+@dataclass(eq=False)
+class _Search:
+    """What is shared between the budgets of one graph."""
+
+    workload: Chain | Graph
+    """What was asked for."""
+    graph: Graph
+    """The same as a graph."""
+    limit: float
+    """Seconds of the solver, for each budget."""
+    sweeps: int
+    """Sweeps a phase."""
+    orders: list[Reordered] = field(init=False)
+    schedule_class: str = field(init=False)
+    known: list[Judged] = field(init=False)
+    """Schedules and their simulations; all that is found is added."""
+    least_bound: int = field(init=False)
+    """No schedule of the class has a lower peak."""
+
+    def __post_init__(self) -> None:
+        """Find the least budget."""
+        self.orders, complete = orders(self.graph, MOST_ORDERS)
+        self.schedule_class = FRONTIER_ADVANCING
+        if self.sweeps > 1:
+            self.schedule_class += SWEEPS.format(self.sweeps)
+        if not complete:
+            self.schedule_class += IN_ORDER
+        if self.workload.has_ledger:
+            self.schedule_class += PLANNING_SIZES
+        self.known = plain_schedules(self.graph)
+        bound = self._minimise(None)
+        self.least_bound = int(min(bound, self.least[1].peak_bytes))
+
+    @property
+    def least(self) -> Judged:
+        """The known schedule of least peak."""
+        return min(self.known, key=lambda item: (item[1].peak_bytes, item[1].seconds))
+
+    def best(self, budget: int) -> Judged | None:
+        """The known schedule of least seconds that fits a budget."""
+        fitting = (item for item in self.known if item[1].peak_bytes <= budget)
+        return min(fitting, key=lambda item: item[1].seconds, default=None)
+
+    def know(self, schedule: Schedule) -> Trace:
+        """Add a schedule to what is known."""
+        trace = simulate(self.graph, schedule)
+        self.known.append((schedule, trace))
+        return trace
+
+    def _learn(self, order: Reordered, model: GraphModel) -> Trace:
+        """Add the schedule of a program's solution."""
+        return self.know(with_drops(self.graph, list(order.to_old(model.runs()))))
+
+    def solve(self, budget: int) -> Solution | InfeasibleBudgetError:
+        """The best for one budget, and the proof."""
+        if budget < self.least_bound:
+            return self._infeasible(budget)
+        name, bound = ALL_SCHEDULES, self.graph.store_all_seconds
+        best = self.best(budget)
+        if best is None or best[1].seconds > bound:
+            name, bound = self.schedule_class, max(bound, self._minimise(budget))
+            best = self.best(budget)
+        if best is None:
+            if bound == math.inf:
+                return self._infeasible(budget)
+            raise self._out_of_time(budget)
+        schedule, trace = best
+        return Solution(
+            schedule=schedule,
+            trace=simulate(self.workload, schedule),
+            schedule_class=name,
+            lower_bound_seconds=min(bound, trace.seconds),
+            least_budget_bytes=self.least[1].peak_bytes,
+        )
+
+    def _minimise(self, budget: int | None) -> float:
+        """Solve the programs of all orders for seconds, or for the peak where budget is None.
+
+        Returns:
+            A bound that holds wherever no better schedule is known; infinite where none of the
+            class is better than those, or, if none is known, there is none.
+        """
+        left, bound = self.limit, math.inf
+        for order in self.orders:
+            if left <= 0:
+                return 0.0
+            outcome, least = self._solve(order, budget, left)
+            left -= outcome.seconds
+            bound = min(bound, least)
+        return bound
+
+    def _solve(self, order: Reordered, budget: int | None, limit: float) -> tuple[Outcome, float]:
+        """Solve one order's program; returns its bound in bytes or seconds, too."""
+        model = GraphModel(order.graph, budget, sweeps=self.sweeps)
+        best = self.least if budget is None else self.best(budget)
+        start = None
+        if best is not None:
+            start = model.start(order.to_new(best[0]))
+            if start is None:
+                model.at_most(best[1])
+        what = f"integer program of {len(self.graph)} nodes"
+        outcome = minimise(model.problem, time_limit_seconds=limit, start=start, what=what)
+        found = outcome.status in ("optimal", "stopped")
+        trace = self._learn(order, model) if found else None
+        if trace is not None and budget is not None and trace.peak_bytes > budget:
+            self._shrink(order, budget, limit)
+        return outcome, model.bound(outcome.bound)
+
+    def _shrink(self, order: Reordered, budget: int, limit: float) -> None:
+        """Solve again where a schedule that tolerances let pass takes some bytes too many."""
+        for share in _SHARES:
+            less = math.floor(budget * (1 - share))
+            model = GraphModel(order.graph, less, sweeps=self.sweeps)
+            outcome = minimise(model.problem, time_limit_seconds=limit)
+            if outcome.status not in ("optimal", "stopped"):
+                return
+            if self._learn(order, model).peak_bytes <= budget:
+                return
+
+    def _infeasible(self, budget: int) -> InfeasibleBudgetError:
+        trace = simulate(self.workload, self.least[0], model="planning")
+        return infeasible(self.workload, budget, trace, "frontier-advancing")
+
+    def _out_of_time(self, budget: int) -> SolverTimeoutError:
+        least = self.least[1].peak_bytes
+        return SolverTimeoutError(
+            f"graph_ilp found no schedule for {format_bytes(budget, budget=True)} ({budget} bytes) "
+            f"in {self.limit:g} seconds, and no proof that there is none; a budget of "
+            f"{format_bytes(least)} ({least} bytes) works, or a longer time limit may",
+            limit_seconds=self.limit,
+        )
+
+
+def solve_graph(graph: Graph, budget_bytes: int, *, time_limit_seconds: float = 60.0) -> Solution:
+    """Plan a graph by `graph_ilp`, or by `graph_cuts` where it is too large for that.
+
+    The program starts from what `graph_cuts` finds, so its answer is never worse.
+
+    Args:
+        graph: The graph.
+        budget_bytes: Bytes that the simulated peak may reach.
+        time_limit_seconds: Seconds that the solver of the program may take, as in `GraphIlp`.
+
+    Raises:
+        InfeasibleBudgetError: Nothing fits that could be found.
+        SolverTimeoutError: The limit ended before a schedule was found.
+    """
+    if len(graph) > MOST_NODES:
+        return GraphCuts().solve(graph, budget_bytes)
+    return GraphIlp(time_limit_seconds=time_limit_seconds).solve(graph, budget_bytes)

@@ -1,0 +1,106 @@
+"""From the order of runs to a schedule on a graph: what is dropped when follows from it.
+
+Methods for graphs decide which node runs when, with tape or without. When a state is needed for
+the last time is then a fact, and keeping it longer helps nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import final
+
+from ..graph import Graph
+from ..schedule import Backward, Drop, Forward, Kind, Operation, Schedule, Turn, Value
+
+
+def with_drops(graph: Graph, runs: Sequence[Operation]) -> Schedule:
+    """Make a schedule of runs: every state goes right after it is needed for the last time.
+
+    Args:
+        graph: The graph.
+        runs: Forwards, one Turn and a Backward a node, in an order that the rules allow if
+            states stay long enough.
+
+    Returns:
+        The schedule of least memory with these runs. Runs whose result nothing needs, or is
+        there anyway, are left out, and a tape that no Backward consumes is not kept.
+    """
+    needs = _Needs(graph)
+    for operation in reversed(runs):
+        needs.before(operation)
+    return Schedule.of(reversed(needs.operations))
+
+
+@final
+class _Needs:
+    """What is needed after a point of the schedule, as the point moves to its start."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.states = bytearray(len(graph) + 1)
+        self.tapes = bytearray(len(graph) + 1)
+        self.operations: list[Operation] = []  # the last one first
+
+    def before(self, operation: Operation) -> None:
+        """Move the point to before an operation."""
+        match operation:
+            case Turn():
+                self.read((len(self.graph),))
+            case Backward(i):
+                self.tapes[i] = 1
+                self.read(self.graph.reads[i - 1])
+            case Forward(i) as run:
+                if run.tape and self.tapes[i]:
+                    self.tapes[i] = 0
+                    if self.is_held(i):  # by a later tape: until this one takes it in
+                        self.read((i,))
+                elif self.states[i] and not self.is_held(i):
+                    self.states[i] = 0
+                    operation = Forward(i)
+                else:
+                    return
+                self.read(self.graph.reads[i - 1])
+            case _:
+                raise AssertionError(f"{operation} is no run")
+        self.operations.append(operation)
+
+    def is_held(self, i: int) -> bool:
+        """Whether a tape that is kept holds state i, so that it has been there all along."""
+        return any(self.tapes[v] for v in self.graph.readers[i])
+
+    def read(self, sources: Iterable[int]) -> None:
+        """Need states; one that is not in a tape, and not needed later, goes here."""
+        for u in sources:
+            if not self.states[u] and not self.tapes[u]:
+                self.states[u] = 1
+                self.operations.append(Drop(Value(Kind.STATE, u)))
+
+
+def store_all_runs(graph: Graph) -> list[Operation]:
+    """Every tape is kept, as plain autograd does."""
+    n = len(graph)
+    forwards: list[Operation] = [Forward(i, tape=True) for i in range(1, n + 1)]
+    return [*forwards, Turn(), *(Backward(i) for i in range(n, 0, -1))]
+
+
+def on_demand_runs(graph: Graph, kept: Collection[int]) -> list[Operation]:
+    """Runs that keep some states, and before each backward make what it needs from those.
+
+    Args:
+        graph: The graph.
+        kept: Numbers of nodes whose states stay from the forward pass to their backward. None:
+            every backward starts from the input.
+    """
+    n = len(graph)
+    runs: list[Operation] = [Forward(i, tape=i == n) for i in range(1, n + 1)]
+    runs.append(Turn())
+    for b in range(n, 0, -1):
+        if b < n:
+            needed = set(graph.reads[b - 1])
+            for i in range(b - 1, 0, -1):
+                if i in needed and i not in kept:
+                    needed.update(graph.reads[i - 1])
+            runs += [Forward(i) for i in sorted(needed - {0}) if i not in kept]
+            runs.append(Forward(b, tape=True))
+        runs.append(Backward(b))
+    return runs

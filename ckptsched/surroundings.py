@@ -1,0 +1,198 @@
+"""What a forward pass found around its stages: its backward must find the same again.
+
+Parameters, buffers, training modes, autocast and the random state are noted when a forward
+begins. What runs again runs among these, and what has changed meanwhile in a way that would
+give wrong gradients is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import final
+
+import torch
+from torch import Tensor
+
+from .aliases import make_alias
+from .context import Autocast, Generators, RandomState, one_kernel
+from .errors import ExecutionError
+from .program import Program
+from .trees import NO_EXTRAS, Extras, State
+
+_NOTHING = NO_EXTRAS.apart()
+
+
+@final
+class Surroundings:
+    """What one forward pass found, and how to go back to it."""
+
+    def __init__(self, program: Program, device: torch.device, given: State) -> None:
+        """Note everything.
+
+        Args:
+            program: The model and its plan.
+            device: Where the stages run.
+            given: What every stage is given besides the state, taken apart.
+        """
+        self.program, self.device = program, device
+        self.autocast = Autocast.take(device)
+        self.parameters = program.all_slots.parameters()
+        self._parameter_aliases = [make_alias(p) for p in self.parameters]
+        self.alias_of: dict[int, Tensor] = {}
+        self.give(given)
+        self.bound = [slots.bind(self.alias_of) for slots in program.slots]
+        self._versions = [p._version for p in self.parameters]
+        self._buffers = [slots.buffers_in_place() for slots in program.slots]
+        self._buffer_versions = self._versions_of_buffers()
+        self._unchanged: list[bool] = []
+        self._modes = [(module, module.training) for module in program.modules]
+        # For one more backward; neither of the two is a tensor, whose bytes would count.
+        self._generators = Generators(device) if program.random else None
+        self._untouched = b"" if program.random else RandomState.take(device).to_bytes()
+
+    def give(self, given: State) -> None:
+        """Take what every stage is given besides the state.
+
+        Args:
+            given: It, as the caller gave it, taken apart.
+        """
+        self.given, self._given_versions = given, given.versions()
+        own = zip(self.parameters, self._parameter_aliases, strict=True)
+        self.alias_of = {id(p): alias for p, alias in own}
+        stand_ins = [
+            self.alias_of.get(id(t), make_alias(t)) if t.requires_grad else t.detach()
+            for t in given.leaves
+        ]
+        self.alias_of |= {id(t): a for t, a in zip(given.leaves, stand_ins, strict=True)}
+        self.extras = Extras.of(given.replaced(stand_ins))
+        # What collects gradients: for the parameters, and for what every stage is given.
+        self.aliases = [*self._parameter_aliases, *stand_ins]
+
+    def let_go(self) -> None:
+        """Forget what was given."""
+        self.give(_NOTHING)
+
+    def _versions_of_buffers(self) -> list[int]:
+        held = (b for buffers in self._buffers for b in buffers if b is not None)
+        return [b._version for b in held]
+
+    def end_forward(self) -> None:
+        """Note what the forward pass itself has changed.
+
+        Raises:
+            ExecutionError: It drew random numbers, which the plan does not put back.
+        """
+        drawing = self._generators is not None
+        if not drawing and RandomState.take(self.device).to_bytes() != self._untouched:
+            raise ExecutionError(
+                "a stage drew random numbers, and none did when the model was profiled: it would "
+                "draw others when it runs again; profile and plan again, with a sample on which it "
+                "draws"
+            )
+        now = self._versions_of_buffers()
+        self._unchanged = [a == b for a, b in zip(self._buffer_versions, now, strict=True)]
+
+    def check(self) -> None:
+        """Refuse to go back through a model that is no longer the same.
+
+        Raises:
+            ExecutionError: A parameter or buffer was changed, moved or taken out meanwhile.
+        """
+        program = self.program
+        for slots, bound in zip(program.slots, self.bound, strict=True):
+            missing = slots.missing()
+            if missing:
+                raise ExecutionError(
+                    f"{missing} was taken out of its module between forward and backward, so the "
+                    "stages that use it cannot run again; change the model after the backward"
+                )
+            for now, alias in zip(slots.in_place(), bound, strict=True):
+                if now is not None and alias is not None and now.device != alias.device:
+                    raise ExecutionError(
+                        f"parameter {program.parameter_name(now)!r} was on {alias.device} in the "
+                        f"forward pass and is on {now.device} now; move the model before the "
+                        "forward pass"
+                    )
+        versions = zip(
+            self._buffer_versions, self._versions_of_buffers(), self._unchanged, strict=True
+        )
+        for before, after, steady in versions:
+            if steady and before != after:
+                raise ExecutionError(
+                    "a buffer that the forward pass left alone was changed in place before the "
+                    "backward, so stages would run again with another; call backward before"
+                )
+        for parameter, version in zip(self.parameters, self._versions, strict=True):
+            if parameter._version != version:
+                raise ExecutionError(
+                    f"parameter {program.parameter_name(parameter)!r} was changed in place "
+                    "between forward and backward; call backward before optimizer.step"
+                )
+
+        if self.given.versions() != self._given_versions:
+            raise ExecutionError(
+                "an input that every stage is given was changed in place since the forward pass "
+                "began, so stages would run again with another; change a copy instead"
+            )
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Hold the model's lock, and run under the autocast of the forward pass."""
+        with self.program.lock.lock, self.autocast.again(), one_kernel():
+            yield
+
+    @contextmanager
+    def modes(self) -> Iterator[None]:
+        """Let every module train, or not, as in the forward pass."""
+        changed = [(m, m.training) for m, flag in self._modes if m.training != flag]
+        try:
+            for module, now in changed:
+                module.training = not now
+            yield
+        finally:
+            for module, now in changed:
+                module.training = now
+
+    @contextmanager
+    def parameters_replaced(
+        self, blocks: Iterable[int], bound: Sequence[Sequence[Tensor | None]]
+    ) -> Iterator[None]:
+        """Put other tensors where some blocks keep their parameters.
+
+        Args:
+            blocks: Indices of the blocks.
+            bound: What to put there, by block and place, such as `bound` of this object.
+        """
+        with ExitStack() as stack:
+            for k in blocks:
+                slots = self.program.slots[k]
+                stack.enter_context(slots.parameters_replaced(bound[k]))
+            yield
+
+    @contextmanager
+    def traceless(self, blocks: Iterable[int]) -> Iterator[None]:
+        """Leave no trace of what is run again: random numbers drawn, buffers changed.
+
+        Args:
+            blocks: Indices of the blocks whose stages run again.
+        """
+        outer = RandomState.take(self.device) if self.program.random else None
+        try:
+            with ExitStack() as stack:
+                clones: dict[int, Tensor] = {}
+                for k in blocks:
+                    for buffer in self._buffers[k]:
+                        if buffer is not None and id(buffer) not in clones:
+                            clones[id(buffer)] = buffer.clone()
+                    slots = self.program.slots[k]
+                    stack.enter_context(slots.buffers_replaced(clones, self._buffers[k]))
+                yield
+        finally:
+            if outer is not None:
+                outer.restore()
+
+    def restore_random(self) -> None:
+        """Put the random state back to the start of the forward pass, where it matters."""
+        if self._generators is not None:
+            self._generators.restore()

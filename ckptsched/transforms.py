@@ -1,0 +1,62 @@
+"""What else of torch is at work around a call: there a plan cannot be followed.
+
+Two names here are private to torch. Each has a way out where it is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def transform_at_work(tensors: Iterable[Tensor]) -> str:
+    """Name what transforms the computation, so that only plain autograd can run it.
+
+    Args:
+        tensors: Inputs and parameters of the model.
+
+    Returns:
+        Such as "torch.func"; empty where nothing does.
+    """
+    if _functorch_level() is not None:
+        return "a transform of torch.func"
+    if _forward_mode(tensors):
+        return "forward-mode differentiation"
+    return ""
+
+
+def _functorch_level() -> int | None:
+    """Depth of `torch.func.vmap`, `grad` and the like; None outside.
+
+    Where torch has no such function the answer is None: torch then refuses our nodes inside a
+    transform with an error of its own, so nothing goes wrong silently.
+    """
+    functorch: Any = getattr(torch._C, "_functorch", None)
+    level = getattr(functorch, "maybe_current_level", None)
+    found: int | None = None if level is None else level()
+    return found
+
+
+def _forward_mode(tensors: Iterable[Tensor]) -> bool:
+    level = _forward_level()
+    if level is not None:
+        return level >= 0
+    return any(_is_dual(tensor) for tensor in tensors)
+
+
+def _forward_level() -> int | None:
+    """Depth of forward-mode differentiation, -1 outside; None where torch does not tell."""
+    level: int | None = getattr(forward_ad, "_current_level", None)
+    return level
+
+
+def _is_dual(tensor: Tensor) -> bool:
+    try:
+        dual: Any = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+    except RuntimeError:  # outside of a dual level
+        return False
+    return dual.tangent is not None

@@ -1,0 +1,363 @@
+"""The integer program: equal to brute force, its bound, its limits, its errors."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pulp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptsched.errors import InfeasibleBudgetError, SolverTimeoutError, WorkloadError
+from ckptsched.graph import Graph
+from ckptsched.progress import listening
+from ckptsched.schedule import Schedule
+from ckptsched.simulator import simulate
+from ckptsched.solvers import ChainDp, GraphCuts, GraphIlp, Solution, graph_milp, solve_graph
+from ckptsched.solvers.graph_ilp import FRONTIER_ADVANCING, IN_ORDER, MOST_NODES, MOST_ORDERS
+from ckptsched.solvers.graph_milp import minimise
+from ckptsched.solvers.graph_model import GraphModel
+from ckptsched.solvers.graph_orders import orders, reordered
+from ckptsched.solvers.graph_runs import on_demand_runs, store_all_runs, with_drops
+from ckptsched.workload import Chain
+from tests.brute_force import persistent_schedules
+from tests.brute_force_graph import cheapest_on_graph
+from tests.graphs import graphs, residual, two_branches, u_net
+from tests.helpers import EXAMPLES, exact_stage, example, steps, tiny_cases, uniform
+from tests.strategies import chains
+
+ILP = GraphIlp()
+TWO_SWEEPS = FRONTIER_ADVANCING + " of 2 sweeps"
+# Where all schedules beat the persistent ones of EXAMPLES.
+NOT_PERSISTENT = {("E4", 24): 100.0}
+
+
+def solve(workload: Chain | Graph, budget: int) -> Solution | None:
+    """A checked solution; None where nothing fits."""
+    try:
+        solution = ILP.solve(workload, budget)
+    except InfeasibleBudgetError:
+        return None
+    assert simulate(workload, solution.schedule).timeline.tolist() == (
+        solution.trace.timeline.tolist()
+    )
+    assert solution.trace.peak_bytes <= budget
+    assert solution.lower_bound_seconds <= solution.trace.seconds
+    assert solution.least_budget_bytes <= budget
+    return solution
+
+
+def seconds(workload: Chain | Graph, budget: int) -> float:
+    """The least seconds that the program proves; infinite where nothing fits."""
+    solution = solve(workload, budget)
+    if solution is None:
+        return math.inf
+    assert solution.trace.seconds == pytest.approx(solution.lower_bound_seconds, rel=1e-6)
+    return solution.trace.seconds
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_worked_examples(name: str) -> None:
+    chain, pairs = example(name), list(EXAMPLES[name][1].items())
+    assert solve(chain, pairs[0][0] - 1) is None
+    for budget, value in steps(pairs, pairs[-1][0] + 1):
+        assert seconds(chain, budget) == NOT_PERSISTENT.get((name, budget), value)
+
+
+def test_tiny_chains_against_all_schedules() -> None:
+    cases = tiny_cases()
+    grown = [x for x in cases if any(row[2] != row[3] for row in x["optimum"])]
+    assert grown  # where a schedule that is not memory-persistent is best
+    for case in (*cases[:8], *grown):
+        chain = Chain.from_json(case["chain"])
+        for budget, _, best, _ in case["optimum"]:
+            assert seconds(chain, budget) == (math.inf if best is None else best)
+
+
+def of_class(graph: Graph, budget: int, sweeps: int = 2) -> float:
+    """Brute force over frontier-advancing schedules in all orders."""
+    listed, complete = orders(graph, MOST_ORDERS)
+    assert complete
+    return min(cheapest_on_graph(order.graph, budget, sweeps=sweeps) for order in listed)
+
+
+@pytest.mark.parametrize("case", [(53, 181.0, 184.0), (46, 136.0, 155.0)])
+def test_a_second_sweep_can_gain(case: tuple[int, float, float]) -> None:
+    budget, two, one = case
+    u_f, u_b, w_a, w_t, o_f, o_b = RERUN_EARLY[budget]
+    data = {"u_f": u_f, "u_b": u_b, "w_a": w_a, "w_t": w_t, "o_f": o_f, "o_b": o_b}
+    chain = Chain.from_json(data)
+    assert seconds(chain, budget) == two  # the optimum of all schedules
+    model = GraphModel(Graph.from_chain(chain), budget)
+    assert model.bound(minimise(model.problem, time_limit_seconds=60).bound) == one
+
+
+# Chains on which a state is best made again before the Backward that comes next: found by
+# comparing random chains with all schedules.
+RERUN_EARLY = {
+    53: (
+        [3, 9, 1, 7, 2, 10, 3],
+        [2, 12, 15, 20, 18, 13, 2],
+        [7, 1, 6, 8, 6, 7, 7, 8],
+        [2, 8, 24, 13, 15, 9, 18],
+        [1, 7, 1, 8, 6, 1, 5],
+        [8, 1, 0, 7, 2, 3, 6],
+    ),
+    46: (
+        [9, 4, 1, 9, 8, 2, 10],
+        [10, 5, 5, 15, 3, 20, 2],
+        [1, 6, 4, 2, 8, 1, 6, 6],
+        [14, 13, 2, 24, 5, 6, 9],
+        [3, 7, 5, 1, 0, 6, 1],
+        [3, 2, 6, 7, 7, 1, 8],
+    ),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(chains(most_stages=4), st.data())
+def test_chains_against_brute_force(chain: Chain, data: st.DataObject) -> None:
+    graph = Graph.from_chain(chain)
+    top = simulate(graph, with_drops(graph, store_all_runs(graph))).peak_bytes
+    budget = data.draw(st.integers(top // 3, top))
+    assert seconds(chain, budget) == seconds(graph, budget) == of_class(graph, budget)
+    assert cheapest_on_graph(graph, budget) <= of_class(graph, budget)
+    model = GraphModel(graph, budget)
+    outcome = minimise(model.problem, time_limit_seconds=60)
+    assert model.bound(outcome.bound) == of_class(graph, budget, sweeps=1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(graphs(most_nodes=4), st.data())
+def test_graphs_against_brute_force(graph: Graph, data: st.DataObject) -> None:
+    top = simulate(graph, with_drops(graph, store_all_runs(graph))).peak_bytes
+    budget = data.draw(st.integers(top // 3, top))
+    assert seconds(graph, budget) == of_class(graph, budget)
+    assert cheapest_on_graph(graph, budget) <= of_class(graph, budget)
+
+
+@settings(max_examples=10, deadline=None)
+@given(graphs(most_nodes=4))
+def test_the_least_budget(graph: Graph) -> None:
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        ILP.solve(graph, graph.held_bytes + graph.input_bytes - 1)
+    least = caught.value.least_budget_bytes
+    assert least is not None
+    assert seconds(graph, least) == of_class(graph, least) < math.inf
+    assert of_class(graph, least - 1) == math.inf
+
+
+@pytest.mark.parametrize("graph", [residual(2), u_net(), two_branches(2)])
+def test_networks(graph: Graph) -> None:
+    top = simulate(graph, with_drops(graph, store_all_runs(graph))).peak_bytes
+    budgets = [int(top * share) for share in (1.0, 0.85, 0.7)]
+    planned, merged = ILP.solve_each(graph, budgets), GraphCuts().solve_each(graph, budgets)
+    gains = 0
+    for a, b, budget in zip(planned, merged, budgets, strict=True):
+        assert isinstance(a, Solution)
+        assert isinstance(b, Solution)
+        assert a.trace.peak_bytes <= budget
+        assert a.lower_bound_seconds <= a.trace.seconds <= b.trace.seconds
+        assert a.trace.seconds == pytest.approx(a.lower_bound_seconds, rel=1e-6)
+        gains += a.trace.seconds < b.trace.seconds
+    assert planned[0].schedule_class == "all schedules"  # type: ignore[union-attr]
+    assert planned[2].schedule_class == TWO_SWEEPS  # type: ignore[union-attr]
+    assert gains
+    assert solve_graph(graph, budgets[2]) == planned[2]
+
+
+def test_more_orders_than_are_tried() -> None:
+    graph = two_branches(length=4)
+    assert orders(graph, MOST_ORDERS)[1] is False
+    top = simulate(graph, with_drops(graph, store_all_runs(graph))).peak_bytes
+    solution = solve(graph, int(0.8 * top))
+    assert solution is not None
+    assert solution.schedule_class == TWO_SWEEPS + IN_ORDER
+
+
+def test_a_better_order_is_found() -> None:
+    graph = two_branches(length=2)
+    # Counted across the branches, so that both lie open from end to end.
+    across = reordered(graph, (0, 1, 3, 2, 4, 5, 6)).graph
+    top = simulate(graph, with_drops(graph, store_all_runs(graph))).peak_bytes
+    for budget in (int(share * top) for share in (0.45, 0.6, 0.75)):
+        assert seconds(graph, budget) == seconds(across, budget)
+
+
+@settings(max_examples=30, deadline=None)
+@given(graphs(most_nodes=6), st.data())
+def test_starts_are_the_runs_that_they_came_from(graph: Graph, data: st.DataObject) -> None:
+    kept = data.draw(st.sets(st.integers(1, len(graph))))
+    sweeps = data.draw(st.integers(1, 2))
+    for runs in (store_all_runs(graph), on_demand_runs(graph, kept)):
+        schedule = with_drops(graph, runs)
+        model = GraphModel(graph, 1, sweeps=sweeps)
+        start = model.start(schedule)
+        assert start is not None
+        for variable, value in start.items():
+            variable.varValue = value
+        assert with_drops(graph, model.runs()) == schedule
+
+
+def test_starts_that_are_none() -> None:
+    graph = Graph.from_chain(uniform(3))
+    model = GraphModel(graph, 1)
+    twice = Schedule.from_text("F1 F2 -x1 F1 T3 turn")
+    assert model.start(twice) is None
+    assert GraphModel(graph, 1, sweeps=2).start(twice) is not None
+    assert GraphModel(two_branches(2), 1).start(Schedule.from_text("turn B6 B5 B2")) is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(chains(most_stages=4), st.integers(0, 10**6))
+def test_early_drops_never_need_more(chain: Chain, pick: int) -> None:
+    graph = Graph.from_chain(chain)
+    known = persistent_schedules(len(chain))
+    schedule = known[pick % len(known)]
+    runs = [operation for operation in schedule if "Drop" not in repr(operation)]
+    early = with_drops(graph, runs)
+    assert with_drops(graph, [x for x in early if "Drop" not in repr(x)]) == early
+    before, after = simulate(graph, schedule), simulate(graph, early)
+    assert after.peak_bytes <= before.peak_bytes
+    assert after.seconds <= before.seconds
+
+
+@pytest.mark.parametrize("factor", [7, 1_000_003])
+def test_units_are_no_matter(factor: int) -> None:
+    data = EXAMPLES["E4"][0]
+    sizes = {key: [factor * x for x in data[key]] for key in ("w_a", "w_t")}
+    for budget, value in ((24, 100.0), (25, 90.0), (32, 80.0), (37, 72.0)):
+        assert seconds(Chain.from_json(data | sizes), factor * budget) == value
+        assert seconds(Chain.from_json(data | sizes), factor * (budget + 1) - 1) == value
+        times = {key: [0.0013 * x for x in data[key]] for key in ("u_f", "u_b")}
+        found = seconds(Chain.from_json(data | times), budget)
+        assert found == pytest.approx(0.0013 * value, rel=1e-12)
+
+
+def test_a_byte_below_the_solvers_tolerance_counts() -> None:
+    data = EXAMPLES["E4"][0]
+    huge = 10**13
+    sizes = {key: [huge * x for x in data[key]] for key in ("w_a", "w_t")}
+    sizes["w_a"][0] += 1  # so that the sizes share no unit
+    chain = Chain.from_json(data | sizes)
+    solution = solve(chain, 25 * huge)  # 90 seconds need a byte more
+    assert solution is not None
+    assert solution.trace.seconds == 100
+    assert solution.lower_bound_seconds <= 100
+    assert seconds(chain, 25 * huge + 1) == 90
+
+
+def test_exact_bytes_are_kept_and_the_class_says_what_is_bounded() -> None:
+    chain = Chain(stages=(exact_stage(),) * 5, held_bytes=10)
+    least = ChainDp().solve(chain, 10**6).least_budget_bytes
+    found = [solve(chain, budget) for budget in (2 * least, 4 * least)]
+    assert found[0] is not None
+    assert found[0].trace.ledger_peak_bytes is not None
+    assert found[0].trace.ledger_peak_bytes <= 2 * least
+    assert found[0].schedule_class == TWO_SWEEPS + ", in the planning model"
+
+
+def larger_chain(n: int = 30) -> Chain:
+    """A chain on which the program takes a while."""
+    shapes = [exact_stage(parameter_gradient_bytes=i) for i in range(3)]
+    stages = tuple(
+        replace(
+            shapes[i % 3],
+            ledger=None,
+            forward_seconds=1.0 + 0.37 * (i * i % 7),
+            state_bytes=10 + i % 4,
+            tape_bytes=25 + i * i % 17,
+        )
+        for i in range(n)
+    )
+    return Chain(stages=stages, input_bytes=10, input_gradient_bytes=10)
+
+
+def test_a_time_limit_leaves_a_valid_bound() -> None:
+    chain = larger_chain()
+    budget = int(ChainDp().solve(chain, 10**6).trace.peak_bytes * 0.4)
+    solution = GraphIlp(time_limit_seconds=0.01).solve(chain, budget)
+    known = ChainDp().solve(chain, budget).trace.seconds
+    assert solution.trace.peak_bytes <= budget
+    assert chain.store_all_seconds <= solution.lower_bound_seconds <= solution.trace.seconds
+    assert solution.trace.seconds <= known
+
+
+def test_a_time_limit_without_a_solution() -> None:
+    graph = two_branches(length=4)
+    with pytest.raises(InfeasibleBudgetError) as least:
+        GraphCuts().solve(graph, 1)
+    budget = least.value.least_budget_bytes
+    assert budget is not None
+    with pytest.raises(SolverTimeoutError) as caught:
+        GraphIlp(time_limit_seconds=1e-9).solve(graph, budget - 1)
+    assert caught.value.limit_seconds == 1e-9
+    message = str(caught.value)
+    assert f"found no schedule for {budget - 1} B ({budget - 1} bytes) in 1e-09 seconds" in message
+    assert f"({budget} bytes) works" in message
+
+
+def test_infeasible_budgets_name_the_least() -> None:
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        ILP.solve(example("E4"), 20)
+    assert (caught.value.budget_bytes, caught.value.least_budget_bytes) == (20, 24)
+    assert "no frontier-advancing schedule fits a budget of 20 B" in str(caught.value)
+    assert caught.value.stage == "stage 3"
+    graph = u_net()
+    with pytest.raises(InfeasibleBudgetError, match=r"where B:up0 of 'up0' binds"):
+        ILP.solve(graph, 100)
+
+
+def test_what_it_does_not_take() -> None:
+    with pytest.raises(WorkloadError, match=f"at most {MOST_NODES} nodes, found 151"):
+        ILP.solve(uniform(151), 10**6)
+    with pytest.raises(WorkloadError, match="one sweep or more, found 0"):
+        GraphIlp(sweeps=0)
+    for limit in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(WorkloadError, match="time limit of more than 0 seconds"):
+            GraphIlp(time_limit_seconds=limit)
+
+
+def test_large_graphs_go_by_their_cuts() -> None:
+    graph = residual(blocks=60)
+    assert len(graph) > MOST_NODES
+    top = simulate(graph, with_drops(graph, store_all_runs(graph))).peak_bytes
+    solution = solve_graph(graph, top // 2)
+    assert solution.trace.peak_bytes <= top // 2
+
+
+def test_results_are_the_same_again_and_nothing_is_printed(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    chain = larger_chain(8)
+    budget = int(ChainDp().solve(chain, 10**6).trace.peak_bytes * 0.5)
+    assert ILP.solve(chain, budget) == ILP.solve(chain, budget)
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_ctrl_c_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(what: str, share: float) -> None:
+        assert what == "integer program of 30 nodes"
+        raise KeyboardInterrupt
+
+    chain = larger_chain()
+    monkeypatch.setattr(graph_milp, "_POLL_SECONDS", 0.001)
+    with pytest.raises(KeyboardInterrupt), listening(interrupt):
+        ILP.solve(chain, 400)
+    assert seconds(example("E4"), 24) == 100
+
+
+@pytest.mark.skipif(
+    not pulp.COIN_CMD(path=graph_milp.pulp_cbc_path).available(), reason="PuLP has no CBC here"
+)
+def test_cbc_gives_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(graph_milp, "highspy", None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for budget, value in ((23, math.inf), (24, 100.0), (32, 80.0)):
+        assert seconds(example("E4"), budget) == value
+    assert list(tmp_path.iterdir()) == []

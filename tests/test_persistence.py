@@ -1,0 +1,183 @@
+"""What holds of all pinned schedules: a lower bound, and when the persistent optimum is theirs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from ckptsched.solvers import ChainDp
+from ckptsched.solvers.persistence import persistent_is_optimal
+from ckptsched.solvers.pinned_bound import least_pinned_bytes, pinned_lower_bounds
+from ckptsched.solvers.pinned_sizes import pinned_sizes
+from ckptsched.solvers.pinned_table import PinnedTable
+from ckptsched.workload import Chain
+
+from .brute_force import cheapest_of, persistent_frontier
+from .pinned_oracle import cheapest_pinned, least_budget
+from .strategies import (
+    SECONDS,
+    SMALL,
+    chains,
+    chains_with_options,
+    ledger_chains,
+    scaled_chains,
+    tape_options,
+)
+
+
+@st.composite
+def shrinking_chains(draw: st.DrawFn, most_stages: int = 4) -> Chain:
+    """Chains to which the theorem applies, at its edges too: the first and last state are free."""
+    n = draw(st.integers(1, most_stages))
+    states = sorted(draw(st.lists(SMALL, min_size=n, max_size=n)), reverse=True)
+    states[-1] = draw(SMALL)
+    later, gradients, parameters = 0, [0] * (n + 1), [0] * n
+    for i in range(n, 0, -1):
+        room = min(states[:i]) - later
+        gradients[i] = draw(st.integers(0, max(room, 0)))
+        least = min(states[: i - 1], default=9)
+        parameters[i - 1] = draw(st.integers(0, max(least - later, 0)))
+        later += parameters[i - 1]
+    gradients[0] = draw(SMALL)
+    column = st.lists(st.integers(0, 12), min_size=n, max_size=n)
+    seconds = st.lists(SECONDS, min_size=n, max_size=n)
+    more = draw(column)
+    return Chain.from_json(
+        {
+            "u_f": draw(seconds),
+            "u_b": draw(seconds),
+            "w_a": [draw(SMALL), *states],
+            "w_t": [a + t for a, t in zip(states, more, strict=True)],
+            "w_g": gradients,
+            "o_f": draw(column),
+            "o_b": draw(column),
+            "w_p": parameters,
+            "u_loss": draw(SECONDS),
+            "o_loss": draw(st.integers(0, 12)),
+        }
+    )
+
+
+@given(shrinking_chains(), st.integers(0, 70))
+@settings(max_examples=200, deadline=None)
+def test_where_states_never_grow_nothing_beats_the_persistent_optimum(
+    chain: Chain, budget: int
+) -> None:
+    assert persistent_is_optimal(chain)
+    optimum = cheapest_pinned(chain, budget)
+    assert cheapest_of(persistent_frontier(chain), budget) == optimum
+    assert pinned_lower_bounds(chain, [budget]) == [optimum]
+
+
+@given(shrinking_chains(3), st.data(), st.integers(0, 50))
+@settings(max_examples=40, deadline=None)
+def test_nor_where_stages_offer_several_tapes(
+    chain: Chain, data: st.DataObject, budget: int
+) -> None:
+    links = [
+        replace(stage, other_tapes=(data.draw(tape_options(stage.state_bytes)),))
+        for stage in chain.stages
+    ]
+    chain = replace(chain, stages=tuple(links))
+    assume(persistent_is_optimal(chain))
+    optimum = cheapest_pinned(chain, budget)
+    assert cheapest_of(persistent_frontier(chain), budget) == optimum
+    assert pinned_lower_bounds(chain, [budget]) == [pytest.approx(optimum)]
+
+
+# States, tapes, gradients, overheads and so on where one condition of the theorem is broken, and
+# with a budget at which a schedule of two or three forward runs beats the persistent optimum.
+_GROWING = {
+    "u_f": [10, 4, 4, 8],
+    "u_b": [6, 16, 11, 9],
+    "w_a": [1, 1, 5, 5, 2],
+    "w_t": [8, 12, 8, 8],
+}
+_LARGE_GRADIENT = {
+    "u_f": [1, 1],
+    "u_b": [0, 0],
+    "w_a": [0, 1, 0],
+    "w_t": [2, 0],
+    "w_g": [0, 6, 0],
+    "o_f": [3, 0],
+    "o_loss": 8,
+}
+_PARAMETERS = {**_LARGE_GRADIENT, "w_g": [0, 1, 0], "o_f": [6, 0], "w_p": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("data", "budget", "optimum", "persistent"),
+    [(_GROWING, 24, 100, 110), (_LARGE_GRADIENT, 9, 3, 4), (_PARAMETERS, 9, 3, 4)],
+)
+def test_each_condition_is_needed(
+    data: dict[str, list[int]], budget: int, optimum: int, persistent: int
+) -> None:
+    chain = Chain.from_json(data)
+    assert not persistent_is_optimal(chain)
+    assert cheapest_pinned(chain, budget) == optimum
+    assert ChainDp().solve(chain, budget).trace.seconds == persistent
+
+
+@given(ledger_chains(3))
+@settings(max_examples=20, deadline=None)
+def test_of_a_ledger_nothing_is_said(chain: Chain) -> None:
+    assert not persistent_is_optimal(chain)
+    assert pinned_lower_bounds(chain, [0, 10**9]) == [chain.store_all_seconds] * 2
+
+
+@given(
+    st.one_of(chains(4), chains_with_options(3, 1)),
+    st.lists(st.integers(0, 70), min_size=1, max_size=5),
+)
+@settings(max_examples=100, deadline=None)
+def test_no_schedule_beats_the_bound(chain: Chain, budgets: list[int]) -> None:
+    bounds = pinned_lower_bounds(chain, budgets)
+    for budget, bound in zip(budgets, bounds, strict=True):
+        assert chain.store_all_seconds <= bound <= cheapest_pinned(chain, budget)
+
+
+@given(chains(5))
+@settings(max_examples=40, deadline=None)
+def test_the_bound_falls_to_the_seconds_of_storing_everything(chain: Chain) -> None:
+    bounds = pinned_lower_bounds(chain, list(range(0, 200)))
+    assert bounds == sorted(bounds, reverse=True)
+    assert bounds[-1] == chain.store_all_seconds
+
+
+@given(scaled_chains(5), st.floats(0, 1), st.integers(5, 40))
+@settings(max_examples=60, deadline=None)
+def test_sizes_rounded_down_bound_from_below(chain: Chain, share: float, slots: int) -> None:
+    sizes = pinned_sizes(chain)
+    free = int((ChainDp().solve(chain, 10**9).least_budget_bytes - sizes.fixed) * (1 + share))
+    unit = free // slots + 1
+    rounded = PinnedTable(sizes, free // unit, unit).extra_seconds[free // unit]
+    (exact,) = pinned_lower_bounds(chain, [free + sizes.fixed])
+    assert chain.store_all_seconds + rounded <= exact
+    assert exact <= ChainDp().solve(chain, free + sizes.fixed).trace.seconds
+
+
+@given(chains(3))
+@settings(max_examples=40, deadline=None)
+def test_below_the_least_bytes_nothing_fits(chain: Chain) -> None:
+    least = least_pinned_bytes(pinned_sizes(chain))
+    assert least <= least_budget(chain)
+    above, below = pinned_lower_bounds(chain, [least, least - 1])
+    assert math.isfinite(above)
+    assert math.isinf(below)
+
+
+@given(chains(5), st.integers(1, 4), st.integers(0, 60))
+@settings(max_examples=60, deadline=None)
+def test_the_parts_beside_a_cut_add_up(chain: Chain, cut: int, m: int) -> None:
+    """Lemma 2: what two parts take alone, with nothing beside them, the whole takes at least."""
+    n = len(chain)
+    cut = min(cut, n)
+    sizes = pinned_sizes(chain)
+    table = PinnedTable(sizes, m, level=np.zeros_like(sizes.level))
+    parts = table.row(1, cut)[m] + table.row(cut + 1, n + 1)[m]
+    assert chain.store_all_seconds + parts <= cheapest_pinned(chain, m + sizes.fixed)

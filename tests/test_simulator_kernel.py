@@ -1,0 +1,65 @@
+"""The compiled pass of the simulator: the same verdicts and the same traces."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptsched import simulator
+from ckptsched.budget import Tier
+from ckptsched.errors import InvalidScheduleError
+from ckptsched.schedule import Backward, Copy, Drop, Forward, Kind, Operation, Schedule, Turn, Value
+from ckptsched.simulator import simulate
+from ckptsched.trace import Trace
+from ckptsched.workload import Chain
+from tests.brute_force import persistent_schedules
+from tests.strategies import chains
+
+
+@st.composite
+def operations(draw: st.DrawFn, n: int) -> Operation:
+    """Any operation, such as a schedule of n stages may or may not have."""
+    stage = draw(st.integers(0, n + 1))
+    value = Value(draw(st.sampled_from(Kind)), stage)
+    kind = draw(st.integers(0, 6))
+    if kind < 2:
+        return Forward(stage, tape=bool(kind))
+    if kind == 2:
+        return Turn()
+    if kind == 3:
+        return Backward(stage)
+    if kind == 4:
+        return Copy(value, draw(st.sampled_from(Tier)), draw(st.sampled_from(Tier)))
+    return Drop(value, draw(st.sampled_from([Tier.DEVICE, Tier.DEVICE, Tier.HOST])))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Chain, Schedule]:
+    """A chain, and a schedule that is valid or nearly so."""
+    chain = draw(chains(4))
+    found = list(draw(st.sampled_from(persistent_schedules(len(chain)))))
+    for _ in range(draw(st.integers(0, 2))):
+        at = draw(st.integers(0, len(found) - 1))
+        if draw(st.booleans()):
+            found.insert(at, draw(operations(len(chain))))
+        elif len(found) > 1:
+            del found[at]
+    return chain, Schedule.of(found)
+
+
+def verdict(chain: Chain, schedule: Schedule) -> Trace | str:
+    try:
+        return simulate(chain, schedule)
+    except InvalidScheduleError as error:
+        return f"{error.position} {error}"
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases())
+def test_both_passes_say_the_same(case: tuple[Chain, Schedule]) -> None:
+    chain, schedule = case
+    interpreted = verdict(chain, schedule)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulator, "_COMPILED_OPERATIONS", 1)
+        assert verdict(chain, schedule) == interpreted
