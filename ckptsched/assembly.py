@@ -65,8 +65,8 @@ def assemble(
             cache[key] = _stage(kind, fresh, partly, gradient_bytes, snapshot, buffers, extra, last)
         stages.append(cache[key])
         gradient_bytes = _bytes(kind.input_gradients)
-    # What the output shares with the input is the caller's anyway.
-    theirs = storages(inputs)
+    # What the output shares with the input or a parameter is there anyway.
+    theirs = storages(inputs).keys() | order[-1].standing.fixed
     output_bytes = storage_bytes(
         y
         for storage, leaves in storages(order[-1].output.leaves).items()

@@ -165,7 +165,7 @@ def parse_budget(budget: int | float | str | Budget) -> Budget:
         )
     if isinstance(budget, str):
         return _parse_text(budget)
-    if not math.isfinite(budget):
+    if isinstance(budget, float) and not math.isfinite(budget):
         raise BudgetSyntaxError(f"a budget of {budget} bytes is not a finite number; {_REMEDY}")
     if math.floor(budget) <= 0:
         raise BudgetSyntaxError(f"a budget of {budget} bytes is not positive; {_REMEDY}")

@@ -25,7 +25,7 @@ from .inverse import largest_batch, largest_steps, least_budget
 from .planner import PlanOptions
 from .planner import plan as make_plan
 from .plans import Plan
-from .report import Outputs, make_console, print_chain, report, timeline
+from .report import Outputs, check_writable, make_console, print_chain, report, timeline
 from .targets import Inputs, sample_input
 from .verifier import Verification
 from .verifier import verify as run_verify
@@ -33,6 +33,7 @@ from .verifier import verify as run_verify
 _BUDGET_HELP = 'Bytes, or text such as "64MiB", "1.5 GB" or "40%" of what storing everything needs.'
 _FAKE_HELP = "Estimate the MODEL on tensors without data: for planning only, seconds are guesses."
 _ROUNDS_HELP = "How often to time a step under the plan and one of plain autograd, in turn."
+_MOST_HELP = "Try no larger batch, or no more steps (1000 where nothing is said)."
 _OVERHEAD_HELP = 'What recomputation may cost, such as "10%" of the time of storing everything.'
 
 
@@ -83,6 +84,7 @@ def main() -> None:
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Save the chain here.")
 def profile_command(model: str, inputs: Inputs, fake: bool, output: str | None) -> None:
     """Measure seconds and bytes of every stage of a MODEL."""
+    check_writable(output)
     target = runnable_target(model, inputs, "profile")
     chain = profile_target(model, target, fake=fake)
     if output is not None:
@@ -115,6 +117,7 @@ def plan_command(
     """
     if (budget is None) == (overhead is None):
         raise click.UsageError("give --budget or --overhead, one of the two")
+    check_writable(output)
     chain = read_or_profile(model, inputs, fake=fake)
     if budget is not None:
         plan = make_plan(chain, budget=budget, **options)
@@ -134,6 +137,7 @@ def plan_command(
 @click.option("--budget", required=True, help=_BUDGET_HELP)
 @click.option("--overhead", help=_OVERHEAD_HELP)
 @click.option("--steps", is_flag=True, help="Ask for steps of an ODE block, not for the batch.")
+@click.option("--most", type=click.IntRange(min=1), help=_MOST_HELP)
 @click.option("--fake", is_flag=True, help=_FAKE_HELP)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Save the plan here.")
 def largest_command(
@@ -142,6 +146,7 @@ def largest_command(
     budget: str,
     overhead: str | None,
     steps: bool,
+    most: int | None,
     fake: bool,
     options: PlanOptions,
     output: str | None,
@@ -149,9 +154,12 @@ def largest_command(
     """Find the largest batch that can be trained in a budget, or the most steps.
 
     A MODEL is profiled with several batches; the first length of --input is replaced. A CHAIN,
-    and steps, are scaled from what was measured.
+    and steps, are scaled from what was measured. Without --overhead, steps often end at --most.
     """
+    check_writable(output)
     asked: dict[str, Any] = {"budget": budget, "overhead": overhead, **options}
+    if most is not None:
+        asked["most"] = most
     if steps:
         found = largest_steps(read_or_profile(model, inputs, fake=fake), **asked)
     elif is_file(model):

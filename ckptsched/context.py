@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -106,6 +107,9 @@ class RandomState:
 class Generators:
     """Copies of the default random generators: a state that is kept without a tensor."""
 
+    turn: ClassVar[AbstractContextManager[object]] = threading.RLock()
+    """Held by who draws random numbers that must come again: all threads share a generator."""
+
     def __init__(self, device: torch.device) -> None:
         """Copy the generators that a stage on this device may draw from."""
         self._cpu = torch.default_generator.clone_state()
@@ -160,19 +164,33 @@ class Autocast:
             yield
 
 
-@contextmanager
-def one_kernel() -> Iterator[None]:
-    """Keep attention to the kernels that it takes under gradients.
+@final
+class OneKernel:
+    """A `with` block that keeps attention to the kernels that it takes under gradients.
 
     Without gradients, in eval mode, torch's transformer layers take a fused path that rounds
-    differently; a stage would then give one result with its tape and another without.
+    differently; a stage would then give one result with its tape and another without. torch has
+    one switch for all threads: the first one in turns it, the last one out turns it back.
     """
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+
+    _turn: ClassVar[threading.Lock] = threading.Lock()
+    _inside: ClassVar[int] = 0
+    _before: ClassVar[bool] = True
+
+    def __enter__(self) -> None:
+        cls = type(self)
+        with cls._turn:
+            if not cls._inside:
+                cls._before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            cls._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        cls = type(self)
+        with cls._turn:
+            cls._inside -= 1
+            if not cls._inside:
+                torch.backends.mha.set_fastpath_enabled(cls._before)
 
 
 def now(device: torch.device) -> float:

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BudgetWarning, ExecutionError, PlanMismatchError
+from .higher import Gradients
 from .plans import Plan
 from .program import Program
 from .run import Run
 from .transforms import transform_at_work
 from .trees import Extras, State
+
+_HIGHER = "_ckptsched_gradients"  # attribute of a token
 
 
 def checkpointed(
@@ -132,13 +135,15 @@ def _apart(x: Any, extras: Extras) -> tuple[State, State]:
 
 def _step(program: Program, inputs: State, given: State) -> Any:
     """One forward pass whose backward follows the schedule."""
-    program.check_batch(inputs, given)
-    run = Run(program, inputs, given)
-    entry = inputs.leaves
-    for k in range(len(program.slots)):
-        entry = (_BlockNode.apply(run, k, len(entry), *entry, *run.tensors_of(k)),)
-    # Inside a tuple: the output node keeps the inputs for one more backward, and is no way to them.
-    output = _OutputNode.apply(run, *entry, (inputs, given))
+    with program.alone():
+        program.check_batch(inputs, given)
+        run = Run(program, inputs, given)
+        entry = inputs.leaves
+        for k in range(len(program.slots)):
+            entry = (_BlockNode.apply(run, k, len(entry), *entry, *run.tensors_of(k)),)
+        # Inside a tuple: the output node keeps the inputs for one more backward, and is no way to
+        # them.
+        output = _OutputNode.apply(run, *entry, (inputs, given))
     return run.output.replaced(output if isinstance(output, tuple) else (output,)).value()
 
 
@@ -159,13 +164,37 @@ class _BlockNode(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         run, k = ctx.run, ctx.k
         wanted = ctx.needs_input_grad[3 : 3 + ctx.entries]
-        lowest = k == 0 or not wanted[0]
-        gradients = run.backward(run.program.segments.backward[-1 - k], lowest=lowest)
-        if k == 0:
+        higher = _handed_on(grads[0])
+        if higher is None:
+            lowest = k == 0 or not wanted[0]
+            gradients = run.backward(run.program.segments.backward[-1 - k], lowest=lowest)
+        else:
+            gradients = run.differentiable(higher, k)
+        before: tuple[Tensor | None, ...]
+        if k > 0:
+            before = (_token(run, higher) if wanted[0] else None,)
+        elif higher is None:
             before = run.take_gradients() or (None,) * ctx.entries
         else:
-            before = (torch.empty(0, device=run.device) if wanted[0] else None,)
+            before = higher.inputs
         return None, None, None, *before, *gradients
+
+
+def _token(run: Run, higher: Gradients | None) -> Tensor:
+    """What a backward hands to the node before it: no data, and gradients that have a graph.
+
+    The run must not hold those: they lead to the output, and the output to the run, a circle that
+    nothing would ever collect. Here they are gone with the backward, however it ends.
+    """
+    token = torch.empty(0, device=run.device)
+    if higher is not None:
+        setattr(token, _HIGHER, higher)
+    return token
+
+
+def _handed_on(token: Tensor | None) -> Gradients | None:
+    found: Gradients | None = getattr(token, _HIGHER, None)
+    return found
 
 
 class _OutputNode(torch.autograd.Function):
@@ -189,8 +218,8 @@ class _OutputNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        ctx.run.start_backward(grads, lambda: _saved(ctx))
-        return None, torch.empty(0, device=ctx.run.device), None
+        higher = ctx.run.start_backward(grads, lambda: _saved(ctx))
+        return None, _token(ctx.run, higher), None
 
 
 def _saved(ctx: Any) -> tuple[State, State]:

@@ -10,11 +10,11 @@ from typing import Unpack, final
 from .bar import bar_of_solvers
 from .budget import format_bytes, format_seconds
 from .planner import BaselineFigures, PlanOptions, compare_baselines, plan_each
-from .plans import Plan, excess, label_of, words_of_class, words_of_peak
+from .plans import Plan, excess, label_of, note_on_bound, words_of_class, words_of_peak
 from .tables import Grid
 from .trace import Live
 
-_FACTORS = (Fraction(90, 100), Fraction(101, 100), Fraction(110, 100))
+_FACTORS = (Fraction(90, 100), Fraction(1), Fraction(101, 100), Fraction(110, 100))
 _SHOWN = 12
 
 
@@ -45,7 +45,7 @@ class Explanation:
     live: tuple[Live, ...]
     """What is live there, largest first; adds up to the peak."""
     alternatives: tuple[Alternative, ...]
-    """Plans for 10 % less, 1 % more and 10 % more budget."""
+    """Plans for 10 % less, 1 % more and 10 % more budget; for the same, if one is faster."""
     baselines: tuple[BaselineFigures, ...]
     """The rules of thumb; one fits where its peak is within the budget."""
 
@@ -84,6 +84,9 @@ def explain_plan(
         # Never more than the plan itself, where the budget has room for it.
         if size >= plan.peak_bytes and (found is None or found.seconds > plan.seconds):
             found = plan
+        # What a rule of thumb leaves on the table must not look like the gain of a budget.
+        if factor == 1 and (found is None or excess(plan.seconds, found.seconds) == 0):
+            continue
         alternatives.append(
             Alternative(
                 factor=float(factor),
@@ -113,6 +116,7 @@ def _certificate(plan: Plan) -> str:
     else:
         bound = format_seconds(plan.lower_bound_seconds)
         lines.append(f"{who} takes less than {bound} in this budget; the gap is {plan.gap:.2%}.")
+        lines += [f"{line[0].upper()}{line[1:]}." for line in note_on_bound(plan)]
     need, missing = format_bytes(plan.store_all_bytes), plan.store_all_bytes - plan.budget_bytes
     if missing > 0:
         lines.append(
@@ -146,7 +150,7 @@ def _alternatives(explanation: Explanation) -> list[str]:
     rows = []
     for item in explanation.alternatives:
         saved = explanation.saved_seconds(item)
-        name = f"{item.factor - 1:+.0%}"
+        name = "the same" if item.factor == 1 else f"{item.factor - 1:+.0%}"
         budget = format_bytes(item.budget_bytes, budget=True)
         if item.plan is None or saved is None:
             least = format_bytes(item.least_budget_bytes)

@@ -25,6 +25,9 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(target)
+    except OSError as error:  # what people gave, not the draft
+        error.filename, error.filename2 = str(target), None
+        raise
     finally:
         draft.unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ from .budget import Budget, format_bytes, format_seconds
 from .errors import BudgetSyntaxError, InfeasibleBudgetError
 from .files import render_json, write_atomically
 from .planner import BaselineFigures, PlanOptions, compare_baselines, plan_each
-from .plans import Plan, Workload, excess
+from .plans import Plan, Workload, excess, words_of_class
 from .plots import Picture
 from .tables import Grid
 
@@ -325,14 +325,18 @@ def _best_of_family(tradeoff: Tradeoff, row: Row) -> BaselineFigures | None:
 
 
 def remarks(tradeoff: Tradeoff) -> list[str]:
-    """A line about the knee, and one about what was measured; only those that apply."""
+    """Lines about the gap, the knee, and what was measured; only those that apply."""
     lines = []
+    # Where nothing runs twice the bound is that of all schedules, and goes without saying.
+    classes = dict.fromkeys(words_of_class(x.plan) for x in tradeoff.rows if x.plan.overhead)
+    if classes:
+        lines.append(f"Gap: above a lower bound; {' or '.join(classes)} takes less than that.")
     if knee := tradeoff.knee:
         plan = knee.plan
         lines.append(
             f"Knee: {format_bytes(plan.budget_bytes, budget=True)}, where "
             f"{plan.budget_bytes / max(plan.store_all_bytes, 1):.1%} of store-all's bytes cost "
-            f"{plan.overhead:+.1%} of time; a byte beyond saves less time than the average byte."
+            f"{plan.overhead:+.1%} of time; bytes beyond it save less time than the average byte."
         )
     rows = [row for row in tradeoff.rows if row.measured is not None]
     if rows:

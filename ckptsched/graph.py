@@ -376,7 +376,12 @@ def _check_reads(graph: Graph) -> None:
             raise WorkloadError(
                 f"node {names[i]!r} reads nothing: let it read {graph.input_name!r}, the input"
             )
-        if list(sources) != sorted(set(sources)) or not 0 <= sources[0] <= sources[-1] < i:
+        whole = all(isinstance(u, int) and not isinstance(u, bool) for u in sources)
+        if (
+            not whole
+            or list(sources) != sorted(set(sources))
+            or not 0 <= sources[0] <= sources[-1] < i
+        ):
             raise WorkloadError(
                 f"node {names[i]!r} must read nodes before it, each once and ascending, from 0 "
                 f"to {i - 1}; found {sources}"

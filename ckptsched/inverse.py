@@ -270,14 +270,16 @@ def largest_steps(
     """Find the most steps that every block of equal steps can have in a budget.
 
     Steps take the same bytes however many there are, so that chains of more steps are put
-    together from measured stages (`growth.with_steps`).
+    together from measured stages (`growth.with_steps`). A budget that some steps fit is often one
+    that any number fits, at ever more time: give an overhead, or expect `most`. Each number tried
+    is planned, which takes seconds from some hundred steps on, and a minute or more up to 1,000.
 
     Args:
         workload: A `Chain`, or an `nn.Module`, which is profiled first.
         sample: One batch for the model; nothing where the workload is a chain.
         budget: Bytes, or text such as "8GiB".
         overhead: What recomputation may cost, such as 0.2 or "20%"; None for any.
-        most: No more steps are tried.
+        most: No more steps are tried; `why_no_more` says so where that ended the search.
         progress: As in `plan`.
         options: Of `plan`: solver, certify, time_limit, cache.
 
@@ -361,7 +363,7 @@ def _fits_for(
 def _search(fit: Callable[[int], _Fit], guess: int, most: int) -> Largest:
     """The largest size that fits where the next does not, from a guess on."""
     fitting: dict[int, Plan] = {}
-    why = {most + 1: f"no more than {most} was asked for"}
+    why = {most + 1: f"no more than {most} was tried (most={most})"}
 
     def test(size: int) -> bool:
         found = fit(size)

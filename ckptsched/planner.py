@@ -262,11 +262,13 @@ def _find(task: _Task, shelf: PlanCache | None) -> list[_Result] | None:
 def _solve(task: _Task, shelf: PlanCache | None) -> list[_Result]:
     """Plan, and keep what took long."""
     begun = time.perf_counter()
-    found = Portfolio(task.chain, task.sizes, task.solver, task.time_limit).answers()
+    # More than any chain can need is more than the 64 bits of compiled solvers hold.
+    usable = tuple(min(size, NO_LIMIT) for size in task.sizes)
+    found = Portfolio(task.chain, usable, task.solver, task.time_limit).answers()
     results: list[_Result] = []
-    for answer, size in zip(found, task.sizes, strict=True):
+    for i, (answer, size) in enumerate(zip(found, task.sizes, strict=True)):
         if task.certify == "all":
-            answer = close(task.chain, size, answer, task.time_limit)
+            answer = close(task.chain, usable[i], answer, task.time_limit)
         results.append(_plan(task, answer, size) if isinstance(answer, Answer) else answer)
     taken = time.perf_counter() - begun
     plans = [result for result in results if isinstance(result, Plan)]

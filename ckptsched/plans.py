@@ -345,6 +345,7 @@ def _table(plan: Plan) -> str:
             "lower bound",
             f"{format_seconds(plan.lower_bound_seconds)}; {words_of_class(plan)} takes less",
         ),
+        *(("", line) for line in note_on_bound(plan)),
         ("gap", f"{plan.gap:.2%} above the lower bound"),
         ("rounding", _rounding(plan)),
         ("at the peak", words_of_peak(plan)),
@@ -367,6 +368,19 @@ def words_of_class(plan: Plan) -> str:
     if name.startswith("all "):
         return "no " + name.removeprefix("all ").removesuffix("s")  # "no pinned schedule"
     return f"none of the {name}" if "schedules" in name else f"no {name} schedule"
+
+
+def note_on_bound(plan: Plan) -> list[str]:
+    """A line where the bound says no more than that storing everything is fastest."""
+    if plan.gap == 0 or excess(plan.lower_bound_seconds, plan.chain.store_all_seconds) > 0:
+        return []
+    note = "this is the time of storing everything: no closer bound was found"
+    if not (isinstance(plan.chain, Chain) and plan.chain.has_ledger):
+        return [note]
+    return [
+        f'{note}, as none on all schedules is known for exact bytes; solver="auto" with '
+        'certify="class" bounds a class of them'
+    ]
 
 
 def _rounding(plan: Plan) -> str:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from .aliases import Slots, make_alias
 from .assembly import assemble
 from .bar import progress_bar
-from .context import Autocast, RandomState, Recomputing, one_kernel
+from .context import Autocast, OneKernel, RandomState, Recomputing
 from .errors import CkptschedError, ProfileError
 from .estimate import estimate
 from .memory import Meter, default_meter
 from .structure import sign
 from .survey import Kind, Loss, survey_backward, survey_forward
-from .tracing import trace
+from .tracing import taken_apart, trace
 from .trees import Extras, State
 from .weighing import time_once, weigh, weigh_loss
 from .workload import Chain
@@ -94,7 +94,12 @@ def profile(
     device = inputs.leaves[0].device
     meter = meter or default_meter(device)
     blocks = trace(model)
-    with _left_as_it_was(model, device), Autocast.take(device).again(), one_kernel():
+    if Extras.of(given) and any(isinstance(m, nn.Sequential) for m in taken_apart(model)):
+        raise ProfileError(
+            "an nn.Sequential takes one argument, so its parts cannot be given more; derive the "
+            "model from ckptsched.StagedModule, and list its parts in stages()"
+        )
+    with _left_as_it_was(model, device), Autocast.take(device).again(), OneKernel():
         extras = Extras.of(
             given.replaced(make_alias(t) if t.requires_grad else t.detach() for t in given.leaves)
         )
@@ -104,7 +109,8 @@ def profile(
         kinds = survey_backward(order, lost.gradients)
         _measure(kinds, meter, progress)
         chain = assemble(blocks, order, lost, device, inputs.leaves)
-    return replace(chain, signature=sign(model, blocks, inputs, given, carries))
+    needs = [kind.needs_tape for kind in order]
+    return replace(chain, signature=sign(model, blocks, inputs, given, carries, needs))
 
 
 def _apart(sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[State, State]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import numpy as np
 import torch
@@ -12,14 +14,14 @@ from torch import Tensor, nn
 
 from .aliases import Slots
 from .budget import Tier
-from .context import Autocast
+from .context import Autocast, Generators
 from .errors import PlanMismatchError
 from .liveness import Liveness, analyse, cut
 from .plans import Plan
 from .schedule import Code
 from .stages import Signature
 from .structure import describe_inputs, read_carries, structure_digest, training_mode
-from .tracing import StageCall, trace
+from .tracing import StageCall, has_hooks, taken_apart, trace
 from .trees import State
 from .workload import Chain
 
@@ -88,9 +90,11 @@ class Program:
         self.owner = owner
         self.trained = tuple(p.requires_grad for p in self.all_slots.parameters())
         self.modules = tuple(model.modules())
+        self.taken_apart = tuple(taken_apart(model))
         self.tensors = self._tensors()
         self.repeated: dict[object, list[int]] = {}
-        self.carries = self._carries()
+        self.carries = self._flags("carries", len(chain) + 1)
+        self.needs_tape = [flags[0] for flags in self._flags("need_tapes", len(chain))]
 
     def __getstate__(self) -> dict[str, object]:
         """All but what is known by the identity of modules, which a copy does not share."""
@@ -125,21 +129,28 @@ class Program:
                 "plan for the device alone"
             )
 
-    def _carries(self) -> list[tuple[bool, ...]]:
-        """For each tensor of each state, from the input on, whether it carries a gradient."""
-        signature, n = self.plan.chain.signature, len(self.plan.chain)
-        assert signature is not None
-        found = read_carries(signature.carries or f"{n + 1}x1")
-        if len(found) != n + 1:
+    def _flags(self, what: Literal["carries", "need_tapes"], count: int) -> list[tuple[bool, ...]]:
+        """What the signature says of each tensor of each state, or of each stage."""
+        assert self.chain.signature is not None
+        unsaid = int(what == "carries")
+        found = read_carries(getattr(self.chain.signature, what) or f"{count}x{unsaid}")
+        if len(found) != count:
             raise PlanMismatchError(
-                f"the plan tells of {len(found)} states, and its chain has {n + 1}: its file is "
-                "damaged; plan again"
+                f"the plan's {what!r} tells of {len(found)} states or stages, and its chain has "
+                f"{count}: its file is damaged; plan again"
             )
         return found
 
     def _tensors(self) -> list[tuple[object, ...]]:
         owned = self.all_slots.parameters() + self.all_slots.buffers()
         return [(t.shape, t.dtype, t.device, t.stride()) for t in owned]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other threads from the model, and from drawing random numbers if it draws some."""
+        # In this order: a model inside another's stage asks for its own lock after both.
+        with Generators.turn if self.random else nullcontext(), self.lock.lock:
+            yield
 
     def wants_gradient(self, inputs: State, given: State) -> bool:
         """Whether a backward is possible at all."""
@@ -204,6 +215,11 @@ class Program:
             raise PlanMismatchError(
                 "a module of the model was replaced, added or taken out since it was made to "
                 "follow the plan; profile and plan again"
+            )
+        if any(map(has_hooks, self.taken_apart)):
+            raise PlanMismatchError(
+                "a hook was added to a container since its parts became stages, which would skip "
+                "it; profile and plan again, and the container is run as a whole"
             )
         if self._tensors() != self.tensors:
             raise PlanMismatchError(

@@ -55,13 +55,30 @@ class Outputs:
             CkptschedError: A plot of this ending cannot be drawn, or a folder is missing.
         """
         for path in (self.plot, self.json):
-            if path is not None and not Path(path).parent.is_dir():
-                raise CkptschedError(
-                    f"{str(path)!r} cannot be written: there is no folder "
-                    f"{str(Path(path).parent)!r}; make it, or give another path"
-                )
+            check_writable(path)
         if self.plot is not None:
             check_plot(self.plot)
+
+
+def check_writable(path: str | os.PathLike[str] | None) -> None:
+    """Find out before a long run whether a file can be written.
+
+    Args:
+        path: The file; None for none.
+
+    Raises:
+        CkptschedError: Its folder is missing, or may not be written to.
+    """
+    if path is None:
+        return
+    folder = Path(path).parent
+    fault = ""
+    if not folder.is_dir():
+        fault = f"there is no folder {str(folder)!r}; make it"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        fault = f"the folder {str(folder)!r} may not be written to; allow it"
+    if fault:
+        raise CkptschedError(f"{str(path)!r} cannot be written: {fault}, or give another path")
 
 
 def report(

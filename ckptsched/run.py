@@ -21,7 +21,7 @@ from .liveness import Segment
 from .program import Program
 from .schedule import Code, Kind
 from .surroundings import Surroundings
-from .tape import Tape, record, run_stage
+from .tape import Tape, record, run_alone
 from .trees import State
 
 # Plain numbers: members of an enum are slow to look up, and there is one operation a step or more.
@@ -81,7 +81,6 @@ class Run:
         self.states: dict[int, _Stored] = {}
         self.tapes: dict[int, _Kept] = {}
         self.gradients: tuple[Tensor | None, ...] = ()
-        self.higher: Gradients | None = None
         self.phase = _Phase.FORWARD
         self._repeating = False
         self.output = State(())
@@ -150,13 +149,16 @@ class Run:
         self,
         gradients: tuple[Tensor | None, ...],
         inputs: Callable[[], tuple[State, State]],
-    ) -> None:
+    ) -> Gradients | None:
         """Take the gradient of the output, and check that the backward can go on.
 
         Args:
             gradients: With respect to the tensors of the output.
             inputs: Gives the input and what every stage is given, with their graphs, or fails where
                 they are gone; asked only where the stored states are not enough.
+
+        Returns:
+            All gradients, where they are to be differentiated again; else None.
         """
         first, self.phase = self.phase is _Phase.TURNED, _Phase.GOING_BACK
         with self._guard():
@@ -169,11 +171,11 @@ class Run:
                     BudgetWarning,
                     stacklevel=2,
                 )
-                self.higher = differentiable_gradients(self.seen, *self._again(inputs), gradients)
-                return
+                return differentiable_gradients(self.seen, *self._again(inputs), gradients)
             if not first:
                 self._rewind(self._again(inputs)[0])
         self.gradients = gradients
+        return None
 
     def _again(self, inputs: Callable[[], tuple[State, State]]) -> tuple[State, State]:
         first, given = inputs()
@@ -207,9 +209,7 @@ class Run:
         Returns:
             The gradients of what `tensors_of` names for this block.
         """
-        aliases = [self.seen.alias_of[id(t)] for t in self.tensors_of(segment.block)]
-        if self.higher is not None:
-            return [self.higher.others[id(alias)] for alias in aliases]
+        aliases = self._aliases_of(segment.block)
         if self.phase is not _Phase.GOING_BACK:
             raise ExecutionError(
                 "this forward pass has been released: its backward was done or failed; run the "
@@ -233,6 +233,13 @@ class Run:
             self.gradients = found
         return gradients
 
+    def differentiable(self, higher: Gradients, block: int) -> list[Tensor | None]:
+        """The same for a backward with `create_graph`, from what `start_backward` returned."""
+        return [higher.others[id(alias)] for alias in self._aliases_of(block)]
+
+    def _aliases_of(self, block: int) -> list[Tensor]:
+        return [self.seen.alias_of[id(t)] for t in self.tensors_of(block)]
+
     def tensors_of(self, block: int) -> list[Tensor]:
         """Whose gradients a block hands over: further inputs at the first, and its parameters."""
         further = self.seen.given.leaves if block == 0 else ()
@@ -240,9 +247,6 @@ class Run:
 
     def take_gradients(self) -> tuple[Tensor | None, ...]:
         """The gradients with respect to the input's tensors, given away."""
-        if self.higher is not None:
-            gradients, self.higher = self.higher.inputs, None
-            return gradients
         gradients, self.gradients = self.gradients, ()
         return gradients
 
@@ -255,7 +259,7 @@ class Run:
     def _clear(self) -> None:
         self.states.clear()
         self.tapes.clear()
-        self.gradients, self.higher = (), None
+        self.gradients = ()
         for alias in self.seen.aliases:
             alias.grad = None
 
@@ -352,9 +356,14 @@ class Run:
     def _forward(self, p: int, i: int) -> None:
         stored = self._input(p, i)
         stage = self.program.stages[i - 1]
-        with self._marked(p), torch.no_grad():
-            # Detached: a stage that turns gradients on by itself returns a graph.
-            output = run_stage(stage, stored.state, self.seen.extras).detached()
+        with self._marked(p):
+            output = run_alone(
+                stage,
+                stored.state,
+                wanted=self._wanted(i - 1),
+                extras=self.seen.extras,
+                needs_tape=self.program.needs_tape[i - 1],
+            )
         self._check_input(stored, i)
         self._check_output(i, output, None)
         snapshot = self._snapshot(self.program.facts.snapshots[p])
@@ -368,18 +377,26 @@ class Run:
             tape, output = record(stage, stored.state, wanted=wanted, extras=self.seen.extras)
         self._check_input(stored, i)
         self._check_output(i, output, tape)
-        key = (stage.key, wanted)
-        repeated = self.program.repeated.get(key)
+        repeated = self.program.repeated.get((stage.key, wanted))
         if repeated is None:
-            leaves = tape.repeated_leaves()
-            repeated = [k for k, alias in enumerate(self.seen.aliases) if id(alias) in leaves]
-            self.program.repeated[key] = repeated
+            repeated = self.program.repeated[stage.key, wanted] = self._repeated(stage.name, tape)
         if repeated:
             tape.feed_back([self.seen.aliases[k] for k in repeated])
         kept = None
         if self.program.facts.keeps_output[p]:
             kept = _Stored(output, self._snapshot(self.program.facts.snapshots[p]))
         self.tapes[i] = _Kept(tape, kept)
+
+    def _repeated(self, name: str, tape: Tape) -> list[int]:
+        """Which aliases a stage uses more than once; asked once, as it takes a walk of the tape."""
+        uses, aliases = tape.uses(), self.seen.aliases
+        if not uses.keys() <= {id(alias) for alias in aliases}:
+            raise ExecutionError(
+                f"stage {name!r} uses a tensor that requires a gradient and is neither a parameter "
+                "of the model nor an argument of the call that ckptsched sees, so its gradient "
+                "would be lost; register it, or give it to the model as an argument by itself"
+            )
+        return [k for k, alias in enumerate(aliases) if uses.get(id(alias), 0) > 1]
 
     def _check_output(self, i: int, output: State, tape: Tape | None) -> None:
         """Refuse an output that is not made up as the profile saw it."""

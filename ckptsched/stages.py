@@ -15,6 +15,10 @@ from typing import final
 from .errors import WorkloadError
 
 _BACKWARD_VARIANTS = 8
+# A petabyte, or thirty billion years. Sums over 1,000 such stages do not overflow 64 bits, nor
+# those over 100,000 stages of some terabytes.
+_MOST_BYTES = 2**50
+_MOST_SECONDS = 1e18
 _MOST_OTHER_TAPES = 255  # an option takes a byte of a packed operation
 _LEDGER_FLAGS = ("output_is_view", "input_saved", "output_saved", "shares_parameters_partly")
 
@@ -212,19 +216,24 @@ class Signature:
     """Structure and layout of all arguments where they are more than one tensor."""
     carries: str = ""
     """Which tensors of each state carry a gradient, such as "1x0 9x1"; empty: all do."""
+    need_tapes: str = ""
+    """Which stages give the same bits only with their tape, such as "3x0 1x1"; empty: none."""
 
 
 def check_size(what: str, value: object) -> None:
-    """Refuse what is no number of bytes."""
+    """Refuse what is no number of bytes, or such a large one that sums would overflow."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise WorkloadError(f"{what} must be a whole number of bytes, 0 or more; found {value!r}")
+    if value > _MOST_BYTES:
+        raise WorkloadError(f"{what} must be at most {_MOST_BYTES} bytes; found {value}")
 
 
 def check_time(what: str, value: object) -> None:
-    """Refuse what is no number of seconds."""
-    good = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
-    if not good or isinstance(value, bool):
+    """Refuse what is no number of seconds, or such a large one that sums would overflow."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
         raise WorkloadError(f"{what} must take 0 seconds or more; found {value!r}")
+    if value > _MOST_SECONDS:
+        raise WorkloadError(f"{what} must take at most {_MOST_SECONDS:g} seconds; found {value!r}")
 
 
 def check_stage(what: str, stage: Stage) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,7 @@ def sign(
     inputs: State,
     given: State,
     carries: Iterable[tuple[bool, ...]],
+    need_tapes: Sequence[bool] = (),
 ) -> Signature:
     """The signature of a model and one batch.
 
@@ -131,6 +132,7 @@ def sign(
         inputs: Its first argument, taken apart.
         given: Its further arguments, taken apart.
         carries: For each state, from the input on, which of its tensors carry a gradient.
+        need_tapes: For each stage whether it gives the same bits only with its tape.
     """
     x = inputs.leaves[0]
     return Signature(
@@ -146,4 +148,5 @@ def sign(
         torch_version=str(torch.__version__),
         inputs=describe_inputs(inputs, given),
         carries=write_carries(carries),
+        need_tapes=write_carries((flag,) for flag in need_tapes) if any(need_tapes) else "",
     )

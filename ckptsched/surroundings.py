@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .aliases import make_alias
-from .context import Autocast, Generators, RandomState, one_kernel
+from .context import Autocast, Generators, OneKernel, RandomState
 from .errors import ExecutionError
 from .program import Program
 from .trees import NO_EXTRAS, Extras, State
@@ -138,8 +138,8 @@ class Surroundings:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Hold the model's lock, and run under the autocast of the forward pass."""
-        with self.program.lock.lock, self.autocast.again(), one_kernel():
+        """Keep other threads out, and run under the autocast of the forward pass."""
+        with self.program.alone(), self.autocast.again(), OneKernel():
             yield
 
     @contextmanager

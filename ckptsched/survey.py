@@ -19,11 +19,12 @@ from torch import Tensor
 from .aliases import Slots
 from .context import RandomState
 from .errors import CkptschedError, ProfileError
+from .memory import storage_bytes
 from .stages import StageLedger
 from .structure import stage_label
-from .tape import Tape, record, run_stage
+from .tape import Tape, record, run_alone, run_stage
 from .tracing import Block, StageCall
-from .trees import Extras, State
+from .trees import Extras, State, storages
 
 Loss: TypeAlias = Callable[[Any], Tensor]
 
@@ -46,6 +47,30 @@ class LossWeight:
     """Peak beyond the gradient."""
     rest_bytes: int
     """What is left of it while the backward goes on: its value and the gradient of that."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Storages that a step finds and leaves, by identity; stages may hand them on."""
+
+    fixed: frozenset[int]
+    """Of parameters and of what every stage is given: no step pays for them."""
+    buffers: frozenset[int]
+    """Of buffers: a stage that runs again has clones instead."""
+
+    @classmethod
+    def of(cls, blocks: Iterable[Block], extras: Extras) -> Standing:
+        """Those of a model and one call."""
+        slots = Slots(block.module for block in blocks)
+        fixed = storages([*slots.parameters(), *extras.apart().leaves])
+        return cls(frozenset(fixed), frozenset(storages(slots.buffers())) - fixed.keys())
+
+    def bytes_of(self, leaves: Iterable[Tensor]) -> int:
+        """Bytes of the storages of some tensors, without those that no step pays for."""
+        return storage_bytes(
+            leaf for leaf in leaves if leaf.untyped_storage()._cdata not in self.fixed
+        )
 
 
 @dataclass(eq=False)
@@ -71,6 +96,10 @@ class Kind:
     """Those that one run uses more than once."""
     draws: bool
     """Whether it draws random numbers."""
+    standing: Standing
+    """Storages that are there before it runs and after."""
+    needs_tape: bool = False
+    """Whether it gives the same bits only where it runs with its tape."""
     count: int = 0
     """How many stages of the chain run this computation."""
     is_last: bool = False
@@ -89,9 +118,10 @@ class Kind:
     """Seconds of each timed backward, and what its run with tape took longer."""
 
     def run(self) -> State:
-        """Run the stage without tape, as the executor does."""
-        with torch.no_grad():
-            return run_stage(self.call, self.x, self.extras)
+        """Run the stage and keep no tape, as the executor does."""
+        return run_alone(
+            self.call, self.x, wanted=self.wanted, extras=self.extras, needs_tape=self.needs_tape
+        )
 
     def record(self, x: State) -> tuple[Tape, State]:
         """Run the stage with its tape, as the executor does."""
@@ -142,17 +172,22 @@ def survey_forward(blocks: tuple[Block, ...], x: State, extras: Extras) -> list[
     order = []
     carries = tuple(leaf.requires_grad for leaf in x.leaves)
     state = x.detached()
+    standing = Standing.of(blocks, extras)
+    buffers = Slots(block.module for block in blocks).buffers()
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in buffers]
     for block in blocks:
         for call in block.stages:
             structure = state.describe(lambda tensor: "tensor")
-            key = (call.key, layout(state.leaves), structure, carries)
+            fixed = tuple(home in standing.fixed for home in storages(state.leaves))
+            key = (call.key, layout(state.leaves), fixed, structure, carries)
             kind = known.get(key)
             if kind is None:
-                kind = known[key] = _examine(block, call, state, extras, carries)
+                kind = known[key] = _examine(block, call, state, extras, carries, standing)
             kind.count += 1
             order.append(kind)
             state, carries = kind.output, kind.carries
     order[-1].is_last = True
+    _check_buffers(known.values(), [(b, old) for b, version, old in before if b._version > version])
     return order
 
 
@@ -179,12 +214,21 @@ def survey_backward(order: list[Kind], gradients: tuple[Tensor | None, ...]) -> 
 
 
 def _examine(
-    block: Block, call: StageCall, x: State, extras: Extras, wanted: tuple[bool, ...]
+    block: Block,
+    call: StageCall,
+    x: State,
+    extras: Extras,
+    wanted: tuple[bool, ...],
+    standing: Standing,
 ) -> Kind:
     name = call.name or type(call.module).__name__
     with _failures_named(f"stage {name!r}", x):
+        before = RandomState.take(x.leaves[0].device)
         output, draws = _check_repeatable(name, call, x, extras)
-        tape, _ = record(call, x, wanted=wanted, extras=extras)
+        before.restore()
+        tape, taped = record(call, x, wanted=wanted, extras=extras)
+    # Some kernels round otherwise without gradients, such as those of oneDNN's LSTM.
+    needs_tape = not all(map(_equal, output.leaves, taped.leaves))
     leaves = tape.repeated_leaves()
     given = [leaf for leaf in extras.apart().leaves if leaf.requires_grad]
     collecting = [*Slots([call.module]).parameters(), *given]
@@ -200,12 +244,14 @@ def _examine(
         call=call,
         x=x,
         extras=extras,
-        output=output,
+        output=taped if needs_tape else output,
         wanted=wanted,
         carries=tape.carries,
         aliases=aliases,
         repeated=[alias for alias in aliases if id(alias) in leaves],
         draws=draws,
+        standing=standing,
+        needs_tape=needs_tape,
     )
 
 
@@ -235,9 +281,15 @@ def _check_repeatable(name: str, call: StageCall, x: State, extras: Extras) -> t
     device = x.leaves[0].device
     before, others = RandomState.take(device), _other_generators()
     given = extras.apart()
+    buffers = storages(Slots([call.module]).buffers())
     versions = x.versions(), given.versions()
     with torch.no_grad():
+        # Where it lies in a buffer, the second run may change it: a copy is compared.
         output = run_stage(call, x, extras).detached()
+        first = [
+            leaf.clone() if leaf.untyped_storage()._cdata in buffers else leaf
+            for leaf in output.leaves
+        ]
         draws = RandomState.take(device) != before
         if (x.versions(), given.versions()) != versions:
             what = "its input" if x.versions() != versions[0] else "what every stage is given"
@@ -258,13 +310,39 @@ def _check_repeatable(name: str, call: StageCall, x: State, extras: Extras) -> t
             f"stage {name!r} returned {shapes[0]} and, run again on the same input, {shapes[1]}; "
             "a stage must depend on its input and parameters only"
         )
-    if not all(map(_equal, output.leaves, again.leaves)):
+    if not all(map(_equal, first, again.leaves)):
         raise ProfileError(
             f"stage {name!r} gives another result when it is run again on the same input with the "
             "same random state: it keeps a state of its own (a buffer that it reads and changes, "
             "or a generator of its own), and running it again would give wrong gradients"
         )
     return output, draws
+
+
+def _check_buffers(kinds: Iterable[Kind], changed: list[tuple[Tensor, Tensor]]) -> None:
+    """Refuse a stage that reads a buffer that another stage changes.
+
+    Args:
+        kinds: All distinct stages, each of which can be run again by itself.
+        changed: Buffers that stages have changed, and their values before.
+    """
+    owned = [(kind, {id(b) for b in Slots([kind.call.module]).buffers()}) for kind in kinds]
+    for kind, own in owned:
+        others = set[int]().union(*(ids for k, ids in owned if k.call.key != kind.call.key))
+        shared = [(b, old) for b, old in changed if id(b) in own & others]
+        if not shared:
+            continue
+        random = RandomState.take(kind.x.leaves[0].device)
+        now = [leaf.clone() for leaf in kind.run().leaves]
+        for buffer, old in shared:
+            buffer.copy_(old)
+        random.restore()
+        if not all(map(_equal, now, kind.run().leaves)):
+            raise ProfileError(
+                f"stage {kind.call.name!r} reads a buffer that another stage changes, so what it "
+                "gives when it is run again depends on what ran before; hand the value on as a "
+                "part of the state"
+            )
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

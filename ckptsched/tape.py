@@ -185,6 +185,33 @@ def record(
     return Tape(boxes, edges, shapes), output.detached()
 
 
+def run_alone(
+    stage: Callable[..., Any],
+    x: State,
+    *,
+    wanted: Sequence[bool],
+    extras: Extras = NO_EXTRAS,
+    needs_tape: bool = False,
+) -> State:
+    """Run a stage and keep no tape.
+
+    Args:
+        stage: The stage, its parameters replaced by aliases.
+        x: Its input, without a graph.
+        wanted: For each tensor of the input whether its gradient is wanted.
+        extras: What else every stage is given.
+        needs_tape: Whether the stage gives the same bits only where it runs with its tape, which
+            then is let go.
+
+    Returns:
+        The output without a graph: a stage that turns gradients on by itself returns one.
+    """
+    if needs_tape:
+        return record(stage, x, wanted=wanted, extras=extras)[1]
+    with torch.no_grad():
+        return run_stage(stage, x, extras).detached()
+
+
 def run_stage(stage: Callable[..., Any], x: State, extras: Extras = NO_EXTRAS) -> State:
     """Run a stage as it is, and take apart what it returns.
 

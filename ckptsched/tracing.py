@@ -241,12 +241,27 @@ def _can_flatten(module: nn.Module) -> TypeGuard[nn.Sequential]:
         and type(module).forward is nn.Sequential.forward
         and type(module).__call__ is nn.Module.__call__
         and "forward" not in vars(module)
-        and not _has_hooks(module)
+        and not has_hooks(module)
     )
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run before or after the module itself, forward or backward."""
     return any(vars(module).get(kind) for kind in _HOOKS)
+
+
+def taken_apart(module: nn.Module) -> Iterator[nn.Module]:
+    """The containers that `trace` does not run as a whole: their parts are stages.
+
+    Args:
+        module: The model.
+    """
+    if _can_flatten(module) and len(module):
+        yield module
+        for child in module:
+            yield from taken_apart(child)
+    elif isinstance(module, StagedModule) and not has_hooks(module):
+        yield module
 
 
 def _children(model: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
@@ -261,7 +276,7 @@ def _stages(module: nn.Module, path: str) -> Iterator[StageCall]:
     if _can_flatten(module) and len(module):
         for name, child in _children(module, path):
             yield from _stages(child, name)
-    elif isinstance(module, StagedModule) and not _has_hooks(module):
+    elif isinstance(module, StagedModule) and not has_hooks(module):
         stages = module.stages()
         if not stages:
             raise ProfileError(

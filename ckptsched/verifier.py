@@ -72,9 +72,13 @@ class Verification:
 
     @property
     def gradients_equal(self) -> bool:
-        """Whether gradients and loss differ by no more than the tolerance; NaN never passes."""
-        gradients = self.max_gradient_difference <= self.tolerance * self.max_gradient
-        return gradients and self.loss_difference <= self.tolerance * self.loss
+        """Whether gradients and loss differ by no more than the tolerance; NaN equals NaN only."""
+        return self._small(self.max_gradient_difference, self.max_gradient) and self._small(
+            self.loss_difference, self.loss
+        )
+
+    def _small(self, difference: float, largest: float) -> bool:
+        return difference == 0 or difference <= self.tolerance * largest
 
     def __str__(self) -> str:
         """A table for people."""
@@ -171,7 +175,7 @@ def verify(
         max_gradient_difference=difference,
         max_gradient=largest,
         loss=float(expected.loss.double().abs()),
-        loss_difference=float((expected.loss.double() - found.loss.double()).abs()),
+        loss_difference=_difference(expected.loss, found.loss),
         buffers_equal=all(
             torch.equal(found.buffers[name], buffer) or _same_nan(found.buffers[name], buffer)
             for name, buffer in expected.buffers.items()
@@ -264,12 +268,17 @@ def _compare(
             here = 0.0 if left is right else float("inf")
         else:
             largest = max(largest, float(right.abs().max()) if right.numel() else 0.0)
-            same = torch.equal(left, right) or _same_nan(left, right)
-            here = 0.0 if same else float((left - right).abs().max())
+            here = _difference(left, right)
         # A difference that is not a number is the worst, and stays so.
         if here != 0.0 and not math.isnan(difference) and not here <= difference:
             difference, worst = here, name
     return difference, worst, largest
+
+
+def _difference(left: Tensor, right: Tensor) -> float:
+    """The largest one; 0 where both are the same, NaN and infinity included."""
+    same = torch.equal(left, right) or _same_nan(left, right)
+    return 0.0 if same else float((left.detach() - right.detach()).abs().max())
 
 
 def _same_nan(left: Tensor, right: Tensor) -> bool:

@@ -57,7 +57,7 @@ def weigh(kind: Kind, meter: Meter) -> StageLedger:
     lone = _weigh_backward(kind, meter, _Held(), first=True)
     simple = len(storages(kind.x.leaves)) == len(storages(kind.output.leaves)) == 1
     ledger = StageLedger(
-        state_bytes=storage_bytes(kind.output.leaves),
+        state_bytes=kind.standing.bytes_of(kind.output.leaves),
         output_is_view=simple and _sources(kind) == (0,),
         tape_bytes=lone.tape,
         input_saved=bool(lone.saved_inputs),
@@ -119,7 +119,7 @@ def _with_parts(kind: Kind, meter: Meter, lone: _Weight, ledger: StageLedger) ->
             peaks.setdefault(first, []).append(weight.backward_peak)
     parts = StageParts(
         inputs=len(storages(kind.x.leaves)),
-        output_bytes=tuple(storage_bytes(leaves) for leaves in outputs.values()),
+        output_bytes=tuple(kind.standing.bytes_of(leaves) for leaves in outputs.values()),
         output_sources=sources,
         saved_inputs=lone.saved_inputs,
         saved_outputs=lone.saved_outputs,
@@ -161,7 +161,7 @@ def _weigh_backward(kind: Kind, meter: Meter, held: _Held, *, first: bool) -> _W
     kind.set_gradients(first=first)
     sources = _sources(kind)
     with meter.window() as window:
-        x = _copy(kind.x)
+        x = _copy(kind.x, kind.standing.fixed)
         window.mark()
         tape, made = kind.record(x)
         inputs: list[Any] = list(storages(x.leaves).values())
@@ -183,8 +183,18 @@ def _weigh_backward(kind: Kind, meter: Meter, held: _Held, *, first: bool) -> _W
     forward, drops, backward = window.phases[1], window.phases[2:-2], window.phases[-2]
     n = len(sizes) - len(sources)
     kept = [drop.final_bytes == drop.start_bytes for drop in drops]
-    saved_outputs = [k for k, source in enumerate(sources) if source < 0 and kept[k]]
-    saved_inputs = [k for k, saved in enumerate(kept[len(sources) :]) if saved]
+    # What was there before is not freed with the tape, so it does not show whether it is saved.
+    fixed, standing = kind.standing.fixed, kind.standing.fixed | kind.standing.buffers
+    saved_outputs = [
+        k
+        for k, home in enumerate(storages(kind.output.leaves))
+        if sources[k] < 0 and kept[k] and home not in standing
+    ]
+    saved_inputs = [
+        k
+        for k, home in enumerate(storages(kind.x.leaves))
+        if kept[len(sources) + k] and home not in fixed
+    ]
     saved_bytes = sum(sizes[k] for k in saved_inputs) + sum(sizes[n + k] for k in saved_outputs)
     return _Weight(
         taped_peak=forward.peak_bytes - forward.start_bytes,
@@ -200,12 +210,15 @@ def _drop(groups: list[Any], which: Iterable[int]) -> None:
         groups[k] = None
 
 
-def _copy(state: State) -> State:
-    """A copy with storages of its own and the same layout, gaps included."""
+def _copy(state: State, fixed: Container[int]) -> State:
+    """A copy with storages of its own, but for fixed ones, and the same layout, gaps included."""
     fresh: dict[int, Tensor] = {}
     leaves = []
     for leaf in state.leaves:
         storage = leaf.untyped_storage()
+        if storage._cdata in fixed:
+            leaves.append(leaf.detach())
+            continue
         if storage._cdata not in fresh:
             whole = torch.empty(0, dtype=torch.uint8, device=leaf.device).set_(storage)
             fresh[storage._cdata] = whole.clone()

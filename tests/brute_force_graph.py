@@ -23,6 +23,8 @@ class Position:
     """Of the sweeps since the last backward: which is going on. 0 where that is no matter."""
     last: int = 0
     """The node that this sweep has reached."""
+    bare: frozenset[tuple[int, int]] = frozenset()
+    """Nodes whose tape is there, with states that it was made from: those by themselves."""
 
 
 def cheapest_on_graph(graph: Graph, budget: int, *, sweeps: int | None = None) -> float:
@@ -100,18 +102,37 @@ def _moves(
                     if then is not None:
                         then = replace(then, **{bits: getattr(position, bits) | 1 << i})
                         need = int(size + c.forward_overhead_bytes[i])
-                        yield then, need, float(c.forward_seconds[i])
+                        copies = _copies(position, i, sources) if bits == "tapes" else [frozenset()]
+                        for bare in copies:
+                            taken = replace(then, bare=position.bare | bare)
+                            yield taken, need, float(c.forward_seconds[i])
             last = sweeps is None or position.done >> i + 1 == (1 << n - i) - 1
             if last and _backward_comes(graph, position, i):
                 need = int(sum(c.gradient_bytes[u] for u in sources))
                 need += int(c.backward_overhead_bytes[i] + c.parameter_gradient_bytes[i])
                 tapes, done = position.tapes ^ 1 << i, position.done | 1 << i
-                yield replace(fresh, tapes=tapes, done=done), need, float(c.backward_seconds[i])
-        held = any(_has(position.tapes, v) for v in graph.readers[i])
-        for bits, other in (("states", "tapes"), ("tapes", "states")):
-            stored = getattr(position, bits)
-            if _has(stored, i) and (not held or _has(getattr(position, other), i)):
-                yield replace(position, **{bits: stored ^ 1 << i}), 0, 0.0
+                rest = frozenset(pair for pair in position.bare if pair[0] != i)
+                then = replace(fresh, tapes=tapes, done=done, bare=rest)
+                yield then, need, float(c.backward_seconds[i])
+        # A tape keeps the copy of a state that it was made from, be there another or not.
+        holders = [v for v in graph.readers[i] if _has(position.tapes, v)]
+        if _has(position.states, i) and not any((v, i) in position.bare for v in holders):
+            yield replace(position, states=position.states ^ 1 << i), 0, 0.0
+        if _has(position.tapes, i) and all((v, i) in position.bare for v in holders):
+            rest = frozenset(pair for pair in position.bare if pair[0] != i)
+            yield replace(position, tapes=position.tapes ^ 1 << i, bare=rest), 0, 0.0
+
+
+def _copies(
+    position: Position, i: int, sources: tuple[int, ...]
+) -> Iterator[frozenset[tuple[int, int]]]:
+    """The ways to make tape i: of which states it takes the copy that is by itself."""
+    ways = []
+    for u in sources:
+        alone = [frozenset({(i, u)})] * _has(position.states, u)
+        ways.append(alone + [frozenset()] * _has(position.tapes, u))
+    for way in itertools.product(*ways):
+        yield frozenset().union(*way)
 
 
 def _backward_comes(graph: Graph, position: Position, i: int) -> bool:

@@ -103,6 +103,18 @@ def test_hooks_of_modules_run_with_their_module() -> None:
     assert fired.count("again") == plan.forwards - 6 > 0
 
 
+@pytest.mark.parametrize("where", ["", "0"])
+def test_a_hook_that_comes_after_planning_is_not_skipped(where: str) -> None:
+    part = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    model, x = nn.Sequential(part, nn.Linear(8, 8)), torch.randn(4, 8)
+    trained = cs.checkpointed(model, planned(model, x))
+    handle = model.get_submodule(where).register_forward_hook(lambda *_: None)
+    with pytest.raises(cs.PlanMismatchError, match="a hook was added to a container"):
+        trained(x)
+    handle.remove()
+    trained(x).sum().backward()
+
+
 # -- the check of results
 
 

@@ -64,6 +64,7 @@ RANKS = {
     "solvers.chain_walk": 7,
     "solvers.chain_table": 7,
     "solvers.chain_lowering": 7,
+    "solvers.chain_search": 7,
     "solvers.chain_dp": 7,
     "solvers.run_structure": 7,
     "solvers.run_kernel": 7,

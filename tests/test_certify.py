@@ -17,7 +17,7 @@ from ckptsched.inverse import least_budget
 from ckptsched.planner import plan, plan_each
 from ckptsched.plans import Plan
 from ckptsched.simulator import simulate
-from ckptsched.solvers import GraphCuts, Solution
+from ckptsched.solvers import ExactSearch, GraphCuts, Solution
 from ckptsched.workload import Chain
 from tests.brute_force_graph import cheapest_on_graph
 from tests.graphs import graphs, residual
@@ -83,12 +83,37 @@ def test_an_infeasible_budget_names_both_least_budgets() -> None:
     assert caught.value.least_budget_bytes == 24
 
 
+@pytest.mark.parametrize("solver", ["auto", "chain_dp", "beyond_persistent", "exact_search"])
+@pytest.mark.parametrize("certify", ["class", "all"])
+def test_budgets_beyond_64_bits(solver: str, certify: Any) -> None:
+    made = plan(example("E4"), budget=10**400, solver=solver, certify=certify)
+    assert (made.overhead, made.gap, made.budget_bytes) == (0, 0, 10**400)
+
+
+def test_a_search_for_the_least_budget_gives_up() -> None:
+    """Together the searches meet no more positions than one may; what was found holds."""
+    chain = example("E4")
+    for most in (1, 20, 400):
+        with pytest.raises(InfeasibleBudgetError) as caught:
+            ExactSearch(most_positions=most).solve(chain, 23)
+        least = caught.value.least_budget_bytes
+        assert least is not None
+        assert 24 <= least <= 25
+        assert plan(chain, budget=least, solver="exact_search").peak_bytes <= least
+
+
 def test_a_chain_with_a_ledger_is_bounded_by_store_all() -> None:
     model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)])
     chain = cs.profile(model, torch.randn(64, 8))
     made = plan(chain, budget="80%", certify="all")
     assert made.schedule_class == "all schedules"
     assert made.lower_bound_seconds == chain.store_all_seconds
+    assert made.gap > 0
+    note = "this is the time of storing everything: no closer bound was found, as none on all"
+    assert note in str(made)
+    assert note[1:] in str(made.explain())
+    for other in (plan(chain, budget="80%"), plan(chain, budget="100%", certify="all")):
+        assert "no closer bound" not in str(other)
 
 
 @pytest.mark.parametrize(

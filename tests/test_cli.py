@@ -138,6 +138,13 @@ def test_the_most_steps(folder: Path) -> None:
     assert result.stdout == f"{found}\n"
 
 
+def test_no_more_steps_are_tried_than_were_allowed(folder: Path) -> None:
+    command = ("largest", "chain.json", "--steps", "--budget", "1GiB")
+    result = run(*command, "--most", "6")
+    assert "largest size: 6; no more than 6 was tried (most=6)" in result.stdout
+    assert run(*command, "--most", "0").exit_code == 2
+
+
 def test_graphs_are_planned_and_shown(folder: Path) -> None:
     graph = Graph.from_chain(mixed_chain())
     graph.save("graph.json")
@@ -307,8 +314,13 @@ def test_a_plan_is_no_chain(folder: Path) -> None:
 
 def test_writing_where_nothing_can_be_written(folder: Path) -> None:
     message = failure("plan", "chain.json", "--budget", "50%", "-o", "no/plan.json")
-    assert "No such file or directory" in message
-    assert "no/" in message
+    assert "'no/plan.json' cannot be written: there is no folder 'no'; make it" in message
+    # It is said before anything is measured or planned, and names what was given.
+    for command in ("profile no:model", "plan no.json --budget 1", "largest no.json --budget 1"):
+        assert failure(*command.split(), "-o", "no/plan.json") == message
+    with pytest.raises(FileNotFoundError) as caught:
+        plan(mixed_chain(), budget="50%").save("no/plan.json")
+    assert caught.value.filename == "no/plan.json"
 
 
 def test_a_model_from_profile_to_verify(folder: Path) -> None:

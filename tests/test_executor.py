@@ -518,3 +518,23 @@ def test_steps_on_cuda(name: str) -> None:
     plan = planned(model, x, "chain_dp")
     result = cs.verify(model, plan, x, tolerance=1e-4)
     assert result.ok, str(result)
+
+
+def test_recurrent_layers_round_as_with_gradients() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.LSTM(8, 8, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)[0]
+
+    model = nn.Sequential(Recurrent(), nn.Linear(8, 8), Recurrent(), nn.Linear(8, 2))
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    chain = cs.profile(model, x)
+    assert cs.Chain.from_json(chain.to_json()) == chain
+    for solver in ("store_all", "every_2", "every_stage", "input_only"):
+        plan = tight(chain, solver)
+        result = cs.verify(model, plan, x)
+        assert result.ok, (solver, str(result))
+        cs.checkpointed(model, plan, check="outputs")(x).sum().backward()

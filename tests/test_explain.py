@@ -45,6 +45,17 @@ def test_other_budgets_are_planned(found: Explanation) -> None:
         assert change in str(found)
 
 
+def test_a_faster_plan_for_the_same_budget_is_said() -> None:
+    made = plan(mixed_chain(), budget="60%", solver="every_stage")
+    same = made.explain().alternatives[1]
+    best = plan(mixed_chain(), budget="60%").seconds
+    assert same.budget_bytes == made.budget_bytes
+    assert same.plan is not None
+    assert same.plan.seconds <= best * (1 + 1e-12) < made.seconds
+    assert "the same" in str(made.explain())
+    assert len(explain_plan(made, solver="every_stage").alternatives) == 3
+
+
 def test_baselines_stand_beside_the_plan(found: Explanation) -> None:
     assert found.baselines == compare_baselines(mixed_chain())
     lines = {line.split()[0]: line for line in str(found).splitlines() if line.strip()}

@@ -190,6 +190,8 @@ def test_impossible_stages(field: str, value: Any) -> None:
         ({"loss_seconds": float("nan")}, "the loss must take 0 seconds or more"),
         ({"input_name": "join"}, "two nodes are called 'join'"),
         ({"input_name": ""}, "node 0 needs a name"),
+        ({"reads": ((0.0,), *((i,) for i in range(1, 8)))}, "must read nodes before it"),
+        ({"reads": (("0",), *((i,) for i in range(1, 8)))}, "must read nodes before it"),
         ({"reads": ((0,),)}, "8 nodes need as many tuples of reads, found 1"),
         ({"reads": ((0,), (2,), *((i,) for i in range(2, 8)))}, "must read nodes before it"),
         ({"reads": ((0,), (1, 1), *((i,) for i in range(2, 8)))}, "each once and ascending"),

@@ -125,7 +125,7 @@ def test_the_search_finds_the_edge(limit: int, guess: int, most: int) -> None:
         assert found.why_no_more.startswith(f"at {limit + 1}: ")
         assert limit in made
     else:
-        assert found.why_no_more == f"no more than {most} was asked for"
+        assert found.why_no_more == f"no more than {most} was tried (most={most})"
 
 
 @pytest.mark.parametrize("share", [None, 0.05])

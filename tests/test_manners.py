@@ -188,6 +188,29 @@ def test_hooks_of_parameters_fire_once_in_a_backward_with_a_graph() -> None:
     assert torch.allclose(found, 2 * expected)
 
 
+def test_gradients_with_a_graph_leave_nothing_behind() -> None:
+    # Those of the last block alone: the backward never comes to the others.
+    model, x = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)]), torch.randn(4, 8)
+    trained = cs.checkpointed(model, planned(model, x))
+
+    def run() -> None:
+        loss = trained(x).square().sum()
+        with pytest.warns(cs.BudgetWarning):
+            torch.autograd.grad(loss, [model[-1].weight], create_graph=True)
+
+    run()
+    gc.collect()
+    gc.disable()
+    try:
+        with default_meter("cpu").window() as window:
+            for _ in range(3):
+                run()
+            window.mark()
+    finally:
+        gc.enable()
+    assert window.phases[0].final_bytes == window.phases[0].start_bytes
+
+
 @pytest.mark.filterwarnings("ignore:a backward with create_graph")
 def test_a_plain_backward_after_one_with_a_graph() -> None:
     trained, twin, x = both("input_gradient_mlp", "input_only")

@@ -15,6 +15,7 @@ from ckptsched.solvers.persistence import persistent_is_optimal
 from ckptsched.solvers.pinned_bound import least_pinned_bytes, pinned_lower_bounds
 from ckptsched.solvers.pinned_sizes import pinned_sizes
 from ckptsched.solvers.pinned_table import PinnedTable
+from ckptsched.stages import TapeOption
 from ckptsched.workload import Chain
 
 from .brute_force import cheapest_of, persistent_frontier
@@ -79,12 +80,17 @@ def test_where_states_never_grow_nothing_beats_the_persistent_optimum(
 def test_nor_where_stages_offer_several_tapes(
     chain: Chain, data: st.DataObject, budget: int
 ) -> None:
-    links = [
-        replace(stage, other_tapes=(data.draw(tape_options(stage.state_bytes)),))
-        for stage in chain.stages
-    ]
+    links = []
+    for stage in chain.stages:
+        other = data.draw(tape_options(stage.state_bytes))
+        other = replace(  # no faster to make than the state, nor in fewer bytes
+            other,
+            forward_seconds=stage.forward_seconds + other.forward_seconds,
+            forward_overhead_bytes=stage.forward_overhead_bytes + other.forward_overhead_bytes,
+        )
+        links.append(replace(stage, other_tapes=(other,)))
     chain = replace(chain, stages=tuple(links))
-    assume(persistent_is_optimal(chain))
+    assert persistent_is_optimal(chain)
     optimum = cheapest_pinned(chain, budget)
     assert cheapest_of(persistent_frontier(chain), budget) == optimum
     assert pinned_lower_bounds(chain, [budget]) == [pytest.approx(optimum)]
@@ -108,6 +114,16 @@ _LARGE_GRADIENT = {
     "o_loss": 8,
 }
 _PARAMETERS = {**_LARGE_GRADIENT, "w_g": [0, 1, 0], "o_f": [6, 0], "w_p": [0, 4]}
+
+
+def test_not_even_for_one_stage_with_a_tape_that_is_made_fast() -> None:
+    # Best is to make the fast tape for the loss, drop it, and make the other for the backward.
+    data = {"u_f": [10], "u_b": [1], "w_a": [0, 1], "w_t": [10], "o_f": [0], "o_b": [0]}
+    chain = Chain.from_json(data | {"w_g": [0, 0], "o_loss": 5})
+    fast = TapeOption(name="fast", tape_bytes=1, forward_seconds=1.0, backward_seconds=100.0)
+    chain = replace(chain, stages=(replace(chain.stages[0], other_tapes=(fast,)),))
+    assert cheapest_pinned(chain, 10) == 12 < cheapest_of(persistent_frontier(chain), 10)
+    assert not persistent_is_optimal(chain)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -210,6 +211,45 @@ def test_hidden_state_in_buffers_is_refused() -> None:
     model = nn.Sequential(spectral_norm(nn.Linear(16, 16)), nn.Linear(16, 2))
     with pytest.raises(cs.ProfileError, match="a buffer that it reads and changes"):
         cs.profile(model, torch.randn(4, 16))
+
+
+class Writes(nn.Module):
+    """Changes a buffer that others may read; returns the buffer itself, if asked."""
+
+    def __init__(self, shared: torch.Tensor, *, returns: bool = False) -> None:
+        super().__init__()
+        self.inner, self.returns = nn.Linear(4, 4), returns
+        self.register_buffer("shared", shared)
+
+    def forward(self, x: Any) -> Any:
+        y = self.inner(x[0] if isinstance(x, tuple) else x)
+        self.shared.add_(1)
+        return (y, self.shared) if self.returns else y
+
+
+class Reads(nn.Module):
+    def __init__(self, shared: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("shared", shared)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.shared
+
+
+def test_a_buffer_that_passes_values_between_stages_is_refused() -> None:
+    shared = torch.ones(4)
+    model = nn.Sequential(Writes(shared), nn.Tanh(), Reads(shared), nn.Linear(4, 4))
+    with pytest.raises(cs.ProfileError, match="'2' reads a buffer that another stage changes"):
+        cs.profile(model, torch.randn(2, 4))
+    assert torch.equal(shared, torch.ones(4))
+    # Both change it, and neither reads it.
+    cs.profile(nn.Sequential(Writes(shared), nn.Tanh(), Writes(shared)), torch.randn(2, 4))
+
+
+def test_a_buffer_that_is_returned_and_changed_is_refused() -> None:
+    model = nn.Sequential(*[Writes(torch.ones(4), returns=True) for _ in range(3)])
+    with pytest.raises(cs.ProfileError, match="a buffer that it reads and changes"):
+        cs.profile(model, torch.randn(2, 4), loss=lambda output: output[0].sum())
 
 
 def test_bad_arguments() -> None:

@@ -14,7 +14,7 @@ from ckptsched.budget import format_bytes, format_seconds
 from ckptsched.errors import BudgetSyntaxError, CkptschedError, InfeasibleBudgetError
 from ckptsched.frontier import Measured, Row, Tradeoff, baseline_grid, plan_grid, tradeoff
 from ckptsched.planner import plan
-from ckptsched.plans import Plan
+from ckptsched.plans import Plan, words_of_class
 from ckptsched.report import Outputs, chain_grid, print_chain, report, timeline
 from ckptsched.tables import Grid
 from ckptsched.verifier import Verification
@@ -93,6 +93,14 @@ def test_print_shows_both_tables(found: Tradeoff) -> None:
     assert "measured" not in text
     assert text.isascii()
     assert repr(found).startswith("<Tradeoff of 6 budgets, ")
+
+
+def test_what_the_gap_is_of_is_said(found: Tradeoff) -> None:
+    words = {words_of_class(row.plan) for row in found.rows if row.plan.overhead}
+    [line] = [line for line in str(found).splitlines() if line.startswith("Gap:")]
+    assert words
+    assert all(word in line for word in words)
+    assert "Gap:" not in str(replace(found, rows=found.rows[-1:]))
 
 
 def test_the_knee_is_shown(found: Tradeoff, tmp_path: Path) -> None:

@@ -2,64 +2,221 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ckptsched.errors import InfeasibleBudgetError
+from ckptsched.errors import InfeasibleBudgetError, WorkloadError
+from ckptsched.progress import listening
 from ckptsched.simulator import simulate
-from ckptsched.solvers import ChainDp, RunDp
+from ckptsched.solvers import ChainDp, Revolve, RunDp, Solution, run_dp
+from ckptsched.solvers.chain_sizes import chain_sizes
+from ckptsched.solvers.run_bound import RunBound
 from ckptsched.solvers.run_dp import takes
+from ckptsched.solvers.run_groups import group
+from ckptsched.solvers.run_lowering import lower
+from ckptsched.solvers.run_structure import chain_runs
+from ckptsched.solvers.run_table import RunTable
+from ckptsched.stages import Stage
 from ckptsched.workload import Chain
-from tests.strategies import stages
+from tests.helpers import INSTANCES, tiny_cases, uniform
+from tests.strategies import ledger_chains, stages
+
+SMALL = st.integers(0, 6)
 
 
 @st.composite
-def run_chains(draw: st.DrawFn, shortest: int = 4, longest: int = 7) -> Chain:
-    """A few different stages, each several times in a row."""
-    links = []
+def run_chains(draw: st.DrawFn, shortest: int = 4, longest: int = 7, factor: int = 1) -> Chain:
+    """A few different stages, each several times in a row; sizes are multiples of a factor."""
+    links: list[Stage] = []
     for stage in draw(st.lists(stages(), min_size=1, max_size=3)):
-        if draw(st.booleans()):
-            stage = replace(stage, parameter_gradient_bytes=0)
+        plain = replace(stage, parameter_gradient_bytes=0)
         count = draw(st.integers(shortest, longest))
-        links += [replace(stage, parameter_gradient_bytes=0)] * (count - 1) + [stage]
-    size = draw(st.integers(0, 6))
-    chain = Chain(
+        links += [plain] * (count - 1) + [stage if draw(st.booleans()) else plain]
+    data = Chain(
         stages=tuple(links),
-        input_bytes=size,
-        input_gradient_bytes=draw(st.integers(0, 6)),
-        loss_seconds=draw(st.integers(0, 9).map(float)),
-        loss_overhead_bytes=draw(st.integers(0, 6)),
-        held_bytes=draw(st.integers(0, 6)),
-    )
+        input_bytes=draw(SMALL),
+        input_gradient_bytes=draw(SMALL),
+        loss_seconds=draw(SMALL.map(float)),
+        loss_overhead_bytes=draw(SMALL),
+        held_bytes=draw(SMALL),
+    ).to_json()
+    for key in ("w_a", "w_t", "w_g", "o_f", "o_b", "w_p"):
+        data[key] = [factor * x for x in data[key]]
+    for key in ("o_loss", "w_held"):
+        data[key] *= factor
+    chain = Chain.from_json(data)
     assume(takes(chain))
     return chain
 
 
-def budgets_of(chain: Chain, number: int) -> list[int]:
+def all_budgets(chain: Chain, number: int = 10) -> list[int]:
     """Budgets from below the least of all to what storing everything takes."""
-    top = simulate(chain, RunDp().solve(chain, 10**9).schedule).peak_bytes
+    top = RunDp().solve(chain, 10**12).trace.peak_bytes
     return sorted({max(1, round(top * k / number)) for k in range(1, number + 1)})
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(run_chains())
 def test_short_runs_are_planned_as_the_full_recurrence_does(chain: Chain) -> None:
-    budgets = budgets_of(chain, 12)
-    for budget, found, best in zip(
-        budgets,
-        RunDp().solve_each(chain, budgets),
-        ChainDp().solve_each(chain, budgets),
-        strict=True,
+    budgets = all_budgets(chain)
+    found, best = RunDp().solve_each(chain, budgets), ChainDp().solve_each(chain, budgets)
+    for budget, mine, other in zip(budgets, found, best, strict=True):
+        assert isinstance(mine, Solution) == isinstance(other, Solution)
+        assert mine.least_budget_bytes == other.least_budget_bytes
+        if isinstance(mine, Solution) and isinstance(other, Solution):
+            assert simulate(chain, mine.schedule) == mine.trace
+            assert mine.trace.peak_bytes <= budget
+            assert mine.trace.seconds == pytest.approx(other.trace.seconds, rel=1e-6)
+            assert mine.lower_bound_seconds <= other.trace.seconds * (1 + 1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(run_chains(shortest=8, longest=20), st.integers(2, 50))
+def test_a_coarse_grid_loses_little_and_the_bound_holds(chain: Chain, unit: int) -> None:
+    # Sizes in bytes have no common divisor then that is not small beside them.
+    data = chain.to_json()
+    data["w_t"] = [unit * x for x in data["w_t"]]
+    chain = Chain.from_json(data)
+    budgets = all_budgets(chain)
+    best = ChainDp().solve_each(chain, budgets)
+    runs = chain_runs(chain_sizes(chain))
+    fixed = chain_sizes(chain).fixed
+    bound = RunBound(runs.bound, budgets[-1] - fixed, 1)
+    table = RunTable(runs.plan, 1, budgets[-1] - fixed, ends=2, starts=2)
+    base = chain.store_all_seconds
+    for budget, other in zip(budgets, best, strict=True):
+        if not isinstance(other, Solution):
+            assert math.isinf(table.extra_seconds[max(budget - fixed, 0)]) or budget < fixed
+            continue
+        bound.raise_at(budget - fixed, base)
+        extra = bound.extra_seconds(budget - fixed)
+        assert base + extra <= other.trace.seconds * (1 + 1e-9)
+        if math.isfinite(table.extra_seconds[budget - fixed]):
+            trace = simulate(chain, lower(table, budget - fixed))
+            assert trace.peak_bytes <= budget
+            seconds = base + float(table.extra_seconds[budget - fixed])
+            assert trace.seconds == pytest.approx(seconds, rel=1e-5)
+            assert trace.seconds >= other.trace.seconds * (1 - 1e-9)
+
+
+@settings(max_examples=10, deadline=None)
+@given(run_chains(shortest=5, longest=12, factor=1_000_003), st.data())
+def test_rounded_sizes_keep_the_budget(chain: Chain, data: st.DataObject) -> None:
+    stage = chain.stages[0]
+    odd = replace(stage, state_bytes=stage.state_bytes + 1, tape_bytes=stage.tape_bytes + 17)
+    links = tuple(odd if x == stage else x for x in chain.stages)
+    chain = replace(chain, stages=links)
+    least = RunDp().solve(chain, 10**12).least_budget_bytes
+    top = RunDp().solve(chain, 10**12).trace.peak_bytes
+    budgets = sorted({data.draw(st.integers(least, max(top, least))) for _ in range(4)} | {least})
+    found = RunDp().solve_each(chain, budgets)
+    known = math.inf
+    for budget, mine in zip(budgets, found, strict=True):
+        assert isinstance(mine, Solution)
+        assert simulate(chain, mine.schedule).peak_bytes <= budget
+        assert mine.lower_bound_seconds <= mine.trace.seconds <= known
+        known = mine.trace.seconds
+
+
+@settings(max_examples=10, deadline=None)
+@given(ledger_chains(most_stages=2, noise=True), st.integers(4, 8), st.data())
+def test_exact_bytes_keep_the_budget(chain: Chain, times: int, data: st.DataObject) -> None:
+    links = tuple(
+        replace(x, parameter_gradient_bytes=0) for x in chain.stages for _ in range(times)
+    )
+    chain = replace(chain, stages=links, blocks=(), held_bytes=chain.held_bytes)
+    assume(takes(chain))
+    solution = RunDp().solve(chain, 10**12)
+    least, top = solution.least_budget_bytes, solution.trace.peak_bytes
+    budgets = sorted({data.draw(st.integers(least, max(top, least))) for _ in range(3)} | {least})
+    found = RunDp().solve_each(chain, budgets)
+    optima = ChainDp().solve_each(chain, budgets)
+    for budget, mine, other in zip(budgets, found, optima, strict=True):
+        assert isinstance(mine, Solution)
+        assert simulate(chain, mine.schedule).peak_bytes <= budget
+        if isinstance(other, Solution):
+            assert mine.lower_bound_seconds <= other.trace.seconds * (1 + 1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(run_chains(shortest=1, longest=9), st.data())
+def test_groups_of_stages_are_written_out_in_stages(chain: Chain, data: st.DataObject) -> None:
+    runs = chain_runs(chain_sizes(chain)).plan
+    import numpy as np
+
+    sizes = np.array([data.draw(st.integers(1, 4)) for _ in range(len(runs))])
+    groups = group(runs, np.minimum(sizes, runs.count))
+    assert groups.last[-1] == len(chain)
+    top = ChainDp().solve(chain, 10**12).trace.peak_bytes - chain_sizes(chain).fixed
+    table = RunTable(groups.runs, 1, top, ends=8, starts=8)
+    slots = np.flatnonzero(np.isfinite(table.extra_seconds))
+    for m in {int(slots[0]), int(slots[len(slots) // 2]), top}:
+        trace = simulate(chain, groups.expand(lower(table, m)))
+        extra = float(table.extra_seconds[m])
+        assert trace.seconds == pytest.approx(chain.store_all_seconds + extra, rel=1e-5)
+
+
+@pytest.mark.parametrize("tape", [1, 2, 13])
+@pytest.mark.parametrize(("stages_", "states"), [(60, 3), (500, 10), (2000, 30)])
+def test_uniform_chains_are_no_costlier_than_binomial(stages_: int, states: int, tape: int) -> None:
+    chain = uniform(stages_, state=1, tape=tape)
+    budget = Revolve().solve(chain, 10**6).least_budget_bytes + states - 1
+    binomial = Revolve().solve(chain, budget)
+    solution = RunDp().solve(chain, budget)
+    assert solution.trace.peak_bytes <= budget
+    assert solution.trace.forwards <= binomial.trace.forwards
+    # Segments of one run are tried with every split, and the bound is the convex hull of that.
+    assert solution.trace.seconds <= solution.lower_bound_seconds * 1.005
+
+
+def test_long_blocks_of_a_network() -> None:
+    chain = Chain.load(INSTANCES / "ode_L8_Nt64.json")
+    unit = chain_sizes(chain).common_divisor
+    budgets = [310 * unit, 450 * unit, 700 * unit]
+    found = RunDp().solve_each(chain, budgets)
+    for budget, mine, other in zip(
+        budgets, found, ChainDp().solve_each(chain, budgets), strict=True
     ):
-        if isinstance(best, InfeasibleBudgetError):
-            assert isinstance(found, InfeasibleBudgetError)
-            assert found.least_budget_bytes == best.least_budget_bytes
-        else:
-            assert not isinstance(found, InfeasibleBudgetError)
-            assert simulate(chain, found.schedule).peak_bytes <= budget
-            assert found.trace.seconds == pytest.approx(best.trace.seconds, rel=1e-6)
-            assert found.lower_bound_seconds <= best.trace.seconds * (1 + 1e-9)
-            assert found.least_budget_bytes == best.least_budget_bytes
+        assert isinstance(mine, Solution)
+        assert isinstance(other, Solution)
+        assert mine.trace.peak_bytes <= budget
+        assert other.lower_bound_seconds <= mine.trace.seconds * (1 + 1e-9)
+        assert mine.trace.seconds <= other.trace.seconds * 1.02
+        assert mine.lower_bound_seconds <= other.trace.seconds
+        assert mine.lower_bound_seconds >= 0.98 * mine.trace.seconds
+
+
+def test_chains_without_runs_are_refused() -> None:
+    chain = Chain.from_json(tiny_cases()[0]["chain"])
+    assert not takes(chain)
+    with pytest.raises(WorkloadError, match="for others use chain_dp"):
+        RunDp().solve(chain, 100)
+
+
+def test_the_message_names_the_least_budget() -> None:
+    chain = uniform(30, state=1000, tape=9000)
+    with pytest.raises(InfeasibleBudgetError, match="no known memory-persistent") as caught:
+        RunDp().solve(chain, 12_000)
+    assert caught.value.least_budget_bytes == 13_000
+    assert RunDp().solve(chain, 13_000).trace.peak_bytes == 13_000
+
+
+def test_it_says_how_far_it_is() -> None:
+    shares: list[float] = []
+    with listening(lambda what, share: shares.append(share)):
+        RunDp().solve(uniform(30, state=3, tape=9), 40)
+    assert shares
+    assert all(0 <= share <= 1 for share in shares)
+
+
+def test_very_long_runs_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = uniform(300, state=1, tape=3)
+    exact = RunDp().solve(chain, 400)
+    monkeypatch.setattr(run_dp, "_NUMBERS", 1)
+    rounded = RunDp().solve(chain, 600)
+    assert rounded.rounding_unit_bytes > 1 == exact.rounding_unit_bytes
+    assert rounded.trace.peak_bytes <= 600

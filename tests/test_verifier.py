@@ -130,7 +130,8 @@ def test_nan_gradients_are_equal_to_nan_only() -> None:
     x = torch.full((2, 4), float("nan"))
     plan = planned(model, torch.randn(2, 4))
     result = cs.verify(model, plan, x)
-    assert result.max_gradient_difference == 0.0
+    assert result.max_gradient_difference == result.loss_difference == 0.0
+    assert result.ok
     nan, one = torch.full((1,), float("nan")), torch.ones(1)
     assert _compare({"a": nan}, {"a": nan})[0] == 0.0
     assert math.isnan(_compare({"a": one}, {"a": nan})[0])

@@ -121,6 +121,11 @@ def test_units_of_files() -> None:
             {"blocks": [{"name": "a", "first": 1, "last": 2, "buffer_bytes": 0.5}]},
             "buffer_bytes of block 'a' must be a whole number",
         ),
+        (
+            {"w_a": [2**63, 1, 1]},
+            "must be at most 1125899906842624 bytes; found 9223372036854775808",
+        ),
+        ({"u_b": [1e308, 1e308]}, "must take at most 1e+18 seconds"),
         ({"u_f": 3}, "this is not a chain"),
         ({"blocks": [{"name": "a", "first": 1, "last": 1}]}, "blocks end at stage 1 of 2"),
         ({"blocks": [{"name": "a", "first": 2, "last": 2}]}, "'a' covers 2..2, expected a start"),

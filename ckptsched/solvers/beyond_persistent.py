@@ -21,6 +21,7 @@ from ..trace import Trace
 from ..workload import Chain
 from .base import AbstractSolver, Solution
 from .chain_dp import ChainDp
+from .persistence import persistent_is_optimal
 from .pinned_bound import pinned_lower_bounds, slot_bytes
 from .pinned_sizes import PinnedSizes, pinned_sizes
 from .sliding_lowering import Lowering
@@ -74,10 +75,12 @@ class BeyondPersistent(AbstractSolver):
         """
         known = dict(zip(budgets, ChainDp().solve_each(chain, budgets), strict=True))
         bounds = dict(zip(budgets, pinned_lower_bounds(chain, budgets), strict=True))
-        sizes = pinned_sizes(chain)
+        sizes, is_optimal = pinned_sizes(chain), persistent_is_optimal(chain)
         groups: dict[int, list[int]] = {}
         for budget, result in known.items():
-            if _seconds(result) > bounds[budget] * (1 + _ROUNDING):
+            if is_optimal and isinstance(result, Solution):  # its bound holds for all, too
+                bounds[budget] = max(bounds[budget], result.lower_bound_seconds)
+            elif _seconds(result) > bounds[budget] * (1 + _ROUNDING):
                 groups.setdefault((budget - sizes.fixed).bit_length(), []).append(budget)
         for group in groups.values():
             tops = {budget: _top(known[budget], budget) - sizes.fixed for budget in group}

@@ -22,6 +22,7 @@ from ..workload import Chain
 from .base import AbstractSolver, Solution, infeasible
 from .baselines import baselines_for
 from .chain_lowering import Outline, fastest_outline, outline
+from .chain_search import search
 from .chain_sizes import ChainSizes, chain_sizes
 from .chain_table import LeastMemory, Table, least_memory, table_numbers, table_splits
 from .revolve import Revolve
@@ -48,6 +49,9 @@ _DRAWN = (12, 60)
 _DRAWN_STAGES = 6_000
 _LESS = (0.0002, 0.04)
 _MORE = (0.0002, 0.01)
+# Where they are above the bound, schedules are searched in exact bytes: so many looks at choices,
+# shared by all budgets of a table, but some at least. They take about half a second.
+_LOOKS, _LEAST_LOOKS = 30_000_000, 1_500_000
 # Where the best of them is so much above the bound, a second table is filled, in which sizes are
 # rounded to the nearest, and more are drawn from that.
 _POOR = 0.006
@@ -70,8 +74,10 @@ class ChainDp(AbstractSolver):
     Where all sizes share a unit that is not small beside the budget, and the chain has no
     ledger, the schedule is optimal in its class. Else sizes are counted in 1,000 slots or more,
     so that too much fits: the table bounds the seconds from below, and the schedules are those
-    that it prefers among what fits in exact bytes. Where they are not near the bound, a table of
-    sizes rounded to the nearest slot is asked too. The baselines are candidates and, on uniform
+    that it prefers among what fits in exact bytes. Where those are above the bound, a search in
+    exact bytes (`chain_search`) looks for the optimum itself, and finds and proves it on most
+    chains of up to some 200 stages. Where the best is not near the bound, a table of sizes rounded
+    to the nearest slot is asked too. The baselines are candidates and, on uniform
     chains, revolve. For a chain with a ledger the sizes bound the ledger from below
     (`chain_sizes`), so that the bound holds in the ledger, and schedules are simulated until one
     fits.
@@ -277,6 +283,10 @@ class _Search:
             table = Table(self.sizes, grid.unit, top, exact=exact)
             bounds |= {budget: base + table.bound(self._usable(budget)) for budget in needed}
             poor = self._draw_each(table, {x: bounds[x] for x in needed}, exact=grid.exact)
+            for budget in needed:
+                looks = max(_LEAST_LOOKS, _LOOKS // len(needed))
+                bounds[budget] = base + self._search(table, budget, looks)
+            poor = [x for x in poor if self._best(x).seconds > bounds[x] * (1 + _POOR)]
             del table  # before the next takes as much
             if poor and not grid.exact:
                 table = Table(self.sizes, grid.unit, top, nearest=True)
@@ -322,6 +332,27 @@ class _Search:
                 break
         return math.inf
 
+    def _search(self, table: Table, budget: int, looks: int) -> float:
+        """Search in exact bytes for what is better than the best that is known.
+
+        Returns:
+            What no schedule is below, in seconds more than the fastest.
+        """
+        base, m = self.chain.store_all_seconds, self._usable(budget)
+        bound = 0.0
+        for trial in range(_TRIALS):
+            best = self._best(budget).run(self.chain)[1].seconds
+            found = search(self.fewest, table, m, best - base, looks)
+            if trial == 0:
+                bound = found.bound_seconds
+            if found.outline is None:
+                break
+            m -= self.draw(found.outline).run(self.chain)[1].peak_bytes - budget
+            # Only a ledger charges more than the recurrence counts.
+            if m >= self._usable(budget) or m < self.fewest.total:
+                break
+        return bound
+
     def _scales(self) -> list[float]:
         """How much bytes count where a table is looked up, in turn."""
         least, most = _DRAWN
@@ -330,16 +361,21 @@ class _Search:
         more = 1 + np.geomspace(*_MORE, count // 4)
         return [1.0, *less.tolist(), *more.tolist()]
 
-    def _cheapest(self, budget: int) -> _Candidate:
-        """The cheapest candidate that fits; it is remembered for larger budgets."""
+    def _best(self, budget: int) -> _Candidate:
+        """The cheapest candidate that fits."""
         for candidate in sorted(self.known.values(), key=lambda x: x.seconds):
-            trace = candidate.run(self.chain)[1]
-            if trace.peak_bytes <= budget:
-                # Equal costs may be estimated in the wrong order, by their last digits.
-                if self.last is None or trace.seconds < self.last.run(self.chain)[1].seconds:
-                    self.last = candidate
-                return self.last
+            if candidate.run(self.chain)[1].peak_bytes <= budget:
+                return candidate
         raise AssertionError("the schedule of least memory fits every budget from the least on")
+
+    def _cheapest(self, budget: int) -> _Candidate:
+        """The cheapest that fits a budget, no smaller than those before; it is remembered."""
+        found = self._best(budget)
+        # Equal costs may be estimated in the wrong order, by their last digits.
+        seconds = found.run(self.chain)[1].seconds
+        if self.last is None or seconds < self.last.run(self.chain)[1].seconds:
+            self.last = found
+        return self.last
 
     def solution(self, candidate: _Candidate, bound: float, grid: _Grid) -> Solution:
         """A candidate that fits, with what is known about the budget."""

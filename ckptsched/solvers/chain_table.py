@@ -171,22 +171,29 @@ class Table:
         found /= self._scale
         return found[: self.top + 1]
 
-    def bound(self, size: int) -> float:
-        """What no schedule in so many bytes is below, in seconds more than the fastest.
+    @property
+    def error(self) -> tuple[float, float]:
+        """How much a number may be too large: relative, and absolute in the table's seconds.
 
         A number in the table is a sum of seconds, none negative. Each stage of the segment adds
         three roundings at most (the seconds of a sweep, and two sums), so that it is at most
         (1 + e)**(3 n + 3) times the true one, with half a unit in the last place for e. The
         running sum of u_f adds an error of n units of the total for each of n sweeps.
+        """
+        n = len(self.sizes)
+        relative = (3 * n + 3) * float(np.finfo(self.values.dtype).eps) / 2
+        absolute = (n + 1) ** 2 * float(np.finfo(np.float64).eps) * float(self.seconds[-1])
+        return relative, absolute
+
+    def bound(self, size: int) -> float:
+        """What no schedule in so many bytes is below, in seconds more than the fastest.
 
         Args:
             size: Bytes.
         """
-        n, found = len(self.sizes), self.extra_seconds(size)
-        relative = (3 * n + 3) * float(np.finfo(self.values.dtype).eps) / 2
-        total = float(self.seconds[-1]) / self._scale
-        absolute = (n + 1) ** 2 * float(np.finfo(np.float64).eps) * total
-        return max(0.0, found * math.exp(-relative) - absolute)
+        relative, absolute = self.error
+        found = self.extra_seconds(size) * math.exp(-relative)
+        return max(0.0, found - self.unscaled(absolute))
 
     def _fill(self) -> None:
         n, top = len(self.sizes), self.top

@@ -31,6 +31,8 @@ ALL = "all schedules"
 """Name of the class of which storing everything is the fastest."""
 MOST_POSITIONS = 4_000_000
 """By default a search gives up at so many positions: some 250 MB."""
+# Of those that look for the least budget, so many may give up.
+_SEARCHES_FOR_LEAST = 8
 # Sums of the same seconds in another order differ by less.
 _ROUNDING = 1e-12
 
@@ -170,16 +172,22 @@ class ExactSearch(AbstractSolver):
         )
 
     def _least(self, chain: Chain, sizes: PinnedSizes, feasible: int, known: int | None) -> int:
-        """The least budget that some pinned schedule keeps, as far as searches can tell."""
+        """The least budget that some pinned schedule keeps, as far as searches can tell.
+
+        All of them together meet no more positions than one search for a schedule may.
+        """
+        left = self.most_positions
+        share = -(-left // _SEARCHES_FOR_LEAST)
         most = feasible if known is None else min(feasible, known)
         least = most if chain.has_ledger else min(most, least_pinned_bytes(sizes))
-        while least < most:
+        while least < most and left >= share:
             middle = (least + most) // 2
-            search = _search(sizes, middle, math.inf, self.most_positions)
+            search = _search(sizes, middle, math.inf, share)
             if search.run() is None:
                 least = middle + 1  # or not found within the limit
             else:
                 most = middle
+            left -= max(search.positions, 1)
         return most
 
     def _infeasible(

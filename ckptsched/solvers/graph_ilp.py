@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import final
 
+import numpy as np
+
 from ..budget import format_bytes
 from ..errors import InfeasibleBudgetError, SolverTimeoutError, WorkloadError
 from ..graph import Graph
@@ -28,8 +30,6 @@ MOST_NODES = 150
 MOST_ORDERS = 24
 # Up to so many nodes two sweeps a phase are searched: that is some five times the work.
 _TWO_SWEEPS_NODES = 10
-# What tolerances let pass may take some bytes too many: then the budget is cut by such shares.
-_SHARES = (1e-6, 1e-4, 1e-2)
 
 FRONTIER_ADVANCING = "frontier-advancing schedules"
 """The class that `GraphIlp` searches."""
@@ -143,7 +143,7 @@ class _Search:
             self.schedule_class += PLANNING_SIZES
         self.known = plain_schedules(self.graph)
         bound = self._minimise(None)
-        self.least_bound = int(min(bound, self.least[1].peak_bytes))
+        self.least_bound = int(min(max(bound, _largest(self.graph)), self.least[1].peak_bytes))
 
     @property
     def least(self) -> Judged:
@@ -217,19 +217,18 @@ class _Search:
         found = outcome.status in ("optimal", "stopped")
         trace = self._learn(order, model) if found else None
         if trace is not None and budget is not None and trace.peak_bytes > budget:
-            self._shrink(order, budget, limit)
+            self._fit(order, budget, limit)
         return outcome, model.bound(outcome.bound)
 
-    def _shrink(self, order: Reordered, budget: int, limit: float) -> None:
-        """Solve again where a schedule that tolerances let pass takes some bytes too many."""
-        for share in _SHARES:
-            less = math.floor(budget * (1 - share))
-            model = GraphModel(order.graph, less, sweeps=self.sweeps)
-            outcome = minimise(model.problem, time_limit_seconds=limit)
-            if outcome.status not in ("optimal", "stopped"):
-                return
-            if self._learn(order, model).peak_bytes <= budget:
-                return
+    def _fit(self, order: Reordered, budget: int, limit: float) -> None:
+        """Solve again with sizes rounded up, where a schedule for those rounded down is too big."""
+        model = GraphModel(order.graph, budget, sweeps=self.sweeps, rounds_up=True)
+        best = self.best(budget)
+        if best is not None:
+            model.at_most(best[1])
+        outcome = minimise(model.problem, time_limit_seconds=limit)
+        if outcome.status in ("optimal", "stopped"):
+            self._learn(order, model)
 
     def _infeasible(self, budget: int) -> InfeasibleBudgetError:
         trace = simulate(self.workload, self.least[0], model="planning")
@@ -239,10 +238,19 @@ class _Search:
         least = self.least[1].peak_bytes
         return SolverTimeoutError(
             f"graph_ilp found no schedule for {format_bytes(budget, budget=True)} ({budget} bytes) "
-            f"in {self.limit:g} seconds, and no proof that there is none; a budget of "
-            f"{format_bytes(least)} ({least} bytes) works, or a longer time limit may",
+            f"in {self.limit:g} seconds, and no proof that there is none, to within what it rounds "
+            f"sizes by; a budget of {format_bytes(least)} ({least} bytes) works, or a longer time "
+            "limit may",
             limit_seconds=self.limit,
         )
+
+
+def _largest(graph: Graph) -> int:
+    """Bytes of the largest run with tape or backward, which every schedule has."""
+    c, w_g = graph.arrays, graph.arrays.gradient_bytes
+    runs = c.tape_bytes + c.forward_overhead_bytes
+    backwards = c.tape_bytes + w_g + c.backward_overhead_bytes + c.parameter_gradient_bytes
+    return graph.input_bytes + graph.held_bytes + int(np.maximum(runs, backwards)[1:].max())
 
 
 def solve_graph(graph: Graph, budget_bytes: int, *, time_limit_seconds: float = 60.0) -> Solution:

@@ -66,8 +66,10 @@ def _by_highs(
     start: Mapping[pulp.LpVariable, float] | None,
     what: str,
 ) -> Outcome:
-    # One thread, so that the same program has the same solution again.
-    solver = pulp.HiGHS(msg=False, timeLimit=limit, gapRel=0.0, threads=1, parallel="off")
+    # One thread, so that the same program has the same solution again. Without presolve, which in
+    # HiGHS 1.15 cuts off optima: it calls costlier solutions optimal, others with another seed.
+    options = {"timeLimit": limit, "gapRel": 0.0, "threads": 1, "parallel": "off"}
+    solver = pulp.HiGHS(msg=False, presolve="off", **options)
     solver.createAndConfigureSolver(problem)
     solver.buildSolverModel(problem)
     highs = problem.solverModel
@@ -75,9 +77,10 @@ def _by_highs(
         columns = np.array([x.index for x in start], dtype=np.int32)
         highs.setSolution(len(start), columns, np.array(list(start.values()), dtype=np.float64))
     _run(highs, limit, what)
-    solver.findSolutionValues(problem)
     info, status = highs.getInfo(), highs.getModelStatus()
     found = info.primal_solution_status == int(highspy.SolutionStatus.kSolutionStatusFeasible)
+    if found:
+        solver.findSolutionValues(problem)
     seconds = float(highs.getRunTime())
     problem.solverModel = None
     if status in (
@@ -87,7 +90,8 @@ def _by_highs(
         return Outcome("infeasible", math.inf, seconds)
     if status == highspy.HighsModelStatus.kOptimal:
         return Outcome("optimal", float(info.mip_dual_bound), seconds)
-    return Outcome("stopped" if found else "unknown", float(info.mip_dual_bound), seconds)
+    bound = float(info.mip_dual_bound) if info.valid else -math.inf  # invalid: it never began
+    return Outcome("stopped" if found else "unknown", bound, seconds)
 
 
 def _run(highs: Any, limit: float, what: str) -> None:

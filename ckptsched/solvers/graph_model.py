@@ -21,7 +21,8 @@ from ..schedule import Backward, Forward, Operation, Turn
 from ..trace import Trace
 
 # Bytes are counted in their common divisor where the budget has at most so many, else in a unit
-# that makes it so many: then a solver's tolerance of 1e-6 is no byte of a budget of 100 GB.
+# that makes it so many, and rounded to whole units. What fits and what does not then differ by a
+# unit, far above a solver's tolerance: HiGHS has lost optima that took a millionth of a unit more.
 _MOST_UNITS = 100_000
 # Seconds that are whole numbers stay so, as solvers make use of it; else storing everything
 # takes so many units.
@@ -54,13 +55,17 @@ class Sweep:
     """Whether its state is there to the sweep's end."""
     taped: dict[int, Term] = field(default_factory=dict)
     """Whether its tape is there when the sweep starts."""
+    bare: dict[tuple[int, int], Term] = field(default_factory=dict)
+    """Whether the tape of a reader keeps its state, and not its tape: to the reader's Backward."""
 
 
 @final
 class GraphModel:
     """The program for one graph, in PuLP."""
 
-    def __init__(self, graph: Graph, budget_bytes: int | None, *, sweeps: int = 1) -> None:
+    def __init__(
+        self, graph: Graph, budget_bytes: int | None, *, sweeps: int = 1, rounds_up: bool = False
+    ) -> None:
         """Write the program down.
 
         Args:
@@ -68,14 +73,16 @@ class GraphModel:
             budget_bytes: Bytes that the peak may reach; seconds are minimised. None: the peak
                 is minimised, whatever it costs.
             sweeps: How often a phase may go through the nodes.
+            rounds_up: Whether sizes are rounded up, so that every solution fits; else down, so
+                that nothing that fits is lost and bounds hold.
         """
         self.graph, columns, self.budget_bytes = graph, graph.arrays, budget_bytes
-        self.byte_unit = _byte_unit(graph, budget_bytes)
+        self.byte_unit, self._rounds_up = _byte_unit(graph, budget_bytes), rounds_up
         self.second_unit = _second_unit(graph)
         self.sweeps = _sweeps(graph, sweeps)
         self._first_phase = sweeps  # the first sweep after Turn
         self._state, self._tape, self._forward, self._backward, self._grad, self._new = (
-            [x / self.byte_unit for x in column.tolist()]
+            [self._units(x) for x in column.tolist()]
             for column in (
                 columns.state_bytes,
                 columns.tape_bytes,
@@ -93,9 +100,7 @@ class GraphModel:
             self.limit = self.problem.add_variable("peak", 0)
             self.problem.setObjective(pulp.lpSum([self.limit]))
         else:
-            self.limit = budget_bytes / self.byte_unit
-            if isinstance(self.byte_unit, int):
-                self.limit = budget_bytes // self.byte_unit
+            self.limit = budget_bytes // self.byte_unit
             seconds = [x / self.second_unit for x in columns.forward_seconds.tolist()]
             runs = (item for sweep in self.sweeps for item in sweep.run.items())
             self.problem.setObjective(pulp.lpSum(seconds[v] * run for v, run in runs))
@@ -104,6 +109,10 @@ class GraphModel:
             self._pin(p, sweep)
             self._bound_bytes(p, sweep)
         self._reach_the_loss()
+
+    def _units(self, size: int) -> int:
+        """Whole units of a size."""
+        return -(-size // self.byte_unit) if self._rounds_up else size // self.byte_unit
 
     # ---- variables ----------------------------------------------------------------------
 
@@ -119,6 +128,7 @@ class GraphModel:
                 for w in self.graph.readers[v]:
                     if w <= sweep.top:
                         sweep.until[v, w] = self._share(f"until_{p}_{v}_{w}")
+                        sweep.bare[v, w] = self._share(f"bare_{p}_{v}_{w}") if p else 0
 
     def _whole(self, name: str) -> pulp.LpVariable:
         self._variables += 1
@@ -164,8 +174,9 @@ class GraphModel:
                 earlier = self.sweeps[p - 1].end.get(v, 0)
                 self._add(sweep.old[v] <= earlier)
             # What follows cuts off no schedule that is worth having.
-            self._add(sweep.run[v] + then <= 1, sweep.end[v] + then <= 1)
-            self._add(sweep.old[v] + sweep.run[v] <= 1, sweep.old[v] + sweep.taped[v] <= 1)
+            kept = pulp.lpSum(sweep.bare.get((v, w), 0) for w in self.graph.readers[v])
+            self._add(sweep.run[v] + then <= 1, sweep.end[v] + then <= 1 + kept)
+            self._add(sweep.old[v] + sweep.run[v] <= 1, sweep.old[v] + sweep.taped[v] <= 1 + kept)
 
     def _pin(self, p: int, sweep: Sweep) -> None:
         """Who runs, and who has a tape, has all that it reads."""
@@ -177,6 +188,14 @@ class GraphModel:
                     self._add(sweep.old[u] + sweep.taped[u] >= start)
                     self._add(sweep.end[u] + kept >= then)
                     self._add(sweep.until[u, w] + kept >= sweep.run[w] + then - start)
+                    self._pin_state(p, sweep, u, w)
+
+    def _pin_state(self, p: int, sweep: Sweep, u: int, w: int) -> None:
+        """A tape that was made from a bare state keeps it, even where u is taped beside it."""
+        bare = sweep.bare[u, w]
+        if p:
+            self._add(bare >= sweep.taped[w] - sweep.taped[u], sweep.end[u] >= bare)
+            self._add(bare >= self.sweeps[p - 1].bare[u, w])
 
     def _bound_bytes(self, p: int, sweep: Sweep) -> None:
         """What is there while each node has its turn, and while Turn or a Backward runs."""
@@ -188,7 +207,7 @@ class GraphModel:
             self._fit(sweep, terms)
         terms = self._level(p, sweep, sweep.top + 1)
         if sweep.ends == 0:
-            overhead = self.graph.loss_overhead_bytes / self.byte_unit
+            overhead = self._units(self.graph.loss_overhead_bytes)
             self._fit(sweep, [*terms, self._grad[-1] + overhead])
         elif sweep.ends is not None:
             b = sweep.ends
@@ -198,13 +217,14 @@ class GraphModel:
     def _level(self, p: int, sweep: Sweep, slot: int) -> list[pulp.LpAffineExpression | float]:
         """Bytes of states and tapes before the node of a slot has its turn."""
         nodes = range(1, sweep.top + 1)
-        terms = [self._state[v] * self._present(sweep, v, slot) for v in nodes]
+        terms: list[pulp.LpAffineExpression | float] = []
+        terms += [self._state[v] * self._present(sweep, v, slot) for v in nodes]
         for v in nodes:
             terms.append(self._tape[v] * (self._kept(p + 1, v) if v < slot else sweep.taped[v]))
         return terms
 
     def _fit(self, sweep: Sweep, terms: Iterable[pulp.LpAffineExpression | float]) -> None:
-        fixed = sweep.fixed_bytes / self.byte_unit
+        fixed = self._units(sweep.fixed_bytes)
         self._add(pulp.lpSum(terms) + fixed <= self.limit)
 
     def _reach_the_loss(self) -> None:
@@ -269,7 +289,7 @@ class GraphModel:
     def at_most(self, trace: Trace) -> None:
         """Ask for a solution that is no worse than a known schedule."""
         if self.budget_bytes is None:
-            known = trace.peak_bytes / self.byte_unit
+            known: float = trace.peak_bytes // self.byte_unit
         else:
             known = (trace.seconds - self.graph.store_all_seconds) / self.second_unit
         self._add(self.problem.objective <= known + self._margin)
@@ -289,8 +309,7 @@ class GraphModel:
             return max(0.0, bound)
         units = max(0.0, bound - self._margin)
         if self.budget_bytes is None:
-            whole = isinstance(self.byte_unit, int)
-            return math.ceil((math.ceil(units) if whole else units) * self.byte_unit)
+            return math.ceil(units) * self.byte_unit
         units = math.ceil(units) if self.second_unit == 1.0 else units
         return self.graph.store_all_seconds + units * self.second_unit
 
@@ -315,7 +334,7 @@ def _sweeps(graph: Graph, sweeps: int) -> list[Sweep]:
     return found
 
 
-def _byte_unit(graph: Graph, budget_bytes: int | None) -> int | float:
+def _byte_unit(graph: Graph, budget_bytes: int | None) -> int:
     columns = graph.arrays
     sizes = [
         graph.input_bytes,
@@ -330,7 +349,7 @@ def _byte_unit(graph: Graph, budget_bytes: int | None) -> int | float:
     ]
     divisor = math.gcd(*sizes) or 1
     most = sum(sizes) if budget_bytes is None else budget_bytes
-    return divisor if most <= divisor * _MOST_UNITS else most / _MOST_UNITS
+    return divisor if most <= divisor * _MOST_UNITS else -(-most // _MOST_UNITS)
 
 
 def _second_unit(graph: Graph) -> float:

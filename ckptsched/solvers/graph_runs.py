@@ -6,7 +6,7 @@ the last time is then a fact, and keeping it longer helps nobody.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import final
 
 from ..graph import Graph
@@ -25,18 +25,33 @@ def with_drops(graph: Graph, runs: Sequence[Operation]) -> Schedule:
         The schedule of least memory with these runs. Runs whose result nothing needs, or is
         there anyway, are left out, and a tape that no Backward consumes is not kept.
     """
-    needs = _Needs(graph)
+    needs = _Needs(graph, _pins(graph, runs))
     for operation in reversed(runs):
         needs.before(operation)
     return Schedule.of(reversed(needs.operations))
+
+
+def _pins(graph: Graph, runs: Sequence[Operation]) -> dict[int, list[int]]:
+    """States that a node's tape was made from, though they are taped before its Backward.
+
+    The tape keeps the bare state then, which a tape made beside it does not replace.
+    """
+    made, pins = [0] * (len(graph) + 1), {}
+    for p, operation in enumerate(runs, 1):
+        match operation:
+            case Forward(i, tape=True):
+                made[i] = p
+            case Backward(i):
+                pins[i] = [u for u in graph.reads[i - 1] if made[u] > made[i]]
+    return pins
 
 
 @final
 class _Needs:
     """What is needed after a point of the schedule, as the point moves to its start."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, pins: Mapping[int, Sequence[int]]) -> None:
+        self.graph, self.pins = graph, pins
         self.states = bytearray(len(graph) + 1)
         self.tapes = bytearray(len(graph) + 1)
         self.operations: list[Operation] = []  # the last one first
@@ -49,11 +64,10 @@ class _Needs:
             case Backward(i):
                 self.tapes[i] = 1
                 self.read(self.graph.reads[i - 1])
+                self.keep(u for u in self.pins[i] if not self.states[u])
             case Forward(i) as run:
                 if run.tape and self.tapes[i]:
                     self.tapes[i] = 0
-                    if self.is_held(i):  # by a later tape: until this one takes it in
-                        self.read((i,))
                 elif self.states[i] and not self.is_held(i):
                     self.states[i] = 0
                     operation = Forward(i)
@@ -70,10 +84,13 @@ class _Needs:
 
     def read(self, sources: Iterable[int]) -> None:
         """Need states; one that is not in a tape, and not needed later, goes here."""
-        for u in sources:
-            if not self.states[u] and not self.tapes[u]:
-                self.states[u] = 1
-                self.operations.append(Drop(Value(Kind.STATE, u)))
+        self.keep(u for u in sources if not self.states[u] and not self.tapes[u])
+
+    def keep(self, states: Iterable[int]) -> None:
+        """Have states that go here."""
+        for u in states:
+            self.states[u] = 1
+            self.operations.append(Drop(Value(Kind.STATE, u)))
 
 
 def store_all_runs(graph: Graph) -> list[Operation]:

@@ -27,8 +27,8 @@ def persistent_is_optimal(chain: Chain) -> bool:
     if chain.has_ledger:
         return False
     n, sizes = len(chain), pinned_sizes(chain)
-    if n == 1:
-        return True
+    if n == 1:  # nothing but whether its state is kept through the loss
+        return are_runs_fastest(sizes)
     states = sizes.state[1:]
     never_grow = bool((states[1:-1] <= states[:-2]).all())
     least_so_far = np.minimum.accumulate(states)

@@ -114,6 +114,11 @@ class PinnedSearch:
         least = float(self._space.heap_estimates[0]) if self._counters[_OPEN] else np.inf
         return min(least, self._upper)
 
+    @property
+    def positions(self) -> int:
+        """How many positions were met."""
+        return int(self._counters[_MET])
+
     def _grow(self) -> None:
         old = self._space
         met, opened = int(self._counters[_MET]), int(self._counters[_OPEN])

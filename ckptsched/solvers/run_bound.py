@@ -35,13 +35,12 @@ if TYPE_CHECKING:
 _SLOTS = 4096
 # Numbers in a table that is kept as a whole: 80 MB.
 _NUMBERS = 1e7
-# Evaluations for the first budget, and for one after another of nearly the same prices.
+# Evaluations for one budget.
 _EVALUATIONS = 60
-_LATER_EVALUATIONS = 12
 # Additions after which the prices found so far must do: some five seconds.
 _MOST_ADDITIONS = 5e9
 # A better bound than the best is looked for while the cuts promise this much of the step.
-_TOLERANCE = 2e-5
+_TOLERANCE = 5e-5
 # Kept states of fewer slots are counted by the slots that many of them fill.
 _SMALL = 24
 # The sums of a table have some thousand terms, each rounded to 1e-16 of the largest.
@@ -89,14 +88,12 @@ class RunBound:
             seconds: Seconds of storing everything, to which differences are compared.
         """
         m = min(size // self.unit, self.top)
-        first = bool(np.isinf(self.best).all())
-        evaluations = _EVALUATIONS if first else _LATER_EVALUATIONS
         if not len(self.priced):
             self._evaluate(m)
             return
         cuts, work = _Cuts(self.runs.seconds[self.priced]), 0.0
-        for i in range(evaluations):
-            report("lower bound", i / evaluations)
+        for i in range(_EVALUATIONS):
+            report("lower bound", i / _EVALUATIONS)
             if work > _MOST_ADDITIONS:
                 break
             bound = self._evaluate(m)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import final
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import InfeasibleBudgetError, WorkloadError
 from ..schedule import Schedule
@@ -26,11 +27,10 @@ from .chain_table import least_memory
 from .run_bound import RunBound
 from .run_groups import Groups, group
 from .run_lowering import lower
-from .run_structure import ChainRuns, chain_runs
+from .run_structure import ChainRuns, Indices, chain_runs
 from .run_table import RunTable
 
-# Slots up to which sizes are not rounded where they share a unit, and slots where they are.
-EXACT_SLOTS = 2_000
+# Slots up to which sizes are not rounded where they share a unit, and about as many where not.
 _SLOTS = 2_000
 # A table of more runs takes minutes; chains without long runs are for chain_dp.
 MOST_RUNS = 64
@@ -48,6 +48,12 @@ _GROUP_SLOTS = 2
 _FEWEST_GROUPS = 32
 # From so many stages on a run needs no more memory.
 _SAME_NEED = 4
+# A bound that larger budgets have left is not raised where a plan is so close to it.
+_CLOSE = 1e-3
+# Schedules with more runs without tape, as estimated, are not made.
+MOST_ADVANCES = 8_000_000
+# Numbers in a table of segments inside a run: 0.5 GB.
+_NUMBERS = 1.2e8
 # Schedules of the fewest slots that are tried to find the least budget.
 _LEAST_TRIALS = 4
 
@@ -100,7 +106,7 @@ class RunDp(AbstractSolver):
             WorkloadError: The chain has no long runs.
         """
         search = _Search(chain)
-        feasible = sorted({x for x in budgets if x >= search.least.trace.peak_bytes})
+        feasible = sorted({x for x in budgets if x >= search.least_bytes})
         found: dict[int, Solution] = {}
         for grain, group_ in search.grains(feasible).items():
             found |= search.solve(grain, group_)
@@ -160,20 +166,44 @@ class _Search:
         return self._simulated(Baseline("store_all").schedule(self.chain))
 
     @functools.cached_property
+    def least_bytes(self) -> int:
+        """The least budget that is known to work; it depends on the chain alone."""
+        table, slots = self._tight
+        if table.unit > self.sizes.common_divisor or self.sizes.is_ledger:
+            return self.least.trace.peak_bytes
+        least = int(slots[0]) * table.unit + self.sizes.fixed
+        return min(least, self.store_all.trace.peak_bytes)
+
+    @functools.cached_property
     def least(self) -> _Found:
-        """The schedule of least peak that is known; it depends on the chain alone."""
+        """A schedule of least peak; long runs are run very often in it."""
+        table, slots = self._tight
+        found = [self._simulated(lower(table, int(m))) for m in slots[:_LEAST_TRIALS]]
+        found.append(self.store_all)
+        return min(found, key=lambda x: x.trace.peak_bytes)
+
+    @functools.cached_property
+    def _tight(self) -> tuple[RunTable, Indices]:
+        """A small table, and its slots that have a schedule of reasonable length."""
         needed = self._least_bytes()
         divisor = self.sizes.common_divisor
         unit = divisor if needed // divisor <= _GRIDS[0][0] else max(1, needed // _GRIDS[0][0])
         top = needed // unit + 1
+        if len(self.chain) ** 2 / 2 > MOST_ADVANCES:
+            top += int(2 * self.runs.plan.state.max()) // unit
         while True:
             table = RunTable(self.runs.plan, unit, top, ends=0, starts=0)
-            slots = np.flatnonzero(np.isfinite(table.extra_seconds))
+            slots = np.flatnonzero(self.is_short(table))
             if len(slots):
-                break
+                return table, slots
             top += top // 8 + 1
-        found = [self._simulated(lower(table, int(m))) for m in slots[:_LEAST_TRIALS]]
-        return min(found, key=lambda x: x.trace.peak_bytes)
+
+    def is_short(self, table: RunTable) -> npt.NDArray[np.bool_]:
+        """By slots whether there is a schedule, and not one of too many runs to be made."""
+        seconds = self.runs.plan.seconds
+        limit = MOST_ADVANCES * float(seconds[seconds > 0].min(initial=math.inf))
+        short: npt.NDArray[np.bool_] = np.isfinite(table.extra_seconds)
+        return short & (table.extra_seconds <= limit)
 
     def _least_bytes(self) -> int:
         """What no schedule needs less than: a run of four stages needs as much as a long one."""
@@ -196,10 +226,11 @@ class _Search:
 
     def _grain(self, budget: int) -> _Grain:
         m, divisor = budget - self.sizes.fixed, self.sizes.common_divisor
-        exact = m // divisor <= EXACT_SLOTS and not self.sizes.is_ledger
+        slots = min(_SLOTS, max(_GRIDS[0][0], int(_NUMBERS / len(self.chain))))
+        exact = m // divisor <= slots and not self.sizes.is_ledger
         unit = divisor
         if not exact:
-            octave = math.ceil(2 * math.log2(m / _SLOTS)) if m > _SLOTS else 0
+            octave = math.ceil(2 * math.log2(m / slots)) if m > slots else 0
             unit = math.ceil(2 ** (octave / 2))
         ends, starts = next((e, s) for most, e, s in _GRIDS if m // unit <= most)
         return _Grain(unit, exact, ends, starts)
@@ -216,7 +247,9 @@ class _Search:
             del plans
         bound = RunBound(self.runs.bound, max(budgets) - fixed, self.sizes.common_divisor)
         for budget in reversed(needed):
-            bound.raise_at(budget - fixed, base)
+            known = base + bound.extra_seconds(budget - fixed)
+            if found[budget].trace.seconds > known * (1 + _CLOSE):
+                bound.raise_at(budget - fixed, base)
         solutions = {}
         for budget in budgets:
             best = found.get(budget, self.store_all)
@@ -227,7 +260,7 @@ class _Search:
                 schedule_class="memory-persistent",
                 # The same sums in another order may differ in the last digits.
                 lower_bound_seconds=min(base + extra, best.trace.seconds),
-                least_budget_bytes=min(self.least.trace.peak_bytes, best.trace.peak_bytes),
+                least_budget_bytes=self.least_bytes,
                 rounding_unit_bytes=grain.unit,
             )
         return solutions
@@ -250,18 +283,20 @@ class _Plans:
         self.table = RunTable(
             self.groups.runs, grain.unit, most // grain.unit, ends=grain.ends, starts=grain.starts
         )
+        self.short = search.is_short(self.table)
         self.known: dict[int, _Found] = {}
 
     def cheapest(self, budget: int) -> _Found:
         """The cheapest schedule that fits, or the best of smaller budgets."""
         search = self.search
         m = (budget - search.sizes.fixed) // self.grain.unit
-        known = [search.best or search.least]
-        if self.grain.exact:
-            if np.isfinite(self.table.extra_seconds[m]):
-                known.append(self._at(m))
-        else:
+        known = [search.best] if search.best else []
+        if not self.grain.exact:
             known += self._near(m, budget)
+        elif self.short[m]:
+            known.append(self._at(m))
+        if not known:
+            known = [search.least]
         fitting = [x for x in known if x.trace.peak_bytes <= budget]
         return min(fitting, key=lambda x: x.trace.seconds)
 
@@ -276,7 +311,7 @@ class _Plans:
 
     def _near(self, m: int, budget: int) -> list[_Found]:
         """Schedules that fit, by bisection of the slots: peaks grow with slots, nearly."""
-        low = int(np.isinf(self.table.extra_seconds).sum())  # fits least of all
+        low = int((~self.short).sum())  # the fewest slots
         high, found = self.table.top + 1, []
         if low >= high:
             return []

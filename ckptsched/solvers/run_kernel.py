@@ -4,9 +4,9 @@ Positions count the stages from a segment's first one to the end of the chain, s
 that starts with X stages of a run has position end + X. Rows hold all positions (or lengths) at one
 number of slots, because the inner operation is then a (min,+) step between two short rows:
 
-    row[X] = min(row[X], cost(l) + shorter[X - l])     for all X at once,
+    row[X] = min(row[X], cost(l) + rest[X - l])     for many X at once,
 
-at some 30 additions a nanosecond. Which l are worth a try for which X is taken from the row before.
+at some ten additions a nanosecond. Which l are worth a try is known from the X before.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ Numbers = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 _at = numba.uintp  # see chain_kernel
 
-_INFINITY = np.float32(np.inf)
-# Every so many positions the best split is looked up, and every so many rows among all splits.
-SPACING = 64
-_RENEWAL = 16
-# How far from the best splits of its neighbours that of a position is looked for.
-_WINDOW = 48
-_SLACK = 8
+# Segments whose best splits are looked for together.
+BLOCK = 64
+# How far from the best split of the segments before that is looked for.
+_WINDOW = 32
+# Of all splits so many are looked at where the best may be anywhere.
+_SAMPLES = 96
 # What a row of the lowering's stack asks for, in place of a number of stages.
 _DROP, _BACKWARD = -1, -2
 
@@ -70,17 +69,22 @@ class Grid(NamedTuple):
 
 
 @compiled
-def fill_in_run(values: Any, count: int, limits: Limits, seconds: float) -> None:
-    """Extra seconds of l equal stages in m slots, for all l and m, by trying every split.
+def fill_in_run(
+    values: Any, count: int, limits: Limits, seconds: float, exact: bool, first: int, last: int
+) -> None:
+    """Extra seconds of l equal stages in m slots, for all l and first..last slots m.
 
     Args:
         values: To fill, shape (slots + 1, count + 1).
         count: Stages.
         limits: The run's sizes.
         seconds: Seconds of one forward.
+        exact: Try every split, which takes count**2 / 2 additions a row.
+        first: Least slots to fill; rows below are filled.
+        last: Most slots to fill.
     """
     keep, tape, taped, alone, pair = limits
-    for m in range(values.shape[0]):
+    for m in range(first, last + 1):
         row = values[m]
         row[:] = np.inf
         row[0] = 0
@@ -88,18 +92,17 @@ def fill_in_run(values: Any, count: int, limits: Limits, seconds: float) -> None
             continue
         row[1] = 0
         if m >= tape:
-            before = values[m - tape]
-            for x in range(2, count + 1):
-                row[x] = before[x - 1]
-        if keep == 0 and m >= alone:  # keeping every state is best
-            for x in range(2, count + 1):
-                row[x] = min(row[x], row[x - 1] + row.dtype.type(seconds))
-        elif keep and m >= keep:
+            _lower(row, 2, values[m - tape], 1, count - 1, np.float32(0))
+        if keep == 0 and m >= alone:
+            _keep_all(row, row, 1, count - 1, seconds)
+        elif m >= keep and m >= min(alone, pair):
+            least = 1 if m >= alone else 2
+            most = count - 1 if m >= pair else 1
             rest = values[m - keep]
-            for i in range(1, count):
-                cost = row.dtype.type(seconds * i) + row[i]
-                if m >= (alone if i == 1 else pair) and cost < np.inf:
-                    _lower(row, i + 1, rest, 1, count - i, cost)
+            if exact or most <= BLOCK:
+                _push(row, rest, row, (0, least, most, 1), 2, count, seconds)
+            else:
+                _split(row, rest, row, (0, least, count, 1), seconds)
 
 
 @compiled
@@ -109,9 +112,9 @@ def fill_line(
     rows: InRun,
     grid: Grid,
     crossing: Numbers,
-    anchors: Indices,
     end: Any,
     low: int,
+    exact: bool,
     first: int,
     last: int,
 ) -> None:
@@ -123,9 +126,9 @@ def fill_line(
         rows: Segments inside runs.
         grid: Ends and starts of segments of several runs.
         crossing: Lines with earlier ends at the grid's starts: see `Grid.zero`.
-        anchors: Best splits of the row before, shape (R, ...); -1 where none is known.
         end: Run of the last stage and its number in the run; R and 0 for the loss.
         low: First run of interest.
+        exact: Try every split in the run of the first stage.
         first: Least slots to fill; rows below are filled.
         last: Most slots to fill.
     """
@@ -134,27 +137,28 @@ def fill_line(
     top = line.shape[1] - 1
     for m in range(first, last + 1):
         row = line[m]
-        row[:] = _INFINITY
+        row[:] = np.inf
         _own_run(row, slots, rows, b, stage, m)
         for a in range(min(b, number) - 1, low - 1, -1):
             _cross(line, slots, grid, crossing, a, b, stage, m)
-            start = slots.end[a]
+            start, keep = slots.end[a], slots.keep[a]
             count = min(slots.stages[a], top - start)
             width = slots.stages[a] + 1
             zero = rows.zero[a] + (m // rows.unit[a]) * width
             inside = rows.values[zero : zero + width]
-            _tape(line, slots, a, b, m, count)
-            if slots.keep[a] == 0:
-                if m >= slots.alone[a, b]:
-                    for x in range(start + 1, start + count + 1):
-                        found = row[x - 1] + inside[1] + np.float32(slots.seconds[a])
-                        row[x] = min(row[x], found)
-            elif m >= slots.keep[a] and m >= slots.alone[a, b]:
-                most = count if m >= slots.pair[a, b] else 1
-                seconds = slots.seconds[a]
-                rest = line[m - slots.keep[a]]
-                renew = m % _RENEWAL == 0
-                _split(row, rest, inside, start, count, most, seconds, anchors[a], renew)
+            if m >= slots.taped[a, b] and m >= slots.tape[a]:
+                _lower(row, start + 1, line[m - slots.tape[a]], start, count, np.float32(0))
+            alone, pair = slots.alone[a, b], slots.pair[a, b]
+            if keep == 0 and m >= alone:
+                _keep_all(row, inside, start, count, slots.seconds[a])
+            elif m >= keep and m >= min(alone, pair):
+                least = 1 if m >= alone else 2
+                most = count if m >= pair else 1
+                rest, seconds = line[m - keep], slots.seconds[a]
+                if exact or most <= BLOCK:
+                    _push(row, rest, inside, (start, least, most, 0), 1, count, seconds)
+                else:
+                    _split(row, rest, inside, (start, least, count, 0), seconds)
 
 
 @compiled
@@ -168,14 +172,6 @@ def _own_run(row: Any, slots: RunSlots, rows: InRun, b: int, stage: int, m: int)
     zero = rows.zero[b] + (m // rows.unit[b]) * (slots.stages[b] + 1)
     for x in range(min(stage, len(row) - 1 - start) + 1):
         row[start + x] = rows.values[zero + x]
-
-
-@compiled
-def _tape(line: Any, slots: RunSlots, a: int, b: int, m: int, count: int) -> None:
-    """The first stage with tape, and what follows in what is left."""
-    if m >= slots.taped[a, b] and m >= slots.tape[a]:
-        row, rest, start = line[m], line[m - slots.tape[a]], slots.end[a]
-        _lower(row, start + 1, rest, start, count, np.float32(0))
 
 
 @compiled
@@ -200,9 +196,7 @@ def _cross(
                 break
             split = slots.end[c] + slots.stages[c] - own
             rest = line[m - keep, split]
-            if rest == np.inf:
-                continue
-            if first < grid.least[k]:
+            if rest == np.inf or first < grid.least[k]:
                 continue
             left = grid.zero[k] + m * (grid.point_of[c + 1] - grid.least[k]) - grid.least[k]
             swept = slots.elapsed[split]
@@ -213,36 +207,27 @@ def _cross(
                 found = np.float32(slots.elapsed[at] - swept) + crossing[left + p] + rest
                 row[at] = min(row[at], found)
     if b < number and m >= slots.cross[a, b, b, 1, 1]:
-        _peel(row, slots, grid, crossing, b, stage, m, first, last)
+        _peel(row, slots, grid, crossing, (b, stage), m, first, last)
 
 
 @compiled
 def _peel(
-    row: Any,
-    slots: RunSlots,
-    grid: Grid,
-    crossing: Any,
-    b: int,
-    stage: int,
-    m: int,
-    first: int,
-    last: int,
+    row: Any, slots: RunSlots, grid: Grid, crossing: Any, end: Any, m: int, first: int, last: int
 ) -> None:
     """The stages after the grid's end before this one, each swept to from the start and reversed.
 
     What splits at the last stage come to: no split needs less.
     """
+    b, stage = end
     k = grid.line_of[b]
     while k + 1 < grid.line_of[b + 1] and grid.stage[k + 1] < stage:
         k += 1
-    own = grid.stage[k]
-    keep = slots.keep[b]
+    own, run, keep = grid.stage[k], b, slots.keep[b]
     if own >= stage or first < grid.least[k]:  # down to the end of the run before
-        k, own = grid.line_of[b] - 1, 0
-        keep = max(keep, slots.keep[b - 1])
+        k, own, run = grid.line_of[b] - 1, 0, b - 1
+        keep = max(keep, slots.keep[run])
     if m < keep + slots.taped[b, b]:
         return
-    run = b if own else b - 1
     left = grid.zero[k] + m * (grid.point_of[run + 1] - grid.least[k]) - grid.least[k]
     peeled = stage - own
     seconds = slots.seconds[b] * (peeled * (peeled - 1) / 2)
@@ -254,87 +239,65 @@ def _peel(
 
 
 @compiled
-def _split(
-    row: Any,
-    rest: Any,
-    inside: Any,
-    start: int,
-    count: int,
-    most: int,
-    seconds: float,
-    anchors: Any,
-    renew: bool,
-) -> None:
-    """The first l stages of a run as the left part: splits near the best of the neighbours.
+def _keep_all(row: Any, inside: Any, start: int, count: int, seconds: float) -> None:
+    """States that take nothing: each stage is run once more at most."""
+    cost = inside[1] + np.float32(seconds)
+    for x in range(start + 1, start + count + 1):
+        row[x] = min(row[x], row[x - 1] + cost)
 
-    Exact where no more than `SPACING` lengths are to be tried. Else the best length is looked up
-    at anchors, which are `SPACING` positions apart; it hardly ever falls as segments grow, so that
-    between two anchors the lengths from the one's to the other's are tried, and some more.
+
+@compiled
+def _split(row: Any, rest: Any, inside: Any, parts: Any, seconds: float) -> None:
+    """Splits near the best split of segments that are a little shorter.
+
+    The best left part hardly ever shrinks as segments grow, nor grows by more than they do. Where
+    it jumps, a look at some of all splits finds it.
+
+    Args:
+        row: To lower: segments by position.
+        rest: What follows the left part, with as much less as a state takes.
+        inside: Left parts; the row itself for segments inside one run.
+        parts: Position after the run, fewest stages of a left part, stages of the longest segment,
+            and how many stages a left part is shorter at least than the segment.
+        seconds: Seconds of one forward.
     """
-    if most <= SPACING:
-        _push(row, rest, inside, start, 1, most, 1, count, seconds)
-        return
-    blocks = -(-count // SPACING)
-    for k in range(blocks):
-        x = min((k + 1) * SPACING, count)
-        lo, hi = 1, x
-        if not renew and anchors[k] > 0:
-            lo, hi = max(1, anchors[k] - _WINDOW), min(x, anchors[k] + _WINDOW)
-        anchors[k] = _best(rest, start + x, inside, lo, hi, seconds)
-    _widen(anchors, blocks)
-    low, high = 0, 0  # blocks whose positions may have a left part of i stages
-    for i in range(max(1, anchors[blocks]), min(count, anchors[2 * blocks - 1 + blocks]) + 1):
-        while anchors[2 * blocks + low] < i:
-            low += 1
-        while high + 1 < blocks and anchors[blocks + high + 1] <= i:
-            high += 1
-        x = min((high + 1) * SPACING, count)
-        _push(row, rest, inside, start, i, i, low * SPACING + 1, x, seconds)
-
-
-@compiled
-def _best(rest: Any, at: int, inside: Any, first: int, last: int, seconds: float) -> int:
-    """The left part of first..last stages that is best at one position; 0 where none fits."""
-    best, length = _INFINITY, 0
-    unit, position = np.float32(seconds), _at(at)
-    for i in range(_at(first), _at(last + 1)):
-        found = inside[i] + unit * np.float32(i) + rest[position - i]
-        if found < best:
-            best, length = found, i
-    return length
-
-
-@compiled
-def _widen(anchors: Any, blocks: int) -> None:
-    """From best splits at anchors to the least and the largest in each block, never falling."""
-    known, most = 1, 1
-    for k in range(blocks):
-        best = anchors[k] if anchors[k] > 0 else known
-        anchors[blocks + k] = min(known, best) - _SLACK
-        most = max(most, max(known, best) + _SLACK)
-        anchors[2 * blocks + k] = most
-        known = best
-    for k in range(blocks - 2, -1, -1):
-        anchors[blocks + k] = min(anchors[blocks + k], anchors[blocks + k + 1])
+    start, least, count, shorter = parts
+    best = least
+    for x in range(0, count, BLOCK):
+        end = min(x + BLOCK, count)
+        longest = end - shorter
+        low, high = max(least, best - _WINDOW), min(best + BLOCK + _WINDOW, longest)
+        _push(row, rest, inside, (start, low, high, shorter), x + 1, end, seconds)
+        best = _best(rest, start + end, inside, low, high, seconds)
+        other = _best_of_some(rest, start + end, inside, least, longest, seconds)
+        if other > 0 and abs(other - best) > BLOCK // 8:
+            low, high = max(least, other - BLOCK - _WINDOW), min(other + _WINDOW, longest)
+            _push(row, rest, inside, (start, low, high, shorter), x + 1, end, seconds)
+            best = _better(rest, start + end, inside, best, other, seconds)
+        best = max(best, least)
 
 
 @compiled
 def _push(
-    row: Any,
-    rest: Any,
-    inside: Any,
-    start: int,
-    first: int,
-    last: int,
-    low: int,
-    high: int,
-    seconds: float,
+    row: Any, rest: Any, inside: Any, parts: Any, low: int, high: int, seconds: float
 ) -> None:
-    """Lower row[start + low..start + high] by left parts of first..last stages."""
-    for i in range(first, last + 1):
+    """Lower segments of low..high stages by splits, the shortest left part first.
+
+    Args:
+        row: To lower.
+        rest: What follows the left part.
+        inside: Left parts; those of the row itself are final when their turn comes.
+        parts: Position after the run, fewest and most stages of a left part, and how many stages
+            it is shorter at least than the segment.
+        low: Fewest stages of a segment in the run.
+        high: Most of them.
+        seconds: Seconds of one forward.
+    """
+    start, least, most, shorter = parts
+    for i in range(least, most + 1):
         cost = inside[i] + np.float32(seconds * i)
         if cost < np.inf:
-            x = max(low, i)
+            x = max(low, i + shorter)
             _lower(row, start + x, rest, start + x - i, high + 1 - x, cost)
 
 
@@ -347,6 +310,43 @@ def _lower(row: Any, to: int, rest: Any, of: int, width: int, cost: Any) -> None
             found = cost + rest[source + x]
             known = row[target + x]
             row[target + x] = found if found < known else known
+
+
+@compiled
+def _best(rest: Any, at: int, inside: Any, first: Any, last: Any, seconds: float) -> Any:
+    """The left part of first..last stages that is best at one position; 0 where none fits."""
+    best, length = np.float32(np.inf), np.int64(0)
+    unit, position = np.float32(seconds), _at(at)
+    for i in range(_at(first), _at(max(first, last + 1))):
+        found = inside[i] + unit * np.float32(i) + rest[position - i]
+        if found < best:
+            best, length = found, np.int64(i)
+    return length
+
+
+@compiled
+def _best_of_some(rest: Any, at: int, inside: Any, first: Any, last: Any, seconds: float) -> Any:
+    """The same, near the best of evenly spaced ones."""
+    step = (last - first) // _SAMPLES
+    if step <= 1:
+        return _best(rest, at, inside, first, last, seconds)
+    best, length = np.float32(np.inf), np.int64(0)
+    for k in range(_SAMPLES + 1):
+        i = first + k * step
+        found = inside[i] + np.float32(seconds * i) + rest[at - i]
+        if found < best:
+            best, length = found, np.int64(i)
+    low, high = max(first, length - step), min(last, length + step)
+    return _best(rest, at, inside, low, high, seconds) if length else length
+
+
+@compiled
+def _better(rest: Any, at: int, inside: Any, one: Any, other: Any, seconds: float) -> Any:
+    """The better of two left parts, of which 0 is none."""
+    if one <= 0 or other <= 0:
+        return max(one, other)
+    gain = inside[one] - inside[other] + rest[at - one] - rest[at - other]
+    return other if gain + seconds * (one - other) > 0 else one
 
 
 @compiled

@@ -13,7 +13,7 @@ A segment's position is the number of stages from its first one to the end of th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias, final
 
 import numpy as np
@@ -31,6 +31,9 @@ End: TypeAlias = tuple[int, int]
 
 # Numbers that are filled between two looks for Ctrl-C: some tenths of a second.
 _NUMBERS_AT_ONCE = 2e6
+_ADDITIONS_AT_ONCE = 5e9
+# Where it takes no more additions (a second or two), all splits are tried.
+_MOST_ADDITIONS = 2e10
 # Runs of fewer stages do not count as long, where it is asked how far back a line reaches.
 _LONG = 8
 # Stages next to a run's ends that are ends and starts of the grid in any case.
@@ -67,7 +70,11 @@ class RunTable:
             starts: Starts in a long run from which another run may be split, likewise.
         """
         self.runs, self.unit, self.top = runs, unit, top
-        self.slots: RunSlots = run_slots(runs, unit, "nearest")
+        # Where all seconds are equal, runs are counted: whole numbers add up without rounding.
+        same = bool((runs.seconds == runs.seconds[0]).all()) and runs.seconds[0] > 0
+        self.scale = float(runs.seconds[0]) if same else 1.0
+        self.seconds = np.ones_like(runs.seconds) if same else runs.seconds
+        self.slots: RunSlots = run_slots(replace(runs, seconds=self.seconds), unit, "nearest")
         line_of, stage, point_of, place = [0], [], [0], []
         for count, end in zip(runs.count.tolist(), self.slots.end.tolist(), strict=True):
             lines = _margins(count) | (_ends(count, ends) if ends else set())
@@ -91,7 +98,7 @@ class RunTable:
     @property
     def extra_seconds(self) -> Numbers:
         """Extra seconds of the whole chain by slots, shape (top + 1,)."""
-        row: Numbers = self.whole.values[:, -1]
+        row: Numbers = self.whole.values[:, -1] * np.float32(self.scale)
         return row
 
     def run_at(self, place: int) -> int:
@@ -115,13 +122,14 @@ class RunTable:
 
         Returns:
             Extra seconds by slots and length, the row of m slots, what a state and a tape take
-            and what a stage with tape and sweeps need in such rows, and a stage's seconds.
+            and what a stage with tape and sweeps need in such rows, and a stage's seconds,
+            in what `scale` says.
         """
         zero, unit = int(self.rows.zero[r]), int(self.rows.unit[r])
         width = int(self.runs.count[r]) + 1
         height = self.top // unit + 1
         values = self.rows.values[zero : zero + width * height].reshape(height, width)
-        return values, m // unit, _limits(self.slots, r, unit), float(self.runs.seconds[r])
+        return values, m // unit, _limits(self.slots, r, unit), float(self.seconds[r])
 
     def line_to(self, end: End, place: int, m: int) -> Line:
         """All segments with one end, from a position and a number of slots down."""
@@ -166,8 +174,14 @@ class RunTable:
             unit = math.gcd(*_limits(slots, r)) or 1
             count = int(slots.stages[r])
             values = np.empty((self.top // unit + 1, count + 1), np.float32)
-            limits = _limits(slots, r, unit)
-            run_kernel.fill_in_run(values, count, limits, float(slots.seconds[r]))
+            limits, seconds = _limits(slots, r, unit), float(slots.seconds[r])
+            exact = count**2 / 2 * len(values) <= _MOST_ADDITIONS
+            cost = count**2 / 2 if exact else 250 * count
+            step = max(1, int(_ADDITIONS_AT_ONCE / cost))
+            for m in range(0, len(values), step):
+                last = min(m + step, len(values)) - 1
+                report(f"segments of {count} equal stages", m / len(values))
+                run_kernel.fill_in_run(values, count, limits, seconds, exact, m, last)
             units.append(unit)
             tables.append(values.ravel())
         zero = np.cumsum([0, *(len(table) for table in tables)])[:-1]
@@ -201,15 +215,17 @@ class RunTable:
     def _fill_line(self, end: End, values: Numbers, low: int) -> None:
         from . import run_kernel
 
-        blocks = -(-int(self.runs.count.max()) // run_kernel.SPACING)
-        anchors = np.full((len(self.runs), 3 * blocks), -1, np.int64)
         rows, width = values.shape
+        additions = float((self.runs.count.astype(np.float64) ** 2).sum()) / 2
+        exact = end == self.loss and additions * rows <= _MOST_ADDITIONS
         step = max(1, int(_NUMBERS_AT_ONCE / width))
+        if exact:
+            step = max(1, int(_ADDITIONS_AT_ONCE / additions))
         for first in range(0, rows, step):
             last = min(first + step, rows) - 1
             run_kernel.fill_line(
-                *(values, self.slots, self.rows, self.grid, self.crossing, anchors),
-                *(end, low, first, last),
+                *(values, self.slots, self.rows, self.grid, self.crossing),
+                *(end, low, exact, first, last),
             )
 
 

@@ -1,0 +1,126 @@
+"""Threads and re-entry: models in several threads, and models inside models."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckptsched as cs
+from ckptsched.context import OneKernel
+from tests.networks import planned
+
+
+def layers(*, dropout: bool = True) -> nn.Sequential:
+    parts = [
+        m for _ in range(4) for m in (nn.Linear(8, 8), nn.Dropout(0.3 * dropout), nn.BatchNorm1d(8))
+    ]
+    return nn.Sequential(*parts)
+
+
+def together(*work: Callable[[], object]) -> list[BaseException]:
+    """Run functions in threads at once; returns what they raised."""
+    failures: list[BaseException] = []
+    start = threading.Barrier(len(work))
+
+    def run(each: Callable[[], object]) -> None:
+        try:
+            start.wait()
+            each()
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=run, args=(each,)) for each in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return failures
+
+
+def steps(net: nn.Module, x: Tensor, count: int) -> None:
+    for _ in range(count):
+        net(x).square().sum().backward()
+
+
+def test_models_in_threads_draw_the_same_numbers_again() -> None:
+    nets = []
+    for _ in range(2):
+        model, x = layers(), torch.randn(4, 8)
+        plan = planned(model, x, "input_only")
+        nets.append((cs.checkpointed(model, plan, check="outputs"), x))
+    assert not together(*[lambda net=net, x=x: steps(net, x, 40) for net, x in nets])
+
+
+def test_one_model_in_two_threads() -> None:
+    model, x = layers(dropout=False).eval(), torch.randn(4, 8)
+    twin = copy.deepcopy(model)
+    trained = cs.checkpointed(model, planned(model, x, "input_only"))
+    assert not together(*[lambda: steps(trained, x, 20)] * 2)
+    steps(twin, x, 40)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert a.grad is not None
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_the_switch_of_attention_is_as_it_was_when_all_are_out() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def inside() -> None:
+        with OneKernel():
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    entered.wait()
+    with OneKernel():
+        leave.set()
+        thread.join()
+        assert not torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_backward_in_another_thread() -> None:
+    model, x = layers(), torch.randn(4, 8, requires_grad=True)
+    twin = copy.deepcopy(model)
+    found = []
+    for net in (cs.checkpointed(model, planned(model, x, "every_2")), twin):
+        torch.manual_seed(1)
+        x.grad = None
+        loss = net(x).square().sum()
+        assert not together(loss.backward)
+        found.append([x.grad, *(p.grad for p in net.parameters()), *net.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("solver", ["store_all", "every_2", "input_only"])
+def test_a_planned_model_inside_a_stage_of_another(solver: str) -> None:
+    inner, x = layers(), torch.randn(4, 8, requires_grad=True)
+    planned_inner = cs.checkpointed(inner, planned(inner, x, "every_2"))
+    first, last = nn.Linear(8, 8), nn.Linear(8, 8)
+    outer = nn.Sequential(first, planned_inner, nn.Tanh(), planned_inner, last)
+    twin = copy.deepcopy(nn.Sequential(first, inner, nn.Tanh(), inner, last))
+    plan = planned(outer, x, solver)
+    found = []
+    for net in (cs.checkpointed(outer, plan), twin):
+        torch.manual_seed(2)
+        x.grad = None
+        net(x).square().sum().backward()
+        found.append(
+            [x.grad, torch.get_rng_state(), *(p.grad for p in net.parameters()), *net.buffers()]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert cs.verify(outer, plan, x).ok
+
+
+def test_inner_and_outer_model_at_once_do_not_wait_for_each_other() -> None:
+    inner, x = layers(), torch.randn(4, 8, requires_grad=True)
+    alone = cs.checkpointed(inner, planned(inner, x, "every_2"))
+    outer = nn.Sequential(nn.Linear(8, 8), alone, nn.Linear(8, 8))
+    both = cs.checkpointed(outer, planned(outer, x, "every_2"))
+    assert not together(lambda: steps(alone, x, 15), lambda: steps(both, x, 15))
