@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ckptsched.schedule import Schedule
 from ckptsched.simulator import simulate
 from ckptsched.stages import Block, Stage, StageLedger
@@ -151,3 +153,9 @@ def steps(pairs: Sequence[tuple[int, float]], last: int) -> list[tuple[int, floa
         value = next(value for start, value in reversed(pairs) if start <= budget)
         found.append((budget, value))
     return found
+
+
+def without_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the schedules and bound of chain_dp's table as they are, without its exact search."""
+    for name in ("_LOOKS", "_LEAST_LOOKS"):
+        monkeypatch.setattr(f"ckptsched.solvers.chain_dp.{name}", 0)

@@ -21,7 +21,16 @@ from ckptsched.solvers.revolve import advances, revolve_schedule
 from ckptsched.stages import Stage
 from ckptsched.workload import Chain
 from tests.brute_force import cheapest, cheapest_of, persistent_frontier, persistent_schedules
-from tests.helpers import EXAMPLES, example, instance, reference, steps, tiny_cases, uniform
+from tests.helpers import (
+    EXAMPLES,
+    example,
+    instance,
+    reference,
+    steps,
+    tiny_cases,
+    uniform,
+    without_search,
+)
 from tests.strategies import (
     chains,
     chains_with_options,
@@ -34,12 +43,6 @@ from tests.strategies import (
 def seconds_of(result: Solution | InfeasibleBudgetError) -> float:
     """Seconds of a solution; infinite where there is none."""
     return math.inf if isinstance(result, InfeasibleBudgetError) else result.trace.seconds
-
-
-def without_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave a table's schedules and bound as they are: the search would find the optimum."""
-    for name in ("_LOOKS", "_LEAST_LOOKS"):
-        monkeypatch.setattr(f"ckptsched.solvers.chain_dp.{name}", 0)
 
 
 def check_result(chain: Chain, budget: int, result: Solution | InfeasibleBudgetError) -> None:

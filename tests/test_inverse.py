@@ -22,6 +22,7 @@ from ckptsched.inverse import (
 )
 from ckptsched.planner import plan
 from ckptsched.workload import Chain
+from tests.helpers import without_search
 from tests.small_chains import MIB, mixed_chain, random_chains, uniform_chain
 
 
@@ -56,7 +57,8 @@ def test_the_least_budget_where_sizes_are_rounded(share: float) -> None:
     assert found.budget_text.startswith(f"at most {100 * share:g}% overhead (")
 
 
-def test_the_bound_excludes_what_it_says() -> None:
+def test_the_bound_excludes_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_search(monkeypatch)  # it would leave nothing open
     found = least_budget(mixed_chain(), overhead="10%")
     excluded = int(found.budget_text.split(" in ")[1].split(" bytes")[0])
     assert excluded < found.budget_bytes

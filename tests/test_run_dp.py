@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -92,7 +93,7 @@ def test_a_coarse_grid_loses_little_and_the_bound_holds(chain: Chain, unit: int)
         if not isinstance(other, Solution):
             assert math.isinf(table.extra_seconds[max(budget - fixed, 0)]) or budget < fixed
             continue
-        bound.raise_at(budget - fixed, base)
+        bound.raise_at(budget - fixed, base, np.ones(len(runs.bound)))
         extra = bound.extra_seconds(budget - fixed)
         assert base + extra <= other.trace.seconds * (1 + 1e-9)
         if math.isfinite(table.extra_seconds[budget - fixed]):
@@ -146,7 +147,6 @@ def test_exact_bytes_keep_the_budget(chain: Chain, times: int, data: st.DataObje
 @given(run_chains(shortest=1, longest=9), st.data())
 def test_groups_of_stages_are_written_out_in_stages(chain: Chain, data: st.DataObject) -> None:
     runs = chain_runs(chain_sizes(chain)).plan
-    import numpy as np
 
     sizes = np.array([data.draw(st.integers(1, 4)) for _ in range(len(runs))])
     groups = group(runs, np.minimum(sizes, runs.count))

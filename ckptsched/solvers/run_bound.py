@@ -67,7 +67,9 @@ class RunBound:
         self.priced = np.flatnonzero((runs.count > 1) & (runs.state > 0) & (runs.seconds > 0))
         self.best = np.full(self.top + 1, -np.inf)
         self.prices: Seconds = np.zeros(len(runs))
-        self.prices[self.priced] = 2 * runs.seconds[self.priced]
+        # Prices by what a stage's runs without tape cost in a good schedule, to begin with: twice
+        # that where the cost grows as the square of the length, the same where it is linear.
+        self.markup: Seconds = np.full(len(self.priced), 1.2)
 
     def extra_seconds(self, size: int) -> float:
         """What no schedule in so many bytes is below, of all prices tried so far.
@@ -80,18 +82,21 @@ class RunBound:
         """
         return max(0.0, float(self.best[min(size // self.unit, self.top)]))
 
-    def raise_at(self, size: int, seconds: float) -> None:
-        """Look for the best prices for one budget; those found before are the first guess.
+    def raise_at(self, size: int, seconds: float, advances: Seconds) -> None:
+        """Look for the best prices for one budget.
 
         Args:
             size: Bytes, less what is there all the time.
             seconds: Seconds of storing everything, to which differences are compared.
+            advances: How often a stage of each run is run without tape in a good schedule.
         """
         m = min(size // self.unit, self.top)
         if not len(self.priced):
             self._evaluate(m)
             return
         cuts, work = _Cuts(self.runs.seconds[self.priced]), 0.0
+        guess = np.maximum(advances[self.priced], 0.25) * self.runs.seconds[self.priced]
+        self.prices[self.priced] = guess * self.markup
         for i in range(_EVALUATIONS):
             report("lower bound", i / _EVALUATIONS)
             if work > _MOST_ADDITIONS:
@@ -105,7 +110,7 @@ class RunBound:
             if prices is None or cuts.promise < _TOLERANCE * (seconds + max(bound, 0.0)):
                 break
             self.prices[self.priced] = prices
-        self.prices[self.priced] = cuts.center
+        self.markup = np.clip(cuts.center / guess, 0.5, 4)
 
     def _evaluate(self, m: int) -> float:
         """The bound of the prices; all budgets up to m slots profit."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InfeasibleBudgetError, WorkloadError
-from ..schedule import Schedule
+from ..schedule import Code, Schedule
 from ..simulator import simulate
 from ..trace import Trace
 from ..workload import Chain
@@ -27,7 +27,7 @@ from .chain_table import least_memory
 from .run_bound import RunBound
 from .run_groups import Groups, group
 from .run_lowering import lower
-from .run_structure import ChainRuns, Indices, chain_runs
+from .run_structure import ChainRuns, Indices, Seconds, chain_runs
 from .run_table import RunTable
 
 # Slots up to which sizes are not rounded where they share a unit, and about as many where not.
@@ -37,7 +37,7 @@ MOST_RUNS = 64
 _FEWEST_STAGES_A_RUN = 2
 # Ends and starts of lines in a long run, by slots up to which: few slots need exact places, and
 # cost little.
-_GRIDS = ((400, 32, 32), (1_000, 8, 8), (1 << 62, 5, 5))
+_GRIDS = ((400, 16, 16), (1 << 62, 3, 4))
 # Schedules of slots beyond the budget may fit after all, as sizes are rounded.
 _HEADROOM = 1.05
 # Schedules that are tried for one budget where sizes are rounded.
@@ -214,6 +214,13 @@ class _Search:
         stages = tuple(x for x, kept in zip(self.chain.stages, keep, strict=True) if kept)
         return least_memory(chain_sizes(replace(self.chain, stages=stages, blocks=()))).total
 
+    def _advances(self, schedule: Schedule) -> Seconds:
+        """How often a stage of each run is run without tape."""
+        runs = self.runs.bound
+        stages = schedule.stages[schedule.codes == Code.FORWARD]
+        found = np.bincount(np.searchsorted(runs.last, stages), minlength=len(runs))
+        return found / runs.count
+
     def _simulated(self, schedule: Schedule) -> _Found:
         return _Found(schedule, simulate(self.chain, schedule))
 
@@ -249,7 +256,7 @@ class _Search:
         for budget in reversed(needed):
             known = base + bound.extra_seconds(budget - fixed)
             if found[budget].trace.seconds > known * (1 + _CLOSE):
-                bound.raise_at(budget - fixed, base)
+                bound.raise_at(budget - fixed, base, self._advances(found[budget].schedule))
         solutions = {}
         for budget in budgets:
             best = found.get(budget, self.store_all)

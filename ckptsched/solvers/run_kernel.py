@@ -27,7 +27,7 @@ _at = numba.uintp  # see chain_kernel
 # Segments whose best splits are looked for together.
 BLOCK = 64
 # How far from the best split of the segments before that is looked for.
-_WINDOW = 32
+_WINDOW = 16
 # Of all splits so many are looked at where the best may be anywhere.
 _SAMPLES = 96
 # What a row of the lowering's stack asks for, in place of a number of stages.
@@ -48,6 +48,16 @@ class InRun(NamedTuple):
     zero: Indices
     unit: Indices
     """A common divisor of all slots of the run."""
+
+
+class Entries(NamedTuple):
+    """Extra seconds of a single stage and the first stages of the run after it, by their number."""
+
+    values: Numbers
+    """Tables in a row; E of run r's first l stages and the stage before in m slots is
+    values[zero[r] + m * (count[r] + 1) + l]."""
+    zero: Indices
+    """By run; -1 where no single stage is before it, or it is one itself."""
 
 
 class Grid(NamedTuple):
@@ -100,6 +110,44 @@ def fill_in_run(
             most = count - 1 if m >= pair else 1
             rest = values[m - keep]
             if exact or most <= BLOCK:
+                _push(row, rest, row, (0, least, most, 1), 2, count, (0.0, seconds))
+            else:
+                _split(row, rest, row, (0, least, count, 1), (0.0, seconds))
+
+
+@compiled
+def fill_entry(
+    values: Any, slots: RunSlots, inside: Any, unit: int, r: int, exact: bool, first: int, last: int
+) -> None:
+    """Extra seconds of a single stage and the first l stages of the run after it.
+
+    Args:
+        values: To fill, shape (slots + 1, count + 1).
+        slots: The sizes.
+        inside: Extra seconds inside the run, a row for `unit` slots.
+        unit: Slots that a row of `inside` stands for.
+        r: The run.
+        exact: Try every split.
+        first: Least slots to fill; rows below are filled.
+        last: Most slots to fill.
+    """
+    a, count = r - 1, slots.stages[r]
+    keep, seconds = slots.keep[r], (slots.seconds[a], slots.seconds[r])
+    for m in range(first, last + 1):
+        row = values[m]
+        row[:] = np.inf
+        if m >= slots.taped[a, a]:
+            row[0] = 0
+        if m >= slots.taped[a, r] and m >= slots.tape[a]:
+            _lower(row, 1, inside[(m - slots.tape[a]) // unit], 1, count, np.float32(0))
+        if m >= slots.alone[a, r] and m >= slots.keep[a]:
+            cost = row[0] + np.float32(slots.seconds[a])
+            _lower(row, 1, inside[(m - slots.keep[a]) // unit], 1, count, cost)
+        least = 1 if m >= slots.cross[a, r, r, 0, 0] else 2
+        most = count - 1 if m >= slots.cross[a, r, r, 0, 1] else 1
+        if m >= keep and least <= most:
+            rest = inside[(m - keep) // unit]
+            if exact or most <= BLOCK:
                 _push(row, rest, row, (0, least, most, 1), 2, count, seconds)
             else:
                 _split(row, rest, row, (0, least, count, 1), seconds)
@@ -110,6 +158,7 @@ def fill_line(
     line: Numbers,
     slots: RunSlots,
     rows: InRun,
+    entries: Entries,
     grid: Grid,
     crossing: Numbers,
     end: Any,
@@ -124,6 +173,7 @@ def fill_line(
         line: To fill, by slots and position, shape (slots + 1, positions + 1).
         slots: The sizes.
         rows: Segments inside runs.
+        entries: Segments from the stage before a run into it.
         grid: Ends and starts of segments of several runs.
         crossing: Lines with earlier ends at the grid's starts: see `Grid.zero`.
         end: Run of the last stage and its number in the run; R and 0 for the loss.
@@ -138,9 +188,11 @@ def fill_line(
     for m in range(first, last + 1):
         row = line[m]
         row[:] = np.inf
-        _own_run(row, slots, rows, b, stage, m)
+        _own_run(row, slots, rows, entries, b, stage, m)
         for a in range(min(b, number) - 1, low - 1, -1):
             _cross(line, slots, grid, crossing, a, b, stage, m)
+            if a + 1 < b and a + 1 < number and entries.zero[a + 1] >= 0:
+                _enter(line, slots, entries, a, b, m)
             start, keep = slots.end[a], slots.keep[a]
             count = min(slots.stages[a], top - start)
             width = slots.stages[a] + 1
@@ -154,16 +206,18 @@ def fill_line(
             elif m >= keep and m >= min(alone, pair):
                 least = 1 if m >= alone else 2
                 most = count if m >= pair else 1
-                rest, seconds = line[m - keep], slots.seconds[a]
+                rest, cost = line[m - keep], (0.0, slots.seconds[a])
                 if exact or most <= BLOCK:
-                    _push(row, rest, inside, (start, least, most, 0), 1, count, seconds)
+                    _push(row, rest, inside, (start, least, most, 0), 1, count, cost)
                 else:
-                    _split(row, rest, inside, (start, least, count, 0), seconds)
+                    _split(row, rest, inside, (start, least, count, 0), cost)
 
 
 @compiled
-def _own_run(row: Any, slots: RunSlots, rows: InRun, b: int, stage: int, m: int) -> None:
-    """Segments inside the run of the end, or the loss alone."""
+def _own_run(
+    row: Any, slots: RunSlots, rows: InRun, entries: Entries, b: int, stage: int, m: int
+) -> None:
+    """Segments inside the run of the end and from the stage before, or the loss alone."""
     if b == len(slots.stages):
         if m >= slots.turn:
             row[0] = 0
@@ -172,6 +226,28 @@ def _own_run(row: Any, slots: RunSlots, rows: InRun, b: int, stage: int, m: int)
     zero = rows.zero[b] + (m // rows.unit[b]) * (slots.stages[b] + 1)
     for x in range(min(stage, len(row) - 1 - start) + 1):
         row[start + x] = rows.values[zero + x]
+    if entries.zero[b] >= 0 and slots.end[b - 1] + 1 < len(row):
+        at = entries.zero[b] + m * (slots.stages[b] + 1) + stage
+        row[slots.end[b - 1] + 1] = entries.values[at]
+
+
+@compiled
+def _enter(line: Any, slots: RunSlots, entries: Entries, a: int, b: int, m: int) -> None:
+    """Splits in the run after a single stage, which that stage's segment starts with."""
+    c, place = a + 1, slots.end[a] + 1
+    keep = slots.keep[c]
+    least = 1 if m >= slots.cross[a, c, b, 0, 0] else 2
+    most = slots.stages[c] if m >= slots.cross[a, c, b, 0, 1] else 1
+    if place >= line.shape[1] or m < keep or least > most:
+        return
+    zero = entries.zero[c] + m * (slots.stages[c] + 1)
+    left = entries.values[zero : zero + slots.stages[c] + 1]
+    cost = (slots.seconds[a], slots.seconds[c])
+    at, rest = slots.end[c] + slots.stages[c], line[m - keep]
+    i = _best_of_some(rest, at, left, least, most, cost)
+    if i > 0:
+        found = left[i] + rest[at - i] + np.float32(cost[0] + cost[1] * i)
+        line[m, place] = min(line[m, place], found)
 
 
 @compiled
@@ -247,7 +323,7 @@ def _keep_all(row: Any, inside: Any, start: int, count: int, seconds: float) -> 
 
 
 @compiled
-def _split(row: Any, rest: Any, inside: Any, parts: Any, seconds: float) -> None:
+def _split(row: Any, rest: Any, inside: Any, parts: Any, cost: Any) -> None:
     """Splits near the best split of segments that are a little shorter.
 
     The best left part hardly ever shrinks as segments grow, nor grows by more than they do. Where
@@ -259,28 +335,27 @@ def _split(row: Any, rest: Any, inside: Any, parts: Any, seconds: float) -> None
         inside: Left parts; the row itself for segments inside one run.
         parts: Position after the run, fewest stages of a left part, stages of the longest segment,
             and how many stages a left part is shorter at least than the segment.
-        seconds: Seconds of one forward.
+        cost: Seconds of the sweep over a left part: those of no stage, and of one more.
     """
     start, least, count, shorter = parts
     best = least
     for x in range(0, count, BLOCK):
         end = min(x + BLOCK, count)
-        longest = end - shorter
+        longest, before = end - shorter, best
         low, high = max(least, best - _WINDOW), min(best + BLOCK + _WINDOW, longest)
-        _push(row, rest, inside, (start, low, high, shorter), x + 1, end, seconds)
-        best = _best(rest, start + end, inside, low, high, seconds)
-        other = _best_of_some(rest, start + end, inside, least, longest, seconds)
-        if other > 0 and abs(other - best) > BLOCK // 8:
-            low, high = max(least, other - BLOCK - _WINDOW), min(other + _WINDOW, longest)
-            _push(row, rest, inside, (start, low, high, shorter), x + 1, end, seconds)
-            best = _better(rest, start + end, inside, best, other, seconds)
-        best = max(best, least)
+        if shorter:  # what is looked at must be final
+            _push(row, rest, inside, (start, low, high, shorter), x + 1, end, cost)
+        best = _best(rest, start + end, inside, low, high, cost)
+        other = _best_of_some(rest, start + end, inside, least, longest, cost)
+        best = max(least, _better(rest, start + end, inside, best, other, cost))
+        if best < low or best > high or not shorter:
+            low, high = min(before, best) - _WINDOW, max(before, best) + _WINDOW
+            low, high = max(least, low), min(high, longest)
+            _push(row, rest, inside, (start, low, high, shorter), x + 1, end, cost)
 
 
 @compiled
-def _push(
-    row: Any, rest: Any, inside: Any, parts: Any, low: int, high: int, seconds: float
-) -> None:
+def _push(row: Any, rest: Any, inside: Any, parts: Any, low: int, high: int, cost: Any) -> None:
     """Lower segments of low..high stages by splits, the shortest left part first.
 
     Args:
@@ -291,14 +366,14 @@ def _push(
             it is shorter at least than the segment.
         low: Fewest stages of a segment in the run.
         high: Most of them.
-        seconds: Seconds of one forward.
+        cost: Seconds of the sweep over a left part: those of no stage, and of one more.
     """
     start, least, most, shorter = parts
     for i in range(least, most + 1):
-        cost = inside[i] + np.float32(seconds * i)
-        if cost < np.inf:
+        swept = inside[i] + np.float32(cost[0] + cost[1] * i)
+        if swept < np.inf:
             x = max(low, i + shorter)
-            _lower(row, start + x, rest, start + x - i, high + 1 - x, cost)
+            _lower(row, start + x, rest, start + x - i, high + 1 - x, swept)
 
 
 @compiled
@@ -313,10 +388,10 @@ def _lower(row: Any, to: int, rest: Any, of: int, width: int, cost: Any) -> None
 
 
 @compiled
-def _best(rest: Any, at: int, inside: Any, first: Any, last: Any, seconds: float) -> Any:
+def _best(rest: Any, at: int, inside: Any, first: Any, last: Any, cost: Any) -> Any:
     """The left part of first..last stages that is best at one position; 0 where none fits."""
     best, length = np.float32(np.inf), np.int64(0)
-    unit, position = np.float32(seconds), _at(at)
+    unit, position = np.float32(cost[1]), _at(at)
     for i in range(_at(first), _at(max(first, last + 1))):
         found = inside[i] + unit * np.float32(i) + rest[position - i]
         if found < best:
@@ -325,28 +400,28 @@ def _best(rest: Any, at: int, inside: Any, first: Any, last: Any, seconds: float
 
 
 @compiled
-def _best_of_some(rest: Any, at: int, inside: Any, first: Any, last: Any, seconds: float) -> Any:
+def _best_of_some(rest: Any, at: int, inside: Any, first: Any, last: Any, cost: Any) -> Any:
     """The same, near the best of evenly spaced ones."""
     step = (last - first) // _SAMPLES
     if step <= 1:
-        return _best(rest, at, inside, first, last, seconds)
+        return _best(rest, at, inside, first, last, cost)
     best, length = np.float32(np.inf), np.int64(0)
     for k in range(_SAMPLES + 1):
         i = first + k * step
-        found = inside[i] + np.float32(seconds * i) + rest[at - i]
+        found = inside[i] + np.float32(cost[1] * i) + rest[at - i]
         if found < best:
             best, length = found, np.int64(i)
     low, high = max(first, length - step), min(last, length + step)
-    return _best(rest, at, inside, low, high, seconds) if length else length
+    return _best(rest, at, inside, low, high, cost) if length else length
 
 
 @compiled
-def _better(rest: Any, at: int, inside: Any, one: Any, other: Any, seconds: float) -> Any:
+def _better(rest: Any, at: int, inside: Any, one: Any, other: Any, cost: Any) -> Any:
     """The better of two left parts, of which 0 is none."""
     if one <= 0 or other <= 0:
         return max(one, other)
     gain = inside[one] - inside[other] + rest[at - one] - rest[at - other]
-    return other if gain + seconds * (one - other) > 0 else one
+    return other if gain + cost[1] * (one - other) > 0 else one
 
 
 @compiled

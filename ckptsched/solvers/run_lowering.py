@@ -58,7 +58,7 @@ class _Lowering:
         if table.run_at(place) == end[0]:
             self.done.append(self._in_run(place, end, m))
             return
-        line = table.line_to(end, place, m)
+        line = table.whole if end == table.loss else table.line_to(end, place, m)
         while True:
             a = table.run_at(place)
             if a == end[0]:

@@ -23,7 +23,7 @@ from ..progress import report
 from .run_structure import Runs, RunSlots, run_slots
 
 if TYPE_CHECKING:
-    from .run_kernel import Grid, InRun, Limits
+    from .run_kernel import Entries, Grid, InRun, Limits
 
 Numbers: TypeAlias = npt.NDArray[np.float32]
 End: TypeAlias = tuple[int, int]
@@ -87,6 +87,7 @@ class RunTable:
         self.grid, numbers = self._place(line_of, stage, point_of, place)
         self.crossing = np.full(numbers, np.inf, np.float32)
         self.rows = self._in_run()
+        self.entries = self._entries()
         self._fill()
         self.whole = self.line_to(self.loss, runs.stages, top)
 
@@ -187,6 +188,41 @@ class RunTable:
         zero = np.cumsum([0, *(len(table) for table in tables)])[:-1]
         return run_kernel.InRun(np.concatenate(tables), zero, np.array(units))
 
+    def _entries(self) -> Entries:
+        from . import run_kernel
+
+        counts, zero, tables, numbers = self.runs.count, [], [np.empty(0, np.float32)], 0
+        for r, count in enumerate(counts.tolist()):
+            if r == 0 or count == 1 or counts[r - 1] > 1:
+                zero.append(-1)
+                continue
+            inside, _, _, _ = self.in_run(r, 0)
+            values = np.empty((self.top + 1, count + 1), np.float32)
+            exact = count**2 / 2 * len(values) <= _MOST_ADDITIONS / len(counts)
+            step = max(1, int(_ADDITIONS_AT_ONCE / (count**2 / 2 if exact else 250 * count)))
+            for m in range(0, len(values), step):
+                last = min(m + step, len(values)) - 1
+                unit = int(self.rows.unit[r])
+                run_kernel.fill_entry(values, self.slots, inside, unit, r, exact, m, last)
+            zero.append(numbers)
+            tables.append(values.ravel())
+            numbers += values.size
+        return run_kernel.Entries(np.concatenate(tables), np.array(zero, dtype=np.int64))
+
+    def entry(self, r: int, m: int) -> Numbers | None:
+        """Extra seconds of a single stage and the first stages of run r after it, by their number.
+
+        Args:
+            r: A run.
+            m: Slots.
+        """
+        if r >= len(self.runs) or self.entries.zero[r] < 0:
+            return None
+        width = int(self.runs.count[r]) + 1
+        zero = int(self.entries.zero[r]) + m * width
+        row: Numbers = self.entries.values[zero : zero + width]
+        return row
+
     def _fill(self) -> None:
         grid, runs = self.grid, self.runs
         buffer = np.empty((self.top + 1, runs.stages + 1), np.float32)
@@ -217,16 +253,14 @@ class RunTable:
 
         rows, width = values.shape
         additions = float((self.runs.count.astype(np.float64) ** 2).sum()) / 2
-        exact = end == self.loss and additions * rows <= _MOST_ADDITIONS
+        exact = bool(end == self.loss and additions * rows <= _MOST_ADDITIONS)
         step = max(1, int(_NUMBERS_AT_ONCE / width))
         if exact:
             step = max(1, int(_ADDITIONS_AT_ONCE / additions))
         for first in range(0, rows, step):
             last = min(first + step, rows) - 1
-            run_kernel.fill_line(
-                *(values, self.slots, self.rows, self.grid, self.crossing),
-                *(end, low, exact, first, last),
-            )
+            tables = (self.slots, self.rows, self.entries, self.grid, self.crossing)
+            run_kernel.fill_line(values, *tables, end, low, exact, first, last)
 
 
 @final
@@ -259,7 +293,33 @@ class Line:
             if costs[i] < best:
                 last = int(slots.stages[a]) - (place - int(slots.end[a])) + i + 1
                 best, choice = float(costs[i]), Choice((a, last), place - i - 1, keep)
+        best, choice = self._enter(a, place, m, best, choice)
         return self._cross(a, place, m, best, choice)
+
+    def _enter(
+        self, a: int, place: int, m: int, best: float, choice: Choice
+    ) -> tuple[float, Choice]:
+        """Splits in the run after a single stage."""
+        slots, (b, stage) = self.table.slots, self.end
+        c = a + 1
+        left = self.table.entry(c, m)
+        if left is None or c > b:
+            return best, choice
+        keep = int(slots.keep[c])
+        most = stage - 1 if c == b else int(slots.stages[c])
+        if m < slots.cross[a, c, b, 0, 1]:
+            most = min(most, 1)
+        least = 1 if m >= slots.cross[a, c, b, 0, 0] else 2
+        if m < keep or least > most:
+            return best, choice
+        stages = np.arange(least, most + 1)
+        after = int(slots.end[c] + slots.stages[c]) - stages
+        costs = slots.elapsed[place] - slots.elapsed[after] + left[stages]
+        costs = costs + self.values[m - keep, after]
+        i = int(costs.argmin())
+        if costs[i] < best:
+            return float(costs[i]), Choice((c, int(stages[i])), int(after[i]), keep)
+        return best, choice
 
     def _number(self, place: int, m: int) -> float:
         return float(self.values[m, place])
