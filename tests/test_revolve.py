@@ -6,13 +6,15 @@ import functools
 import tracemalloc
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ckptsched.errors import InfeasibleBudgetError, WorkloadError
+from ckptsched.schedule import Schedule
 from ckptsched.simulator import simulate
-from ckptsched.solvers import Revolve
+from ckptsched.solvers import Revolve, revolve_kernel, run_kernel
 from ckptsched.solvers.revolve import advances, first_advance, repetitions, revolve_schedule
 from ckptsched.workload import Chain
 from tests.helpers import exact_stage, tiny_cases, uniform
@@ -96,6 +98,38 @@ def test_schedules_of_all_shapes_are_valid_and_optimal() -> None:
         for states in range(1, length + 2):
             trace = simulate(uniform(length), revolve_schedule(length, states))
             assert trace.forwards == advances(length, states) + length
+
+
+@pytest.mark.parametrize("states", [2, 3, 5, 10, 33, 100])
+def test_the_closed_form_is_the_optimum_up_to_10_000_stages(states: int) -> None:
+    # The recurrence over all splits, in slots of one state; a tape takes more than there is.
+    values = np.empty((states + 2, 10_001), np.float32)
+    limits = (1, 1000, 1, 1, 1)
+    run_kernel.fill_in_run(values, 10_000, limits, 1.0, True, 0, states + 1)
+    closed = [advances(length, states) for length in range(1, 10_001)]
+    assert values[states + 1, 1:].tolist() == closed
+
+
+def test_the_compiled_schedule_is_the_other() -> None:
+    for length in range(1, 40):
+        for states in range(1, length + 2):
+            operations = np.empty(2 * (advances(length, states) + length + 1), np.int64)
+            assert revolve_kernel.write_out(length, states, operations) == len(operations)
+            assert Schedule(operations) == revolve_schedule(length, states)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 10_000), st.integers(1, 100))
+def test_long_schedules_are_optimal(length: int, states: int) -> None:
+    assume(advances(length, states) <= 10**6)
+    trace = simulate(uniform(length), revolve_schedule(length, states))
+    assert trace.forwards == advances(length, states) + length
+    assert trace.peak_bytes <= uniform_peak(states)
+
+
+def uniform_peak(states: int) -> int:
+    """States, a tape of four and two gradients, and what a sweep or the last state takes."""
+    return states + 7
 
 
 def test_a_schedule_word_by_word() -> None:

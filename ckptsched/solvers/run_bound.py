@@ -67,9 +67,9 @@ class RunBound:
         self.priced = np.flatnonzero((runs.count > 1) & (runs.state > 0) & (runs.seconds > 0))
         self.best = np.full(self.top + 1, -np.inf)
         self.prices: Seconds = np.zeros(len(runs))
-        # Prices by what a stage's runs without tape cost in a good schedule, to begin with: twice
-        # that where the cost grows as the square of the length, the same where it is linear.
-        self.markup: Seconds = np.full(len(self.priced), 1.2)
+        # Best prices by what a stage's runs without tape cost in a good schedule: 1 to 2, as costs
+        # grow as a power of the length. Where prices are too high the bound falls steeply.
+        self.markup: Seconds = np.full(len(self.priced), 0.9)
 
     def extra_seconds(self, size: int) -> float:
         """What no schedule in so many bytes is below, of all prices tried so far.
@@ -220,7 +220,7 @@ class _Cuts:
             self.bound, self.center = bound, prices.copy()
             self.radius *= 1.5
         else:
-            self.radius *= 0.7
+            self.radius *= 0.6
         # In multiples of each run's seconds, so that prices are of one size.
         self.rows.append((bound - float(missing @ prices), missing * self.seconds))
         found = _maximum(self.rows, self._box())

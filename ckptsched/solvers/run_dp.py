@@ -25,7 +25,7 @@ from .baselines import Baseline
 from .chain_sizes import ChainSizes, chain_sizes
 from .chain_table import least_memory
 from .run_bound import RunBound
-from .run_groups import Groups, group
+from .run_groups import Groups, group, group_sizes
 from .run_lowering import lower
 from .run_structure import ChainRuns, Indices, Seconds, chain_runs
 from .run_table import RunTable
@@ -42,18 +42,14 @@ _GRIDS = ((400, 16, 16), (1 << 62, 3, 4))
 _HEADROOM = 1.05
 # Schedules that are tried for one budget where sizes are rounded.
 _TRIALS = 12
-# Stages of a group have tapes of so many slots together at least.
-_GROUP_SLOTS = 2
-# A run has so many groups at least, if it has as many stages.
-_FEWEST_GROUPS = 32
 # From so many stages on a run needs no more memory.
 _SAME_NEED = 4
 # A bound that larger budgets have left is not raised where a plan is so close to it.
-_CLOSE = 1e-3
+_CLOSE = 2e-3
 # Schedules with more runs without tape, as estimated, are not made.
 MOST_ADVANCES = 8_000_000
-# Numbers in a table of segments inside a run: 0.5 GB.
-_NUMBERS = 1.2e8
+# Numbers in a table of segments inside a run: 0.25 GB.
+_NUMBERS = 6e7
 # Schedules of the fewest slots that are tried to find the least budget.
 _LEAST_TRIALS = 4
 
@@ -166,6 +162,13 @@ class _Search:
         return self._simulated(Baseline("store_all").schedule(self.chain))
 
     @functools.cached_property
+    def fastest_seconds(self) -> float:
+        """Seconds of storing everything, with each stage's fastest tape."""
+        tapings = self.sizes.tapings
+        own = (tapings.start <= len(self.chain)) & (tapings.option == 0)
+        return self.chain.store_all_seconds - math.fsum(tapings.extra_seconds[own])
+
+    @functools.cached_property
     def least_bytes(self) -> int:
         """The least budget that is known to work; it depends on the chain alone."""
         table, slots = self._tight
@@ -244,7 +247,7 @@ class _Search:
 
     def solve(self, grain: _Grain, budgets: Sequence[int]) -> dict[int, Solution]:
         """Solve for budgets of one grain, smallest first, with one table and one bound."""
-        fixed, base = self.sizes.fixed, self.chain.store_all_seconds
+        fixed, base = self.sizes.fixed, self.fastest_seconds
         found: dict[int, _Found] = {}
         needed = [x for x in budgets if x < self.store_all.trace.peak_bytes]
         if needed:
@@ -282,10 +285,8 @@ class _Plans:
         self.search, self.grain = search, grain
         most = top_bytes if grain.exact else int(top_bytes * _HEADROOM)
         runs = search.runs.plan
-        sizes = np.ones(len(runs), dtype=np.int64)
-        if not grain.exact:
-            wanted = -(-_GROUP_SLOTS * grain.unit // np.maximum(runs.tape, 1))
-            sizes = np.clip(wanted, 1, np.maximum(runs.count // _FEWEST_GROUPS, 1))
+        exact = np.ones(len(runs), dtype=np.int64)
+        sizes = exact if grain.exact else group_sizes(runs, grain.unit)
         self.groups: Groups = group(runs, sizes)
         self.table = RunTable(
             self.groups.runs, grain.unit, most // grain.unit, ends=grain.ends, starts=grain.starts

@@ -16,6 +16,14 @@ from ..schedule import Code, Schedule
 from .run_lowering import Packed, sweep
 from .run_structure import Indices, Runs
 
+# Slots that the tapes of a group take at least, and the part of them that its state may be.
+_SLOTS = 2
+_STATE = 0.02
+# A run has so many groups at least, if it has as many stages.
+_FEWEST = 32
+# Groups may be so many times as large as they must, for tapes that are nearly whole slots.
+_CHOICES = 4
+
 
 @final
 @dataclass(frozen=True)
@@ -56,6 +64,28 @@ class Groups:
 def _pack(code: int, stages: npt.NDArray[np.int64]) -> Packed:
     packed: Packed = code | stages.astype(np.int64) << 32
     return packed
+
+
+def group_sizes(runs: Runs, unit: int) -> Indices:
+    """Stages of a group, by run, so that rounding to slots changes little.
+
+    A group's tapes take several slots, of which its kept state is a small part where that is
+    rounded to nothing; of larger groups too, that is taken whose tapes are nearest to whole slots.
+
+    Args:
+        runs: The runs.
+        unit: Bytes of a slot.
+    """
+    sizes = []
+    for count, state, tape in zip(runs.count, runs.state, np.maximum(runs.tape, 1), strict=True):
+        least = -(-_SLOTS * unit // tape)
+        if 2 * state < unit:
+            least = max(least, -(-state // int(_STATE * tape + 1)))
+        most = max(1, count // _FEWEST)
+        choices = np.arange(min(least, most), min(_CHOICES * least, most) + 1)
+        slots = choices * tape / unit
+        sizes.append(choices[np.abs(slots / np.maximum(np.rint(slots), 1) - 1).argmin()])
+    return np.array(sizes, dtype=np.int64)
 
 
 def group(runs: Runs, sizes: Indices) -> Groups:

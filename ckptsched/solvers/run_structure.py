@@ -71,7 +71,7 @@ class ChainRuns:
     """The runs of a chain, with the sizes to plan with and those to bound with.
 
     They differ where a stage has several tapes or, with a ledger, several ways to start after one:
-    plans use the fastest tape and the start that needs more, bounds the least of each figure.
+    plans use the stage's own tape and the start that needs more, bounds the least of each figure.
     """
 
     plan: Runs
@@ -125,12 +125,12 @@ def _tapings(sizes: ChainSizes, *, most: bool) -> tuple[Bytes, Bytes, Bytes, Byt
     tapings = sizes.tapings
     stage = sizes.starts.stage[tapings.start] - 1
     found = []
-    fastest = tapings.extra_seconds == 0
+    own = tapings.option == 0
     columns = (tapings.tape, tapings.forward, tapings.backward, tapings.backward_after_turn)
     for column in columns:
         by_stage = np.full(len(sizes), 0 if most else np.iinfo(np.int64).max)
         if most:
-            np.maximum.at(by_stage, stage[fastest], column[fastest])
+            np.maximum.at(by_stage, stage[own], column[own])
         else:
             np.minimum.at(by_stage, stage, column)
         found.append(by_stage)
