@@ -215,6 +215,11 @@ def format_bytes(size: int, *, budget: bool = False) -> str:
     return f"{size} B"
 
 
+def exact_bytes(size: int, *, budget: bool = False) -> str:
+    """Print bytes as `format_bytes` does, with the exact number where that rounds."""
+    return f"{format_bytes(size, budget=budget)} ({size} bytes)" if size >= 1024 else f"{size} B"
+
+
 def format_seconds(seconds: float) -> str:
     """Print seconds for people, with a unit that keeps three to six digits."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import cast
 
-from .budget import format_bytes
+from .budget import exact_bytes
 from .errors import InfeasibleBudgetError, SolverTimeoutError, WorkloadError
 from .graph import Graph
 from .plans import Workload, excess
@@ -127,7 +127,7 @@ def _anything(chain: Chain, size: int, found: InfeasibleBudgetError) -> Found:
         least = error.least_budget_bytes
         if least is None:
             return found
-        text = f"{format_bytes(least)} ({least} bytes)"
+        text = exact_bytes(least)
         return InfeasibleBudgetError(
             f"{found}; of all pinned schedules the least budget known is {text}",
             budget_bytes=found.budget_bytes,

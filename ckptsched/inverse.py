@@ -271,8 +271,8 @@ def largest_steps(
 
     Steps take the same bytes however many there are, so that chains of more steps are put
     together from measured stages (`growth.with_steps`). A budget that some steps fit is often one
-    that any number fits, at ever more time: give an overhead, or expect `most`. Each number tried
-    is planned, which takes seconds from some hundred steps on, and a minute or more up to 1,000.
+    that any number fits, at ever more time: give an overhead, or expect `most`, which is tried
+    first then. Each number tried is planned, which takes seconds from some hundred steps on.
 
     Args:
         workload: A `Chain`, or an `nn.Module`, which is profiled first.
@@ -300,11 +300,18 @@ def largest_steps(
         lambda steps: with_steps(chain, steps),
         budget=budget,
         overhead=overhead,
-        guess=max(block.last - block.first + 1 for block in chain.blocks) if chain.blocks else 1,
+        guess=_first_steps(chain, most, overhead),
         most=most,
         progress=progress,
         **options,
     )
+
+
+def _first_steps(chain: Chain, most: int, overhead: float | str | None) -> int:
+    """Where to begin: with the most, which fits in nearly any budget that may take any time."""
+    if overhead is None:
+        return most
+    return max((block.last - block.first + 1 for block in chain.blocks), default=1)
 
 
 def _guess_by_lines(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
-from .budget import format_bytes, format_seconds
+from .budget import exact_bytes, format_bytes, format_seconds
 from .errors import CkptschedError, InvalidScheduleError, PlanMismatchError, WorkloadError
 from .files import checksum, render_json, write_atomically
 from .graph import Graph
@@ -330,17 +330,20 @@ def _table(plan: Plan) -> str:
     again = plan.forwards - len(chain)
     rows = [
         ("solver", plan.solver),
-        ("budget", f"{_size(plan.budget_bytes, budget=True)}, asked for as {plan.budget_text}"),
+        (
+            "budget",
+            f"{exact_bytes(plan.budget_bytes, budget=True)}, asked for as {plan.budget_text}",
+        ),
         (
             "projected peak",
-            f"{_size(plan.peak_bytes)}: {plan.peak_bytes / max(plan.budget_bytes, 1):.1%} of the "
-            f"budget, {plan.peak_bytes / max(plan.store_all_bytes, 1):.1%} of store-all "
+            f"{exact_bytes(plan.peak_bytes)}: {plan.peak_bytes / max(plan.budget_bytes, 1):.1%} of "
+            f"the budget, {plan.peak_bytes / max(plan.store_all_bytes, 1):.1%} of store-all "
             f"({format_bytes(plan.store_all_bytes)})",
         ),
         ("projected time", f"{format_seconds(plan.seconds)} (store-all {store_all})"),
         ("overhead", f"{plan.overhead:+.2%} of store-all"),
         ("forward runs", f"{plan.forwards} of {len(chain)} stages: {again} again"),
-        ("least budget", _size(plan.least_budget_bytes)),
+        ("least budget", exact_bytes(plan.least_budget_bytes)),
         (
             "lower bound",
             f"{format_seconds(plan.lower_bound_seconds)}; {words_of_class(plan)} takes less",
@@ -354,10 +357,6 @@ def _table(plan: Plan) -> str:
     width = max(len(label) for label, _ in rows)
     lines = [f"  {label:<{width}}  {text}" for label, text in rows]
     return "\n".join([f"plan of {name} {len(chain)} stages", *lines])
-
-
-def _size(size: int, *, budget: bool = False) -> str:
-    return f"{format_bytes(size, budget=budget)} ({size} bytes)" if size >= 1024 else f"{size} B"
 
 
 def words_of_class(plan: Plan) -> str:

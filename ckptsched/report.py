@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .bar import progress_bar
-from .budget import Budget, format_bytes, format_seconds
+from .budget import Budget, exact_bytes, format_bytes, format_seconds
 from .errors import CkptschedError, InfeasibleBudgetError
 from .frontier import (
     Measured,
@@ -209,8 +209,7 @@ def print_chain(chain: Workload, console: Console, plan: Plan) -> None:
         f"{kind_of(chain)}{name} of {len(chain)} stages, {exact}",
         f"  store-all     {format_bytes(plan.store_all_bytes)} and "
         f"{format_seconds(chain.store_all_seconds)}",
-        f"  least budget  {format_bytes(plan.least_budget_bytes)} "
-        f"({plan.least_budget_bytes} bytes)",
+        f"  least budget  {exact_bytes(plan.least_budget_bytes)}",
         f"  fingerprint   {chain.fingerprint[:16]}",
     ]
     console.print(Text("\n".join(lines)), soft_wrap=True)

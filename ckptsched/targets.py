@@ -60,13 +60,14 @@ def load_target(target: str, inputs: Inputs) -> Target:
     Raises:
         ProfileError: One of them cannot be made.
     """
+    model = load_model(target, inputs.arguments)
     if inputs.shape is None:
         raise ProfileError(
             f"the model {target!r} needs an input: give its shape, the batch first, such as "
             "--input 8x3x32x32"
         )
     sample = sample_input(inputs.shape, inputs.dtype, inputs.device)
-    return Target(move(load_model(target, inputs.arguments), inputs.device), sample)
+    return Target(move(model, inputs.device), sample)
 
 
 def load_model(target: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:

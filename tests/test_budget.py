@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptsched.budget import Budget, Link, Tier, format_bytes, format_seconds, parse_budget
+from ckptsched.budget import (
+    Budget,
+    Link,
+    Tier,
+    exact_bytes,
+    format_bytes,
+    format_seconds,
+    parse_budget,
+)
 from ckptsched.errors import BudgetSyntaxError, CkptschedError
 
 
@@ -192,3 +200,10 @@ def test_budgets_that_are_made_by_hand_are_checked(
 
 def test_integers_of_numpy_are_budgets() -> None:
     assert parse_budget(np.int64(9)) == Budget(bytes=9)
+
+
+@given(st.integers(0, 2**60), st.booleans())
+def test_exact_bytes_say_the_number_once(size: int, budget: bool) -> None:
+    text = exact_bytes(size, budget=budget)
+    assert text.startswith(format_bytes(size, budget=budget))
+    assert text.count(str(size)) == 1

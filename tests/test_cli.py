@@ -127,6 +127,8 @@ def test_the_largest_batch(folder: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("largest size: ")
     assert "needs an input" in failure("largest", "nets_of_test:mlp", "--budget", "20kB")
+    # What is wrong with the model is said first.
+    assert "no_such_module" in failure("largest", "no_such_module:net", "--budget", "20kB")
     assert "is a share of a size" in failure("largest", "chain.json", "--budget", "50%")
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ckptsched as cs
+from ckptsched import inverse
 from ckptsched.errors import BudgetSyntaxError, InfeasibleBudgetError, WorkloadError
 from ckptsched.growth import with_batch, with_steps
 from ckptsched.inverse import (
@@ -186,7 +187,15 @@ def test_most_steps() -> None:
     assert fits(with_steps(mixed_chain(), found.size), 40 * MIB, 0.3)
     assert not fits(with_steps(mixed_chain(), found.size + 1), 40 * MIB, 0.3)
     assert found.plan.chain == with_steps(mixed_chain(), found.size)
-    assert largest_steps(uniform_chain(), budget="1GiB", most=50).size == 50
+
+
+def test_most_steps_in_any_time() -> None:
+    # Nearly any budget takes any number then: one plan, of the most that may be.
+    asked: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inverse, "with_steps", lambda *a: asked.append(a[1]) or with_steps(*a))
+        assert largest_steps(uniform_chain(), budget="1GiB", most=50).size == 50
+    assert asked == [50]
 
 
 @pytest.mark.parametrize("ask", [largest_batch, largest_steps])

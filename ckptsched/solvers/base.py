@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from ..budget import format_bytes
+from ..budget import exact_bytes
 from ..errors import InfeasibleBudgetError
 from ..graph import Graph
 from ..schedule import Schedule
@@ -97,9 +97,9 @@ def infeasible(
         number = int(parse(operation).stages[0])
         stage = chain.stage_name(number) if number else "the input"
     return InfeasibleBudgetError(
-        f"no {what} schedule fits a budget of {format_bytes(budget_bytes, budget=True)} "
-        f"({budget_bytes} bytes); the least that works is {format_bytes(least.peak_bytes)} "
-        f"({least.peak_bytes} bytes), where {operation} of {stage!r} binds",
+        f"no {what} schedule fits a budget of {exact_bytes(budget_bytes, budget=True)}; "
+        f"the least that works is {exact_bytes(least.peak_bytes)}, where {operation} of "
+        f"{stage!r} binds",
         budget_bytes=budget_bytes,
         least_budget_bytes=least.peak_bytes,
         stage=stage,

@@ -14,7 +14,7 @@ from typing import final
 
 import numpy as np
 
-from ..budget import format_bytes
+from ..budget import exact_bytes
 from ..errors import InfeasibleBudgetError, WorkloadError
 from ..schedule import Schedule, ScheduleBuilder
 from ..simulator import simulate
@@ -198,10 +198,10 @@ class ExactSearch(AbstractSolver):
         if least is not None:
             least = self._least(chain, sizes, least, least)
         found = "fits" if proven else "was found for"
-        works = "unknown" if least is None else f"{format_bytes(least)} ({least} bytes)"
+        works = "unknown" if least is None else exact_bytes(least)
         return InfeasibleBudgetError(
             f"no pinned schedule {found} a budget of "
-            f"{format_bytes(known.budget_bytes, budget=True)} ({known.budget_bytes} bytes); "
+            f"{exact_bytes(known.budget_bytes, budget=True)}; "
             f"the least that works is {works}",
             budget_bytes=known.budget_bytes,
             least_budget_bytes=least,

@@ -9,7 +9,7 @@ from typing import final
 
 import numpy as np
 
-from ..budget import format_bytes
+from ..budget import exact_bytes
 from ..errors import InfeasibleBudgetError, SolverTimeoutError, WorkloadError
 from ..graph import Graph
 from ..schedule import Schedule
@@ -237,9 +237,9 @@ class _Search:
     def _out_of_time(self, budget: int) -> SolverTimeoutError:
         least = self.least[1].peak_bytes
         return SolverTimeoutError(
-            f"graph_ilp found no schedule for {format_bytes(budget, budget=True)} ({budget} bytes) "
+            f"graph_ilp found no schedule for {exact_bytes(budget, budget=True)} "
             f"in {self.limit:g} seconds, and no proof that there is none, to within what it rounds "
-            f"sizes by; a budget of {format_bytes(least)} ({least} bytes) works, or a longer time "
+            f"sizes by; a budget of {exact_bytes(least)} works, or a longer time "
             "limit may",
             limit_seconds=self.limit,
         )
