@@ -4,6 +4,8 @@
 VENV       ?= .venv
 PYTHON     ?=
 ARGS       ?=
+# A process takes a gigabyte or two.
+JOBS       ?= --numprocesses auto --maxprocesses 4
 BIN        := $(VENV)/bin
 USER_STAMP := $(VENV)/.ready-user
 DEV_STAMP  := $(VENV)/.ready-dev
@@ -30,10 +32,10 @@ bench: $(USER_STAMP) ## Measure budgets, overheads and gradients on the paper's 
 	$(BIN)/python -m benchmarks.budgets $(ARGS)
 
 test: $(USER_STAMP) ## Run all tests; ARGS="-k budget" picks some
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(JOBS) $(ARGS)
 
 test-fast: $(USER_STAMP) ## Run the tests that are not marked slow
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(JOBS) -m "not slow" $(ARGS)
 
 lint: $(DEV_STAMP) ## Check style and formatting
 	$(BIN)/ruff check .

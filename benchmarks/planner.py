@@ -26,6 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.document import Section
 from benchmarks.planner_goals import Goal, goals
 from benchmarks.planner_parts import (
     LONG_INSTANCE,
@@ -41,12 +42,6 @@ from benchmarks.planner_rows import Findings
 from benchmarks.planner_tables import comparisons_to_json, grids, line, to_markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "measured.md"
-# What stands between them in the document is written by --document.
-_MARKS = (
-    "<!-- written by benchmarks.planner -->",
-    "<!-- end of what benchmarks.planner writes -->",
-)
 _PACKAGES = ("numpy", "numba", "checkpoint-schedules", "pyrevolve")
 
 
@@ -129,11 +124,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def document(report: dict[str, Any], found: Findings, verdicts: Sequence[Goal]) -> None:
     """Put the figures between the marks in `docs/measured.md`."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, start, rest = text.partition(_MARKS[0])
-    _, end, after = rest.partition(_MARKS[1])
-    if not start or not end:
-        raise SystemExit(f"{DOCUMENT.name} lacks the marks {_MARKS[0]} and {_MARKS[1]}")
     facts, compiled = report["about"], report["compile"]
     packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
     parts = [
@@ -147,9 +137,7 @@ def document(report: dict[str, Any], found: Findings, verdicts: Sequence[Goal]) 
         "### Goals",
         "\n".join(f"- {_VERDICTS[x.met]} {x.what}: {x.shown_by}" for x in verdicts),
     ]
-    body = "\n\n".join(parts)
-    DOCUMENT.write_text(f"{before}{start}\n\n{body}\n\n{end}{after}", encoding="utf-8")
-    print(f"written to {DOCUMENT.name}")
+    Section("benchmarks.planner").write("\n\n".join(parts))
 
 
 _VERDICTS = {True: "**met**", False: "**not met**", None: "not run"}

@@ -35,6 +35,8 @@ from .inverse import largest_batch as largest_batch
 from .inverse import largest_steps as largest_steps
 from .inverse import least_budget as least_budget
 from .ode import ODEBlock as ODEBlock
+from .ode import odeint as odeint
+from .ode import solve_adaptive as solve_adaptive
 from .planner import plan as plan
 from .plans import Plan as Plan
 from .profiler import profile as profile

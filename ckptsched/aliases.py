@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import final
+from typing import TypeAlias, final
 
 from torch import Tensor, nn
+
+Place: TypeAlias = tuple[nn.Module, str]
+"""A module, and the name under which it keeps a buffer."""
 
 
 @final
@@ -47,6 +50,10 @@ class Slots:
     def buffers_in_place(self) -> list[Tensor | None]:
         """What is in each place for a buffer now, in the order of the places."""
         return [module._buffers[name] for module, name in self._buffers]
+
+    def buffer_places(self) -> list[Place]:
+        """The places for buffers themselves, in their order."""
+        return list(self._buffers)
 
     def in_place(self) -> list[Tensor | None]:
         """What is in each place for a parameter now, in the order of the places."""

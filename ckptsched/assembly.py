@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .aliases import Slots
 from .context import RandomState
+from .hidden import HiddenBuffers
+from .liveness import snapshot_bytes
 from .memory import storage_bytes
 from .stages import Block, Stage, StageLedger, backward_variant
 from .survey import Kind, LossWeight
@@ -26,6 +28,7 @@ def assemble(
     lost: LossWeight,
     device: torch.device,
     inputs: Sequence[Tensor] = (),
+    generators: Sequence[torch.Generator] = (),
 ) -> Chain:
     """Make a chain of stages that have been weighed and timed.
 
@@ -35,17 +38,20 @@ def assemble(
         lost: What the loss takes.
         device: Where the model is to run; decides whether a random state takes bytes.
         inputs: The input's tensors, as the caller holds them.
+        generators: What stages may draw from besides torch's own.
 
     Returns:
         The chain, without a signature.
     """
-    spans = _spans(blocks)
+    spans = _spans(blocks, order)
     draws = any(kind.draws for kind in order)
-    random_bytes = RandomState.take(device).counted_bytes
-    snapshot = random_bytes if draws else 0
+    random_bytes = RandomState.take(device, generators).counted_bytes
+    random = random_bytes if draws else 0
+    snapshots = snapshot_bytes(spans, len(order), random).tolist()
     # While a block runs again its buffers are cloned, and a random state or two is kept.
-    extra = sum(span.buffer_bytes for span in spans) + 2 * snapshot
-    cache: dict[tuple[int, int, int, bool], Stage] = {}
+    extra = sum(span.buffer_bytes for span in spans) + 2 * random
+    kept = snapshots[0] - random + _left(order)
+    cache: dict[tuple[int, int, int, int, bool], Stage] = {}
     stages: list[Stage] = []
     seen: set[int] = set()
     gradient_bytes = _bytes(lost.gradients)
@@ -60,9 +66,11 @@ def assemble(
         buffers = next(span.buffer_bytes for span in spans if span.last >= i)
         if i == 1:
             kind = replace(kind, ledger=_with_copies(kind, inputs, fresh))
-        key = (id(kind), fresh, buffers, last)
+        key = (id(kind), fresh, buffers, snapshots[i], last)
         if key not in cache:
-            cache[key] = _stage(kind, fresh, partly, gradient_bytes, snapshot, buffers, extra, last)
+            cache[key] = _stage(
+                kind, fresh, partly, gradient_bytes, snapshots[i], buffers, extra, last
+            )
         stages.append(cache[key])
         gradient_bytes = _bytes(kind.input_gradients)
     # What the output shares with the input or a parameter is there anyway.
@@ -78,11 +86,21 @@ def assemble(
         input_gradient_bytes=gradient_bytes,
         loss_seconds=lost.seconds,
         loss_overhead_bytes=max(lost.overhead_bytes, look),
-        held_bytes=output_bytes + lost.rest_bytes,
+        held_bytes=output_bytes + lost.rest_bytes + kept,
         draws=draws,
-        random_state_bytes=snapshot,
+        random_state_bytes=random,
+        kept_bytes=kept,
         blocks=spans,
     )
+
+
+def _left(order: Iterable[Kind]) -> int:
+    """What all modules keep from their last run."""
+    found: dict[int, int] = {}
+    for kind in order:
+        key = id(kind.call.module)
+        found[key] = max(found.get(key, 0), kind.left_bytes)
+    return sum(found.values())
 
 
 def _with_copies(kind: Kind, inputs: Sequence[Tensor], fresh: int) -> StageLedger:
@@ -108,12 +126,17 @@ def _bytes(tensors: Iterable[Tensor | None]) -> int:
     return storage_bytes(tensor for tensor in tensors if tensor is not None)
 
 
-def _spans(blocks: tuple[TracedBlock, ...]) -> tuple[Block, ...]:
+def _spans(blocks: tuple[TracedBlock, ...], order: Iterable[Kind]) -> tuple[Block, ...]:
+    slots = [Slots([block.module]) for block in blocks]
+    places = {place for kind in order for place in kind.hidden}
+    hidden = HiddenBuffers(slots, places).bytes_by_block(len(blocks))
     spans, first = [], 1
-    for block in blocks:
+    for block, own, size in zip(blocks, slots, hidden, strict=True):
         last = first + len(block.stages) - 1
-        size = sum(buffer.nbytes for buffer in Slots([block.module]).buffers())
-        spans.append(Block(name=block.name, first=first, last=last, buffer_bytes=size))
+        buffers = sum(buffer.nbytes for buffer in own.buffers())
+        spans.append(
+            Block(name=block.name, first=first, last=last, buffer_bytes=buffers, hidden_bytes=size)
+        )
         first = last + 1
     return tuple(spans)
 

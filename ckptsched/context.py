@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -57,61 +57,76 @@ class Recomputing:
 @final
 @dataclass(frozen=True, slots=True)
 class RandomState:
-    """A snapshot of the default random generators."""
+    """A snapshot of random generators: the default ones, and others by request."""
 
     cpu: Tensor
     """State of the CPU's generator; a tensor of about 5 kB, which counts as memory."""
     cuda: tuple[tuple[int, Tensor], ...]
     """State of CUDA generators by device index; small tensors on the CPU."""
+    own: tuple[tuple[torch.Generator, Tensor], ...] = ()
+    """Generators of the model or the caller, each with its state, a tensor on the CPU."""
 
     @classmethod
-    def take(cls, device: torch.device) -> RandomState:
-        """Read the generators that a stage on this device may draw from."""
+    def take(cls, device: torch.device, own: Iterable[torch.Generator] = ()) -> RandomState:
+        """Read the generators that a stage on this device may draw from.
+
+        Args:
+            device: Whose default generator to read besides the CPU's.
+            own: Further generators.
+        """
         cuda: tuple[tuple[int, Tensor], ...] = ()
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             cuda = ((index, torch.cuda.get_rng_state(index)),)
-        return cls(torch.get_rng_state(), cuda)
+        return cls(torch.get_rng_state(), cuda, tuple((g, g.get_state()) for g in own))
 
     def restore(self) -> None:
         """Put the generators back to where they were."""
         torch.set_rng_state(self.cpu)
         for index, state in self.cuda:
             torch.cuda.set_rng_state(state, index)
+        for generator, state in self.own:
+            generator.set_state(state)
 
     def __eq__(self, other: object) -> bool:
         """Whether both would give the same numbers."""
         return (
             isinstance(other, RandomState)
             and torch.equal(self.cpu, other.cpu)
-            and len(self.cuda) == len(other.cuda)
-            and all(
-                mine[0] == theirs[0] and torch.equal(mine[1], theirs[1])
-                for mine, theirs in zip(self.cuda, other.cuda, strict=True)
-            )
+            and _same_states(self.cuda, other.cuda)
+            and _same_states(self.own, other.own)
         )
 
     __hash__ = None  # type: ignore[assignment]
 
     def to_bytes(self) -> bytes:
         """The state as Python's bytes, to compare."""
-        return b"".join(t.numpy().tobytes() for t in (self.cpu, *(t for _, t in self.cuda)))
+        states = (self.cpu, *(t for _, t in self.cuda), *(t for _, t in self.own))
+        return b"".join(t.numpy().tobytes() for t in states)
 
     @property
     def counted_bytes(self) -> int:
-        """Bytes on the device that the meter sees: the CPU's own state, on the CPU only."""
-        return 0 if self.cuda else self.cpu.nbytes
+        """Bytes on the device that the meter sees: states lie on the CPU."""
+        return 0 if self.cuda else self.cpu.nbytes + sum(state.nbytes for _, state in self.own)
+
+
+def _same_states(some: Sequence[tuple[Any, Tensor]], others: Sequence[tuple[Any, Tensor]]) -> bool:
+    return len(some) == len(others) and all(
+        mine[0] == theirs[0] and torch.equal(mine[1], theirs[1])
+        for mine, theirs in zip(some, others, strict=True)
+    )
 
 
 @final
 class Generators:
-    """Copies of the default random generators: a state that is kept without a tensor."""
+    """Copies of random generators: a state that is kept without a tensor."""
 
     turn: ClassVar[AbstractContextManager[object]] = threading.RLock()
     """Held by who draws random numbers that must come again: all threads share a generator."""
 
-    def __init__(self, device: torch.device) -> None:
-        """Copy the generators that a stage on this device may draw from."""
+    def __init__(self, device: torch.device, own: Iterable[torch.Generator] = ()) -> None:
+        """Copy the generators that a stage on this device may draw from, and further ones."""
+        self._own = [(generator, generator.clone_state()) for generator in own]
         self._cpu = torch.default_generator.clone_state()
         self._cuda: torch.Generator | None = None
         if device.type == "cuda":
@@ -119,10 +134,12 @@ class Generators:
             self._cuda = torch.cuda.default_generators[self._index].clone_state()
 
     def restore(self) -> None:
-        """Put the default generators to where they were."""
+        """Put the generators to where they were."""
         torch.set_rng_state(self._cpu.get_state())
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda.get_state(), self._index)
+        for generator, copied in self._own:
+            generator.set_state(copied.get_state())
 
 
 @final
@@ -142,6 +159,11 @@ class Autocast:
                 if torch.amp.is_autocast_available(kind)
             )
         )
+
+    @classmethod
+    def off(cls, device: torch.device) -> Autocast:
+        """No autocast, which is how torch asks for a backward to be run."""
+        return cls(tuple((kind, False, dtype) for kind, _, dtype in cls.take(device).modes))
 
     def __str__(self) -> str:
         """Such as "cpu to torch.bfloat16"; "off" where it is."""

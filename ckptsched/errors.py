@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class CkptschedError(Exception):
-    """Every error that ckptsched raises on purpose is one of these."""
+    """Every error that ckptsched raises on purpose is one of these; other processes can get it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Python's own way calls the class with the message alone, and some take more.
+        return _again, (type(self), self.args), self.__dict__
+
+
+def _again(cls: type[CkptschedError], args: tuple[object, ...]) -> CkptschedError:
+    error = cls.__new__(cls)
+    error.args = args
+    return error
 
 
 class BudgetSyntaxError(CkptschedError, ValueError):
@@ -81,6 +93,21 @@ class PlanMismatchError(CkptschedError, ValueError):
 
 class ExecutionError(CkptschedError, RuntimeError):
     """A training step that cannot go on without giving wrong gradients."""
+
+
+class IntegrationError(ExecutionError):
+    """An ordinary differential equation that cannot be solved further.
+
+    Attributes:
+        time: The time that was reached, in the equation's units.
+        step: How many steps were accepted before.
+    """
+
+    def __init__(self, message: str, *, time: float, step: int = 0) -> None:
+        """Keep the figures beside the sentence, for programs that retry."""
+        super().__init__(message)
+        self.time = time
+        self.step = step
 
 
 class StorageError(CkptschedError, RuntimeError):

@@ -25,7 +25,7 @@ from .errors import ProfileError
 from .memory import storage_bytes
 from .stages import StageLedger
 from .survey import Kind, Loss, LossWeight, survey_backward, survey_forward
-from .tracing import trace
+from .tracing import count_frozen, trace
 from .trees import Extras, State
 from .weighing import go_back
 from .workload import Chain
@@ -60,9 +60,10 @@ def estimate(model: nn.Module, inputs: State, given: State, loss: Loss) -> Chain
 
     A copy of the model runs on the meta device. States, tapes and gradients are as measured for
     most stages, except where real devices have kernels of their own: the tape of attention without
-    dropout comes out too large, as does that of dropout for CUDA, and that of nn.LSTM on the CPU
-    too small. Workspaces of operations are taken to be 0. Seconds follow from nominal rates: their
-    ratios are meant, not their size. That a stage gives the same result twice is not checked.
+    dropout comes out too large, as does that of dropout for CUDA, and those of nn.LSTM, nn.GRU and
+    nn.RNN on the CPU too small. Workspaces of operations are taken to be 0. Seconds follow from
+    nominal rates: their ratios are meant, not their size. That a stage gives the same result twice
+    is not checked.
 
     Args:
         model: The model; it may lie on the meta device itself.
@@ -86,7 +87,10 @@ def estimate(model: nn.Module, inputs: State, given: State, loss: Loss) -> Chain
     random = RandomState.take(device)
     try:
         fake, extras = _fakes(inputs), Extras.of(_fakes(given))
-        blocks = trace(_without_data(model))
+        bare = _without_data(model)
+        blocks = trace(bare)
+        frozen = count_frozen(blocks, [*inputs.leaves, *given.leaves])
+        blocks = trace(bare, frozen=frozen) if frozen else blocks
         # What stages make without naming a device must lie where their input lies.
         with torch.device("meta"), torch.enable_grad():
             order = survey_forward(blocks, fake, extras)
@@ -96,8 +100,8 @@ def estimate(model: nn.Module, inputs: State, given: State, loss: Loss) -> Chain
         chain = assemble(blocks, order, lost, device)
     finally:
         random.restore()
-    bare = {id(stage): replace(stage, ledger=None) for stage in chain.stages}
-    return replace(chain, stages=tuple(bare[id(stage)] for stage in chain.stages))
+    plain = {id(stage): replace(stage, ledger=None) for stage in chain.stages}
+    return replace(chain, stages=tuple(plain[id(stage)] for stage in chain.stages))
 
 
 def _fakes(state: State) -> State:
@@ -137,7 +141,7 @@ def _assess(kind: Kind) -> None:
     kind.set_gradients(first=True)
     with _saved() as saved:
         tape, output = kind.record(kind.x)
-    back, _ = _count(lambda: tape.backward(kind.gradients))
+    back, _ = _count(lambda: tape.backward(list(kind.gradients)))
     kind.set_gradients(first=True)
     slots, constants = Slots([kind.call.module]), _constants(kind.call.module)
     given = kind.extras.apart().leaves

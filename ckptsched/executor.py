@@ -21,7 +21,7 @@ from .higher import Gradients
 from .plans import Plan
 from .program import Program
 from .run import Run
-from .transforms import transform_at_work
+from .transforms import outside_of_compiled_code, transform_at_work
 from .trees import Extras, State
 
 _HIGHER = "_ckptsched_gradients"  # attribute of a token
@@ -102,6 +102,11 @@ class Checkpointed(nn.Module):
         """
         if not torch.is_grad_enabled():
             return self.model(x, *extras, **options)
+        return self._follow_plan(x, extras, options)
+
+    @outside_of_compiled_code
+    def _follow_plan(self, x: Any, extras: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """The same where gradients are on."""
         program = cast(Program, self.__dict__["_program"])
         inputs, given = _apart(x, Extras(extras, options))
         tensors = [*inputs.leaves, *given.leaves, *program.all_slots.parameters()]
@@ -161,6 +166,7 @@ class _BlockNode(torch.autograd.Function):
         return torch.empty(0, device=run.device)
 
     @staticmethod
+    @outside_of_compiled_code
     def backward(ctx: Any, *grads: Any) -> Any:
         run, k = ctx.run, ctx.k
         wanted = ctx.needs_input_grad[3 : 3 + ctx.entries]
@@ -217,6 +223,7 @@ class _OutputNode(torch.autograd.Function):
         return leaves if len(leaves) > 1 else leaves[0]
 
     @staticmethod
+    @outside_of_compiled_code
     def backward(ctx: Any, *grads: Any) -> Any:
         higher = ctx.run.start_backward(grads, lambda: _saved(ctx))
         return None, _token(ctx.run, higher), None

@@ -7,6 +7,7 @@ several nodes, whose backwards add up its gradient.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import final
@@ -41,8 +42,6 @@ def simulate_graph(graph: Graph, schedule: Schedule, links: Links | None = None)
     run.check_end()
     position = int(timeline.argmax())
     peak = int(timeline[position])
-    again = _Run(graph, schedule, links or {})
-    again.run(position)
     return Trace(
         seconds=math.fsum(run.times),  # exactly rounded: the order of operations is no matter
         peak_bytes=peak,
@@ -53,9 +52,18 @@ def simulate_graph(graph: Graph, schedule: Schedule, links: Links | None = None)
         forwards=int((schedule.codes <= Code.TAPED_FORWARD).sum()),
         peak_position=position,
         peak_operation=graph.operation_text(schedule[position]),
-        live_at_peak=again.live(peak),
         timeline=timeline,
+        find_live=functools.partial(_live_at, graph, schedule, links or {}, position, peak),
     )
+
+
+def _live_at(
+    graph: Graph, schedule: Schedule, links: Links, position: int, peak: int
+) -> tuple[Live, ...]:
+    """What is live when an operation runs."""
+    run = _Run(graph, schedule, links)
+    run.run(position)
+    return run.live(peak)
 
 
 @final
@@ -73,6 +81,7 @@ class _Run:
         }
         self.stored = {kind: bytearray(self.n + 1) for kind in Kind}
         self.stored[Kind.STATE][0] = 1
+        self.alone: dict[int, frozenset[int]] = {}  # by tape: what it read that was a bare state
         self.away: dict[tuple[Value, Tier], int] = {}
         self.level = graph.input_bytes + graph.held_bytes
         self.parameter_gradients = 0
@@ -110,6 +119,8 @@ class _Run:
         self.need_sources(i)
         self.require(not self.stored[kind][i], f"{self.called(kind, i)} is already stored")
         self.stored[kind][i] = 1
+        if taped:
+            self.hold(i)
         stage = self.graph.stages[i - 1]
         self.times.append(stage.forward_seconds)
         self.level += self.sizes[kind][i]
@@ -162,14 +173,10 @@ class _Run:
             for v in self.graph.readers[0]:
                 word = self.graph.operation_text(Backward(v))
                 self.require(self.done[v], f"the input is needed until {word}")
-        self.stored[kind][i] = 0
-        if kind is not Kind.GRAD and not self.available(i):
+        if kind is not Kind.GRAD:
             for v in self.graph.readers[i]:
-                self.require(
-                    not self.stored[Kind.TAPE][v],
-                    f"{self.called(Kind.TAPE, v)} holds {self.called(Kind.STATE, i)}, "
-                    "which this would forget",
-                )
+                self.check_not_held(kind, i, v)
+        self.stored[kind][i] = 0
         self.level -= self.sizes[kind][i]
         return before
 
@@ -190,6 +197,9 @@ class _Run:
         link = self.links.get((source, target))
         self.times.append(link.seconds(size) if link else 0.0)
         if target is Tier.DEVICE:
+            if value.kind is Kind.TAPE and value.stage:
+                self.check_input_of_copy(value.stage)
+                self.hold(value.stage)
             device[value.stage] = 1
             self.level += size
         else:
@@ -202,6 +212,11 @@ class _Run:
 
     def available(self, i: int) -> bool:
         return bool(self.stored[Kind.STATE][i] or self.stored[Kind.TAPE][i])
+
+    def hold(self, i: int) -> None:
+        """Note which copies tape i keeps: bare states, which a run reads where there are both."""
+        states = self.stored[Kind.STATE]
+        self.alone[i] = frozenset(u for u in self.graph.reads[i - 1] if states[u])
 
     def called(self, kind: Kind, i: int) -> str:
         return f"{kind.name.lower()}[{self.graph.names[i]}]"
@@ -221,6 +236,23 @@ class _Run:
                 f"{self.called(Kind.STATE, u)} is not available: neither it nor "
                 f"{self.called(Kind.TAPE, u)} is stored",
             )
+
+    def check_not_held(self, kind: Kind, u: int, v: int) -> None:
+        """A tape keeps the copy of its input that it was made from, be there another or not."""
+        if not self.stored[Kind.TAPE][v] or (kind is Kind.STATE) != (u in self.alone[v]):
+            return
+        words = [self.graph.operation_text(x) for x in (Backward(v), Drop(Value(Kind.TAPE, v)))]
+        self.require(
+            False,
+            f"{self.called(Kind.TAPE, v)} holds {self.called(Kind.STATE, u)}, which this would "
+            f"forget: it was made from {self.called(kind, u)} and keeps that copy, which can go "
+            f"after {words[0]} or {words[1]} only",
+        )
+
+    def check_input_of_copy(self, i: int) -> None:
+        for u in self.graph.reads[i - 1]:
+            held = f"{self.called(Kind.TAPE, i)} holds {self.called(Kind.STATE, u)}"
+            self.require(self.available(u), f"{held}, which is not available")
 
     def check_backward(self, i: int) -> None:
         self.check_number(i, least=1)

@@ -64,7 +64,7 @@ def differentiable_gradients(
         seen.traceless(blocks),
         Recomputing(),
     ):
-        seen.restore_random()
+        seen.begin_again()
         output = inputs.replaced(sources)
         for stage in program.stages:
             output = run_stage(stage, output, extras)

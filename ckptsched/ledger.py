@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .budget import Tier
 from .errors import InvalidScheduleError
-from .liveness import Liveness, analyse, blocks_of, cut
+from .liveness import Liveness, analyse, blocks_of, cut, snapshot_bytes
 from .schedule import Code, Kind, Schedule
 from .stages import Stage, StageLedger, backward_variant
 from .trace import Live
@@ -44,7 +44,8 @@ class _Tape:
     saved: list[int]
     """Saved inputs, then saved outputs, then clones of buffers; one may occur twice."""
     hands_on: bool
-    snapshot: bool
+    snapshot: int
+    """Bytes of what it takes to run on from its output."""
 
 
 @dataclass(slots=True)
@@ -54,7 +55,7 @@ class _Books:
     level: int = 0
     sizes: dict[int, int] = field(default_factory=dict)
     holders: dict[int, int] = field(default_factory=dict)
-    states: dict[int, tuple[Storages, bool]] = field(default_factory=dict)
+    states: dict[int, tuple[Storages, int]] = field(default_factory=dict)
     tapes: dict[int, _Tape] = field(default_factory=dict)
     extras: dict[str, int] = field(default_factory=dict)
 
@@ -106,11 +107,15 @@ class _Ledger:
             self.books.sizes[storage] = chain.input_bytes if storage == -1 else 0
             self.books.hold(storage)
             self.books.hold(storage)
-        self.snapshot = chain.random_state_bytes
-        self.books.states[0] = (theirs, self.liveness.snapshots_input)
-        self.books.level += self.snapshot * self.liveness.snapshots_input
-        self.next_storage = 0
         self.blocks = blocks_of(chain.blocks, self.n)
+        self.random = chain.random_state_bytes
+        self.snapshots = snapshot_bytes(self.blocks, self.n, self.random).tolist()
+        # Hidden state as the step begins is kept whatever is planned: for one more backward.
+        self.books.extra("hidden state, and what modules keep", chain.kept_bytes)
+        at_first = self.random * self.liveness.snapshots_input
+        self.books.states[0] = (theirs, at_first)
+        self.books.level += at_first
+        self.next_storage = 0
         self.owner = np.zeros(self.n + 1, dtype=np.int64)
         for k, block in enumerate(self.blocks):
             self.owner[block.first : block.last + 1] = k
@@ -125,7 +130,11 @@ class _Ledger:
         for segment in cut(self.schedule, blocks).backward:
             repeated = self.liveness.repeats[segment.start : segment.stop]
             touched = np.unique(self.owner[stages[segment.start : segment.stop][repeated]])
-            replays[segment.start] = [(int(k), blocks[int(k)].buffer_bytes) for k in touched]
+            sizes = {int(k): blocks[int(k)].buffer_bytes for k in touched}
+            if sizes:  # hidden buffers of other blocks are cloned with them
+                hidden = {k: block.hidden_bytes for k, block in enumerate(blocks)}
+                sizes = {k: size for k, size in hidden.items() if size} | sizes
+            replays[segment.start] = list(sizes.items())
         return replays
 
     def _begin_segment(self, replays: list[tuple[int, int]]) -> None:
@@ -139,7 +148,7 @@ class _Ledger:
             self.clones[k] = self.next_clone
             books.sizes[self.next_clone] = size
             books.hold(self.next_clone)
-        books.extra("random state to put back", self.snapshot if replays else 0)
+        books.extra("random state to put back", self.random if replays else 0)
 
     def run(self, until: int | None) -> Account:
         """Interpret the operations before `until`."""
@@ -223,12 +232,12 @@ class _Ledger:
         books, (_, ledger) = self.books, self._stage(i)
         source = self._input_of(i)
         output = self._output_of(ledger, source)
-        snapshot = bool(self.liveness.snapshots[p])
+        snapshot = self.snapshots[i] * bool(self.liveness.snapshots[p])
         if not taped:
             for storage in output:
                 books.hold(storage)
             books.states[i] = (output, snapshot)
-            books.level += self.snapshot * snapshot
+            books.level += snapshot
         else:
             saved = _saved(ledger, source, output)
             # Norm layers save their running statistics, here the clones of them.
@@ -237,8 +246,9 @@ class _Ledger:
             hands_on = bool(self.liveness.keeps_output[p])
             for storage in saved + list(output) * hands_on:
                 books.hold(storage)
-            books.level += ledger.tape_bytes + self.snapshot * (snapshot and hands_on)
-            books.tapes[i] = _Tape(ledger, source, output, saved, hands_on, snapshot and hands_on)
+            snapshot *= hands_on
+            books.level += ledger.tape_bytes + snapshot
+            books.tapes[i] = _Tape(ledger, source, output, saved, hands_on, snapshot)
             for storage in output:
                 if storage not in books.holders:
                     books.sizes.pop(storage, None)
@@ -251,8 +261,8 @@ class _Ledger:
         tape = self.books.tapes[i]
         if tape.hands_on:
             tape.hands_on = False
-            self.books.level -= self.snapshot * tape.snapshot
-            tape.snapshot = False
+            self.books.level -= tape.snapshot
+            tape.snapshot = 0
             for storage in tape.output:
                 self.books.release(storage)
 
@@ -261,7 +271,11 @@ class _Ledger:
         output = self._input_of(self.n + 1)
         for storage in output:
             books.hold(storage)  # by the caller, to the end of the step
-        rest = self.chain.held_bytes - sum(books.sizes[storage] for storage in set(output))
+        rest = (
+            self.chain.held_bytes
+            - self.chain.kept_bytes
+            - sum(books.sizes[storage] for storage in set(output))
+        )
         books.extra("value of the loss", max(0, rest))
         if self.liveness.frees_input[p]:
             self._stop_handing_on(self.n)
@@ -301,7 +315,7 @@ class _Ledger:
 
     def _drop_state(self, i: int) -> None:
         storages, snapshot = self.books.states.pop(i)
-        self.books.level -= self.snapshot * snapshot
+        self.books.level -= snapshot
         for storage in storages:
             self.books.release(storage)
 
@@ -326,9 +340,10 @@ class _Ledger:
         found = [Live(names[s], size) for s, size in books.sizes.items() if size]
         found += [Live(f"tape[{i}]", tape.ledger.tape_bytes) for i, tape in books.tapes.items()]
         found += [Live(name, size) for name, size in books.extras.items()]
-        snapshots = sum(flag for _, flag in books.states.values())
+        snapshots = sum(size for _, size in books.states.values())
         snapshots += sum(tape.snapshot for tape in books.tapes.values())
-        found.append(Live("random states", snapshots * self.snapshot))
+        name = "random states" if self.snapshots[0] == self.random else "random and hidden states"
+        found.append(Live(name, snapshots))
         found.append(Live("the operation itself", peak - sum(x.bytes for x in found)))
         return tuple(sorted((x for x in found if x.bytes), key=lambda x: -x.bytes))
 

@@ -93,6 +93,25 @@ def analyse(schedule: Schedule, stages: int) -> Liveness:
     return Liveness(keeps_output, frees_input, restores, snapshots, snapshots_input, repeats)
 
 
+def snapshot_bytes(
+    blocks: tuple[Block, ...], stages: int, random_state_bytes: int
+) -> npt.NDArray[np.int64]:
+    """What a snapshot with each state holds: random states, and the hidden state of later stages.
+
+    Args:
+        blocks: Blocks that cover the chain.
+        stages: Number of stages n.
+        random_state_bytes: Bytes of the random state alone.
+
+    Returns:
+        Bytes by state, 0 to n: int64, shape (n + 1,).
+    """
+    sizes = np.full(stages + 1, random_state_bytes, dtype=np.int64)
+    for block in blocks:
+        sizes[: block.last] += block.hidden_bytes
+    return sizes
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Segment:

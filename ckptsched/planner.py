@@ -75,15 +75,16 @@ def plan(
         budget: Bytes, text such as "64MiB", a share of what storing everything needs such as
             "40%", or a `Budget`.
         solver: Name of a solver. "auto" picks: `chain_dp`, or `run_dp` where long runs of equal
-            stages follow each other; `revolve` where all are equal; `beyond_persistent` where
-            there are few; and never something dearer than a fitting baseline of those that
-            `compare_baselines` lists. Where `chain_dp` is not tried or refuses, it also looks for
-            a good k of `every_<k>`: the best for equal stages without a ledger, else one of a
-            grid. A graph is given to `graph_ilp`, or to `graph_cuts` where that is too much.
+            stages follow each other; `revolve` as well where all are equal; `beyond_persistent`
+            where there are few; and never something dearer than a fitting baseline of those
+            that `compare_baselines` lists. Where `chain_dp` is not tried or refuses, it also
+            looks for a good k of `every_<k>`: the best for equal stages without a ledger, else
+            one of a grid. A graph is given to `graph_ilp`, or to `graph_cuts` where that is too
+            much.
         certify: What the lower bound is for. "class": the solver's class of schedules, such as
             memory-persistent ones; "all": all pinned schedules, which takes longer. A cheaper
             schedule that turns up is taken.
-        time_limit: Seconds that the integer program of `graph_ilp` may take, for each budget.
+        time_limit: Seconds that `graph_ilp` may take for each budget, roughly and all in all.
             It stops with the best it has, and the bound that it has proven.
         cache: Whether a plan that takes long is kept on disk, and taken from there the next
             time (see `plan_cache`).

@@ -14,18 +14,17 @@ from .plans import Workload, excess
 from .solvers import GraphIlp, baselines_for, get_solver
 from .solvers.base import AbstractSolver, Solution, infeasible
 from .solvers.baselines import Baseline, Guess, every_k_grid, fitting_every_k
-from .solvers.chain_sizes import chain_sizes
 from .solvers.exact_search import ALL_PINNED
 from .solvers.persistence import persistent_is_optimal
 from .solvers.run_dp import takes
-from .solvers.run_structure import chain_runs
 from .workload import Chain
 
 # From so many stages on, chains of long runs are given to run_dp alone: it is faster there than
 # chain_dp, and finds schedules within a tenth of a percent of it, or better ones.
 _RUNS_FROM = 300
-# A longer run needs more than a gigabyte; equal stages alone then are for revolve.
-_LONGEST_RUN = 2_000
+# A table of more stages in several runs needs far more than a gigabyte, or half a minute; where
+# all stages are equal, run_dp itself says what is too much.
+_MOST_STAGES_IN_RUNS = 50_000
 # Up to so many stages it takes well under a second to look for schedules that are better than
 # memory-persistent ones; on longer chains it takes long, and found nothing on real networks.
 _SLIDING_STAGES = 32
@@ -220,7 +219,10 @@ def _names(workload: Workload) -> Iterable[str]:
     if isinstance(workload, Graph):
         yield from _GRAPH_SOLVERS
         return
-    yield "run_dp" if _in_runs(workload) else "chain_dp"
+    if _in_runs(workload):
+        yield "run_dp"
+    elif not (workload.is_uniform and len(workload) > _MOST_STAGES_IN_RUNS):
+        yield "chain_dp"  # which refuses thousands of stages, but has to count their sizes first
     if workload.is_uniform:
         yield "revolve"
     if len(workload) <= _SLIDING_STAGES and not persistent_is_optimal(workload):
@@ -229,10 +231,11 @@ def _names(workload: Workload) -> Iterable[str]:
 
 def _in_runs(chain: Chain) -> bool:
     """Whether run_dp is the solver for a chain."""
-    if len(chain) <= _RUNS_FROM or (chain.is_uniform and len(chain) > _LONGEST_RUN):
+    if len(chain) <= _RUNS_FROM:
         return False
-    longest = int(chain_runs(chain_sizes(chain)).plan.count.max())
-    return longest <= _LONGEST_RUN and takes(chain)
+    if not chain.is_uniform and len(chain) > _MOST_STAGES_IN_RUNS:
+        return False
+    return takes(chain)
 
 
 def _bound(workload: Workload, best: Candidate, claims: Sequence[Solution]) -> tuple[str, float]:

@@ -6,7 +6,7 @@ Stages that repeat, such as the steps of an ODE block, are measured once.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,10 +20,12 @@ from .bar import progress_bar
 from .context import Autocast, OneKernel, RandomState, Recomputing
 from .errors import CkptschedError, ProfileError
 from .estimate import estimate
+from .hidden import own_generators
 from .memory import Meter, default_meter
 from .structure import sign
 from .survey import Kind, Loss, survey_backward, survey_forward
-from .tracing import taken_apart, trace
+from .tracing import count_frozen, taken_apart, trace
+from .transforms import sharded_by_itself
 from .trees import Extras, State
 from .weighing import time_once, weigh, weigh_loss
 from .workload import Chain
@@ -87,6 +89,9 @@ def profile(
     """
     if not isinstance(model, nn.Module):
         raise ProfileError(f"profile needs an nn.Module, found a {type(model).__name__}")
+    sharded = sharded_by_itself(model)
+    if sharded:
+        raise ProfileError(sharded)
     inputs, given = _apart(sample, kwargs or {})
     if fake:
         with Recomputing():
@@ -99,7 +104,10 @@ def profile(
             "an nn.Sequential takes one argument, so its parts cannot be given more; derive the "
             "model from ckptsched.StagedModule, and list its parts in stages()"
         )
-    with _left_as_it_was(model, device), Autocast.take(device).again(), OneKernel():
+    frozen = count_frozen(blocks, [*inputs.leaves, *given.leaves])
+    blocks = trace(model, frozen=frozen) if frozen else blocks
+    generators = own_generators(model.modules(), given.constants())
+    with _left_as_it_was(model, device, generators), Autocast.take(device).again(), OneKernel():
         extras = Extras.of(
             given.replaced(make_alias(t) if t.requires_grad else t.detach() for t in given.leaves)
         )
@@ -108,9 +116,11 @@ def profile(
         lost = weigh_loss(loss or default_loss, order[-1].output, carries[-1], meter)
         kinds = survey_backward(order, lost.gradients)
         _measure(kinds, meter, progress)
-        chain = assemble(blocks, order, lost, device, inputs.leaves)
+        chain = assemble(blocks, order, lost, device, inputs.leaves, generators)
     needs = [kind.needs_tape for kind in order]
-    return replace(chain, signature=sign(model, blocks, inputs, given, carries, needs))
+    hidden = {place for kind in order for place in kind.hidden}
+    signature = sign(model, blocks, inputs, given, carries, needs, hidden, frozen)
+    return replace(chain, signature=signature)
 
 
 def _apart(sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[State, State]:
@@ -130,12 +140,14 @@ def _apart(sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[State, S
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
+def _left_as_it_was(
+    model: nn.Module, device: torch.device, generators: Iterable[torch.Generator]
+) -> Iterator[None]:
     """Let aliases and clones take what profiling does to parameters, buffers and random state."""
     slots = Slots([model])
     aliases = {id(p): make_alias(p) for p in slots.parameters()}
     clones = {id(buffer): buffer.clone() for buffer in slots.buffers()}
-    random = RandomState.take(device)
+    random = RandomState.take(device, generators)
     try:
         bound = slots.bind(aliases)
         with (

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from .aliases import Slots
+from .aliases import Place, Slots
 from .budget import Tier
 from .context import Autocast, Generators
 from .errors import PlanMismatchError
-from .liveness import Liveness, analyse, cut
+from .hidden import HiddenBuffers, is_write_only, own_generators
+from .liveness import Liveness, Segment, analyse, cut
 from .plans import Plan
 from .schedule import Code
 from .stages import Signature
-from .structure import describe_inputs, read_carries, structure_digest, training_mode
+from .stretches import find_stretches
+from .structure import describe_inputs, find_places, read_carries, structure_digest, training_mode
 from .tracing import StageCall, has_hooks, taken_apart, trace
+from .transforms import sharded_by_itself
 from .trees import State
 from .workload import Chain
 
@@ -37,21 +41,28 @@ class Lock:
         return Lock, ()
 
 
+# What `Liveness` says of an operation, as bits of one number: there are many, and each is asked.
+KEEPS_OUTPUT, FREES_INPUT, RESTORES, SNAPSHOTS = 1, 2, 4, 8
+
+
 @final
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """The same as `Liveness`, one byte an operation: quicker to ask for a single one."""
+class Touched:
+    """The blocks, by index, that a segment's operations run."""
 
-    keeps_output: bytes
-    frees_input: bytes
-    restores: bytes
-    snapshots: bytes
-    repeats: bytes
+    all: tuple[int, ...]
+    again: tuple[int, ...]
+    """Those with stages that have run before."""
 
-    @classmethod
-    def of(cls, liveness: Liveness) -> Facts:
-        """Pack the flags."""
-        return cls(*(getattr(liveness, name).tobytes() for name in cls.__slots__))
+
+@final
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """Which of the aliases that collect gradients a stage uses, by their numbers."""
+
+    all: tuple[int, ...]
+    repeated: tuple[int, ...]
+    """Those that one run uses more than once."""
 
 
 @final
@@ -61,7 +72,8 @@ class Program:
     def __init__(self, model: nn.Module, plan: Plan, *, check_outputs: bool = False) -> None:
         self.model, self.plan = model, plan
         self.check_outputs = check_outputs
-        self.blocks = trace(model)
+        signature = plan.chain.signature
+        self.blocks = trace(model, frozen=signature.frozen if signature else 0)
         self.stages: list[StageCall] = [stage for block in self.blocks for stage in block.stages]
         self.lock = Lock()
         if not isinstance(plan.chain, Chain):
@@ -73,32 +85,51 @@ class Program:
         self._check_model()
         self.codes, self.numbers = schedule.codes, schedule.stages
         self.kinds = schedule.kinds
-        self.liveness = analyse(schedule, len(chain))
-        self.facts = Facts.of(self.liveness)
+        liveness = analyse(schedule, len(chain))
+        self.facts = _pack(liveness)
+        self.snapshots_input = liveness.snapshots_input
         self.segments = cut(schedule, chain.blocks)
-        if self.liveness.repeats[: self.segments.turn].any():
+        if liveness.repeats[: self.segments.turn].any():
             raise PlanMismatchError(
                 "the plan runs a stage twice before the loss, which gains nothing and is not "
                 "supported; plan again"
             )
-        self.random = chain.draws
+        self.stretches = find_stretches(
+            schedule,
+            liveness,
+            self.segments,
+            plan.trace.peak_position,
+            self._collectors(),
+        )
         self.slots = [Slots([block.module]) for block in self.blocks]
+        assert chain.signature is not None
+        places = find_places(model, chain.signature.hidden)
+        self.random, self.hidden = chain.draws, HiddenBuffers(self.slots, places)
+        # Whether a run that does not simply go on begins with something put back.
+        self.replays = self.random or bool(self.hidden)
+        self.has_generators = bool(own_generators(model.modules()))
+        self.may_change = self._changeable(places)
         self.all_slots = Slots([model])
-        owner = np.zeros(len(chain) + 1, dtype=np.int64)
+        owner = np.zeros(len(chain) + 1, dtype=np.int32)
         for k, block in enumerate(chain.blocks):
             owner[block.first : block.last + 1] = k
         self.owner = owner
+        self.touched = {
+            segment: self._touched(segment, liveness)
+            for segment in (*self.segments.forward, *self.segments.backward)
+        }
         self.trained = tuple(p.requires_grad for p in self.all_slots.parameters())
         self.modules = tuple(model.modules())
         self.taken_apart = tuple(taken_apart(model))
         self.tensors = self._tensors()
-        self.repeated: dict[object, list[int]] = {}
         self.carries = self._flags("carries", len(chain) + 1)
-        self.needs_tape = [flags[0] for flags in self._flags("need_tapes", len(chain))]
+        self.kinds_of_stages = self._kinds()
+        self.uses: dict[object, Uses] = {}
+        self.needs_tape = bytes(flags[0] for flags in self._flags("need_tapes", len(chain)))
 
     def __getstate__(self) -> dict[str, object]:
         """All but what is known by the identity of modules, which a copy does not share."""
-        return {**self.__dict__, "repeated": {}}
+        return {**self.__dict__, "uses": {}}
 
     def _check_model(self) -> None:
         chain = self.chain
@@ -141,6 +172,53 @@ class Program:
             )
         return found
 
+    def _touched(self, segment: Segment, liveness: Liveness) -> Touched:
+        part = slice(segment.start, segment.stop)
+        numbers = self.numbers[part]
+        again = numbers[liveness.repeats[part]]
+        return Touched(*(tuple(np.unique(self.owner[x]).tolist()) for x in (numbers, again)))
+
+    def _kinds(self) -> npt.NDArray[np.int32]:
+        """A number for each stage, equal for those that compute the same on states alike."""
+        known: dict[object, int] = {}
+        keys = zip(self.stages, self.carries[:-1], strict=True)
+        found = [known.setdefault((stage.key, flags), len(known)) for stage, flags in keys]
+        return np.array(found, dtype=np.int32)
+
+    def _collectors(self) -> Callable[[int], frozenset[int]]:
+        """Gives what the backward of a stage may add gradients to, by identity."""
+        signature = self.chain.signature
+        # What every stage is given is known at the call only; one name stands for all of it.
+        common = frozenset([0] if signature is not None and signature.inputs else ())
+        known: dict[int, frozenset[int]] = {}
+
+        def collects(i: int) -> frozenset[int]:
+            module = self.stages[i - 1].module
+            found = known.get(id(module))
+            if found is None:
+                found = common.union(id(p) for p in module.parameters() if p.requires_grad)
+                known[id(module)] = found
+            return found
+
+        return collects
+
+    def _changeable(self, places: list[Place]) -> list[list[bool]]:
+        """For each block and each of its places for buffers whether stages may change it."""
+        hidden = {(id(module), name) for module, name in places}
+        return [
+            [(id(p[0]), p[1]) in hidden or is_write_only(p) for p in slots.buffer_places()]
+            for slots in self.slots
+        ]
+
+    def generators(self, given: State) -> tuple[torch.Generator, ...]:
+        """The random generators that stages may draw from besides torch's own.
+
+        Args:
+            given: What every stage is given besides the state, taken apart.
+        """
+        modules = self.modules if self.has_generators else ()
+        return own_generators(modules, given.constants())
+
     def _tensors(self) -> list[tuple[object, ...]]:
         owned = self.all_slots.parameters() + self.all_slots.buffers()
         return [(t.shape, t.dtype, t.device, t.stride()) for t in owned]
@@ -170,6 +248,9 @@ class Program:
         """
         signature = self.plan.chain.signature
         assert signature is not None
+        sharded = sharded_by_itself(self.model)
+        if sharded:
+            raise PlanMismatchError(sharded)
         if any(leaf.is_inference() for leaf in (*inputs.leaves, *given.leaves)):
             raise PlanMismatchError(
                 "the batch was made under torch.inference_mode, so autograd cannot keep it; give a "
@@ -253,3 +334,11 @@ class Program:
                 "the plan is for an input without gradient, found one that requires it; profile "
                 "with such a sample, or detach the input"
             )
+
+
+def _pack(liveness: Liveness) -> bytes:
+    """One byte an operation, of the bits that are named above."""
+    flags = (liveness.keeps_output, liveness.frees_input, liveness.restores, liveness.snapshots)
+    bits = (KEEPS_OUTPUT, FREES_INPUT, RESTORES, SNAPSHOTS)
+    pairs = zip(flags, bits, strict=True)
+    return np.sum([flag.astype(np.uint8) * bit for flag, bit in pairs], 0, np.uint8).tobytes()

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import enum
-import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import final
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .checksums import Checksums
-from .context import RandomState, Recomputing
+from .context import Recomputing
 from .errors import BudgetWarning, ExecutionError
 from .higher import Gradients, differentiable_gradients
 from .liveness import Segment
-from .program import Program
+from .program import FREES_INPUT, KEEPS_OUTPUT, RESTORES, SNAPSHOTS, Program, Uses
 from .schedule import Code, Kind
-from .surroundings import Surroundings
-from .tape import Tape, record, run_alone
+from .stretches import between
+from .surroundings import Snapshot, Surroundings
+from .tape import Tape, record, run_stage, sources_of
 from .trees import State
 
 # Plain numbers: members of an enum are slow to look up, and there is one operation a step or more.
-_FORWARD, _TAPED_FORWARD, _BACKWARD = map(int, (Code.FORWARD, Code.TAPED_FORWARD, Code.BACKWARD))
+_FORWARD, _TAPED_FORWARD, _BACKWARD, _DROP = map(
+    int, (Code.FORWARD, Code.TAPED_FORWARD, Code.BACKWARD, Code.DROP)
+)
 _STATE, _TAPE = int(Kind.STATE), int(Kind.TAPE)
 _FIRST = nullcontext()  # surrounds the first run of a stage
 
@@ -44,7 +45,7 @@ class _Stored:
 
     __slots__ = ("random", "state", "versions")
 
-    def __init__(self, state: State, random: RandomState | None) -> None:
+    def __init__(self, state: State, random: Snapshot | None) -> None:
         self.state = state
         self.versions = state.versions()
         self.random = random
@@ -53,11 +54,12 @@ class _Stored:
 class _Kept:
     """A stored tape, and its output as long as a later run reads it from here."""
 
-    __slots__ = ("output", "tape")
+    __slots__ = ("first", "output", "tape")
 
-    def __init__(self, tape: Tape, output: _Stored | None) -> None:
+    def __init__(self, tape: Tape, output: _Stored | None, first: int) -> None:
         self.tape = tape
         self.output = output
+        self.first = first  # the first of the stages whose tape it is
 
 
 @final
@@ -83,12 +85,13 @@ class Run:
         self.gradients: tuple[Tensor | None, ...] = ()
         self.phase = _Phase.FORWARD
         self._repeating = False
+        self._gradients_on = torch.enable_grad()  # entered every step, and cheaper to keep
         self.output = State(())
         self.checksums = Checksums() if program.check_outputs else None
         self._start(inputs)
 
     def _start(self, inputs: State) -> None:
-        snapshot = self._snapshot(self.program.liveness.snapshots_input)
+        snapshot = self._snapshot(0, self.program.snapshots_input)
         self.states[0] = _Stored(inputs.detached(), snapshot)
 
     def _assign(self) -> list[list[Tensor]]:
@@ -115,10 +118,8 @@ class Run:
                 return i
         return len(self.program.stages) + 1
 
-    def _snapshot(self, wanted: bool | int) -> RandomState | None:
-        if not wanted or not self.program.random:
-            return None
-        return RandomState.take(self.device)
+    def _snapshot(self, i: int, wanted: bool | int) -> Snapshot | None:
+        return self.seen.snapshot(i) if wanted and self.program.replays else None
 
     # -- the three parts of a step
 
@@ -191,10 +192,10 @@ class Run:
         with (
             self.seen.entered(),
             self.seen.modes(),
-            self._swapped(whole),
+            self.seen.parameters_replaced(blocks, self.seen.bound),
             self.seen.traceless(blocks),
         ):
-            self.seen.restore_random()
+            self.seen.begin_again()
             self._start(inputs)
             self._interpret(whole, again=True)
         self._take_output()
@@ -276,38 +277,74 @@ class Run:
 
     def _swapped(self, segment: Segment) -> AbstractContextManager[None]:
         """Put aliases into the modules of every block that the operations touch."""
-        program = self.program
-        touched = np.unique(program.owner[program.numbers[segment.start : segment.stop]])
-        return self.seen.parameters_replaced(touched.tolist(), self.seen.bound)
+        touched = self.program.touched[segment].all
+        return self.seen.parameters_replaced(touched, self.seen.bound)
 
     def _replaying(self, segment: Segment) -> AbstractContextManager[None]:
         """Leave no trace of what the operations run again."""
-        program = self.program
-        part = slice(segment.start, segment.stop)
-        again = program.numbers[part][program.liveness.repeats[part]]
-        if not len(again):
-            return nullcontext()
-        return self.seen.traceless(np.unique(program.owner[again]).tolist())
+        again = self.program.touched[segment].again
+        return self.seen.traceless(again) if again else nullcontext()
 
     # -- the operations
 
     def _interpret(self, segment: Segment, *, again: bool = False) -> None:
+        """Run some operations, a stretch at a time.
+
+        Args:
+            segment: The operations.
+            again: Whether stages run again that the schedule has not run before.
+        """
         program = self.program
         self._repeating = again
-        part = slice(segment.start, segment.stop)
-        columns = (program.codes, program.numbers, program.kinds)
-        operations = zip(*(column[part].tolist() for column in columns), strict=True)
-        for p, (code, i, kind) in enumerate(operations, segment.start):
-            if code == _FORWARD:
-                self._forward(p, i)
-            elif code == _TAPED_FORWARD:
-                self._taped_forward(p, i)
-            elif code == _BACKWARD:
-                self._backward(i)
-            elif kind == _STATE:
-                del self.states[i]
-            elif kind == _TAPE:
-                del self.tapes[i]
+        codes, numbers = program.codes.data, program.numbers.data
+        with torch.no_grad():
+            for p, end in between(program.stretches, segment.start, segment.stop):
+                code = codes[p]
+                if code == _TAPED_FORWARD:
+                    self._taped_forwards(p, numbers[p], numbers[end - 1])
+                elif code == _BACKWARD:
+                    self._backwards(numbers[p], numbers[end - 1])
+                elif end - p == 1 and code == _DROP:
+                    self._drop(p, numbers[p])
+                else:
+                    self._without_tapes(p, end)
+
+    def _without_tapes(self, start: int, stop: int) -> None:
+        """Runs without tape, and drops between them."""
+        codes, numbers = self.program.codes.data, self.program.numbers.data
+        with self._marked(start):
+            for p in range(start, stop):
+                if codes[p] == _FORWARD:
+                    self._forward(p, numbers[p])
+                else:
+                    self._drop(p, numbers[p])
+
+    def _drop(self, p: int, i: int) -> None:
+        kind = self.program.kinds.data[p]
+        if kind == _STATE:
+            del self.states[i]
+        elif kind == _TAPE:
+            del self.tapes[i]
+
+    def _taped_forwards(self, p: int, first: int, last: int) -> None:
+        """Runs with tape of stages that follow each other, from a position on."""
+        while first < last and not self._shares_a_tape(first, last):
+            self._taped_forward(p, first)
+            p, first = p + 1, first + 1
+        if first < last:
+            self._taped_together(p, first, last)
+        else:
+            self._taped_forward(p, first)
+
+    def _shares_a_tape(self, first: int, last: int) -> bool:
+        """Whether the stages have been seen, one by one, and depend on something trained."""
+        if first == 1 or first - 1 < self.first_trained:
+            return False
+        uses = self.program.uses
+        return self._kinds(first, last) <= uses.keys()
+
+    def _kinds(self, first: int, last: int) -> set[int]:
+        return set(self.program.kinds_of_stages[first - 1 : last].tolist())
 
     def _input(self, p: int, i: int) -> _Stored:
         """The input of stage i, with the random state that its run begins with."""
@@ -322,29 +359,19 @@ class Run:
                 "since it was made, by the caller or by another stage that holds a view of it; "
                 "change a copy instead (x = x + 1, not x += 1)"
             )
-        if self.program.facts.frees_input[p]:
+        facts = self.program.facts[p]
+        if facts & FREES_INPUT:
             self.tapes[i - 1].output = None
-        if self.program.random and self.program.facts.restores[p]:
+        if facts & RESTORES and self.program.replays:
             assert stored.random is not None
             stored.random.restore()
         return stored
 
-    def _check_input(self, stored: _Stored, i: int) -> None:
-        if stored.state.versions() != stored.versions:
-            raise ExecutionError(
-                f"stage {self.program.stages[i - 1].name!r} changed its input in place, so it "
-                "cannot be run again; use an operation that is not in place, or make the stage one "
-                "with the stage before it"
-            )
-
     def _marked(self, p: int) -> AbstractContextManager[None]:
-        """What tells the stage whether it runs again."""
-        again = self._repeating or self.program.facts.repeats[p]
+        """What tells the stages of a stretch whether they run again."""
+        # A block's forward runs nothing again, and its backward nothing else.
+        again = self._repeating or p > self.program.segments.turn
         return Recomputing() if again else _FIRST
-
-    def _check_result(self, i: int, output: State) -> None:
-        if self.checksums is not None:
-            self.checksums.see(i, self.program.stages[i - 1].name, output.leaves)
 
     def _wanted(self, i: int) -> tuple[bool, ...]:
         """For each tensor of state i whether its gradient is wanted."""
@@ -354,41 +381,69 @@ class Run:
         return carries if i >= self.first_trained else (False,) * len(carries)
 
     def _forward(self, p: int, i: int) -> None:
-        stored = self._input(p, i)
-        stage = self.program.stages[i - 1]
-        with self._marked(p):
-            output = run_alone(
-                stage,
-                stored.state,
-                wanted=self._wanted(i - 1),
-                extras=self.seen.extras,
-                needs_tape=self.program.needs_tape[i - 1],
-            )
-        self._check_input(stored, i)
-        self._check_output(i, output, None)
-        snapshot = self._snapshot(self.program.facts.snapshots[p])
+        program, stored = self.program, self._input(p, i)
+        stage, extras = program.stages[i - 1], self.seen.extras
+        if program.needs_tape[i - 1]:
+            output = record(stage, stored.state, wanted=self._wanted(i - 1), extras=extras)[1]
+        else:
+            output = run_stage(stage, stored.state, extras).without_graph()
+        self._check_input(stored.state, stored.versions, i)
+        self._check_output(i, output)
+        snapshot = self._snapshot(i, program.facts[p] & SNAPSHOTS)
         self.states[i] = _Stored(output, snapshot)
 
     def _taped_forward(self, p: int, i: int) -> None:
-        stored = self._input(p, i)
-        stage = self.program.stages[i - 1]
+        program, stored = self.program, self._input(p, i)
+        stage = program.stages[i - 1]
         wanted = self._wanted(i - 1)
-        with self._marked(p):
-            tape, output = record(stage, stored.state, wanted=wanted, extras=self.seen.extras)
-        self._check_input(stored, i)
-        self._check_output(i, output, tape)
-        repeated = self.program.repeated.get((stage.key, wanted))
-        if repeated is None:
-            repeated = self.program.repeated[stage.key, wanted] = self._repeated(stage.name, tape)
-        if repeated:
-            tape.feed_back([self.seen.aliases[k] for k in repeated])
-        kept = None
-        if self.program.facts.keeps_output[p]:
-            kept = _Stored(output, self._snapshot(self.program.facts.snapshots[p]))
-        self.tapes[i] = _Kept(tape, kept)
+        with self._gradients_on, self._marked(p):
+            boxes, source = sources_of(stored.state, wanted)
+            made = run_stage(stage, source, self.seen.extras)
+        self._check_input(stored.state, stored.versions, i)
+        self._check_output(i, made)
+        tape = Tape(boxes, made.leaves)
+        kind = int(program.kinds_of_stages[i - 1])
+        # As in `_shares_a_tape`; other inputs are kinds of their own.
+        key = kind if i > 1 and i > self.first_trained else (kind, wanted)
+        uses = program.uses.get(key)
+        if uses is None:
+            uses = program.uses[key] = self._uses(stage.name, tape)
+        if uses.repeated:
+            with self._gradients_on:
+                tape.feed_back([self.seen.aliases[k] for k in uses.repeated])
+        self._keep(p, i, i, tape, made)
 
-    def _repeated(self, name: str, tape: Tape) -> list[int]:
-        """Which aliases a stage uses more than once; asked once, as it takes a walk of the tape."""
+    def _taped_together(self, p: int, first: int, last: int) -> None:
+        """One tape for several stages."""
+        program, stored = self.program, self._input(p, first)
+        extras, stages = self.seen.extras, program.stages
+        with self._gradients_on, self._marked(p):
+            boxes, state = sources_of(stored.state, self._wanted(first - 1))
+            versions = state.versions()
+            del stored
+            for i in range(first, last + 1):
+                made = run_stage(stages[i - 1], state, extras)
+                self._check_input(state, versions, i)
+                self._check_output(i, made)
+                state, versions = made, made.versions()
+            del made
+        tape = Tape(boxes, state.leaves)
+        used = {k for kind in self._kinds(first, last) for k in program.uses[kind].all}
+        carriers = [leaf for leaf in state.leaves if leaf.requires_grad]
+        with self._gradients_on:
+            tape.feed_back([self.seen.aliases[k] for k in sorted(used)], carriers)
+        self._keep(p + last - first, first, last, tape, state)
+
+    def _keep(self, p: int, first: int, last: int, tape: Tape, made: State) -> None:
+        """Store a tape, made by an operation that ran last, and its output where that is read."""
+        kept = None
+        if self.program.facts[p] & KEEPS_OUTPUT:
+            snapshot = self._snapshot(last, self.program.facts[p] & SNAPSHOTS)
+            kept = _Stored(made.detached(), snapshot)
+        self.tapes[last] = _Kept(tape, kept, first)
+
+    def _uses(self, name: str, tape: Tape) -> Uses:
+        """Which aliases a stage uses; asked once, as it takes a walk of the tape."""
         uses, aliases = tape.uses(), self.seen.aliases
         if not uses.keys() <= {id(alias) for alias in aliases}:
             raise ExecutionError(
@@ -396,34 +451,57 @@ class Run:
                 "of the model nor an argument of the call that ckptsched sees, so its gradient "
                 "would be lost; register it, or give it to the model as an argument by itself"
             )
-        return [k for k, alias in enumerate(aliases) if uses.get(id(alias), 0) > 1]
+        counts = [uses.get(id(alias), 0) for alias in aliases]
+        return Uses(
+            all=tuple([k for k, count in enumerate(counts) if count]),
+            repeated=tuple([k for k, count in enumerate(counts) if count > 1]),
+        )
 
-    def _check_output(self, i: int, output: State, tape: Tape | None) -> None:
+    def _check_input(self, x: State, versions: tuple[int, ...], i: int) -> None:
+        if x.versions() != versions:
+            raise ExecutionError(
+                f"stage {self.program.stages[i - 1].name!r} changed its input in place, so it "
+                "cannot be run again; use an operation that is not in place, or make the stage one "
+                "with the stage before it"
+            )
+
+    def _check_output(self, i: int, output: State) -> None:
         """Refuse an output that is not made up as the profile saw it."""
-        carries = self.program.carries[i]
-        name = self.program.stages[i - 1].name
-        if len(output.leaves) != len(carries):
+        carries, leaves = self.program.carries[i], output.leaves
+        if len(leaves) != len(carries):
             raise ExecutionError(
-                f"stage {name!r} returned {len(output.leaves)} tensors, and {len(carries)} when "
-                "the model was profiled; let it return the same always, or profile and plan again"
+                f"stage {self.program.stages[i - 1].name!r} returned {len(leaves)} tensors, and "
+                f"{len(carries)} when the model was profiled; let it return the same always, or "
+                "profile and plan again"
             )
-        found = carries if tape is None else tape.carries
-        if found != carries and any(map(operator.gt, found, carries)):
-            raise ExecutionError(
-                f"stage {name!r} returned a tensor that depends on parameters or inputs that are "
-                "trained, and it did not when the model was profiled, so its gradient would be "
-                "lost; profile and plan again"
-            )
-        self._check_result(i, output)
+        for leaf, carried in zip(leaves, carries, strict=True):
+            if leaf.requires_grad and not carried:
+                raise ExecutionError(
+                    f"stage {self.program.stages[i - 1].name!r} returned a tensor that depends on "
+                    "parameters or inputs that are trained, and it did not when the model was "
+                    "profiled, so its gradient would be lost; profile and plan again"
+                )
+        if self.checksums is not None:
+            self.checksums.see(i, self.program.stages[i - 1].name, leaves)
 
-    def _backward(self, i: int) -> None:
-        tape = self.tapes.pop(i).tape
-        gradients = self.take_gradients()
-        for gradient, shape in zip(gradients, tape.shapes, strict=True):
+    def _backwards(self, last: int, first: int) -> None:
+        """Backwards of stages that follow each other, by the tapes that there are."""
+        i = last
+        while i >= first:
+            kept = self.tapes.pop(i)
+            gradients = list(self.take_gradients())
+            self._check_gradients(i, gradients, kept.tape.shapes)
+            with self.seen.going_back():
+                self.gradients = kept.tape.backward(gradients)
+            i = kept.first - 1
+
+    def _check_gradients(
+        self, i: int, gradients: Sequence[Tensor | None], shapes: Sequence[torch.Size]
+    ) -> None:
+        for gradient, shape in zip(gradients, shapes, strict=True):
             if gradient is not None and gradient.shape != shape:
                 raise ExecutionError(
                     f"stage {self.program.stages[i - 1].name!r} returned shape "
                     f"{tuple(gradient.shape)} when it first ran and {tuple(shape)} when it ran "
                     "again; a stage must depend on its input and parameters only"
                 )
-        self.gradients = tape.backward(gradients)

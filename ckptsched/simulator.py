@@ -6,6 +6,7 @@ The ledger charges what PyTorch allocates, to the byte, where the profile has th
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Literal
@@ -25,6 +26,9 @@ Links = Mapping[tuple[Tier, Tier], Link]
 
 # From so many operations on, the compiled pass saves more than it takes to load.
 _COMPILED_OPERATIONS = 30_000
+# What the flag of a stored tape says: it was made from the tape before, or from the bare state,
+# which is what a run reads where both are stored. It keeps that copy as long as it is there.
+_FROM_TAPE, _FROM_STATE = 1, 2
 
 
 def simulate(
@@ -60,17 +64,11 @@ def simulate(
     planning.run()
     timeline = planning.timeline
     ledger_peak = None
-    live: tuple[Live, ...]
     if model != "planning" and chain.has_ledger:
         timeline = charge(chain, schedule).timeline
         ledger_peak = int(timeline.max())
     position = int(timeline.argmax())
-    if ledger_peak is not None:
-        live = charge(chain, schedule, until=position).live
-    else:
-        again = _Planning(chain, schedule, links or {})
-        again.run(until=position)
-        live = again.live(int(timeline[position]))
+    exact = ledger_peak is not None
     return Trace(
         seconds=planning.seconds,
         peak_bytes=int(timeline[position]),
@@ -81,9 +79,22 @@ def simulate(
         forwards=int((schedule.codes <= Code.TAPED_FORWARD).sum()),
         peak_position=position,
         peak_operation=format_operation(schedule[position]),
-        live_at_peak=live,
         timeline=timeline,
+        find_live=functools.partial(
+            _live_at, chain, schedule, links or {}, position, int(timeline[position]), exact=exact
+        ),
     )
+
+
+def _live_at(
+    chain: Chain, schedule: Schedule, links: Links, position: int, peak: int, *, exact: bool
+) -> tuple[Live, ...]:
+    """What is live when an operation runs, in the ledger or in the planning model."""
+    if exact:
+        return charge(chain, schedule, until=position).live
+    run = _Planning(chain, schedule, links)
+    run.run(until=position)
+    return run.live(peak)
 
 
 class _Planning:
@@ -143,7 +154,7 @@ class _Planning:
                 target = tapes if code else states
                 if not (1 <= i <= self.n and (states[i - 1] or tapes[i - 1]) and not target[i]):
                     self.check_forward(i, "tape" if code else "state", target)
-                target[i] = 1
+                target[i] = _FROM_TAPE + states[i - 1] if code else 1
                 if code and (kinds[p] or offers_tapes):
                     self.take_option(i, kinds[p])
                     during[p] = level + w_t[i] + self.taped_overhead[i]
@@ -157,7 +168,7 @@ class _Planning:
             elif code == Code.DROP:
                 during[p] = level
                 plain = kinds[p] == Kind.STATE and sources[p] == Tier.DEVICE and 0 < i < self.n
-                if plain and states[i] and not tapes[i + 1]:  # most drops, at less cost
+                if plain and states[i] and tapes[i + 1] != _FROM_STATE:  # most drops, at less cost
                     states[i] = 0
                     level -= w_a[i]
                 else:
@@ -286,13 +297,15 @@ class _Planning:
         self.require(self.stored[value.kind][value.stage], f"{value} is not stored")
         if value == Value(Kind.STATE, 0):
             self.require(self.done[1], "the input is needed until Backward(1)")
-        self.stored[value.kind][value.stage] = 0
         i = value.stage
-        if value.kind is not Kind.GRAD and i < self.n and self.stored[Kind.TAPE][i + 1]:
+        if value.kind is not Kind.GRAD and i < self.n:
+            holds = _FROM_STATE if value.kind is Kind.STATE else _FROM_TAPE
             self.require(
-                self.stored[Kind.STATE][i] or self.stored[Kind.TAPE][i],
-                f"tape[{i + 1}] holds state[{i}], which this would forget",
+                self.stored[Kind.TAPE][i + 1] != holds,
+                f"tape[{i + 1}] holds state[{i}], which this would forget: it was made from "
+                f"{value} and keeps that copy, which can go after B{i + 1} or -t{i + 1} only",
             )
+        self.stored[value.kind][i] = 0
         return int(self.sizes[value.kind][i])
 
     def copy(self, p: int) -> tuple[float, int]:
@@ -311,12 +324,21 @@ class _Planning:
         link = self.links.get((source, target))
         seconds = link.seconds(size) if link else 0.0
         if target is Tier.DEVICE:
-            device[value.stage] = 1
+            device[value.stage] = self.holding(value)
             return seconds, size
         self.away[value, target] = size
         stored = sum(bytes_ for (_, tier), bytes_ in self.away.items() if tier is target)
         self.peaks[target] = max(self.peaks[target], stored)
         return seconds, 0
+
+    def holding(self, value: Value) -> int:
+        """The flag of a value that is copied to the device: a tape comes to hold its input."""
+        i = value.stage
+        if value.kind is not Kind.TAPE or i == 0:
+            return 1
+        alone, taped = (self.stored[kind][i - 1] for kind in (Kind.STATE, Kind.TAPE))
+        self.require(alone or taped, f"{value} holds state[{i - 1}], which is not available")
+        return _FROM_TAPE + alone
 
     def check_end(self) -> None:
         """Refuse a schedule that ends early or leaks."""
@@ -334,8 +356,8 @@ class _Planning:
             fail("grad[0] is not stored: it is the result, and was dropped")
         self.stored[Kind.GRAD][0] = 0
         for kind in Kind:
-            left = self.stored[kind].find(1)
-            if left >= 0:
+            left = len(self.stored[kind]) - len(self.stored[kind].lstrip(b"\0"))
+            if left <= self.n:
                 fail(f"{Value(kind, left)} is still stored: it leaks")
         for value, tier in self.away:
             fail(f"{value} is still stored on the {tier.name.lower()}: it leaks")
@@ -344,10 +366,10 @@ class _Planning:
         """What is stored now, and the rest of the peak as what the operation itself needs."""
         chain = self.chain
         found = [
-            Live(str(Value(kind, i)), self.sizes[kind][i])
-            for kind in Kind
-            for i in range(self.n + 1)
-            if self.stored[kind][i]
+            Live(f"{name}[{i}]", self.sizes[kind][i])
+            for kind, name in ((kind, kind.name.lower()) for kind in Kind)
+            for i, is_stored in enumerate(self.stored[kind])
+            if is_stored
         ]
         found.append(Live("parameter gradients", self.parameter_gradients))
         found.append(Live("output held by the caller", chain.held_bytes))

@@ -20,6 +20,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 # The codes and kinds of schedule.py, as constants that compiled code can hold.
 _FORWARD, _TAPED, _TURN, _BACKWARD, _DROP = 0, 1, 2, 3, 5
 _STATE, _TAPE, _GRAD = 0, 1, 2
+# The flags of a stored tape, as in simulator.py.
+_FROM_TAPE, _FROM_STATE = 1, 2
 
 
 def _compiled(function: _Function) -> _Function:
@@ -79,7 +81,7 @@ def run(packed: Bytes, sizes: Sizes, stored: Stored, level: Any, timeline: Bytes
             target = stored.tapes if code else stored.states
             if target[i]:
                 return p
-            target[i] = 1
+            target[i] = _FROM_TAPE + stored.states[i - 1] if code else 1
             after = sizes.tape[i] if code else sizes.state[i]
             during = after + sizes.forward[i]
         elif code == _DROP:
@@ -127,7 +129,9 @@ def _drop(stored: Stored, kind: int, i: int, n: int) -> bool:
         values = stored.grads
     if not values[i] or (kind == _STATE and i == 0 and not stored.done[1]):
         return False
+    if kind != _GRAD and i < n:
+        holds = _FROM_STATE if kind == _STATE else _FROM_TAPE
+        if stored.tapes[i + 1] == holds:
+            return False
     values[i] = 0
-    if kind == _GRAD or i == n or not stored.tapes[i + 1]:
-        return True
-    return bool(stored.states[i] or stored.tapes[i])
+    return True

@@ -185,6 +185,9 @@ class Block:
     """Its last stage."""
     buffer_bytes: int = 0
     """Buffers that are cloned while the block is run again."""
+    hidden_bytes: int = 0
+    """Buffers that its stages read and change, and those of no block after it: a snapshot with a
+    state holds those of all blocks that run on from it."""
 
 
 @final
@@ -218,6 +221,10 @@ class Signature:
     """Which tensors of each state carry a gradient, such as "1x0 9x1"; empty: all do."""
     need_tapes: str = ""
     """Which stages give the same bits only with their tape, such as "3x0 1x1"; empty: none."""
+    hidden: tuple[str, ...] = ()
+    """Names of the buffers that stages read and change."""
+    frozen: int = 0
+    """How many leading stages, as traced, need no gradient and are run as one; 0 for none."""
 
 
 def check_size(what: str, value: object) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .aliases import Place
 from .context import Autocast
 from .errors import PlanMismatchError
 from .stages import Signature
@@ -123,6 +124,8 @@ def sign(
     given: State,
     carries: Iterable[tuple[bool, ...]],
     need_tapes: Sequence[bool] = (),
+    hidden: Iterable[Place] = (),
+    frozen: int = 0,
 ) -> Signature:
     """The signature of a model and one batch.
 
@@ -133,6 +136,11 @@ def sign(
         given: Its further arguments, taken apart.
         carries: For each state, from the input on, which of its tensors carry a gradient.
         need_tapes: For each stage whether it gives the same bits only with its tape.
+        hidden: Places of buffers that stages read and change.
+        frozen: How many leading stages are run as one.
+
+    Raises:
+        PlanMismatchError: A hidden buffer belongs to a module that is none of the model's.
     """
     x = inputs.leaves[0]
     return Signature(
@@ -149,4 +157,43 @@ def sign(
         inputs=describe_inputs(inputs, given),
         carries=write_carries(carries),
         need_tapes=write_carries((flag,) for flag in need_tapes) if any(need_tapes) else "",
+        hidden=_names(model, hidden),
+        frozen=frozen,
     )
+
+
+def _names(model: nn.Module, places: Iterable[Place]) -> tuple[str, ...]:
+    """Names of buffers as in the model's `state_dict`, in order."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found = set()
+    for module, name in places:
+        if id(module) not in paths:
+            raise PlanMismatchError(
+                f"buffer {name!r} of a {type(module).__name__} is read and changed by a stage, and "
+                "belongs to no module of the model; register the module in the model"
+            )
+        found.add(f"{paths[id(module)]}.{name}".removeprefix("."))
+    return tuple(sorted(found))
+
+
+def find_places(model: nn.Module, names: Iterable[str]) -> list[Place]:
+    """The places that a signature names.
+
+    Args:
+        model: The model.
+        names: Of buffers, as in its `state_dict`.
+
+    Raises:
+        PlanMismatchError: The model has no such buffer.
+    """
+    places = []
+    for full in names:
+        path, _, name = full.rpartition(".")
+        module = dict(model.named_modules()).get(path)
+        if module is None or name not in module._buffers:
+            raise PlanMismatchError(
+                f"the plan says that the buffer {full!r} is read and changed, and the model has "
+                "none of that name; profile and plan again"
+            )
+        places.append((module, name))
+    return places

@@ -8,8 +8,8 @@ give wrong gradients is an error.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import final
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import cast, final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from .aliases import make_alias
 from .context import Autocast, Generators, OneKernel, RandomState
 from .errors import ExecutionError
+from .hidden import Values
 from .program import Program
 from .trees import NO_EXTRAS, Extras, State
 
@@ -36,7 +37,7 @@ class Surroundings:
             given: What every stage is given besides the state, taken apart.
         """
         self.program, self.device = program, device
-        self.autocast = Autocast.take(device)
+        self.autocast, self._outer = Autocast.take(device), cast(Autocast | None, None)
         self.parameters = program.all_slots.parameters()
         self._parameter_aliases = [make_alias(p) for p in self.parameters]
         self.alias_of: dict[int, Tensor] = {}
@@ -45,11 +46,15 @@ class Surroundings:
         self._versions = [p._version for p in self.parameters]
         self._buffers = [slots.buffers_in_place() for slots in program.slots]
         self._buffer_versions = self._versions_of_buffers()
+        self._generators_found = program.generators(given)
         self._unchanged: list[bool] = []
         self._modes = [(module, module.training) for module in program.modules]
         # For one more backward; neither of the two is a tensor, whose bytes would count.
-        self._generators = Generators(device) if program.random else None
-        self._untouched = b"" if program.random else RandomState.take(device).to_bytes()
+        own = self._generators_found
+        self._generators = Generators(device, own) if program.random else None
+        self._untouched = b"" if program.random else self._random_state().to_bytes()
+        self._hidden_at_first = program.hidden.take(0) if program.hidden else ()
+        self._replaying = False
 
     def give(self, given: State) -> None:
         """Take what every stage is given besides the state.
@@ -69,6 +74,28 @@ class Surroundings:
         # What collects gradients: for the parameters, and for what every stage is given.
         self.aliases = [*self._parameter_aliases, *stand_ins]
 
+    def _random_state(self) -> RandomState:
+        return RandomState.take(self.device, self._generators_found)
+
+    def snapshot(self, i: int) -> Snapshot:
+        """Note what it takes to run on from state i, once stage i has run.
+
+        Args:
+            i: The stage, counted from 1; 0 before the first.
+        """
+        hidden: Values = ()
+        if i == 0:
+            hidden = self._hidden_at_first
+        elif self.program.hidden and i + 1 < len(self.program.owner):
+            hidden = self.program.hidden.take(int(self.program.owner[i + 1]))
+        random = self._random_state() if self.program.random else None
+        return Snapshot(self, random, hidden)
+
+    def put_hidden(self, values: Values) -> None:
+        """Put copied values into the clones of buffers."""
+        assert self._replaying
+        self.program.hidden.put(values)
+
     def let_go(self) -> None:
         """Forget what was given."""
         self.give(_NOTHING)
@@ -84,14 +111,31 @@ class Surroundings:
             ExecutionError: It drew random numbers, which the plan does not put back.
         """
         drawing = self._generators is not None
-        if not drawing and RandomState.take(self.device).to_bytes() != self._untouched:
+        if not drawing and self._random_state().to_bytes() != self._untouched:
             raise ExecutionError(
                 "a stage drew random numbers, and none did when the model was profiled: it would "
                 "draw others when it runs again; profile and plan again, with a sample on which it "
                 "draws"
             )
         now = self._versions_of_buffers()
+        self._check_changes(now)
         self._unchanged = [a == b for a, b in zip(self._buffer_versions, now, strict=True)]
+
+    def _check_changes(self, versions: Sequence[int]) -> None:
+        """Refuse changes of buffers that the profile did not see."""
+        flags = zip(self._buffers, self.program.may_change, strict=True)
+        allowed = (
+            may
+            for held, block in flags
+            for b, may in zip(held, block, strict=True)
+            if b is not None
+        )
+        changed = zip(self._buffer_versions, versions, allowed, strict=True)
+        if any(before != after and not may for before, after, may in changed):
+            raise ExecutionError(
+                "a stage changed a buffer, and did not when the model was profiled: it would begin "
+                "with another when it runs again; profile and plan again as it now is"
+            )
 
     def check(self) -> None:
         """Refuse to go back through a model that is no longer the same.
@@ -139,8 +183,14 @@ class Surroundings:
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Keep other threads out, and run under the autocast of the forward pass."""
+        outer = Autocast.take(self.device)
+        self._outer = None if outer == self.autocast else outer
         with self.program.alone(), self.autocast.again(), OneKernel():
             yield
+
+    def going_back(self) -> AbstractContextManager[None]:
+        """Run a backward under the autocast of who called it, as autograd does."""
+        return nullcontext() if self._outer is None else self._outer.again()
 
     @contextmanager
     def modes(self) -> Iterator[None]:
@@ -177,22 +227,52 @@ class Surroundings:
         Args:
             blocks: Indices of the blocks whose stages run again.
         """
-        outer = RandomState.take(self.device) if self.program.random else None
+        outer = self._random_state() if self.program.random else None
+        self._replaying = True
         try:
             with ExitStack() as stack:
                 clones: dict[int, Tensor] = {}
-                for k in blocks:
-                    for buffer in self._buffers[k]:
-                        if buffer is not None and id(buffer) not in clones:
-                            clones[id(buffer)] = buffer.clone()
+                for k in self._with_buffers_to_clone(blocks, clones):
                     slots = self.program.slots[k]
                     stack.enter_context(slots.buffers_replaced(clones, self._buffers[k]))
                 yield
         finally:
+            self._replaying = False
             if outer is not None:
                 outer.restore()
 
-    def restore_random(self) -> None:
-        """Put the random state back to the start of the forward pass, where it matters."""
+    def _with_buffers_to_clone(
+        self, blocks: Iterable[int], clones: dict[int, Tensor]
+    ) -> Iterator[int]:
+        """Clone the buffers of some blocks, and all hidden ones: snapshots are taken of those."""
+        replayed, hidden = set(blocks), self.program.hidden
+        chosen = replayed | hidden.blocks
+        for k in sorted(chosen):
+            for buffer, hides in zip(self._buffers[k], hidden.flags[k], strict=True):
+                if buffer is not None and (hides or k in replayed) and id(buffer) not in clones:
+                    clones[id(buffer)] = buffer.clone()
+            yield k
+
+    def begin_again(self) -> None:
+        """Put random state and hidden buffers back to the start of the forward pass."""
         if self._generators is not None:
             self._generators.restore()
+        if self._hidden_at_first:
+            self.put_hidden(self._hidden_at_first)
+
+
+@final
+class Snapshot:
+    """What it takes to run on from a stored state: random state, and buffers stages hide."""
+
+    __slots__ = ("_hidden", "_random", "_seen")
+
+    def __init__(self, seen: Surroundings, random: RandomState | None, hidden: Values) -> None:
+        self._seen, self._random, self._hidden = seen, random, hidden
+
+    def restore(self) -> None:
+        """Put everything back; buffers only where clones stand in for them."""
+        if self._random is not None:
+            self._random.restore()
+        if self._hidden:
+            self._seen.put_hidden(self._hidden)

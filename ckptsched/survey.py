@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .aliases import Slots
-from .context import RandomState
+from .aliases import Place, Slots
+from .context import Autocast, RandomState
 from .errors import CkptschedError, ProfileError
+from .hidden import Watch, is_write_only, own_generators
 from .memory import storage_bytes
 from .stages import StageLedger
 from .structure import stage_label
@@ -100,6 +101,8 @@ class Kind:
     """Storages that are there before it runs and after."""
     needs_tape: bool = False
     """Whether it gives the same bits only where it runs with its tape."""
+    hidden: tuple[Place, ...] = ()
+    """Buffers that hold what it, or another stage, reads and changes."""
     count: int = 0
     """How many stages of the chain run this computation."""
     is_last: bool = False
@@ -112,6 +115,9 @@ class Kind:
     """Bytes of the gradient of each alias that gets one, by the alias's id."""
     ledger: StageLedger | None = None
     """Its exact bytes, once weighed."""
+    left_bytes: int = 0
+    """What a run leaves in its modules, as attributes that each run replaces; a replaced buffer
+    counts twice, since the clone that it replaces in a repeated run stays for a while."""
     forward_seconds: list[float] = field(default_factory=list)
     """Seconds of each timed run without tape."""
     backward_seconds: list[float] = field(default_factory=list)
@@ -127,8 +133,14 @@ class Kind:
         """Run the stage with its tape, as the executor does."""
         tape, output = record(self.call, x, wanted=self.wanted, extras=self.extras)
         if self.repeated:
-            tape.feed_back(self.repeated)
+            with torch.enable_grad():
+                tape.feed_back(self.repeated)
         return tape, output
+
+    def go_back(self, tape: Tape) -> tuple[Tensor | None, ...]:
+        """Go back once, as the executor does: outside of autocast, as torch asks for."""
+        with Autocast.off(self.x.leaves[0].device).again():
+            return tape.backward(list(self.gradients))
 
     def set_gradients(self, *, first: bool) -> None:
         """Let the parameters have no gradients yet, or let them all have some already."""
@@ -173,8 +185,7 @@ def survey_forward(blocks: tuple[Block, ...], x: State, extras: Extras) -> list[
     carries = tuple(leaf.requires_grad for leaf in x.leaves)
     state = x.detached()
     standing = Standing.of(blocks, extras)
-    buffers = Slots(block.module for block in blocks).buffers()
-    before = [(buffer, buffer._version, buffer.clone()) for buffer in buffers]
+    watch = Watch(Slots(block.module for block in blocks))
     for block in blocks:
         for call in block.stages:
             structure = state.describe(lambda tensor: "tensor")
@@ -187,7 +198,7 @@ def survey_forward(blocks: tuple[Block, ...], x: State, extras: Extras) -> list[
             order.append(kind)
             state, carries = kind.output, kind.carries
     order[-1].is_last = True
-    _check_buffers(known.values(), [(b, old) for b, version, old in before if b._version > version])
+    _find_readers(known.values(), watch)
     return order
 
 
@@ -223,9 +234,9 @@ def _examine(
 ) -> Kind:
     name = call.name or type(call.module).__name__
     with _failures_named(f"stage {name!r}", x):
-        before = RandomState.take(x.leaves[0].device)
-        output, draws = _check_repeatable(name, call, x, extras)
-        before.restore()
+        probe = _Probe(name, call, x, extras)
+        output = probe.run_twice()
+        probe.begin_again()
         tape, taped = record(call, x, wanted=wanted, extras=extras)
     # Some kernels round otherwise without gradients, such as those of oneDNN's LSTM.
     needs_tape = not all(map(_equal, output.leaves, taped.leaves))
@@ -249,9 +260,11 @@ def _examine(
         carries=tape.carries,
         aliases=aliases,
         repeated=[alias for alias in aliases if id(alias) in leaves],
-        draws=draws,
+        draws=probe.draws,
         standing=standing,
         needs_tape=needs_tape,
+        hidden=probe.hidden,
+        left_bytes=probe.replaced_bytes,
     )
 
 
@@ -276,73 +289,134 @@ def _failures_named(what: str, x: State) -> Iterator[None]:
         ) from error
 
 
-def _check_repeatable(name: str, call: StageCall, x: State, extras: Extras) -> tuple[State, bool]:
-    """Run a stage twice from one random state; returns its output, and whether it draws."""
-    device = x.leaves[0].device
-    before, others = RandomState.take(device), _other_generators()
-    given = extras.apart()
-    buffers = storages(Slots([call.module]).buffers())
-    versions = x.versions(), given.versions()
-    with torch.no_grad():
+class _Probe:
+    """Runs a stage from where it began, to see what it depends on."""
+
+    def __init__(self, name: str, call: StageCall, x: State, extras: Extras) -> None:
+        self.name, self.call, self.x, self.extras = name, call, x, extras
+        self.hidden: tuple[Place, ...] = ()
+        """Places of buffers that it changes, and may read."""
+        self.draws = False
+        """Whether it draws random numbers."""
+        self.replaced_bytes = 0
+        """Bytes of buffers that it puts in the place of others."""
+        slots = Slots([call.module])
+        self._buffers = storages(slots.buffers())
+        self._watch = Watch(slots)
+        self._own = own_generators(call.module.modules(), extras.apart().constants())
+        self._random = self._random_now()
+
+    def _random_now(self) -> RandomState:
+        return RandomState.take(self.x.leaves[0].device, self._own)
+
+    def begin_again(self) -> None:
+        """Put random state and hidden buffers to where they were."""
+        self._random.restore()
+        self._watch.put_back(self.hidden)
+
+    @torch.no_grad()
+    def run_twice(self) -> State:
+        """Run the stage, and again from the same random state and hidden buffers.
+
+        Returns:
+            Its output.
+
+        Raises:
+            ProfileError: It gives another result, or does what cannot be done again.
+        """
+        output = self._run_first()
+        changed, self.replaced_bytes = self._watch.changed(), self._watch.replaced_bytes()
+        self.hidden = tuple([place for place in changed if not is_write_only(place)])
+        self._check_output(output)
         # Where it lies in a buffer, the second run may change it: a copy is compared.
-        output = run_stage(call, x, extras).detached()
         first = [
-            leaf.clone() if leaf.untyped_storage()._cdata in buffers else leaf
+            leaf.clone() if leaf.untyped_storage()._cdata in self._buffers else leaf
             for leaf in output.leaves
         ]
-        draws = RandomState.take(device) != before
-        if (x.versions(), given.versions()) != versions:
-            what = "its input" if x.versions() != versions[0] else "what every stage is given"
+        same = self._gives_again(output, first)
+        if not same and len(changed) > len(self.hidden):
+            self.hidden = tuple(changed)
+            same = self._gives_again(output, first)
+        if not same:
             raise ProfileError(
-                f"stage {name!r} changes {what} in place, so it cannot be run again; use an "
+                f"stage {self.name!r} gives another result when it is run again on the same input "
+                "with the same random state and buffers: it keeps a state of its own that is no "
+                "buffer, or draws from a generator that is no attribute of its modules and no "
+                "argument; keep the state in a buffer (register_buffer), the generator as an "
+                "attribute"
+            )
+        return output
+
+    def _run_first(self) -> State:
+        given, others = self.extras.apart(), _other_generators()
+        versions = self.x.versions(), given.versions()
+        output = run_stage(self.call, self.x, self.extras).detached()
+        self.draws = self._random_now() != self._random
+        if (self.x.versions(), given.versions()) != versions:
+            what = "its input" if self.x.versions() != versions[0] else "what every stage is given"
+            raise ProfileError(
+                f"stage {self.name!r} changes {what} in place, so it cannot be run again; use an "
                 "operation that is not in place, or make it one module with the stage before it"
             )
         if _other_generators() != others:
             raise ProfileError(
-                f"stage {name!r} draws from the generator of Python or numpy, which is not put "
-                "back when it runs again; draw from torch's"
+                f"stage {self.name!r} draws from the generator of Python or numpy, which is not "
+                "put back when it runs again; draw from torch's"
             )
-        before.restore()
-        again = run_stage(call, x, extras)
-    shapes = output.describe(_shape), again.describe(_shape)
-    if shapes[0] != shapes[1]:
-        raise ProfileError(
-            f"stage {name!r} returned {shapes[0]} and, run again on the same input, {shapes[1]}; "
-            "a stage must depend on its input and parameters only"
-        )
-    if not all(map(_equal, first, again.leaves)):
-        raise ProfileError(
-            f"stage {name!r} gives another result when it is run again on the same input with the "
-            "same random state: it keeps a state of its own (a buffer that it reads and changes, "
-            "or a generator of its own), and running it again would give wrong gradients"
-        )
-    return output, draws
+        return output
+
+    def _check_output(self, output: State) -> None:
+        """Refuse a state that lies in a buffer which the next run changes."""
+        buffers = [module._buffers[name] for module, name in self.hidden]
+        now = storages([buffer for buffer in buffers if buffer is not None])
+        if not now.keys().isdisjoint(storages(output.leaves)):
+            raise ProfileError(
+                f"stage {self.name!r} returns a buffer that it reads and changes, so its output "
+                "changes when it is run again; return a copy (buffer.clone())"
+            )
+
+    def _gives_again(self, output: State, first: list[Tensor]) -> bool:
+        self.begin_again()
+        again = run_stage(self.call, self.x, self.extras)
+        shapes = output.describe(_shape), again.describe(_shape)
+        if shapes[0] != shapes[1]:
+            raise ProfileError(
+                f"stage {self.name!r} returned {shapes[0]} and, run again on the same input, "
+                f"{shapes[1]}; a stage must depend on its input and parameters only"
+            )
+        return all(map(_equal, first, again.leaves))
 
 
-def _check_buffers(kinds: Iterable[Kind], changed: list[tuple[Tensor, Tensor]]) -> None:
-    """Refuse a stage that reads a buffer that another stage changes.
+def _find_readers(kinds: Iterable[Kind], watch: Watch) -> None:
+    """Let every stage know of the buffers that it shares with one that hides a state in them.
+
+    What a layer changes and does not read itself, such as the statistics of BatchNorm, may be read
+    by another stage.
 
     Args:
-        kinds: All distinct stages, each of which can be run again by itself.
-        changed: Buffers that stages have changed, and their values before.
+        kinds: All distinct stages.
+        watch: All buffers, as they were before any stage ran.
     """
-    owned = [(kind, {id(b) for b in Slots([kind.call.module]).buffers()}) for kind in kinds]
+    hidden = {place for kind in kinds for place in kind.hidden}
+    owned = [(kind, set(Slots([kind.call.module]).buffer_places())) for kind in kinds]
+    changed = watch.together(watch.changed()) - watch.together(hidden)
+    for kind, own in owned if changed else ():
+        others = set[Place]().union(*(them for k, them in owned if k.call.key != kind.call.key))
+        shared = own & changed & watch.together(others & changed)
+        if shared and not _ignores(kind, shared, watch):
+            hidden |= shared
+    hidden = watch.together(hidden)
     for kind, own in owned:
-        others = set[int]().union(*(ids for k, ids in owned if k.call.key != kind.call.key))
-        shared = [(b, old) for b, old in changed if id(b) in own & others]
-        if not shared:
-            continue
-        random = RandomState.take(kind.x.leaves[0].device)
-        now = [leaf.clone() for leaf in kind.run().leaves]
-        for buffer, old in shared:
-            buffer.copy_(old)
-        random.restore()
-        if not all(map(_equal, now, kind.run().leaves)):
-            raise ProfileError(
-                f"stage {kind.call.name!r} reads a buffer that another stage changes, so what it "
-                "gives when it is run again depends on what ran before; hand the value on as a "
-                "part of the state"
-            )
+        kind.hidden = tuple(place for place in own if place in hidden)
+
+
+def _ignores(kind: Kind, places: set[Place], watch: Watch) -> bool:
+    """Whether a stage gives the same with the buffers as they were before any stage ran."""
+    random = RandomState.take(kind.x.leaves[0].device)
+    now = [leaf.clone() for leaf in kind.run().leaves]
+    watch.put_back(places)
+    random.restore()
+    return all(map(_equal, now, kind.run().leaves))
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -371,7 +445,7 @@ def _for_gradient(found: Kind, gradients: tuple[Tensor | None, ...], *, is_last:
     name = kind.call.name or type(kind.call.module).__name__
     with _failures_named(f"the backward of stage {name!r}", kind.x):
         tape, _ = kind.record(kind.x)
-        kind.input_gradients = tape.backward(gradients)
+        kind.input_gradients = kind.go_back(tape)
         for alias in kind.aliases:
             if alias.grad is not None and alias.grad.layout is not torch.strided:
                 raise ProfileError(

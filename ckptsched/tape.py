@@ -1,8 +1,9 @@
-"""One stage, differentiated on its own: the tape of its forward and the step back.
+"""Stages, differentiated on their own: the tape of a forward and the step back.
 
-A tape is the autograd graph of one run of one stage, from a source that holds no data to
-the edge of its output. Going back accumulates parameter gradients in the aliases that were
-in place when the tape was made, and hands the gradient of the input to the caller.
+A tape is the autograd graph of one run of a stage, or of several that follow each other, from
+a source that holds no data to the edge of the output. Going back accumulates parameter
+gradients in the aliases that were in place when the tape was made, and hands the gradient of
+the input to the caller.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any, cast, final
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import Node, saved_tensors_hooks
 
+from .engine import Root, edge_of, go_back
 from .errors import ExecutionError
 from .trees import NO_EXTRAS, Extras, State
 
@@ -37,58 +39,53 @@ class _Source(torch.autograd.Function):
         return None, None
 
 
-class _Sums(torch.autograd.Function):
-    """Feeds gradients collected so far back to the aliases, as the first of all.
+class _Handing(torch.autograd.Function):
+    """Hands over what is in a box, as the first of all; its inputs are who receives it.
 
-    Autograd adds up what arrives at a parameter in one buffer, in order of arrival. Where a
-    stage uses a parameter several times, starting that buffer with the sum so far gives the
-    order of additions of one graph over all stages, and so the same bits.
+    For the sums of gradients collected so far: autograd adds up what arrives at a parameter in
+    one buffer, in order of arrival. Where a tape uses a parameter several times, starting that
+    buffer with the sum so far gives the order of additions of one graph over all stages, and so
+    the same bits. For the gradient that a backward begins with: the engine holds what it is
+    called with to the end, and lets go of what one node hands to another.
     """
 
     @staticmethod
-    def forward(ctx: Any, sums: list[Tensor | None], *aliases: Tensor) -> Tensor:
-        ctx.sums = sums
-        return torch.empty(0, device=aliases[0].device)
+    def forward(ctx: Any, box: list[Tensor | None], *receivers: Tensor) -> Tensor:
+        ctx.box = box
+        return torch.empty(0, device=receivers[0].device)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        # Given away for good: the buffer may then add in place, as it does without us.
-        given = tuple(ctx.sums)
-        ctx.sums.clear()
+        # Given away for good: a buffer may then add in place, as it does without us.
+        given = tuple(ctx.box)
+        ctx.box.clear()
         return None, *given
 
 
 @final
 class Tape:
-    """What one run of one stage leaves for its backward."""
+    """What one run of a stage, or of several, leaves for its backward."""
 
-    __slots__ = ("_boxes", "_edges", "_fed", "_feed", "_sums", "shapes")
+    __slots__ = ("_box", "_boxes", "_edges", "_fed", "_hands_on", "_token", "carries", "shapes")
 
-    def __init__(
-        self,
-        boxes: list[list[Tensor] | None],
-        edges: list[GradientEdge | None],
-        shapes: tuple[torch.Size, ...],
-    ) -> None:
-        """Take what `record` made.
+    def __init__(self, boxes: list[list[Tensor] | None], outputs: Sequence[Tensor]) -> None:
+        """Take what a run made.
 
         Args:
             boxes: Where sources put the gradients of the input's tensors; None for a tensor whose
                 gradient is not wanted.
-            edges: Of the output's tensors; None for one that needs no gradient.
-            shapes: Of the output's tensors.
+            outputs: The output's tensors, with their graphs.
         """
         self._boxes = boxes
-        self._edges = edges
-        self._fed: Sequence[Tensor] = ()
-        self._feed: GradientEdge | None = None
-        self._sums: list[Tensor | None] = []
-        self.shapes = shapes
-
-    @property
-    def carries(self) -> tuple[bool, ...]:
+        self._edges = [edge_of(y) for y in outputs if y.requires_grad]
+        self.carries = tuple([y.requires_grad for y in outputs])
         """Which tensors of the output depend on something that wants a gradient."""
-        return tuple([edge is not None for edge in self._edges])
+        self.shapes = tuple([y.shape for y in outputs])
+        """Of the output's tensors."""
+        self._box: list[Tensor | None] = []
+        self._fed: Sequence[Tensor] = ()
+        self._token: Tensor | None = None
+        self._hands_on = False
 
     def repeated_leaves(self) -> set[int]:
         """Ids of the leaves that the stage has used more than once."""
@@ -98,7 +95,7 @@ class Tape:
         """How often the stage has used each leaf, by the leaf's id."""
         uses: dict[int, int] = {}
         seen: set[Node] = set()
-        ahead: list[Node | None] = [edge.node for edge in self._edges if edge is not None]
+        ahead: list[Node | None] = [edge.node for edge in self._edges]
         while ahead:
             node = ahead.pop()
             leaf = getattr(node, "variable", None)
@@ -111,43 +108,75 @@ class Tape:
                 ahead += [before for before, _ in node.next_functions]
         return uses
 
-    def feed_back(self, aliases: Sequence[Tensor]) -> None:
+    def feed_back(self, aliases: Sequence[Tensor], outputs: Sequence[Tensor] = ()) -> None:
         """Let the sums of these aliases' gradients so far come first in the backward.
 
-        Args:
-            aliases: Leaves that the stage has used more than once.
-        """
-        # Made after the stage has run: the engine runs the newest node first.
-        with torch.enable_grad():
-            token = cast(Tensor, _Sums.apply(self._sums, *aliases))
-        self._fed = aliases
-        self._feed = get_gradient_edge(token)
+        Gradients must be on, and the stages have run: the engine runs the newest node first.
 
-    def backward(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        Args:
+            aliases: Leaves that the stages have used more than once.
+            outputs: The output's tensors that carry a gradient, with their graphs, if their
+                gradients are to be let go in the backward as soon as nothing needs them. Without,
+                they are held to its end.
+        """
+        self._token = cast(Tensor, _Handing.apply(self._box, *aliases, *outputs))
+        self._fed = aliases
+        self._hands_on = bool(outputs)
+
+    def backward(self, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Go back once.
 
         Args:
             gradients: With respect to the output's tensors, each in its shape and dtype; None
-                where none came.
+                where none came. Emptied, so that they can be let go.
 
         Returns:
             The gradients with respect to the input's tensors; None where there is none.
         """
-        roots, given = [], []
-        for edge, gradient in zip(self._edges, gradients, strict=True):
-            if edge is not None and gradient is not None:
+        arrived = [g for g, carried in zip(gradients, self.carries, strict=True) if carried]
+        gradients.clear()
+        if all(gradient is None for gradient in arrived):
+            return (None,) * len(self._boxes)
+        roots: list[Root] = []
+        given: list[Tensor] = []
+        if self._token is not None:
+            roots.append(self._token)
+            given.append(self._token.detach())
+            for alias in self._fed:
+                self._box.append(alias.grad)
+                alias.grad = None
+        if self._hands_on:
+            self._box += arrived
+            arrived.clear()
+        for edge, gradient in zip(self._edges, arrived, strict=False):
+            if gradient is not None:
                 roots.append(edge)
                 given.append(gradient)
-        if not roots:
-            return (None,) * len(self._boxes)
-        if self._feed is not None:
-            roots.insert(0, self._feed)
-            given.insert(0, torch.empty(0, device=self._fed[0].device))
-            for alias in self._fed:
-                self._sums.append(alias.grad)
-                alias.grad = None
-        torch.autograd.backward(roots, given)
+        go_back(tuple(roots), tuple(given))
         return tuple([box.pop() if box else None for box in self._boxes])
+
+
+def sources_of(x: State, wanted: Sequence[bool]) -> tuple[list[list[Tensor] | None], State]:
+    """Where a tape begins; gradients must be on.
+
+    Args:
+        x: The input, without a graph.
+        wanted: For each tensor of the input whether its gradient is wanted.
+
+    Returns:
+        Where the gradients come out, None where none is wanted, and the input of the first stage.
+    """
+    boxes: list[list[Tensor] | None] = []
+    sources = []
+    for leaf, wants in zip(x.leaves, wanted, strict=True):
+        source = leaf.detach()
+        box: list[Tensor] | None = None
+        if wants:
+            box = [source]
+            source = cast(Tensor, _Source.apply(_ANCHOR, box))
+        boxes.append(box)
+        sources.append(source)
+    return boxes, x.replaced(sources)
 
 
 def record(
@@ -168,21 +197,10 @@ def record(
     Returns:
         The tape, and the output without a graph, in the same storages.
     """
-    boxes: list[list[Tensor] | None] = []
-    sources = []
     with torch.enable_grad():
-        for leaf, wants in zip(x.leaves, wanted, strict=True):
-            source = leaf.detach()
-            box: list[Tensor] | None = None
-            if wants:
-                box = [source]
-                source = cast(Tensor, _Source.apply(_ANCHOR, box))
-            boxes.append(box)
-            sources.append(source)
-        output = run_stage(stage, x.replaced(sources), extras)
-    edges = [get_gradient_edge(y) if y.requires_grad else None for y in output.leaves]
-    shapes = tuple([y.shape for y in output.leaves])
-    return Tape(boxes, edges, shapes), output.detached()
+        boxes, source = sources_of(x, wanted)
+        output = run_stage(stage, source, extras)
+    return Tape(boxes, output.leaves), output.detached()
 
 
 def run_alone(
@@ -200,16 +218,25 @@ def run_alone(
         x: Its input, without a graph.
         wanted: For each tensor of the input whether its gradient is wanted.
         extras: What else every stage is given.
-        needs_tape: Whether the stage gives the same bits only where it runs with its tape, which
-            then is let go.
+        needs_tape: Whether the stage gives the same bits only where it runs with gradients on.
+            What it saves for a backward is let go at once.
 
     Returns:
         The output without a graph: a stage that turns gradients on by itself returns one.
     """
     if needs_tape:
-        return record(stage, x, wanted=wanted, extras=extras)[1]
+        with saved_tensors_hooks(_forget, _recall):
+            return record(stage, x, wanted=wanted, extras=extras)[1]
     with torch.no_grad():
-        return run_stage(stage, x, extras).detached()
+        return run_stage(stage, x, extras).without_graph()
+
+
+def _forget(tensor: Tensor) -> None:
+    """Saves nothing."""
+
+
+def _recall(nothing: None) -> Tensor:
+    raise ExecutionError("a stage went back through a graph of its own in a run without tape")
 
 
 def run_stage(stage: Callable[..., Any], x: State, extras: Extras = NO_EXTRAS) -> State:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import final
 
@@ -43,9 +45,17 @@ class Trace:
     """Index of the operation that runs at the peak."""
     peak_operation: str
     """That operation as text."""
-    live_at_peak: tuple[Live, ...] = ()
-    """What is live at the peak, largest first; adds up to the peak."""
     timeline: npt.NDArray[np.int64] = field(
         default_factory=lambda: np.zeros(0, np.int64), compare=False, repr=False
     )
     """Bytes while each operation runs, shape (m,)."""
+    find_live: Callable[[], tuple[Live, ...]] = field(default=tuple, compare=False, repr=False)
+    """Finds what is live at the peak, by another run up to there; see `live_at_peak`."""
+
+    @functools.cached_property
+    def live_at_peak(self) -> tuple[Live, ...]:
+        """What is live at the peak, largest first; adds up to the peak.
+
+        Found when it is asked for: solvers judge many schedules, and people read about one.
+        """
+        return self.find_live()

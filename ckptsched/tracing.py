@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard, final
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import ProfileError
 
@@ -31,6 +31,8 @@ _MAY_RETURN_A_VIEW = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
+
+_MOST_NAMED = 6  # parts of a fused stage that its name tells one by one
 
 # torch has no public way to ask a module for its hooks. These names are part of what a
 # pickled module holds, and a test shows that each kind of hook is still found under them.
@@ -147,8 +149,9 @@ class FusedStage(StageCall):
 
     @property
     def label(self) -> str:
-        """The paths of all parts, such as "0+1"."""
-        return "+".join(stage.name for stage in self.stages)
+        """The paths of all parts, such as "0+1"; of many, the first and the last."""
+        names = [stage.name for stage in self.stages]
+        return "+".join(names if len(names) <= _MOST_NAMED else (names[0], "...", names[-1]))
 
     @property
     def key(self) -> Hashable:
@@ -193,7 +196,7 @@ class Block:
     """At least one, in the order in which they run."""
 
 
-def trace(model: nn.Module) -> tuple[Block, ...]:
+def trace(model: nn.Module, *, frozen: int = 0) -> tuple[Block, ...]:
     """Cut a model into blocks of stages, without running it.
 
     Each child of an `nn.Sequential` is a block. A child that is an `nn.Sequential` in turn is
@@ -208,6 +211,8 @@ def trace(model: nn.Module) -> tuple[Block, ...]:
 
     Args:
         model: Any module that maps a tensor to a tensor.
+        frozen: How many leading stages to run as one, as `count_frozen` counts them: with no
+            gradient to come back, there is no state between them to keep.
 
     Returns:
         The blocks in the order in which they run.
@@ -231,7 +236,33 @@ def trace(model: nn.Module) -> tuple[Block, ...]:
         for index, (path, child) in enumerate(children)
         for stage in _stages(child, path)
     ]
-    return tuple(_blocks(children, _fuse_in_place(owned)))
+    fused = _fuse_in_place(owned)
+    if frozen > 1:
+        fused[:frozen] = [(fused[0][0], FusedStage([stage for _, stage in fused[:frozen]]))]
+    return tuple(_blocks(children, fused))
+
+
+def count_frozen(blocks: Iterable[Block], leaves: Iterable[Tensor]) -> int:
+    """How many leading stages need no gradient, and so can be run as one.
+
+    Args:
+        blocks: A model as traced.
+        leaves: The tensors of the input, and of what every stage is given.
+
+    Returns:
+        Their number; 0 where there are fewer than two of them, or nothing else.
+    """
+    if any(leaf.requires_grad for leaf in leaves):
+        return 0
+    known: dict[int, bool] = {}
+    stages = (stage for block in blocks for stage in block.stages)
+    for count, stage in enumerate(stages):
+        key = id(stage.module)
+        if key not in known:
+            known[key] = any(p.requires_grad for p in stage.module.parameters())
+        if known[key]:
+            return count if count > 1 else 0
+    return 0
 
 
 def _can_flatten(module: nn.Module) -> TypeGuard[nn.Sequential]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import EllipsisType, MappingProxyType, NoneType
 from typing import Any, TypeAlias, final
@@ -113,9 +113,20 @@ class State:
             return State((self.leaves[0].detach(),), self.tree)
         return State(tuple([leaf.detach() for leaf in self.leaves]), self.tree)
 
+    def without_graph(self) -> State:
+        """The same tensors; without their graphs where they have any."""
+        for leaf in self.leaves:
+            if leaf.requires_grad:
+                return self.detached()
+        return self
+
     def versions(self) -> tuple[int, ...]:
         """How often each tensor has been changed in place."""
         return tuple([leaf._version for leaf in self.leaves])
+
+    def constants(self) -> Iterator[Any]:
+        """What it holds besides tensors, in order."""
+        return _constants(self.tree)
 
     @property
     def is_tensor(self) -> bool:
@@ -251,6 +262,14 @@ def _put_together(node: _Node, leaves: Sequence[Tensor]) -> Any:
     if isinstance(node, _Constant):
         return node.value
     return node.build([_put_together(part, leaves) for part in node.parts])
+
+
+def _constants(node: _Node) -> Iterator[Any]:
+    if isinstance(node, _Constant):
+        yield node.value
+    elif isinstance(node, _Branch):
+        for part in node.parts:
+            yield from _constants(part)
 
 
 def _count(node: _Node, counts: list[int]) -> None:

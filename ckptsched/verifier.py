@@ -15,10 +15,12 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from .aliases import Slots
 from .budget import format_bytes, format_seconds
 from .context import Autocast, RandomState, now
 from .errors import PlanMismatchError
 from .executor import Checkpointed, checkpointed
+from .hidden import own_generators
 from .memory import Meter, default_meter
 from .plans import Plan
 from .profiler import default_loss
@@ -158,12 +160,14 @@ def verify(
     loss = loss or default_loss
     meter = meter or default_meter(call.device)
     autocast = Autocast.take(call.device)
-    with _left_as_it_was(plain, call) as reset, autocast.again():
-        expected = _step(plain, call, loss, meter)
+    # torch asks for backwards outside of autocast, and autograd follows where they are called.
+    with _left_as_it_was(plain, call) as reset, Autocast.off(call.device).again():
+        step = _Step(call, loss, autocast)
+        expected = _measure(plain, step, meter)
         reset()
-        found = _step(planned, call, loss, meter)
+        found = _measure(planned, step, meter)
         reset()
-        seconds = _time(planned, plain, call, loss, rounds, reset)
+        seconds = _time(planned, plain, step, rounds, reset)
     difference, worst, largest = _compare(expected.gradients, found.gradients)
     return Verification(
         budget_bytes=plan.budget_bytes,
@@ -198,10 +202,15 @@ class _Call:
             raise PlanMismatchError("verify needs a sample with tensors, found none in it")
         self.leaves = [t if t.is_leaf else t.detach().requires_grad_() for t in state.leaves]
         self._sample, self._kwargs = state.replaced(self.leaves).value()
+        self._constants = tuple(state.constants())
         self.device = self.leaves[0].device
 
     def __call__(self, model: nn.Module) -> Any:
         return model(*self._sample, **self._kwargs)
+
+    def generators(self, model: nn.Module) -> tuple[torch.Generator, ...]:
+        """What the model may draw from besides torch's own generators."""
+        return own_generators(model.modules(), self._constants)
 
     def gradients(self) -> dict[str, Tensor | None]:
         """By name: "input", or with a number where there are several tensors."""
@@ -217,8 +226,10 @@ class _left_as_it_was:
     def __init__(self, model: nn.Module, call: _Call) -> None:
         self.leaves = [*model.parameters(), *call.leaves]
         self.gradients = [leaf.grad for leaf in self.leaves]
-        self.buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        self.random = RandomState.take(call.device)
+        slots = Slots([model])
+        places = zip(slots.buffer_places(), slots.buffers_in_place(), strict=True)
+        self.buffers = [(place, b, None if b is None else b.clone()) for place, b in places]
+        self.random = RandomState.take(call.device, call.generators(model))
 
     def __enter__(self) -> _left_as_it_was:
         for leaf in self.leaves:
@@ -229,8 +240,10 @@ class _left_as_it_was:
         for leaf in self.leaves:
             leaf.grad = None
         with torch.no_grad():
-            for buffer, value in self.buffers:
-                buffer.copy_(value)
+            for (module, name), buffer, value in self.buffers:
+                module._buffers[name] = buffer
+                if buffer is not None and value is not None:
+                    buffer.copy_(value)
         self.random.restore()
 
     def __exit__(self, *exception: object) -> None:
@@ -239,11 +252,27 @@ class _left_as_it_was:
             leaf.grad = gradient
 
 
-def _step(model: nn.Module, call: _Call, loss: Loss, meter: Meter) -> _Outcome:
-    with meter.window() as window:
-        output = call(model)
-        value = loss(output)
+@final
+@dataclass(frozen=True)
+class _Step:
+    """Forward and loss under autocast, as the caller has it, and the backward outside."""
+
+    call: _Call
+    loss: Loss
+    autocast: Autocast
+
+    def __call__(self, model: nn.Module) -> tuple[Any, Tensor]:
+        with self.autocast.again():
+            output = self.call(model)
+            value = self.loss(output)
         value.backward()  # type: ignore[no-untyped-call]
+        return output, value
+
+
+def _measure(model: nn.Module, step: _Step, meter: Meter) -> _Outcome:
+    call = step.call
+    with meter.window() as window:
+        output, value = step(model)
         window.mark()
         value = value.detach()
         del output
@@ -252,7 +281,7 @@ def _step(model: nn.Module, call: _Call, loss: Loss, meter: Meter) -> _Outcome:
         loss=value,
         gradients={**named, **call.gradients()},
         buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
-        random=RandomState.take(call.device),
+        random=RandomState.take(call.device, call.generators(model)),
         peak_bytes=window.phases[0].peak_bytes,
     )
 
@@ -288,8 +317,7 @@ def _same_nan(left: Tensor, right: Tensor) -> bool:
 def _time(
     planned: Checkpointed,
     plain: nn.Module,
-    call: _Call,
-    loss: Loss,
+    step: _Step,
     rounds: int,
     reset: _left_as_it_was,
 ) -> tuple[float, float]:
@@ -297,9 +325,9 @@ def _time(
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for model, seconds in zip((planned, plain), times, strict=True):
-            start = now(call.device)
-            loss(call(model)).backward()  # type: ignore[no-untyped-call]
-            seconds.append(now(call.device) - start)
+            start = now(step.call.device)
+            step(model)
+            seconds.append(now(step.call.device) - start)
             reset()
     if not rounds:
         return 0.0, 0.0

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .context import now
+from .context import Autocast, now
 from .errors import ProfileError
 from .memory import Meter, storage_bytes
 from .stages import StageLedger, StageParts, backward_variant
@@ -54,12 +54,15 @@ def weigh(kind: Kind, meter: Meter) -> StageLedger:
         window.mark()
         del output
     forward_peak = window.phases[0].peak_bytes
+    left = window.phases[1].final_bytes
+    kind.left_bytes += left
     lone = _weigh_backward(kind, meter, _Held(), first=True)
     simple = len(storages(kind.x.leaves)) == len(storages(kind.output.leaves)) == 1
     ledger = StageLedger(
         state_bytes=kind.standing.bytes_of(kind.output.leaves),
         output_is_view=simple and _sources(kind) == (0,),
-        tape_bytes=lone.tape,
+        # What the modules hold on to anyway is theirs, where no other tape of them is kept.
+        tape_bytes=max(0, lone.tape - left) if kind.count == 1 else lone.tape,
         input_saved=bool(lone.saved_inputs),
         output_saved=bool(lone.saved_outputs),
         forward_peak_bytes=forward_peak,
@@ -176,7 +179,7 @@ def _weigh_backward(kind: Kind, meter: Meter, held: _Held, *, first: bool) -> _W
         for k in range(len(inputs)):
             _drop(inputs, () if k in held.inputs else (k,))
             window.mark()
-        gradients = tape.backward(kind.gradients)
+        gradients = kind.go_back(tape)
         window.mark()
         del gradients, outputs, inputs
     kind.set_gradients(first=True)
@@ -239,11 +242,15 @@ def time_once(kind: Kind) -> None:
     plain = now(device)
     tape, _ = kind.record(kind.x)
     taped = now(device)
-    tape.backward(kind.gradients)
+    kind.go_back(tape)
     end = now(device)
     kind.forward_seconds.append(plain - start)
     # Every schedule runs each stage with tape once, so what that takes longer is a constant.
-    kind.backward_seconds.append(end - taped + max(0.0, (taped - plain) - (plain - start)))
+    # Where nothing comes back there is nothing to run, and what the clock shows is noise.
+    needed = any(kind.carries)
+    kind.backward_seconds.append(
+        end - taped + max(0.0, (taped - plain) - (plain - start)) if needed else 0.0
+    )
 
 
 def weigh_loss(loss: Loss, output: State, carries: tuple[bool, ...], meter: Meter) -> LossWeight:
@@ -339,7 +346,8 @@ def go_back(
         raise ProfileError(f"the loss must return one number, found {found}")
     if not value.requires_grad:
         raise ProfileError("the loss does not depend on the output: no gradient comes back")
-    value.backward()  # type: ignore[no-untyped-call]
+    with Autocast.off(value.device).again():
+        value.backward()  # type: ignore[no-untyped-call]
     if not box:
         raise ProfileError("the loss does not depend on the output: no gradient comes back")
     sent = iter(box.pop())

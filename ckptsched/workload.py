@@ -36,6 +36,7 @@ _CHAIN_SIZES = (
     "loss_overhead_bytes",
     "held_bytes",
     "random_state_bytes",
+    "kept_bytes",
 )
 
 
@@ -78,6 +79,9 @@ class Chain:
     """Whether a stage draws random numbers, so that random states must be put back."""
     random_state_bytes: int = 0
     """Bytes of one snapshot; 0 where no stage draws, and on CUDA, where it lies on the host."""
+    kept_bytes: int = 0
+    """Those of the held bytes that are held from the start: hidden state as the step began, and
+    what modules keep of their last run as attributes."""
     blocks: tuple[Block, ...] = ()
     """Blocks that cover the stages; none where the chain has no such structure."""
     name: str = ""
@@ -104,6 +108,7 @@ class Chain:
         expected = 1
         for block in self.blocks:
             check_size(f"buffer_bytes of block {block.name!r}", block.buffer_bytes)
+            check_size(f"hidden_bytes of block {block.name!r}", block.hidden_bytes)
             if block.first != expected or block.last < block.first:
                 raise WorkloadError(
                     f"blocks must cover the stages in order: {block.name!r} covers "
@@ -272,6 +277,7 @@ def chain_to_json(chain: Chain) -> dict[str, Any]:
     data["w_held"] = chain.held_bytes
     data["draws"] = chain.draws
     data["random_state_bytes"] = chain.random_state_bytes
+    data["kept_bytes"] = chain.kept_bytes
     kinds: dict[_Kind, int] = {}
     index = [
         kinds.setdefault((stage.name, stage.ledger, stage.other_tapes), len(kinds))
@@ -322,6 +328,7 @@ def chain_from_json(data: Mapping[str, Any]) -> Chain:
             held_bytes=data.get("w_held", 0) * size,
             draws=data.get("draws", data.get("random_state_bytes", 0) > 0),
             random_state_bytes=data.get("random_state_bytes", 0),
+            kept_bytes=data.get("kept_bytes", 0),
             blocks=tuple(Block(**block) for block in data.get("blocks", ())),
             name=data.get("name", ""),
             signature=_read_signature(data.get("signature")),
@@ -423,7 +430,7 @@ def _read_signature(data: Mapping[str, Any] | None) -> Signature | None:
     if data is None:
         return None
     tuples = {key: tuple(data[key]) for key in ("input_shape", "input_stride")}
-    return Signature(**{**data, **tuples})
+    return Signature(**{**data, **tuples, "hidden": tuple(data.get("hidden", ()))})
 
 
 def _build_stages(

@@ -102,10 +102,10 @@ def _moves(
                     if then is not None:
                         then = replace(then, **{bits: getattr(position, bits) | 1 << i})
                         need = int(size + c.forward_overhead_bytes[i])
-                        copies = _copies(position, i, sources) if bits == "tapes" else [frozenset()]
-                        for bare in copies:
-                            taken = replace(then, bare=position.bare | bare)
-                            yield taken, need, float(c.forward_seconds[i])
+                        if bits == "tapes":  # a run reads the bare state where both are there
+                            bare = {(i, u) for u in sources if _has(position.states, u)}
+                            then = replace(then, bare=position.bare | bare)
+                        yield then, need, float(c.forward_seconds[i])
             last = sweeps is None or position.done >> i + 1 == (1 << n - i) - 1
             if last and _backward_comes(graph, position, i):
                 need = int(sum(c.gradient_bytes[u] for u in sources))
@@ -121,18 +121,6 @@ def _moves(
         if _has(position.tapes, i) and all((v, i) in position.bare for v in holders):
             rest = frozenset(pair for pair in position.bare if pair[0] != i)
             yield replace(position, tapes=position.tapes ^ 1 << i, bare=rest), 0, 0.0
-
-
-def _copies(
-    position: Position, i: int, sources: tuple[int, ...]
-) -> Iterator[frozenset[tuple[int, int]]]:
-    """The ways to make tape i: of which states it takes the copy that is by itself."""
-    ways = []
-    for u in sources:
-        alone = [frozenset({(i, u)})] * _has(position.states, u)
-        ways.append(alone + [frozenset()] * _has(position.tapes, u))
-    for way in itertools.product(*ways):
-        yield frozenset().union(*way)
 
 
 def _backward_comes(graph: Graph, position: Position, i: int) -> bool:

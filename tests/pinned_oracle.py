@@ -13,8 +13,11 @@ from collections.abc import Iterator
 
 from ckptsched.workload import Chain
 
-# States that are kept, tapes by stage and option, the next backward; n + 1 where the loss is next.
-Position = tuple[frozenset[int], frozenset[tuple[int, int]], int]
+# A tape: its stage, its option, and whether it was made from the bare state, which is what a run
+# reads where both copies are there.
+Tape = tuple[int, int, bool]
+# States that are kept, tapes, the next backward; n + 1 where the loss is next.
+Position = tuple[frozenset[int], frozenset[Tape], int]
 
 
 def cheapest_pinned(chain: Chain, budget: int) -> float:
@@ -57,7 +60,7 @@ def _level(chain: Chain, position: Position) -> int:
     states, tapes, b = position
     columns = chain.arrays
     level = chain.held_bytes + int(columns.state_bytes[list(states)].sum())
-    level += sum(chain.stages[i - 1].tapes[k].tape_bytes for i, k in tapes)
+    level += sum(chain.stages[i - 1].tapes[k].tape_bytes for i, k, _ in tapes)
     if b <= len(chain):
         level += int(columns.gradient_bytes[b] + columns.parameter_gradient_bytes[b + 1 :].sum())
     return level
@@ -67,8 +70,9 @@ def _operations(chain: Chain, position: Position) -> Iterator[tuple[Position, in
     """Position after, bytes above the level before, seconds."""
     states, tapes, b = position
     n, c = len(chain), chain.arrays
-    taped = {i for i, _ in tapes}
+    taped = {i for i, _, _ in tapes}
     kept = states | taped
+    held = {(i - 1, alone) for i, _, alone in tapes}  # copies that tapes were made from
     if b == n + 1 and n in kept:
         need = int(c.gradient_bytes[n]) + chain.loss_overhead_bytes
         yield (states, tapes, n), need, chain.loss_seconds
@@ -78,14 +82,17 @@ def _operations(chain: Chain, position: Position) -> Iterator[tuple[Position, in
             yield (states | {i}, tapes, b), need, float(c.forward_seconds[i])
         for k, tape in enumerate(chain.stages[i - 1].tapes):
             if i - 1 in kept and i not in taped:
+                made = (i, k, i - 1 in states)
                 need = tape.tape_bytes + tape.forward_overhead_bytes
-                yield (states, tapes | {(i, k)}, b), need, tape.forward_seconds
-            if (i, k) in tapes and b == i and i - 1 in kept:
+                yield (states, tapes | {made}, b), need, tape.forward_seconds
+        for _, k, alone in (x for x in tapes if x[0] == i):
+            rest = tapes - {(i, k, alone)}
+            if b == i and i - 1 in kept:
+                tape = chain.stages[i - 1].tapes[k]
                 need = int(c.gradient_bytes[i - 1] + c.parameter_gradient_bytes[i])
                 need += tape.backward_overhead_bytes
-                yield (states, tapes - {(i, k)}, i - 1), need, tape.backward_seconds
-            # Of two copies of state i, tape i + 1 is taken to keep the bare one.
-            if (i, k) in tapes and (i + 1 not in taped or i in states):
-                yield (states, tapes - {(i, k)}, b), 0, 0.0
-        if i in states and i + 1 not in taped:
+                yield (states, rest, i - 1), need, tape.backward_seconds
+            if (i, False) not in held:
+                yield (states, rest, b), 0, 0.0
+        if i in states and (i, True) not in held:
             yield (states - {i}, tapes, b), 0, 0.0

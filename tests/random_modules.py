@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import ckptsched as cs
 
@@ -99,6 +100,33 @@ class Condition(nn.Module):
         return whole(x if mask is None else x * mask, kept, through)
 
 
+class Counting(nn.Module):
+    """Counts its runs in a buffer, and reads it."""
+
+    def __init__(self, replaces: bool) -> None:
+        super().__init__()
+        self.replaces = replaces
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.replaces:
+            self.count = self.count + 1
+        else:
+            self.count += 1
+        return x * (1 + self.count / 10)
+
+
+class Drawing(nn.Module):
+    """Draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand(x.shape, generator=self.generator)
+
+
 class Plain(nn.Module):
     """Drops what every stage is given, for modules that do not take it."""
 
@@ -136,7 +164,14 @@ WORK: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "in place": lambda: nn.Sequential(nn.Linear(LENGTH, LENGTH), nn.SiLU(inplace=True)),
     "same": nn.Identity,
+    "spectral norm": lambda: spectral_norm(nn.Linear(LENGTH, LENGTH)),
+    "counting": lambda: Counting(replaces=False),
+    "counting anew": lambda: Counting(replaces=True),
+    "drawing": Drawing,
     "ode": lambda: cs.ODEBlock(nn.Linear(LENGTH, LENGTH), "heun", 2),
+    "hidden ode": lambda: cs.ODEBlock(
+        nn.Sequential(spectral_norm(nn.Linear(LENGTH, LENGTH)), Drawing()), "heun", 2
+    ),
 }
 OTHER: dict[str, Callable[[], nn.Module]] = {
     **{f"keep {how}": lambda how=how: Keep(how) for how in ("itself", "a view", "new")},

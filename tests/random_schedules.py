@@ -11,44 +11,60 @@ from ckptsched.schedule import Schedule
 def schedules(draw: st.DrawFn, stages: int) -> Schedule:
     """A schedule that runs each stage once before the loss, and again as it likes.
 
+    After the loss it makes some states beside their tapes, and tapes beside their states.
+
     Args:
         draw: Hypothesis.
         stages: Length of the chain.
     """
     words: list[str] = []
-    states, tapes = {0}, set[int]()
+    states = {0}
+    tapes: dict[int, bool] = {}  # whether each was made from the bare state
     coin = st.booleans()
 
     def forward(i: int, *, taped: bool) -> None:
         words.append(f"{'T' if taped else 'F'}{i}")
-        (tapes if taped else states).add(i)
+        if taped:
+            tapes[i] = i - 1 in states
+        else:
+            states.add(i)
 
     def drop_some(last: int) -> None:
-        """Drop what is not needed, where a tape does not hold on to it."""
-        for i in sorted(states | tapes):
-            if 0 < i != last and i + 1 not in tapes and draw(coin):
-                drop(i)
+        """Drop what is not needed: the copy of a state that a tape was not made from."""
+        for i in sorted(states | set(tapes)):
+            if 0 < i != last and i in states and tapes.get(i + 1) is not True and draw(coin):
+                drop_state(i)
+            if 0 < i != last and i in tapes and tapes.get(i + 1) is not False and draw(coin):
+                words.append(f"-t{i}")
+                del tapes[i]
 
-    def drop(i: int) -> None:
-        words.extend([f"-x{i}"] * (i in states) + [f"-t{i}"] * (i in tapes))
-        states.discard(i)
-        tapes.discard(i)
+    def drop_state(i: int) -> None:
+        words.append(f"-x{i}")
+        states.remove(i)
+
+    def double_some(last: int) -> None:
+        """Make a second copy of states that are there."""
+        for i in range(1, last + 1):
+            there = i - 1 in states or i - 1 in tapes
+            if there and (i in states) != (i in tapes) and draw(coin) and draw(coin):
+                forward(i, taped=i in states)
 
     for i in range(1, stages + 1):
         forward(i, taped=draw(coin))
         drop_some(i)
     words.append("turn")
     for i in reversed(range(1, stages + 1)):
+        double_some(i)
         drop_some(-1)
         if i not in tapes:
-            start = max(j for j in states | tapes if j < i)
+            start = max(j for j in states | set(tapes) if j < i)
             for j in range(start + 1, i):
                 forward(j, taped=draw(coin))
                 drop_some(j)
             forward(i, taped=True)
         words.append(f"B{i}")
-        tapes.discard(i)
+        del tapes[i]
         if i in states:
-            drop(i)
+            drop_state(i)
     words.append("-x0")
     return Schedule.from_text(" ".join(words))

@@ -15,6 +15,8 @@ from ckptsched.errors import InfeasibleBudgetError, WorkloadError
 from ckptsched.simulator import simulate
 from ckptsched.solvers import ChainDp, ExactSearch, get_solver
 from ckptsched.solvers.exact_search import ALL, ALL_PINNED, certify_all
+from ckptsched.solvers.pinned_bound import least_pinned_bytes
+from ckptsched.solvers.pinned_least import LeastSearch
 from ckptsched.solvers.pinned_sizes import are_runs_fastest, pinned_sizes
 from ckptsched.workload import Chain
 
@@ -193,6 +195,15 @@ def test_with_a_ledger_it_keeps_the_budget_and_claims_no_more_than_it_knows(
     assert solution.trace.seconds <= persistent.trace.seconds
     assert solution.schedule_class == ALL
     assert solution.lower_bound_seconds <= chain.store_all_seconds
+
+
+@given(chains(4), st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_the_search_for_the_least_budget_says_what_works(chain: Chain, most: int) -> None:
+    sizes, least = pinned_sizes(chain), least_budget(chain)
+    known = ChainDp().solve(chain, 10**9).least_budget_bytes
+    assert LeastSearch(sizes, least_pinned_bytes(sizes), known, 10**6).run() == least
+    assert least <= LeastSearch(sizes, least_pinned_bytes(sizes), known, most).run() <= known
 
 
 def test_long_chains_are_refused() -> None:

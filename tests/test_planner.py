@@ -58,7 +58,7 @@ def test_a_budget_that_is_too_small_names_the_least_that_works(chain: Chain, sol
     assert error.budget_bytes == 1000
     assert error.least_budget_bytes is not None
     assert f"({error.least_budget_bytes} bytes)" in str(error)
-    assert "1000 bytes" in str(error)
+    assert "budget of 1000 B;" in str(error)
     assert error.stage
     assert error.stage in str(error)
     made = plan(chain, budget=error.least_budget_bytes, solver=solver)

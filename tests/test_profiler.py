@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 import ckptsched as cs
 from ckptsched.memory import AllocatorMeter, ProfilerMeter
@@ -162,7 +161,7 @@ GENERATOR = torch.Generator().manual_seed(0)
             r"stage '1' returned shape \(2, 5\).*run again on the same input, shape \(2, 6\)",
         ),
         ("counting", "stage '1' gives another result when it is run again"),
-        ("own generator", "stage '1' gives another result when it is run again"),
+        ("own generator", "draws from a generator that is no attribute of its modules"),
         ("in place", "stage '1' changes its input in place"),
         ("failure", r"stage '1' failed on an input of shape \(2, 4\).*out of luck"),
     ],
@@ -207,12 +206,6 @@ def test_sparse_gradients_are_refused() -> None:
         cs.profile(model, torch.zeros(3, dtype=torch.int64))
 
 
-def test_hidden_state_in_buffers_is_refused() -> None:
-    model = nn.Sequential(spectral_norm(nn.Linear(16, 16)), nn.Linear(16, 2))
-    with pytest.raises(cs.ProfileError, match="a buffer that it reads and changes"):
-        cs.profile(model, torch.randn(4, 16))
-
-
 class Writes(nn.Module):
     """Changes a buffer that others may read; returns the buffer itself, if asked."""
 
@@ -236,19 +229,17 @@ class Reads(nn.Module):
         return x * self.shared
 
 
-def test_a_buffer_that_passes_values_between_stages_is_refused() -> None:
+def test_buffers_that_stages_read_and_change_are_named() -> None:
     shared = torch.ones(4)
-    model = nn.Sequential(Writes(shared), nn.Tanh(), Reads(shared), nn.Linear(4, 4))
-    with pytest.raises(cs.ProfileError, match="'2' reads a buffer that another stage changes"):
-        cs.profile(model, torch.randn(2, 4))
+    model = nn.Sequential(Writes(shared), nn.BatchNorm1d(4), Reads(shared), nn.Linear(4, 4))
+    signature = cs.profile(model, torch.randn(2, 4)).signature
+    assert signature.hidden == ("0.shared", "2.shared")
     assert torch.equal(shared, torch.ones(4))
-    # Both change it, and neither reads it.
-    cs.profile(nn.Sequential(Writes(shared), nn.Tanh(), Writes(shared)), torch.randn(2, 4))
 
 
 def test_a_buffer_that_is_returned_and_changed_is_refused() -> None:
     model = nn.Sequential(*[Writes(torch.ones(4), returns=True) for _ in range(3)])
-    with pytest.raises(cs.ProfileError, match="a buffer that it reads and changes"):
+    with pytest.raises(cs.ProfileError, match=r"stage '0' returns a buffer that it reads and chan"):
         cs.profile(model, torch.randn(2, 4), loss=lambda output: output[0].sum())
 
 

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ckptsched.errors import InfeasibleBudgetError, WorkloadError
+from ckptsched.planner import plan
 from ckptsched.progress import listening
 from ckptsched.simulator import simulate
 from ckptsched.solvers import ChainDp, Revolve, RunDp, Solution, run_bound, run_dp, run_kernel
@@ -234,6 +235,34 @@ def test_ten_thousand_stages_with_tapes() -> None:
     assert solution.trace.seconds <= solution.lower_bound_seconds * 1.0001
 
 
+@pytest.mark.parametrize("tape", [1, 4])
+def test_auto_asks_run_dp_however_long_a_uniform_chain_is(tape: int) -> None:
+    chain = uniform(30_000, state=1, tape=tape)
+    found = plan(chain, budget=104, cache=False)
+    assert found.solver == "run_dp"
+    assert found.trace.peak_bytes <= 104
+    assert found.trace.forwards < Revolve().solve(chain, 104).trace.forwards
+    assert found.schedule_class != "binomial (states and one tape)"
+    assert found.trace.seconds <= found.lower_bound_seconds * 1.001
+
+
+@pytest.mark.parametrize("budget", [2_500, 5_000, 9_000])
+def test_states_of_a_byte_in_slots_of_several(budget: int) -> None:
+    # A group's state is rounded to nothing there, so it must be small beside the group's tapes.
+    chain = uniform(10_000, state=1, tape=1)
+    solution = RunDp().solve(chain, budget)
+    assert solution.rounding_unit_bytes > 1
+    assert solution.trace.peak_bytes <= budget
+    assert solution.trace.seconds <= solution.lower_bound_seconds * 1.01
+
+
+def test_a_chain_too_long_for_its_tables_is_refused_before_they_are_made() -> None:
+    chain = uniform(run_dp.MOST_STAGES + 1, state=1, tape=1)
+    assert not takes(chain)
+    with pytest.raises(WorkloadError, match="takes chains of up to"):
+        RunDp().solve(chain, 100)
+
+
 def test_long_blocks_of_a_network() -> None:
     chain = Chain.load(INSTANCES / "ode_L8_Nt64.json")
     unit = chain_sizes(chain).common_divisor
@@ -281,3 +310,11 @@ def test_very_long_runs_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> 
     rounded = RunDp().solve(chain, 600)
     assert rounded.rounding_unit_bytes > 1 == exact.rounding_unit_bytes
     assert rounded.trace.peak_bytes <= 600
+
+
+@pytest.mark.parametrize("budget", [150_000, 180_000, 250_000])
+def test_large_tapes_are_not_put_into_groups(budget: int) -> None:
+    # Two of these tapes hardly fit, though they are far from whole slots.
+    solution = RunDp().solve(uniform(1000, state=8191, tape=65_537), budget)
+    assert solution.rounding_unit_bytes > 1
+    assert solution.trace.seconds <= solution.lower_bound_seconds * 1.005

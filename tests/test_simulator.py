@@ -91,6 +91,28 @@ def test_live_values_add_up_to_the_peak() -> None:
         ("F1 T2 turn B2 B1", 4, "tape[1] is not stored"),
         ("F1 T2 -x1", 2, "tape[2] holds state[1], which this would forget"),
         ("T1 T2 -t1", 2, "tape[2] holds state[1], which this would forget"),
+        (
+            "F1 T2 turn T1 -x1 B2 B1 -x0",
+            4,
+            "tape[2] holds state[1], which this would forget: it was made from state[1] and keeps "
+            "that copy, which can go after B2 or -t2 only",
+        ),
+        (
+            "T1 T2 turn F1 -t1 B2 -x1",
+            4,
+            "tape[2] holds state[1], which this would forget: it was made from tape[1] and keeps "
+            "that copy, which can go after B2 or -t2 only",
+        ),
+        (
+            "T1 F1 T2 turn -x1",  # a run reads the bare state where both are there
+            4,
+            "tape[2] holds state[1], which this would forget: it was made from state[1]",
+        ),
+        (
+            "F1 T2 turn t2:device>host -t2 -x1 t2:host>device",
+            6,
+            "tape[2] holds state[1], which is not available",
+        ),
         ("F1 -x2", 1, "state[2] is not stored"),
         ("F1 -x1 -x1", 2, "state[1] is not stored"),
         ("-x3", 0, "the chain has stages 1 to 2"),
@@ -115,6 +137,18 @@ def test_every_rule_has_its_message(text: str, position: int, reason: str) -> No
     assert error.operation == text.split()[position]
     assert error.reason.startswith(reason)
     assert f"invalid schedule at operation {position} {error.operation}: {reason}" in str(error)
+
+
+def test_of_two_copies_the_one_that_no_tape_holds_may_go() -> None:
+    chain = example("E1")
+    for text in (
+        "F1 T2 turn T1 -t1 B2 -x1 T1 B1 -x0",
+        "T1 T2 turn F1 -x1 B2 B1 -x0",
+        "F1 T2 turn T1 -t2 -x1 T2 B2 B1 -x0",
+        "F1 T2 x1:device>host turn t2:device>host -t2 -x1 "
+        "x1:host>device -x1@host t2:host>device -t2@host B2 -x1 T1 B1 -x0",
+    ):
+        run(chain, text)
 
 
 def test_a_tape_is_charged_by_its_option() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 import ckptsched as cs
+from ckptsched.cli import main
 from ckptsched.context import RandomState
 from ckptsched.run import _Stored
 from ckptsched.trees import State
@@ -152,3 +156,55 @@ def test_verify_refuses_no_grad() -> None:
     plan = planned(model, x)
     with torch.no_grad(), pytest.raises(cs.PlanMismatchError, match=r"outside torch\.no_grad"):
         cs.verify(model, plan, x)
+
+
+FAULTY = """
+import ckptsched as cs
+from torch import nn
+
+class Faulty(nn.Linear):
+    def forward(self, x):
+        return super().forward(x if FAULT and cs.is_recomputing() and self.armed else x + 1)
+
+def build(fault=0):
+    net = nn.Sequential(*[Faulty(8, 8) for _ in range(4)])
+    for part in net:
+        part.armed = bool(fault)
+    return net
+
+FAULT = True
+"""
+
+
+def test_the_command_ends_with_code_1_for_a_planted_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "faulty_nets.py").write_text(FAULTY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    build = importlib.import_module("faulty_nets").build
+    plan = tmp_path / "plan.json"
+    planned(build(), torch.randn(4, 8), "every_stage").save(plan)
+    command = ["verify", "faulty_nets:build", str(plan), "--input", "4x8", "--rounds", "0"]
+    for fault, code in ((0, 0), (1, 1)):
+        result = CliRunner().invoke(main, [*command, "--arg", f"fault={fault}"])
+        assert result.exit_code == code, result.output
+        assert result.output.splitlines()[-1].split() == ["verified", "NO" if code else "yes"]
+
+
+def test_a_generator_that_is_not_put_back_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Drawing(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8)
+            self.source = torch.Generator().manual_seed(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.rand(x.shape, generator=self.source)
+
+    model, x = nn.Sequential(*[Drawing() for _ in range(4)]), torch.randn(4, 8)
+    plan = planned(model, x, "every_2")
+    assert cs.verify(model, plan, x).ok
+    monkeypatch.setattr("ckptsched.program.own_generators", lambda *_: ())
+    result = cs.verify(model, plan, x)
+    assert not result.gradients_equal
+    assert not result.random_state_equal
+    assert not result.ok

@@ -7,15 +7,17 @@ import inspect
 import math
 from collections.abc import Callable, Hashable, Mapping
 from types import MappingProxyType
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import WorkloadError
 from ..tracing import StageCall, StagedModule
-from .steps import Slope, runge_kutta_step
-from .tableaus import ButcherTableau, find_tableau
+from .methods import find_tableau
+from .slopes import slope_count, slope_step
+from .steps import Slope, Time, runge_kutta_step
+from .tableaus import ButcherTableau
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 _TWO_KINDS = (
@@ -28,34 +30,39 @@ _TWO_KINDS = (
 class StepStage(StageCall):
     """One time step of an `ODEBlock`."""
 
-    __slots__ = ("index", "module")
+    __slots__ = ("index", "module", "part")
 
     module: ODEBlock
 
-    def __init__(self, block: ODEBlock, index: int) -> None:
+    def __init__(self, block: ODEBlock, index: int, part: int | None = None) -> None:
         """Name a step.
 
         Args:
             block: The block that the step belongs to.
             index: 0 for the first step.
+            part: Which of its slopes, from 0; None for the whole step.
         """
         self.prefix = ""
         self.module = block
         self.index = index
+        self.part = part
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Advance the state by this step."""
-        return self.module.step(self.index, x, *args, **kwargs)
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Advance the state by this step, or this slope of it."""
+        if self.part is None:
+            return self.module.step(self.index, x, *args, **kwargs)
+        return self.module.step_part(self.index, self.part, x, *args, **kwargs)
 
     @property
     def label(self) -> str:
-        """The index as in "step[7]"."""
-        return f"step[{self.index}]"
+        """The index as in "step[7]", or "slope 2 of step[7]"."""
+        prefix = "" if self.part is None else f"slope {self.part} of "
+        return f"{prefix}step[{self.index}]"
 
     @property
     def key(self) -> Hashable:
         """Equal for all steps of a block: they differ in the time only."""
-        return ("step", id(self.module))
+        return ("step", id(self.module), self.part)
 
 
 @final
@@ -70,11 +77,14 @@ class ODEBlock(StagedModule):
         f: The right-hand side: a module, or a function that owns no parameters. It is
             called as f(z), or as f(t, z) with t a tensor of no dimensions in the state's dtype
             (torchdiffeq's order), and returns a tensor of z's shape and dtype.
-        method: "euler", "midpoint", "heun", "rk4", or a `ButcherTableau`.
+        method: A name in `ode.METHODS`, such as "euler", "midpoint", "heun", "rk4" (the classic
+            one) or "dopri5", or a `ButcherTableau`.
         steps: Number of equal steps, at least 1.
         t0: Time of the state that comes in.
         t1: Time of the state that goes out; may lie before t0.
         time_dependent: Whether f takes the time; None reads it off the signature of f.
+        granularity: What a stage is: a "step", or each "slope" of a step, so that the tape of one
+            evaluation of f is the least memory, and not that of all in a step.
 
     Raises:
         WorkloadError: An argument that is none of the above.
@@ -98,6 +108,7 @@ class ODEBlock(StagedModule):
         t0: float = 0.0,
         t1: float = 1.0,
         time_dependent: bool | None = None,
+        granularity: Literal["step", "slope"] = "step",
     ) -> None:
         super().__init__()
         _check_function(f)
@@ -108,16 +119,22 @@ class ODEBlock(StagedModule):
             raise WorkloadError(f"t0 and t1 are both {t0}: nothing to solve; let them differ")
         if time_dependent is not None and not isinstance(time_dependent, bool):
             raise WorkloadError(f"time_dependent is {time_dependent!r}; give True, False or None")
+        if granularity not in ("step", "slope"):
+            raise WorkloadError(f"granularity is {granularity!r}; give 'step' or 'slope'")
         self.f = f
         self.tableau = find_tableau(method)
         self.steps = steps
+        self.granularity = granularity
         self.t0 = t0
         self.t1 = t1
         self.time_dependent = takes_time(f) if time_dependent is None else time_dependent
 
     def stages(self) -> list[StageCall]:
-        """The time steps in order; a small object each."""
-        return [StepStage(self, index) for index in range(self.steps)]
+        """The time steps, or their slopes, in order; a small object each."""
+        if self.granularity == "step":
+            return [StepStage(self, index) for index in range(self.steps)]
+        parts = range(slope_count(self.tableau))
+        return [StepStage(self, index, part) for index in range(self.steps) for part in parts]
 
     def step(self, index: int, z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Advance the state by one time step.
@@ -134,12 +151,33 @@ class ODEBlock(StagedModule):
         Raises:
             ExecutionError: f does not return a slope of the state's shape and dtype.
         """
+        slope = self._right_hand_side(args, kwargs)
+        return runge_kutta_step(slope, self.tableau, self._start(index), self.h, z)
+
+    def step_part(self, index: int, part: int, state: Any, *args: Any, **kwargs: Any) -> Any:
+        """Do one slope of a time step.
+
+        Args:
+            index: 0 for the first step.
+            part: 0 for its first slope.
+            state: The state at the start of the step, or what the slope before returned.
+            args: What f is given besides the state.
+            kwargs: The same by name.
+
+        Returns:
+            What the next slope takes; the state at the end of the step from the last.
+        """
+        slope = self._right_hand_side(args, kwargs)
+        return slope_step(slope, self.tableau, self._start(index), self.h, part, state)
+
+    def _start(self, index: int) -> float:
         # From t0 each time: adding up h would let the time drift over many steps.
-        t = self.t0 + (self.t1 - self.t0) * (index / self.steps)
-        slope: Slope = self._slope
+        return self.t0 + (self.t1 - self.t0) * (index / self.steps)
+
+    def _right_hand_side(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Slope:
         if args or kwargs:
-            slope = functools.partial(self._slope, args=args, kwargs=kwargs)
-        return runge_kutta_step(slope, self.tableau, t, self.h, z)
+            return functools.partial(self._slope, args=args, kwargs=kwargs)
+        return self._slope
 
     @property
     def h(self) -> float:
@@ -149,21 +187,23 @@ class ODEBlock(StagedModule):
     @property
     def evaluations(self) -> int:
         """How often a forward pass evaluates f."""
-        return self.steps * self.tableau.slopes
+        return self.steps * self.tableau.evaluations
 
     def _slope(
-        self, t: float, z: Tensor, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = _NONE
+        self, t: Time, z: Tensor, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = _NONE
     ) -> Tensor:
         if not self.time_dependent:
             return self.f(z, *args, **kwargs)
         # Filled on the device: a tensor made from a Python number would be copied there,
         # and on CUDA the step would wait for it.
-        time = torch.full((), t, dtype=z.dtype.to_real(), device=z.device)
+        time = torch.full((), float(t), dtype=z.dtype.to_real(), device=z.device)
         return self.f(time, z, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """Method, steps and times, for `print(model)`."""
-        return f"method={self.tableau.name!r}, steps={self.steps}, t0={self.t0}, t1={self.t1}"
+        return f"method={self.tableau.name!r}, steps={self.steps}, t0={self.t0}, t1={self.t1}" + (
+            "" if self.granularity == "step" else ", granularity='slope'"
+        )
 
 
 def takes_time(f: Callable[..., Tensor]) -> bool:
@@ -175,6 +215,8 @@ def takes_time(f: Callable[..., Tensor]) -> bool:
     Raises:
         WorkloadError: The signature cannot be read, or fits neither.
     """
+    # What torch.compile makes of a module keeps it under this name, and takes any arguments.
+    f = getattr(f, "_orig_mod", f)
     called = f.forward if isinstance(f, nn.Module) else f
     try:
         parameters = list(inspect.signature(called).parameters.values())

@@ -1,4 +1,4 @@
-"""Explicit Runge-Kutta methods as data that checks itself."""
+"""The form of explicit Runge-Kutta methods: data that checks itself."""
 
 from __future__ import annotations
 
@@ -44,6 +44,16 @@ class ButcherTableau:
     c: tuple[float, ...]
     """Times of the slopes, as shares of the step."""
 
+    b_error: tuple[float, ...] | None = None
+    """b less the weights of an embedded method: what the slopes say of a step's error. None where
+    the method has none."""
+    embedded_order: int = 0
+    """Order of the embedded method; checked, and that it is not higher. 0 where there is none."""
+    mid: tuple[float, ...] | None = None
+    """Weights that give the state halfway, z + h sum_i mid_i k_i; checked for the order of the
+    method or four, whichever is less: with states and slopes at both ends they make a quartic that
+    is right to that order inside the step. None where the method has none."""
+
     def __post_init__(self) -> None:
         """Refuse coefficients that are not those of a method of the stated order.
 
@@ -58,9 +68,17 @@ class ButcherTableau:
                     f"tableau {self.name!r}: row {i} of a sums to {math.fsum(row)!r}, but "
                     f"c[{i}] is {c_i!r}; they must be equal, so correct one of them"
                 )
+        derivative = _Derivatives(self.a)
+        self._check_order(derivative)
+        if self.mid is not None:
+            self._check_mid(derivative, self.mid)
+        if self.b_error is not None:
+            self._check_embedded(derivative, self.b_error)
+
+    def _check_order(self, derivative: _Derivatives) -> None:
         for vertices in range(1, self.order + 1):
             for tree in _trees(vertices):
-                found, needed = self._weight(tree), 1 / _density(tree)
+                found, needed = derivative.weight(self.b, tree), 1 / _density(tree)
                 if abs(found - needed) > _TOLERANCE:
                     raise WorkloadError(
                         f"tableau {self.name!r}: an order condition for order {vertices} "
@@ -68,6 +86,40 @@ class ButcherTableau:
                         f"{' (the sum of b)' if vertices == 1 else ''}; correct a "
                         f"coefficient, or state order={vertices - 1} if that is what it has"
                     )
+
+    def _check_mid(self, derivative: _Derivatives, mid: tuple[float, ...]) -> None:
+        for vertices in range(1, min(self.order, 4) + 1):
+            for tree in _trees(vertices):
+                found, needed = derivative.weight(mid, tree), 0.5**vertices / _density(tree)
+                if abs(found - needed) > _TOLERANCE:
+                    raise WorkloadError(
+                        f"tableau {self.name!r}: an order condition for order {vertices} of the "
+                        f"state halfway gives {found!r} in place of {needed!r}; correct mid"
+                    )
+
+    def _check_embedded(self, derivative: _Derivatives, b_error: tuple[float, ...]) -> None:
+        """The embedded method has its order where its difference to this one sees no term."""
+        order = self.embedded_order
+        if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order < self.order:
+            raise WorkloadError(
+                f"tableau {self.name!r}: embedded_order is {order!r}; give that of the method "
+                f"whose weights are b - b_error, at least 1 and below {self.order}"
+            )
+        for vertices in range(1, order + 1):
+            for tree in _trees(vertices):
+                found = derivative.weight(b_error, tree)
+                if abs(found) > _TOLERANCE:
+                    raise WorkloadError(
+                        f"tableau {self.name!r}: an order condition for order {vertices} of the "
+                        f"embedded method is off by {found!r}; correct b_error, or state "
+                        f"embedded_order={vertices - 1} if that is what it has"
+                    )
+        if all(abs(derivative.weight(b_error, t)) <= _TOLERANCE for t in _trees(order + 1)):
+            raise WorkloadError(
+                f"tableau {self.name!r}: b_error sees no error of order {order + 1}, though the "
+                f"embedded method is said to be of order {order} only; correct b_error, or state "
+                f"embedded_order={order + 1}"
+            )
 
     def _check_shapes(self) -> None:
         if not isinstance(self.order, int) or isinstance(self.order, bool) or self.order < 1:
@@ -84,7 +136,18 @@ class ButcherTableau:
                     f"tableau {self.name!r}: row {i} of a has {len(row)} entries; an explicit "
                     f"method has {i} there, those below the diagonal"
                 )
-        for value in itertools.chain(*self.a, self.b, self.c):
+        for what, weights in (("b_error", self.b_error), ("mid", self.mid)):
+            if weights is not None and len(weights) != slopes:
+                raise WorkloadError(
+                    f"tableau {self.name!r}: {what} has {len(weights)} entries; give one for each "
+                    f"of the {slopes} slopes, or None"
+                )
+        if self.b_error is None and self.embedded_order != 0:
+            raise WorkloadError(
+                f"tableau {self.name!r}: embedded_order is {self.embedded_order!r} and b_error "
+                "None; give both or neither"
+            )
+        for value in itertools.chain(*self.a, self.b, self.c, self.b_error or (), self.mid or ()):
             if not math.isfinite(value):
                 raise WorkloadError(
                     f"tableau {self.name!r}: found the coefficient {value!r}; all must be finite"
@@ -92,21 +155,58 @@ class ButcherTableau:
 
     @property
     def slopes(self) -> int:
-        """Number of evaluations of f in a step."""
+        """Number of slopes; a step of a fixed grid leaves out those that it does not need."""
         return len(self.b)
 
-    def _weight(self, tree: _Tree) -> float:
-        """The elementary weight: what the method makes of one term of the Taylor series."""
-        return math.fsum(b_i * d for b_i, d in zip(self.b, self._derivative(tree), strict=True))
+    @property
+    def needed(self) -> tuple[int, ...]:
+        """Indices of the slopes that z + h sum_i b_i k_i depends on, directly or through others."""
+        wanted = [b_i != 0.0 for b_i in self.b]
+        for i in reversed(range(self.slopes)):
+            if wanted[i]:
+                for j, a_ij in enumerate(self.a[i]):
+                    wanted[j] |= a_ij != 0.0
+        return tuple(i for i, flag in enumerate(wanted) if flag)
 
-    def _derivative(self, tree: _Tree) -> list[float]:
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of f that a step of a fixed grid makes."""
+        return len(self.needed)
+
+    @property
+    def is_fsal(self) -> bool:
+        """Whether the last slope is the first of the next step (first same as last)."""
+        return (
+            self.slopes > 1
+            and self.c[-1] == 1.0
+            and self.b[-1] == 0.0
+            and self.a[-1] == self.b[:-1]
+        )
+
+
+@final
+class _Derivatives:
+    """What the slopes make of the terms of the Taylor series, each worked out once."""
+
+    def __init__(self, a: tuple[tuple[float, ...], ...]) -> None:
+        self._a = a
+        self._known: dict[_Tree, list[float]] = {}
+
+    def weight(self, weights: tuple[float, ...], tree: _Tree) -> float:
+        """The elementary weight: what weights of the slopes make of one term."""
+        return math.fsum(w * d for w, d in zip(weights, self._of(tree), strict=True))
+
+    def _of(self, tree: _Tree) -> list[float]:
         """Weight of the tree in each slope: the product over the branches of sum_j a_ij."""
-        weights = [1.0] * self.slopes
-        for branch in tree:
-            inner = self._derivative(branch)
-            for i, row in enumerate(self.a):
-                weights[i] *= math.fsum(a_ij * inner[j] for j, a_ij in enumerate(row))
-        return weights
+        found = self._known.get(tree)
+        if found is None:
+            found = [1.0] * len(self._a)
+            for branch in tree:
+                inner = self._of(branch)
+                for i, row in enumerate(self._a):
+                    found[i] *= math.fsum(a_ij * inner[j] for j, a_ij in enumerate(row))
+            self._known[tree] = found
+        return found
 
 
 @functools.cache
@@ -134,53 +234,3 @@ def _vertices(tree: _Tree) -> int:
 def _density(tree: _Tree) -> int:
     """Product over all vertices of the vertices in the subtree there."""
     return _vertices(tree) * math.prod(map(_density, tree))
-
-
-EULER = ButcherTableau(name="euler", order=1, a=((),), b=(1.0,), c=(0.0,))
-"""One slope, at the start: the step of a residual network."""
-
-MIDPOINT = ButcherTableau(name="midpoint", order=2, a=((), (1 / 2,)), b=(0.0, 1.0), c=(0.0, 1 / 2))
-"""The slope halfway; what the code released with ANODE calls RK2."""
-
-HEUN = ButcherTableau(name="heun", order=2, a=((), (1.0,)), b=(1 / 2, 1 / 2), c=(0.0, 1.0))
-"""The explicit trapezoidal rule: the mean of the slopes at both ends."""
-
-RK4 = ButcherTableau(
-    name="rk4",
-    order=4,
-    a=((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)),
-    b=(1 / 6, 1 / 3, 1 / 3, 1 / 6),
-    c=(0.0, 1 / 2, 1 / 2, 1.0),
-)
-"""The classic method of order four."""
-
-METHODS = {
-    "euler": EULER,
-    "midpoint": MIDPOINT,
-    "heun": HEUN,
-    "rk4": RK4,
-}
-"""Every method by its name. There is no "rk2": the ANODE paper's is Heun's to some readers and
-the midpoint rule in its released code."""
-
-
-def find_tableau(method: str | ButcherTableau) -> ButcherTableau:
-    """Look a method up by its name.
-
-    Args:
-        method: A name in `METHODS`, or a tableau, which is handed back.
-
-    Returns:
-        The coefficients.
-
-    Raises:
-        WorkloadError: There is no such name.
-    """
-    if isinstance(method, ButcherTableau):
-        return method
-    if isinstance(method, str) and method in METHODS:
-        return METHODS[method]
-    raise WorkloadError(
-        f"unknown method {method!r}; give one of {', '.join(map(repr, METHODS))} "
-        "or a ButcherTableau"
-    )

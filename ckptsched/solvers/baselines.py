@@ -132,10 +132,8 @@ class Baseline(AbstractSolver):
         if self.name == "input_only":
             again = float(forward @ np.arange(n - 1, -1, -1))
             return Guess(self, int(tapes.max()), chain.store_all_seconds + again)
-        segments = self._segments(chain)
-        starts = np.array([segment.first - 1 for segment in segments])
-        last_states = states[[segment.last - 1 for segment in segments[:-1]]]
-        taped = np.array([segment.taped for segment in segments])
+        firsts, lasts, taped = self._spans(chain)
+        starts, last_states = firsts - 1, states[lasts[:-1] - 1]
         # While a segment is run again, its tapes are there, the states that were kept before it,
         # and the tapes of those before it that were taped at once.
         sums = np.add.reduceat(tapes, starts)
@@ -145,17 +143,26 @@ class Baseline(AbstractSolver):
         return Guess(self, least, chain.store_all_seconds + again)
 
     def _segments(self, chain: Chain) -> list[_Segment]:
+        columns = (column.tolist() for column in self._spans(chain))
+        return [_Segment(a, b, taped=taped) for a, b, taped in zip(*columns, strict=True)]
+
+    def _spans(
+        self, chain: Chain
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """First and last stage of each segment, and whether it is taped at once."""
         n = len(chain)
         if self.name == "store_all":
-            return [_Segment(1, n, taped=True)]
+            return np.array([1]), np.array([n]), np.array([True])
         if self.name == "anode":
-            spans = [(block.first, block.last) for block in chain.blocks] or [(1, n)]
-            return [_Segment(a, b, taped=a == b or b == n) for a, b in spans]
+            blocks = chain.blocks
+            first = np.array([block.first for block in blocks] or [1])
+            last = np.array([block.last for block in blocks] or [n])
+            return first, last, (first == last) | (last == n)
         match = _EVERY.fullmatch(self.name)
         k = int(match[1]) if match else 1 if self.name == "every_stage" else round(math.sqrt(n))
-        ends = [min(a + k - 1, n) for a in range(1, n + 1, k)]
-        starts = range(1, n + 1, k)
-        return [_Segment(a, b, taped=b == n) for a, b in zip(starts, ends, strict=True)]
+        first = np.arange(1, n + 1, k)
+        last = np.minimum(first + k - 1, n)
+        return first, last, last == n
 
 
 def _segmented(n: int, segments: Iterable[_Segment]) -> Schedule:

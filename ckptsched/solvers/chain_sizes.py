@@ -264,6 +264,8 @@ def _planning_sizes(chain: Chain) -> ChainSizes:
 def _planning_tapings(chain: Chain, later: Bytes) -> Tapings:
     """Every tape of every stage."""
     columns = chain.arrays
+    if not chain.offers_tapes:
+        return _own_tapings(chain, later)
     tapes = [(i, k, tape) for i, x in enumerate(chain.stages, 1) for k, tape in enumerate(x.tapes)]
     stage = np.array([i for i, _, _ in tapes], dtype=np.int64)
     w_t = np.array([tape.tape_bytes for _, _, tape in tapes], dtype=np.int64)
@@ -282,6 +284,24 @@ def _planning_tapings(chain: Chain, later: Bytes) -> Tapings:
         backward_after_turn=backward,
         after=stage + 1,
         extra_seconds=seconds - fastest[stage - 1],
+    )
+
+
+def _own_tapings(chain: Chain, later: Bytes) -> Tapings:
+    """The one tape of every stage."""
+    columns, stage = chain.arrays, np.arange(1, len(chain) + 1)
+    w_t, w_g = columns.tape_bytes[1:], columns.gradient_bytes
+    backward = w_t + w_g[1:] + w_g[:-1] + columns.backward_overhead_bytes[1:]
+    backward = backward + later[stage] + columns.parameter_gradient_bytes[1:]
+    return Tapings(
+        start=stage,
+        option=np.zeros(len(chain), dtype=np.int64),
+        tape=w_t,
+        forward=w_t + columns.forward_overhead_bytes[1:],
+        backward=backward,
+        backward_after_turn=backward,
+        after=stage + 1,
+        extra_seconds=np.zeros(len(chain)),
     )
 
 

@@ -22,8 +22,10 @@ from ..workload import Chain
 from .base import AbstractSolver, Solution
 from .chain_dp import ChainDp
 from .pinned_bound import least_pinned_bytes, pinned_lower_bounds, pinned_table
+from .pinned_least import LeastSearch
+from .pinned_moves import NEXT_BITS, NEXT_MASK, key_width, tapes_beside_states
 from .pinned_sizes import PinnedSizes, are_runs_fastest, pinned_sizes
-from .pinned_space import NEXT_BITS, NEXT_MASK, PinnedSearch, Problem, key_width
+from .pinned_space import PinnedSearch, Problem
 
 ALL_PINNED = "all pinned schedules"
 """Name of the class in certificates."""
@@ -31,8 +33,6 @@ ALL = "all schedules"
 """Name of the class of which storing everything is the fastest."""
 MOST_POSITIONS = 4_000_000
 """By default a search gives up at so many positions: some 250 MB."""
-# Of those that look for the least budget, so many may give up.
-_SEARCHES_FOR_LEAST = 8
 # Sums of the same seconds in another order differ by less.
 _ROUNDING = 1e-12
 
@@ -172,23 +172,12 @@ class ExactSearch(AbstractSolver):
         )
 
     def _least(self, chain: Chain, sizes: PinnedSizes, feasible: int, known: int | None) -> int:
-        """The least budget that some pinned schedule keeps, as far as searches can tell.
-
-        All of them together meet no more positions than one search for a schedule may.
-        """
-        left = self.most_positions
-        share = -(-left // _SEARCHES_FOR_LEAST)
+        """The least budget that some pinned schedule keeps, as far as a search can tell."""
         most = feasible if known is None else min(feasible, known)
-        least = most if chain.has_ledger else min(most, least_pinned_bytes(sizes))
-        while least < most and left >= share:
-            middle = (least + most) // 2
-            search = _search(sizes, middle, math.inf, share)
-            if search.run() is None:
-                least = middle + 1  # or not found within the limit
-            else:
-                most = middle
-            left -= max(search.positions, 1)
-        return most
+        if chain.has_ledger:
+            return most
+        least = min(most, least_pinned_bytes(sizes))
+        return LeastSearch(sizes, least, most, self.most_positions).run()
 
     def _infeasible(
         self, chain: Chain, sizes: PinnedSizes, known: InfeasibleBudgetError, *, proven: bool
@@ -228,20 +217,11 @@ def _search(
         offset=table.offset,
         unit=table.unit,
         base=np.cumsum(sizes.base_seconds),
-        beside=_beside(sizes),
+        beside=tapes_beside_states(sizes),
         budget=free,
         width=width,
     )
     return PinnedSearch(problem, upper_seconds * (1 - _ROUNDING), most_positions)
-
-
-def _beside(sizes: PinnedSizes) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Where it may pay to make tape i while tape i + 1 keeps state i (docs/theory.md, lemma 1)."""
-    n = len(sizes.state) - 1
-    tapes = np.minimum.reduceat(sizes.tape, sizes.first_tape[1 : n + 1])
-    beside = np.zeros(n + 1, dtype=np.bool_)
-    beside[1:n] = sizes.level[1:n] > sizes.state[1:n] + tapes[1:]
-    return beside
 
 
 def lower(sizes: PinnedSizes, path: list[int]) -> Schedule:

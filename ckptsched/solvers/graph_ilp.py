@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import final
 
@@ -18,7 +20,7 @@ from ..trace import Trace
 from ..workload import Chain
 from .base import AbstractSolver, Solution, infeasible
 from .graph_cuts import ALL_SCHEDULES, GraphCuts, Judged, plain_schedules
-from .graph_milp import Outcome, minimise
+from .graph_milp import minimise
 from .graph_model import GraphModel
 from .graph_orders import Reordered, orders
 from .graph_runs import with_drops
@@ -30,6 +32,8 @@ MOST_NODES = 150
 MOST_ORDERS = 24
 # Up to so many nodes two sweeps a phase are searched: that is some five times the work.
 _TWO_SWEEPS_NODES = 10
+# Of the time for a budget, what the least budget may take.
+_LEAST_SHARE = 0.25
 
 FRONTIER_ADVANCING = "frontier-advancing schedules"
 """The class that `GraphIlp` searches."""
@@ -57,7 +61,8 @@ class GraphIlp(AbstractSolver):
     """
 
     time_limit_seconds: float = 60.0
-    """Seconds of the solver for each budget, and once for the least budget."""
+    """Seconds for each budget, a quarter of the first's for the least budget; roughly, as what was
+    begun is ended: a part of the program that is written down, a step of the solver."""
     sweeps: int | None = None
     """Sweeps a phase; None for two on graphs of up to ten nodes, one on larger ones."""
 
@@ -94,7 +99,16 @@ class GraphIlp(AbstractSolver):
     def solve_each(
         self, chain: Chain | Graph, budgets: Sequence[int]
     ) -> list[Solution | InfeasibleBudgetError]:
-        """Solve for several budgets; the least budget is looked for once."""
+        """Solve for several budgets; the least budget is looked for once.
+
+        Returns:
+            A solution for each budget, or why there is none: it is infeasible, or nothing was
+            found in time, which the message then says.
+
+        Raises:
+            SolverTimeoutError: The limit ended before anything was known of any budget.
+            WorkloadError: There are too many nodes.
+        """
         if len(chain) > MOST_NODES:
             raise WorkloadError(
                 f"graph_ilp takes at most {MOST_NODES} nodes, found {len(chain)}; graph_cuts "
@@ -103,12 +117,36 @@ class GraphIlp(AbstractSolver):
         graph = Graph.from_chain(chain) if isinstance(chain, Chain) else chain
         sweeps = self.sweeps or (2 if len(graph) <= _TWO_SWEEPS_NODES else 1)
         search = _Search(chain, graph, self.time_limit_seconds, sweeps)
+        # First, as from a plain schedule the solver finds more than from one that is nearly good.
+        search.find_least()
         for solution in GraphCuts().solve_each(graph, budgets):
             if isinstance(solution, Solution):
                 search.know(solution.schedule)
         # A larger budget chooses from what a smaller one found, too.
         found = {budget: search.solve(budget) for budget in sorted(set(budgets))}
-        return [found[budget] for budget in budgets]
+        least = search.least[1].peak_bytes
+        return _answers([found[budget] for budget in budgets], budgets, least)
+
+
+def _answers(
+    found: Sequence[Solution | InfeasibleBudgetError | SolverTimeoutError],
+    budgets: Sequence[int],
+    least: int,
+) -> list[Solution | InfeasibleBudgetError]:
+    """What is said of each budget; raises where the time sufficed for none."""
+    late = [x for x in found if isinstance(x, SolverTimeoutError)]
+    if late and len(late) == len(found):
+        raise late[0]
+    return [
+        InfeasibleBudgetError(str(x), budget_bytes=budget, least_budget_bytes=least)
+        if isinstance(x, SolverTimeoutError)
+        else x
+        for x, budget in zip(found, budgets, strict=True)
+    ]
+
+
+class _TimeUpError(Exception):
+    """The time for a program is over before it is written."""
 
 
 @final
@@ -121,7 +159,7 @@ class _Search:
     graph: Graph
     """The same as a graph."""
     limit: float
-    """Seconds of the solver, for each budget."""
+    """Seconds for each budget."""
     sweeps: int
     """Sweeps a phase."""
     orders: list[Reordered] = field(init=False)
@@ -130,9 +168,14 @@ class _Search:
     """Schedules and their simulations; all that is found is added."""
     least_bound: int = field(init=False)
     """No schedule of the class has a lower peak."""
+    begun: float = field(init=False)
+    """When the time for the next budget began."""
+    end: float = field(init=False)
+    """When the time for what is being solved is over."""
 
     def __post_init__(self) -> None:
-        """Find the least budget."""
+        """Take down what needs no solver."""
+        self.begun = time.perf_counter()
         self.orders, complete = orders(self.graph, MOST_ORDERS)
         self.schedule_class = FRONTIER_ADVANCING
         if self.sweeps > 1:
@@ -142,8 +185,13 @@ class _Search:
         if self.workload.has_ledger:
             self.schedule_class += PLANNING_SIZES
         self.known = plain_schedules(self.graph)
-        bound = self._minimise(None)
-        self.least_bound = int(min(max(bound, _largest(self.graph)), self.least[1].peak_bytes))
+        self.least_bound = _largest(self.graph)
+
+    def find_least(self) -> None:
+        """Look for the least budget."""
+        self.end = self.begun + _LEAST_SHARE * self.limit
+        bound = max(self._minimise(None), self.least_bound)
+        self.least_bound = int(min(bound, self.least[1].peak_bytes))
 
     @property
     def least(self) -> Judged:
@@ -165,19 +213,22 @@ class _Search:
         """Add the schedule of a program's solution."""
         return self.know(with_drops(self.graph, list(order.to_old(model.runs()))))
 
-    def solve(self, budget: int) -> Solution | InfeasibleBudgetError:
+    def solve(self, budget: int) -> Solution | InfeasibleBudgetError | SolverTimeoutError:
         """The best for one budget, and the proof."""
         if budget < self.least_bound:
             return self._infeasible(budget)
+        self.end = self.begun + self.limit
         name, bound = ALL_SCHEDULES, self.graph.store_all_seconds
         best = self.best(budget)
         if best is None or best[1].seconds > bound:
             name, bound = self.schedule_class, max(bound, self._minimise(budget))
             best = self.best(budget)
+        late, self.begun = time.perf_counter() > self.end, time.perf_counter()
         if best is None:
-            if bound == math.inf:
+            if math.isinf(bound):
+                self.least_bound = max(self.least_bound, budget + 1)
                 return self._infeasible(budget)
-            raise self._out_of_time(budget)
+            return self._out_of_time(budget) if late else self._not_found(budget)
         schedule, trace = best
         return Solution(
             schedule=schedule,
@@ -194,18 +245,35 @@ class _Search:
             A bound that holds wherever no better schedule is known; infinite where none of the
             class is better than those, or, if none is known, there is none.
         """
-        left, bound = self.limit, math.inf
-        for order in self.orders:
-            if left <= 0:
-                return 0.0
-            outcome, least = self._solve(order, budget, left)
-            left -= outcome.seconds
-            bound = min(bound, least)
+        bound = math.inf
+        try:
+            for order in self.orders:
+                bound = min(bound, self._solve(order, budget))
+        except _TimeUpError:
+            return 0.0
         return bound
 
-    def _solve(self, order: Reordered, budget: int | None, limit: float) -> tuple[Outcome, float]:
-        """Solve one order's program; returns its bound in bytes or seconds, too."""
-        model = GraphModel(order.graph, budget, sweeps=self.sweeps)
+    def _left(self) -> float:
+        """Seconds that are left for what is being solved."""
+        left = self.end - time.perf_counter()
+        if left <= 0:
+            raise _TimeUpError
+        return left
+
+    def _write(
+        self, order: Reordered, budget: int | None, *, rounds_up: bool = False
+    ) -> GraphModel:
+        return GraphModel(
+            order.graph,
+            budget,
+            sweeps=self.sweeps,
+            rounds_up=rounds_up,
+            before_sweep=self._left,
+        )
+
+    def _solve(self, order: Reordered, budget: int | None) -> float:
+        """Solve one order's program; returns its bound in bytes or seconds."""
+        model = self._write(order, budget)
         best = self.least if budget is None else self.best(budget)
         start = None
         if best is not None:
@@ -213,20 +281,22 @@ class _Search:
             if start is None:
                 model.at_most(best[1])
         what = f"integer program of {len(self.graph)} nodes"
-        outcome = minimise(model.problem, time_limit_seconds=limit, start=start, what=what)
+        left = self._left()
+        outcome = minimise(model.problem, time_limit_seconds=left, start=start, what=what)
         found = outcome.status in ("optimal", "stopped")
         trace = self._learn(order, model) if found else None
         if trace is not None and budget is not None and trace.peak_bytes > budget:
-            self._fit(order, budget, limit)
-        return outcome, model.bound(outcome.bound)
+            with suppress(_TimeUpError):  # the bound holds without
+                self._fit(order, budget)
+        return model.bound(outcome.bound)
 
-    def _fit(self, order: Reordered, budget: int, limit: float) -> None:
+    def _fit(self, order: Reordered, budget: int) -> None:
         """Solve again with sizes rounded up, where a schedule for those rounded down is too big."""
-        model = GraphModel(order.graph, budget, sweeps=self.sweeps, rounds_up=True)
+        model = self._write(order, budget, rounds_up=True)
         best = self.best(budget)
         if best is not None:
             model.at_most(best[1])
-        outcome = minimise(model.problem, time_limit_seconds=limit)
+        outcome = minimise(model.problem, time_limit_seconds=self._left())
         if outcome.status in ("optimal", "stopped"):
             self._learn(order, model)
 
@@ -234,13 +304,23 @@ class _Search:
         trace = simulate(self.workload, self.least[0], model="planning")
         return infeasible(self.workload, budget, trace, "frontier-advancing")
 
+    def _not_found(self, budget: int) -> InfeasibleBudgetError:
+        """The error where a budget is so close to the least that no proof tells them apart."""
+        least = self.least[1].peak_bytes
+        return InfeasibleBudgetError(
+            f"no frontier-advancing schedule was found for {exact_bytes(budget, budget=True)}, "
+            f"which is the least to within what rounding sizes takes: {exact_bytes(least)} works, "
+            f"and nothing less than {exact_bytes(self.least_bound)} does",
+            budget_bytes=budget,
+            least_budget_bytes=least,
+        )
+
     def _out_of_time(self, budget: int) -> SolverTimeoutError:
         least = self.least[1].peak_bytes
         return SolverTimeoutError(
             f"graph_ilp found no schedule for {exact_bytes(budget, budget=True)} "
-            f"in {self.limit:g} seconds, and no proof that there is none, to within what it rounds "
-            f"sizes by; a budget of {exact_bytes(least)} works, or a longer time "
-            "limit may",
+            f"in {self.limit:g} seconds, and no proof that there is none; a budget of "
+            f"{exact_bytes(least)} works, or a longer time limit may",
             limit_seconds=self.limit,
         )
 
@@ -261,7 +341,7 @@ def solve_graph(graph: Graph, budget_bytes: int, *, time_limit_seconds: float = 
     Args:
         graph: The graph.
         budget_bytes: Bytes that the simulated peak may reach.
-        time_limit_seconds: Seconds that the solver of the program may take, as in `GraphIlp`.
+        time_limit_seconds: Seconds that all of it may take, roughly, as in `GraphIlp`.
 
     Raises:
         InfeasibleBudgetError: Nothing fits that could be found.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -25,6 +26,8 @@ except ImportError:  # there is no wheel for every platform
     highspy = None  # type: ignore[assignment]
 
 _POLL_SECONDS = 0.1
+# What is left to the solver at the least; it stops before it has begun.
+_LEAST_SECONDS = 1e-9
 
 
 @final
@@ -36,8 +39,6 @@ class Outcome:
     """Proven optimal; stopped with a solution; proven infeasible; stopped without one."""
     bound: float
     """No solution is less, in the objective's units; minus infinity where nothing is known."""
-    seconds: float
-    """By the solver's own clock."""
 
 
 def minimise(
@@ -51,7 +52,8 @@ def minimise(
 
     Args:
         problem: What to minimise.
-        time_limit_seconds: Seconds after which the solver stops with what it has.
+        time_limit_seconds: Seconds after which the solver stops with what it has; handing the
+            program over to it is part of them.
         start: Values of the whole variables of a known solution.
         what: What is being solved, for those who listen to progress.
     """
@@ -68,11 +70,14 @@ def _by_highs(
 ) -> Outcome:
     # One thread, so that the same program has the same solution again. Without presolve, which in
     # HiGHS 1.15 cuts off optima: it calls costlier solutions optimal, others with another seed.
-    options = {"timeLimit": limit, "gapRel": 0.0, "threads": 1, "parallel": "off"}
+    options = {"gapRel": 0.0, "threads": 1, "parallel": "off"}
+    begun = time.perf_counter()
     solver = pulp.HiGHS(msg=False, presolve="off", **options)
     solver.createAndConfigureSolver(problem)
     solver.buildSolverModel(problem)
     highs = problem.solverModel
+    limit = max(limit - (time.perf_counter() - begun), _LEAST_SECONDS)
+    highs.setOptionValue("time_limit", limit)
     if start:
         columns = np.array([x.index for x in start], dtype=np.int32)
         highs.setSolution(len(start), columns, np.array(list(start.values()), dtype=np.float64))
@@ -81,17 +86,16 @@ def _by_highs(
     found = info.primal_solution_status == int(highspy.SolutionStatus.kSolutionStatusFeasible)
     if found:
         solver.findSolutionValues(problem)
-    seconds = float(highs.getRunTime())
     problem.solverModel = None
     if status in (
         highspy.HighsModelStatus.kInfeasible,
         highspy.HighsModelStatus.kUnboundedOrInfeasible,  # nothing here is unbounded
     ):
-        return Outcome("infeasible", math.inf, seconds)
+        return Outcome("infeasible", math.inf)
     if status == highspy.HighsModelStatus.kOptimal:
-        return Outcome("optimal", float(info.mip_dual_bound), seconds)
+        return Outcome("optimal", float(info.mip_dual_bound))
     bound = float(info.mip_dual_bound) if info.valid else -math.inf  # invalid: it never began
-    return Outcome("stopped" if found else "unknown", bound, seconds)
+    return Outcome("stopped" if found else "unknown", bound)
 
 
 def _run(highs: Any, limit: float, what: str) -> None:
@@ -142,10 +146,9 @@ def _by_cbc(
         )
         solver.tmpDir = folder
         problem.solve(solver)
-    seconds = float(problem.solutionCpuTime or 0.0)
     if problem.sol_status == pulp.LpSolutionOptimal:
-        return Outcome("optimal", float(pulp.value(problem.objective)), seconds)
+        return Outcome("optimal", float(pulp.value(problem.objective)))
     if problem.sol_status == pulp.LpSolutionInfeasible:
-        return Outcome("infeasible", math.inf, seconds)
+        return Outcome("infeasible", math.inf)
     found = problem.sol_status == pulp.LpSolutionIntegerFeasible
-    return Outcome("stopped" if found else "unknown", -math.inf, seconds)
+    return Outcome("stopped" if found else "unknown", -math.inf)

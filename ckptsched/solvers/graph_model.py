@@ -10,7 +10,7 @@ variables is continuous. Variables and constraints stand in `docs/graphs.md`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias, final
 
@@ -64,7 +64,13 @@ class GraphModel:
     """The program for one graph, in PuLP."""
 
     def __init__(
-        self, graph: Graph, budget_bytes: int | None, *, sweeps: int = 1, rounds_up: bool = False
+        self,
+        graph: Graph,
+        budget_bytes: int | None,
+        *,
+        sweeps: int = 1,
+        rounds_up: bool = False,
+        before_sweep: Callable[[], object] = lambda: None,
     ) -> None:
         """Write the program down.
 
@@ -75,6 +81,7 @@ class GraphModel:
             sweeps: How often a phase may go through the nodes.
             rounds_up: Whether sizes are rounded up, so that every solution fits; else down, so
                 that nothing that fits is lost and bounds hold.
+            before_sweep: Called again and again while the program is written; may raise.
         """
         self.graph, columns, self.budget_bytes = graph, graph.arrays, budget_bytes
         self.byte_unit, self._rounds_up = _byte_unit(graph, budget_bytes), rounds_up
@@ -105,6 +112,7 @@ class GraphModel:
             runs = (item for sweep in self.sweeps for item in sweep.run.items())
             self.problem.setObjective(pulp.lpSum(seconds[v] * run for v, run in runs))
         for p, sweep in enumerate(self.sweeps):
+            before_sweep()
             self._link(p, sweep)
             self._pin(p, sweep)
             self._bound_bytes(p, sweep)
@@ -191,11 +199,18 @@ class GraphModel:
                     self._pin_state(p, sweep, u, w)
 
     def _pin_state(self, p: int, sweep: Sweep, u: int, w: int) -> None:
-        """A tape that was made from a bare state keeps it, even where u is taped beside it."""
+        """A tape that was made from a bare state keeps it, even where u is taped beside it.
+
+        A run reads the bare state where both copies are there.
+        """
         bare = sweep.bare[u, w]
         if p:
             self._add(bare >= sweep.taped[w] - sweep.taped[u], sweep.end[u] >= bare)
             self._add(bare >= self.sweeps[p - 1].bare[u, w])
+        after = self.sweeps[p + 1].bare.get((u, w)) if p + 1 < len(self.sweeps) else None
+        if after is not None and len(self.graph.readers[u]) > 1:  # else nothing keeps both copies
+            taped = self._kept(p + 1, w) - sweep.taped[w]
+            self._add(after >= taped + sweep.until[u, w] - 1)
 
     def _bound_bytes(self, p: int, sweep: Sweep) -> None:
         """What is there while each node has its turn, and while Turn or a Backward runs."""

@@ -25,13 +25,18 @@ def with_drops(graph: Graph, runs: Sequence[Operation]) -> Schedule:
         The schedule of least memory with these runs. Runs whose result nothing needs, or is
         there anyway, are left out, and a tape that no Backward consumes is not kept.
     """
-    needs = _Needs(graph, _pins(graph, runs))
-    for operation in reversed(runs):
-        needs.before(operation)
-    return Schedule.of(reversed(needs.operations))
+    pins = _pins(graph, runs)
+    while True:
+        needs = _Needs(graph, pins)
+        for operation in reversed(runs):
+            needs.before(operation)
+        if not needs.found:
+            return Schedule.of(reversed(needs.operations))
+        for i, u in needs.found:  # which may have a state stay longer, and be found in turn
+            pins[i].add(u)
 
 
-def _pins(graph: Graph, runs: Sequence[Operation]) -> dict[int, list[int]]:
+def _pins(graph: Graph, runs: Sequence[Operation]) -> dict[int, set[int]]:
     """States that a node's tape was made from, though they are taped before its Backward.
 
     The tape keeps the bare state then, which a tape made beside it does not replace.
@@ -42,7 +47,7 @@ def _pins(graph: Graph, runs: Sequence[Operation]) -> dict[int, list[int]]:
             case Forward(i, tape=True):
                 made[i] = p
             case Backward(i):
-                pins[i] = [u for u in graph.reads[i - 1] if made[u] > made[i]]
+                pins[i] = {u for u in graph.reads[i - 1] if made[u] > made[i]}
     return pins
 
 
@@ -50,11 +55,12 @@ def _pins(graph: Graph, runs: Sequence[Operation]) -> dict[int, list[int]]:
 class _Needs:
     """What is needed after a point of the schedule, as the point moves to its start."""
 
-    def __init__(self, graph: Graph, pins: Mapping[int, Sequence[int]]) -> None:
+    def __init__(self, graph: Graph, pins: Mapping[int, Collection[int]]) -> None:
         self.graph, self.pins = graph, pins
         self.states = bytearray(len(graph) + 1)
         self.tapes = bytearray(len(graph) + 1)
         self.operations: list[Operation] = []  # the last one first
+        self.found: list[tuple[int, int]] = []  # further pins: where a run met both copies
 
     def before(self, operation: Operation) -> None:
         """Move the point to before an operation."""
@@ -68,6 +74,7 @@ class _Needs:
             case Forward(i) as run:
                 if run.tape and self.tapes[i]:
                     self.tapes[i] = 0
+                    self.find_pins(i)
                 elif self.states[i] and not self.is_held(i):
                     self.states[i] = 0
                     operation = Forward(i)
@@ -77,6 +84,12 @@ class _Needs:
             case _:
                 raise AssertionError(f"{operation} is no run")
         self.operations.append(operation)
+
+    def find_pins(self, i: int) -> None:
+        """Where both copies of what tape i is made from are there, it is the bare state."""
+        for u in self.graph.reads[i - 1]:
+            if self.states[u] and self.tapes[u] and u not in self.pins[i]:
+                self.found.append((i, u))
 
     def is_held(self, i: int) -> bool:
         """Whether a tape that is kept holds state i, so that it has been there all along."""

@@ -100,25 +100,41 @@ def least_pinned_bytes(sizes: PinnedSizes) -> int:
     Args:
         sizes: The chain's sizes, of some dozen stages at most: n**3 steps, not compiled.
     """
+    least = least_bytes_of_segments(sizes, relaxed_level(with_fastest_runs(sizes)))
+    return sizes.fixed + int(least[1, -1])
+
+
+def least_bytes_of_segments(sizes: PinnedSizes, level: Bytes) -> Bytes:
+    """The same for every segment.
+
+    Args:
+        sizes: The chain's sizes.
+        level: e(t), by t, as in `PinnedTable`.
+
+    Returns:
+        Bytes that stages s..t need at least, at [s, t], shape (n + 2, n + 2).
+    """
     sizes = with_fastest_runs(sizes)
     n = len(sizes.state) - 1
-    level = relaxed_level(sizes)
-    least: dict[tuple[int, int], int] = {(n + 1, n + 1): sizes.turn}
+    least = np.zeros((n + 2, n + 2), dtype=np.int64)
+    least[n + 1, n + 1] = sizes.turn
     for t in range(1, n + 2):
         for s in range(min(t, n), 0, -1):
-            tapes = range(int(sizes.first_tape[s]), int(sizes.first_tape[s + 1]))
-            need = min(
-                max(
-                    int(max(level[t] + sizes.taped[k], sizes.backward[k])),
-                    int(sizes.tape[k]) + least[s + 1, t] if s < t else 0,
-                )
-                for k in tapes
-            )
+            need = _least_with_tape(sizes, level, least, s, t)
             swept = 0
             for z in range(s, t):
                 before = int(sizes.state[z - 1]) if z > s else 0
                 swept = max(swept, int(sizes.forward[z] + level[t]) + before)
                 kept = int(sizes.state[z] if z == n else sizes.state[s : z + 1].min())
-                need = min(need, max(swept, least[s, z], kept + least[z + 1, t]))
+                need = min(need, max(swept, int(least[s, z]), kept + int(least[z + 1, t])))
             least[s, t] = need
-    return sizes.fixed + least[1, n + 1]
+    return least
+
+
+def _least_with_tape(sizes: PinnedSizes, level: Bytes, least: Bytes, s: int, t: int) -> int:
+    """Bytes of the stages s..t at least where stage s is run once, with tape."""
+    tapes = slice(int(sizes.first_tape[s]), int(sizes.first_tape[s + 1]))
+    need = np.maximum(level[t] + sizes.taped[tapes], sizes.backward[tapes])
+    if s < t:
+        need = np.maximum(need, sizes.tape[tapes] + least[s + 1, t])
+    return int(need.min())

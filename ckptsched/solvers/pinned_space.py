@@ -1,33 +1,29 @@
 """Best-first search over what may be stored: compiled, in steps that can be interrupted.
 
-A position says which backward is next and what is kept of every stage. It is one 64-bit number:
-the next backward in the lowest bits, then `width` bits a stage, of which the lowest says whether
-the state is kept, and the others which tape is, counted from 1. Positions are expanded in the
-order of their estimate (A*; Hart, Nilsson, Raphael 1968): seconds so far, and what the rest takes
-at least. So the least estimate that is still open bounds every schedule from below.
+What a position is, `pinned_moves` says. Positions are expanded in the order of their estimate (A*;
+Hart, Nilsson, Raphael 1968): seconds so far, and what the rest takes at least. So the least
+estimate that is still open bounds every schedule from below.
 """
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple, final
+from typing import NamedTuple, final
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
 from ..progress import report
+from .pinned_heap import pop, push
+from .pinned_moves import NEXT_BITS, NEXT_MASK, fill_table, most_moves, moves, slot_of
 from .pinned_sizes import Bytes, PinnedSizes, Seconds
 
-NEXT_BITS: Final = 5
-NEXT_MASK: Final = (1 << NEXT_BITS) - 1
-_KEY_BITS = 62
 # Expanded between two looks at Ctrl-C: some tenths of a second.
 _EXPANSIONS = 50_000
 _FIRST_POSITIONS = 1 << 14
 _GOING, _FOUND, _EXHAUSTED, _FULL = 0, 1, 2, 3
 # Of the counters: positions met, entries of the heap, the position that ends a schedule.
 _MET, _OPEN, _GOAL = 0, 1, 2
-_HASH = 0x9E3779B97F4A7C15 >> 1
 
 
 @final
@@ -61,13 +57,6 @@ class _Space(NamedTuple):
     table: npt.NDArray[np.int32]
     heap_estimates: Seconds
     heap_positions: npt.NDArray[np.int32]
-
-
-def key_width(sizes: PinnedSizes) -> int | None:
-    """Bits a stage in a position; None where a position would not fit 64 bits."""
-    n, most_tapes = len(sizes.state) - 1, int(np.diff(sizes.first_tape[1:]).max())
-    width = 1 + most_tapes.bit_length()
-    return width if NEXT_BITS + n * width <= _KEY_BITS and n < NEXT_MASK else None
 
 
 @final
@@ -132,7 +121,7 @@ class PinnedSearch:
             (new.heap_positions, old.heap_positions, opened),
         ):
             kept[:count] = values[:count]
-        _fill_table(new.table, new.keys, met)
+        fill_table(new.table, new.keys, met)
         self._space = new
 
     def _path(self) -> list[int]:
@@ -154,22 +143,6 @@ def _new_space(positions: int) -> _Space:
         heap_estimates=np.empty(2 * positions),
         heap_positions=np.empty(2 * positions, dtype=np.int32),
     )
-
-
-@numba.njit(cache=True)
-def _slot(table: npt.NDArray[np.int32], keys: Bytes, key: int) -> int:
-    """Where a position stands in the hash table, or would."""
-    mask = len(table) - 1
-    slot = ((key * _HASH) >> 20) & mask
-    while table[slot] >= 0 and keys[table[slot]] != key:
-        slot = (slot + 1) & mask
-    return slot
-
-
-@numba.njit(cache=True)
-def _fill_table(table: npt.NDArray[np.int32], keys: Bytes, count: int) -> None:
-    for position in range(count):
-        table[_slot(table, keys, keys[position])] = position
 
 
 @numba.njit(cache=True)
@@ -222,7 +195,7 @@ def _meet(
     upper: float,
 ) -> None:
     """Open a position, unless it was met with no more seconds or its estimate is too high."""
-    slot = _slot(space.table, space.keys, key)
+    slot = slot_of(space.table, space.keys, key)
     position = space.table[slot]
     if position >= 0 and space.seconds[position] <= seconds:
         return
@@ -237,44 +210,14 @@ def _meet(
     space.seconds[position] = seconds
     space.parents[position] = parent
     space.closed[position] = False
-    at = counters[_OPEN]
+    push(space.heap_estimates, space.heap_positions, counters[_OPEN], estimate, position)
     counters[_OPEN] += 1
-    estimates, positions = space.heap_estimates, space.heap_positions
-    while at > 0 and estimates[(at - 1) >> 1] > estimate:
-        estimates[at] = estimates[(at - 1) >> 1]
-        positions[at] = positions[(at - 1) >> 1]
-        at = (at - 1) >> 1
-    estimates[at] = estimate
-    positions[at] = position
-
-
-@numba.njit(cache=True)
-def _take(space: _Space, counters: Bytes) -> None:
-    """Remove the first entry of the heap."""
-    estimates, positions = space.heap_estimates, space.heap_positions
-    counters[_OPEN] -= 1
-    count = counters[_OPEN]
-    estimate, position = estimates[count], positions[count]
-    at = 0
-    while 2 * at + 1 < count:
-        child = 2 * at + 1
-        if child + 1 < count and estimates[child + 1] < estimates[child]:
-            child += 1
-        if estimates[child] >= estimate:
-            break
-        estimates[at] = estimates[child]
-        positions[at] = positions[child]
-        at = child
-    estimates[at] = estimate
-    positions[at] = position
 
 
 @numba.njit(cache=True)
 def _search(problem: Problem, space: _Space, counters: Bytes, upper: float, expansions: int) -> int:
     """Expand positions, the least estimate first; stops before the space overflows."""
-    sizes = problem.sizes
-    n = len(sizes.state) - 1
-    most_children = 2 * n + len(sizes.tape) + 1
+    most_children = most_moves(problem.sizes)
     for _ in range(expansions):
         if counters[_OPEN] == 0:
             return _EXHAUSTED
@@ -282,106 +225,29 @@ def _search(problem: Problem, space: _Space, counters: Bytes, upper: float, expa
         if full or counters[_OPEN] + most_children > len(space.heap_positions):
             return _FULL
         position = space.heap_positions[0]
+        if not space.closed[position] and space.keys[position] & NEXT_MASK == 0:
+            counters[_GOAL] = position
+            return _FOUND
+        pop(space.heap_estimates, space.heap_positions, counters[_OPEN])
+        counters[_OPEN] -= 1
         if not space.closed[position]:
-            if space.keys[position] & NEXT_MASK == 0:
-                counters[_GOAL] = position
-                return _FOUND
             space.closed[position] = True
-            _take(space, counters)
             _expand(problem, space, counters, position, upper)
-        else:
-            _take(space, counters)
     return _GOING
 
 
 @numba.njit(cache=True)
 def _expand(problem: Problem, space: _Space, counters: Bytes, position: int, upper: float) -> None:
     """Open what one operation leads to; states are dropped only where something is too big."""
-    sizes, width, budget = problem.sizes, problem.width, problem.budget
-    n = len(sizes.state) - 1
     key, seconds = space.keys[position], space.seconds[position]
-    b = key & NEXT_MASK
-    mask = (1 << width) - 1
-    fields = np.zeros(n + 2, dtype=np.int64)
-    fields[0] = 1
-    level = sizes.level[b]
-    for i in range(1, n + 1):
-        field = (key >> (NEXT_BITS + (i - 1) * width)) & mask
-        fields[i] = field
-        if field & 1:
-            level += sizes.state[i]
-        if field > 1:
-            level += sizes.tape[sizes.first_tape[i] + (field >> 1) - 1]
-    tight = _finish(problem, space, counters, position, upper, fields, level)
-    for i in range(1, min(b, n) + 1):
-        at = NEXT_BITS + (i - 1) * width
-        held = fields[i + 1] > 1
-        if fields[i - 1] == 0 or fields[i] > 1:
-            continue
-        if fields[i] == 0 and i < b:
-            if level + sizes.forward[i] <= budget:
-                then = key | (1 << at)
-                cost = seconds + sizes.forward_seconds[i]
-                _meet(problem, space, counters, then, cost, position, upper)
-            else:
-                tight = True
-        if fields[i] and held and not problem.beside[i]:
-            continue
-        before = level
-        then = key
-        if fields[i] and not held:
-            before -= sizes.state[i]
-            then ^= 1 << at
-        for k in range(sizes.first_tape[i], sizes.first_tape[i + 1]):
-            if before + sizes.taped[k] <= budget:
-                number = k - sizes.first_tape[i] + 1
-                cost = seconds + sizes.taped_seconds[k]
-                taped = then | (number << (at + 1))
-                _meet(problem, space, counters, taped, cost, position, upper)
-            else:
-                tight = True
+    found = moves(problem.sizes, problem.beside, problem.width, key)
+    tight = False
+    for k in range(found.operations):
+        if found.bytes[k] <= problem.budget:
+            cost = seconds + found.seconds[k]
+            _meet(problem, space, counters, found.keys[k], cost, position, upper)
+        else:
+            tight = True
     if tight:
-        for i in range(1, min(b, n) + 1):
-            if fields[i] & 1 and fields[i + 1] < 2:
-                then = key ^ (1 << (NEXT_BITS + (i - 1) * width))
-                _meet(problem, space, counters, then, seconds, position, upper)
-
-
-@numba.njit(cache=True)
-def _finish(
-    problem: Problem,
-    space: _Space,
-    counters: Bytes,
-    position: int,
-    upper: float,
-    fields: Bytes,
-    level: int,
-) -> bool:
-    """Open what the loss or the next backward leads to; whether it lacked memory."""
-    sizes, width = problem.sizes, problem.width
-    n = len(sizes.state) - 1
-    key, seconds = space.keys[position], space.seconds[position]
-    b = key & NEXT_MASK
-    if b == n + 1:
-        if fields[n] == 0:
-            return False
-        if level + sizes.turn > problem.budget:
-            return True
-        then = key - 1
-        if fields[n] & 1:
-            then ^= 1 << (NEXT_BITS + (n - 1) * width)
-        cost = seconds + sizes.base_seconds[n + 1]
-        _meet(problem, space, counters, then, cost, position, upper)
-        return False
-    if fields[b] < 2 or fields[b - 1] == 0:
-        return False
-    k = sizes.first_tape[b] + (fields[b] >> 1) - 1
-    tape = sizes.tape[k]
-    if level - sizes.level[b] - tape + sizes.backward[k] > problem.budget:
-        return True
-    then = (key & ((1 << (NEXT_BITS + (b - 1) * width)) - 1)) - 1
-    if b > 1 and fields[b - 1] & 1:
-        then ^= 1 << (NEXT_BITS + (b - 2) * width)
-    cost = seconds + sizes.backward_seconds[k]
-    _meet(problem, space, counters, then, cost, position, upper)
-    return False
+        for k in range(found.operations, found.total):
+            _meet(problem, space, counters, found.keys[k], seconds, position, upper)

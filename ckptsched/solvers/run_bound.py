@@ -33,10 +33,21 @@ if TYPE_CHECKING:
 
 # Slots up to which a unit that divides all sizes is used, and which others are rounded to.
 _SLOTS = 4096
+# Prices are looked for in so many slots first: the best ones hardly differ, at a fifth of the time.
+_SCOUTED = 1024
+# How far the first step may go, in prices: from a guess, and from prices of coarser slots.
+_REACH, _REACH_AFTER_SCOUT = 0.4, 0.1
+# Highest price of a stage by its run's stages, in its seconds: one more stage needs no more runs
+# without tape than the run has stages, unless nothing fits, where prices would grow for ever.
+_DEAREST = 2.0
+# Additions that it takes as long to call a kernel.
+_CALL = 3000
 # Numbers in a table that is kept as a whole: 80 MB.
 _NUMBERS = 1e7
 # Evaluations for one budget.
 _EVALUATIONS = 60
+# Additions that are spent on better prices in any case: some hundredths of a second.
+_FREE = 1e8
 # Additions after which the prices found so far must do: some five seconds.
 _MOST_ADDITIONS = 5e9
 # A better bound than the best is looked for while the cuts promise this much of the step.
@@ -51,16 +62,24 @@ _ROUNDING = 1e-10
 class RunBound:
     """Lower bounds of extra seconds, for every budget up to one."""
 
-    def __init__(self, runs: Runs, top_bytes: int, unit: int) -> None:
+    def __init__(
+        self, runs: Runs, top_bytes: int, unit: int, most_slots: int | None = None
+    ) -> None:
         """Prepare; nothing is computed yet.
 
         Args:
             runs: The runs, with the sizes to bound with.
             top_bytes: Most bytes of interest, less what is there all the time.
             unit: A common divisor of all sizes.
+            most_slots: Slots up to which sizes are not rounded, and which others are rounded to.
         """
         self.runs = runs
-        self.unit = unit if top_bytes // unit <= _SLOTS else -(-top_bytes // _SLOTS)
+        slots = most_slots or _SLOTS
+        is_exact = top_bytes // unit <= slots
+        self.scout: RunBound | None = None
+        if not is_exact and slots > _SCOUTED:
+            self.scout = RunBound(runs, top_bytes, unit, _SCOUTED)
+        self.unit = unit if is_exact else -(-top_bytes // slots)
         self.top = top_bytes // self.unit
         self.relaxed = _relaxed(runs, self.unit)
         # A stage that costs no memory to keep can have no price.
@@ -80,23 +99,36 @@ class RunBound:
         Returns:
             Seconds more than storing everything; infinite where nothing fits.
         """
-        return max(0.0, float(self.best[min(size // self.unit, self.top)]))
+        found = max(0.0, float(self.best[min(size // self.unit, self.top)]))
+        return max(found, self.scout.extra_seconds(size)) if self.scout else found
 
-    def raise_at(self, size: int, seconds: float, advances: Seconds) -> None:
+    def raise_at(
+        self, size: int, seconds: float, advances: Seconds, enough: float = math.inf
+    ) -> None:
         """Look for the best prices for one budget.
 
         Args:
             size: Bytes, less what is there all the time.
             seconds: Seconds of storing everything, to which differences are compared.
             advances: How often a stage of each run is run without tape in a good schedule.
+            enough: A bound, in extra seconds, that need not be raised further.
         """
         m = min(size // self.unit, self.top)
         if not len(self.priced):
             self._evaluate(m)
             return
-        cuts, work = _Cuts(self.runs.seconds[self.priced]), 0.0
-        guess = np.maximum(advances[self.priced], 0.25) * self.runs.seconds[self.priced]
-        self.prices[self.priced] = guess * self.markup
+        unit_seconds = self.runs.seconds[self.priced]
+        guess = np.maximum(advances[self.priced], 0.25) * unit_seconds
+        if self.scout:
+            self.scout.raise_at(size, seconds, advances, enough)
+            if self.extra_seconds(size) >= enough:
+                return
+            guess, self.markup = guess * self.scout.markup, np.ones(len(self.priced))
+        most: Seconds = _DEAREST * self.runs.count[self.priced].astype(np.float64)
+        self.prices[self.priced] = np.minimum(guess * self.markup, most * unit_seconds)
+        radius = _REACH_AFTER_SCOUT if self.scout else _REACH
+        cuts = _Cuts(unit_seconds, radius, most)
+        work = 0.0
         for i in range(_EVALUATIONS):
             report("lower bound", i / _EVALUATIONS)
             if work > _MOST_ADDITIONS:
@@ -107,7 +139,11 @@ class RunBound:
             work += self.levels.additions
             missing = (self.runs.count - self.levels.used())[self.priced]
             prices = cuts.next(self.prices[self.priced], bound, missing)
-            if prices is None or cuts.promise < _TOLERANCE * (seconds + max(bound, 0.0)):
+            if (
+                prices is None
+                or (cuts.bound >= enough and work > _FREE)
+                or cuts.promise < _TOLERANCE * (seconds + max(bound, 0.0))
+            ):
                 break
             self.prices[self.priced] = prices
         self.markup = np.clip(cuts.center / guess, 0.5, 4)
@@ -173,7 +209,7 @@ class _Levels:
     def additions(self) -> float:
         """About how many additions it takes to fill all levels and to follow the cheapest."""
         runs = len(self.relaxed.stages)
-        return (self.top + 1) * runs**3 / 3 * self.shape[2]
+        return (self.top + 1) * (runs**3 / 3 * self.shape[2] + _CALL)
 
     def used(self) -> Seconds:
         """Stages of each run that the cheapest relaxed schedule has."""
@@ -197,15 +233,17 @@ class _Levels:
 class _Cuts:
     """Cutting planes of a concave function of prices, and the next prices to try."""
 
-    def __init__(self, seconds: Seconds) -> None:
+    def __init__(self, seconds: Seconds, radius: float, most: Seconds) -> None:
         """Start without cuts.
 
         Args:
             seconds: A stage's seconds by run: prices are counted in them.
+            radius: How far the first step may go, so counted.
+            most: The highest prices, so counted.
         """
-        self.seconds = seconds
+        self.seconds, self.most = seconds, most
         self.center: Seconds = seconds
-        self.bound, self.promise, self.radius = -math.inf, math.inf, 1.0
+        self.bound, self.promise, self.radius = -math.inf, math.inf, radius
         self.rows: list[tuple[float, Seconds]] = []
 
     def next(self, prices: Seconds, bound: float, missing: Seconds) -> Seconds | None:
@@ -233,7 +271,7 @@ class _Cuts:
     def _box(self) -> tuple[Seconds, Seconds]:
         middle = self.center / self.seconds
         reach = self.radius * (1 + middle / 4)
-        return np.maximum(middle - reach, 0), middle + reach
+        return np.maximum(middle - reach, 0), np.minimum(middle + reach, self.most)
 
 
 def _maximum(

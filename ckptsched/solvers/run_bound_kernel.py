@@ -59,6 +59,7 @@ def fill(level: Any, above: Any, relaxed: Relaxed, prices: Seconds, k: int, is_t
         is_top: Whether no stage of a long run pays any more.
     """
     number = len(relaxed.stages)
+    shares = _shares(above, relaxed)
     for b in range(number + 1):
         pays = False
         for a in range(b, -1, -1):
@@ -72,7 +73,10 @@ def fill(level: Any, above: Any, relaxed: Relaxed, prices: Seconds, k: int, is_t
                 _fewest_stages(row, relaxed, prices, k, a, b)
             else:
                 _exits(row, level, above, relaxed, prices, k, a, b)
-                if relaxed.stages[a] > 1:
+                if relaxed.stages[a] > 1 and relaxed.keep_part[a] > 0:
+                    net = k * relaxed.seconds[a] - prices[a]
+                    _stay_by_parts(row, shares[a], relaxed, net, a, b)
+                elif relaxed.stages[a] > 1:
                     _stay(row, above[a, a], relaxed, prices, k, a, b)
 
 
@@ -127,12 +131,6 @@ def _exits(
 def _stay(row: Any, left: Any, relaxed: Relaxed, prices: Seconds, k: int, a: int, b: int) -> None:
     """Starts after which the segment goes on in the run of its first stage."""
     net = k * relaxed.seconds[a] - prices[a]
-    if relaxed.keep_part[a] > 0:
-        for m in range(len(row)):
-            gain = min(0.0, _density(left, relaxed, net, a, b, m)[0])
-            before = row[m - 1] if m else np.inf
-            row[m] = gain + min(row[m], before)
-        return
     keep, tape = relaxed.keep[a], relaxed.tape[a]
     split, taped = max(relaxed.sweep[a, a, b], keep), max(relaxed.taped[a, b], tape)
     for m in range(min(split, taped), len(row)):
@@ -142,6 +140,38 @@ def _stay(row: Any, left: Any, relaxed: Relaxed, prices: Seconds, k: int, a: int
         if m >= taped:
             best = min(best, net + row[m - tape])
         row[m] = best
+
+
+@compiled
+def _shares(above: Any, relaxed: Relaxed) -> Any:
+    """Cost of a slot's worth of checkpoints by run and slots, where they are counted so."""
+    number, top = len(relaxed.stages), above.shape[2] - 1
+    shares = np.empty((number, top + 1))
+    for a in range(number):
+        part = relaxed.keep_part[a]
+        if relaxed.stages[a] > 1 and part > 0:
+            more, left, row = int(np.ceil(part)), above[a, a], shares[a]
+            for m in range(top + 1):
+                row[m] = left[min(m + more, top)] / part
+    return shares
+
+
+@compiled
+def _stay_by_parts(row: Any, shares: Any, relaxed: Relaxed, net: float, a: int, b: int) -> None:
+    """The same where checkpoints are counted by the slots that they fill: `_density`, for all m."""
+    top = len(row) - 1
+    kept = max(0, relaxed.sweep[a, a, b] - int(np.ceil(relaxed.keep_part[a])))
+    taped = max(0, relaxed.taped[a, b] - int(np.ceil(relaxed.tape_part[a])))
+    kept = kept if relaxed.sweep[a, a, b] <= top else top + 1
+    taped = taped if relaxed.taped[a, b] <= top else top + 1
+    tape = min(0.0, net / relaxed.tape_part[a])
+    before = np.inf
+    for m in range(top + 1):
+        gain = tape if m >= taped else 0.0
+        if m >= kept:
+            gain = min(gain, shares[m])
+        before = gain + min(row[m], before)
+        row[m] = before
 
 
 @compiled

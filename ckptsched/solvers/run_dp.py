@@ -42,21 +42,27 @@ _GRIDS = ((400, 16, 16), (1 << 62, 3, 4))
 _HEADROOM = 1.05
 # Schedules that are tried for one budget where sizes are rounded.
 _TRIALS = 12
+# What more slots must save, of the step, to be tried.
+_WORTH = 2e-4
 # From so many stages on a run needs no more memory.
 _SAME_NEED = 4
-# A bound that larger budgets have left is not raised where a plan is so close to it.
+# A bound is not raised any more where a plan is so close to it.
 _CLOSE = 2e-3
 # Schedules with more runs without tape, as estimated, are not made.
 MOST_ADVANCES = 8_000_000
 # Numbers in a table of segments inside a run: 0.25 GB.
 _NUMBERS = 6e7
+MOST_STAGES = int(_NUMBERS / _GRIDS[0][0])
+"""Of more stages even a table of the fewest slots has too many numbers: there are two or three."""
 # Schedules of the fewest slots that are tried to find the least budget.
 _LEAST_TRIALS = 4
+# Of long ones fewer are: the ledger charges some 100,000 operations a second.
+_LEAST_OPERATIONS = 100_000
 
 
 def takes(chain: Chain) -> bool:
-    """Whether a chain has runs long enough for run_dp, and few enough."""
-    return _fits(chain_runs(chain_sizes(chain)))
+    """Whether a chain has runs long enough for run_dp, and few enough, and tables fit in memory."""
+    return len(chain) <= MOST_STAGES and _fits(chain_runs(chain_sizes(chain)))
 
 
 def _fits(runs: ChainRuns) -> bool:
@@ -146,7 +152,17 @@ class _Search:
     best: _Found | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        """Find the runs."""
+        """Find the runs.
+
+        Raises:
+            WorkloadError: They are too short, too many, or of too many stages.
+        """
+        if len(self.chain) > MOST_STAGES:
+            raise WorkloadError(
+                f"run_dp takes chains of up to {MOST_STAGES} stages, found {len(self.chain)}: its "
+                f"tables would need more than {3 * 4 * _NUMBERS / 1e9:.1f} GB; for equal stages "
+                'use revolve, for others solver="auto" finds a good every_<k>'
+            )
         self.sizes = chain_sizes(self.chain)
         self.runs = chain_runs(self.sizes)
         if not _fits(self.runs):
@@ -181,8 +197,12 @@ class _Search:
     def least(self) -> _Found:
         """A schedule of least peak; long runs are run very often in it."""
         table, slots = self._tight
-        found = [self._simulated(lower(table, int(m))) for m in slots[:_LEAST_TRIALS]]
-        found.append(self.store_all)
+        found, operations = [self.store_all], 0
+        for m in slots[:_LEAST_TRIALS].tolist():
+            found.append(self._simulated(lower(table, m)))
+            operations += len(found[-1].schedule)
+            if operations > _LEAST_OPERATIONS:
+                break
         return min(found, key=lambda x: x.trace.peak_bytes)
 
     @functools.cached_property
@@ -257,9 +277,10 @@ class _Search:
             del plans
         bound = RunBound(self.runs.bound, max(budgets) - fixed, self.sizes.common_divisor)
         for budget in reversed(needed):
-            known = base + bound.extra_seconds(budget - fixed)
-            if found[budget].trace.seconds > known * (1 + _CLOSE):
-                bound.raise_at(budget - fixed, base, self._advances(found[budget].schedule))
+            plan, size = found[budget], budget - fixed
+            enough = plan.trace.seconds / (1 + _CLOSE) - base
+            if bound.extra_seconds(size) < enough:
+                bound.raise_at(size, base, self._advances(plan.schedule), enough)
         solutions = {}
         for budget in budgets:
             best = found.get(budget, self.store_all)
@@ -286,7 +307,7 @@ class _Plans:
         most = top_bytes if grain.exact else int(top_bytes * _HEADROOM)
         runs = search.runs.plan
         exact = np.ones(len(runs), dtype=np.int64)
-        sizes = exact if grain.exact else group_sizes(runs, grain.unit)
+        sizes = exact if grain.exact else group_sizes(runs, grain.unit, most)
         self.groups: Groups = group(runs, sizes)
         self.table = RunTable(
             self.groups.runs, grain.unit, most // grain.unit, ends=grain.ends, starts=grain.starts
@@ -320,13 +341,17 @@ class _Plans:
     def _near(self, m: int, budget: int) -> list[_Found]:
         """Schedules that fit, by bisection of the slots: peaks grow with slots, nearly."""
         low = int((~self.short).sum())  # the fewest slots
-        high, found = self.table.top + 1, []
+        high = self.table.top + 1
+        found: list[_Found] = []
         if low >= high:
             return []
-        step = 1
+        step, extra = 1, self.table.extra_seconds
         for _ in range(_TRIALS):
             m = min(max(m, low), high - 1)
             if low >= high:
+                break
+            best = min((x.trace.seconds for x in found), default=0.0)
+            if found and extra[low - 1] - extra[high - 1] < _WORTH * best:
                 break
             trial = self._at(m)
             if trial.trace.peak_bytes <= budget:

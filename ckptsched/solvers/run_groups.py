@@ -6,20 +6,19 @@ grouped: a group is swept, taped and reversed as a whole, which a few of many ch
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
 import numpy as np
-import numpy.typing as npt
 
 from ..schedule import Code, Schedule
-from .run_lowering import Packed, sweep
 from .run_structure import Indices, Runs
 
 # Slots that the tapes of a group take at least, and the part of them that its state may be.
 _SLOTS = 2
 _STATE = 0.02
-# A run has so many groups at least, if it has as many stages.
+# A run has so many groups at least, if it has as many stages; and so many fit at once, at least.
 _FEWEST = 32
 # Groups may be so many times as large as they must, for tapes that are nearly whole slots.
 _CHOICES = 4
@@ -43,30 +42,28 @@ class Groups:
         """
         if len(self.last) == self.last[-1] + 1:
             return schedule
-        last = self.last
-        codes, groups = schedule.codes.tolist(), schedule.stages.tolist()
-        parts = [
-            self._part(code, int(last[g - 1]) + 1, int(last[g]))
-            for code, g in zip(codes, groups, strict=True)
-        ]
-        return Schedule(np.concatenate(parts))
-
-    def _part(self, code: int, first: int, last: int) -> Packed:
-        if code == Code.FORWARD:
-            return sweep(first, last)
-        if code == Code.TAPED_FORWARD:
-            return _pack(code, np.arange(first, last + 1))
-        if code == Code.BACKWARD:
-            return _pack(code, np.arange(last, first - 1, -1))
-        return _pack(code, np.array([0 if code == Code.TURN else last]))
-
-
-def _pack(code: int, stages: npt.NDArray[np.int64]) -> Packed:
-    packed: Packed = code | stages.astype(np.int64) << 32
-    return packed
+        codes, groups = schedule.codes, schedule.stages
+        first, last = self.last[groups - 1] + 1, self.last[groups]
+        stages = last - first + 1
+        is_forward, is_drop = codes == Code.FORWARD, codes == Code.DROP
+        is_back = codes == Code.BACKWARD
+        # A sweep drops each state but the last when the next has come.
+        length = np.where(is_forward, 2 * stages - 1, stages)
+        length[is_drop | (codes == Code.TURN)] = 1
+        of = np.repeat(np.arange(len(codes)), length)
+        i = np.arange(len(of)) - np.repeat(np.cumsum(length) - length, length)
+        code, stage = codes[of].astype(np.int64), first[of] + i
+        stage[is_back[of]] = (last[of] - i)[is_back[of]]
+        swept, drops = is_forward[of], is_forward[of] & (i % 2 == 0) & (i > 0)
+        stage[swept] = (first[of] + (i + 1) // 2)[swept]
+        stage[drops] -= 1
+        code[drops] = Code.DROP
+        stage[is_drop[of]] = last[of][is_drop[of]]
+        stage[codes[of] == Code.TURN] = 0
+        return Schedule(code | stage << 32)
 
 
-def group_sizes(runs: Runs, unit: int) -> Indices:
+def group_sizes(runs: Runs, unit: int, most_bytes: int) -> Indices:
     """Stages of a group, by run, so that rounding to slots changes little.
 
     A group's tapes take several slots, of which its kept state is a small part where that is
@@ -75,13 +72,14 @@ def group_sizes(runs: Runs, unit: int) -> Indices:
     Args:
         runs: The runs.
         unit: Bytes of a slot.
+        most_bytes: What all that is kept may take; tapes that are large beside it stay alone.
     """
     sizes = []
     for count, state, tape in zip(runs.count, runs.state, np.maximum(runs.tape, 1), strict=True):
         least = -(-_SLOTS * unit // tape)
         if 2 * state < unit:
-            least = max(least, -(-state // int(_STATE * tape + 1)))
-        most = max(1, count // _FEWEST)
+            least = max(least, math.ceil(state / (_STATE * tape)))
+        most = max(1, min(count, most_bytes // tape) // _FEWEST)
         choices = np.arange(min(least, most), min(_CHOICES * least, most) + 1)
         slots = choices * tape / unit
         sizes.append(choices[np.abs(slots / np.maximum(np.rint(slots), 1) - 1).argmin()])

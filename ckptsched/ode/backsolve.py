@@ -1,0 +1,116 @@
+"""The continuous adjoint, solved backwards in time: constant memory, and an inexact gradient.
+
+This is the baseline that ANODE argues against (optimise, then discretise): the gradient of the
+continuous problem is discretised, which differs from the gradient of the discrete steps, and the
+state is recovered by solving backwards, which may be unstable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..errors import ExecutionError
+
+Solve: TypeAlias = Callable[[Callable[..., Any], Any, Tensor], Any]
+"""From a right-hand side, an initial state and times to the states there, without gradients."""
+
+
+def backsolve(
+    solve: Solve,
+    func: Callable[[Tensor, Tensor], Tensor],
+    y0: Tensor,
+    t: Tensor,
+    params: Sequence[Tensor],
+) -> Tensor:
+    """Solve, and let the backward solve the adjoint equation backwards.
+
+    With a(t) = dL/dy(t) the adjoint equation is da/dt = -a df/dy, and dL/dp the integral of
+    -a df/dp from the end to the start. State, adjoint and integral are solved together, from each
+    output time to the one before; there the state begins anew with the one that the forward gave.
+
+    Args:
+        solve: Solves without gradients; for the forward and for the augmented problem.
+        func: Right-hand side on flat states.
+        y0: Flat initial state.
+        t: Output times.
+        params: What func reads and trains.
+
+    Returns:
+        The states at all times, stacked.
+
+    Reference:
+        Chen et al., Neural Ordinary Differential Equations (arXiv 1806.07366), algorithm 1.
+    """
+    states: Tensor = _Backsolve.apply(solve, func, y0, t, *params)
+    return states
+
+
+class _Backsolve(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        solve: Solve,
+        func: Callable[[Tensor, Tensor], Tensor],
+        y0: Tensor,
+        t: Tensor,
+        *params: Tensor,
+    ) -> Tensor:
+        states: Tensor = solve(func, y0.detach(), t.detach())
+        ctx.solve, ctx.func = solve, func
+        ctx.save_for_backward(states, t, *params)
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise ExecutionError(
+                "the gradient of a backward solve cannot be differentiated again "
+                "(create_graph=True); take gradient='exact'"
+            )
+        states, t, *params = ctx.saved_tensors
+        (gradient,) = grads
+        rates = _Adjoint(ctx.func, params)
+        times = torch.zeros_like(t)
+        adjoint = gradient[-1]
+        sums = [torch.zeros_like(p) for p in params]
+        for j in range(len(t) - 1, 0, -1):
+            if ctx.needs_input_grad[3]:
+                times[j] = _inner(gradient[j], ctx.func(t[j], states[j]))
+            ends = torch.stack([t[j], t[j - 1]]).detach()
+            _, adjoint, *sums = (
+                part[-1] for part in ctx.solve(rates, (states[j], adjoint, *sums), ends)
+            )
+            adjoint = adjoint + gradient[j - 1]
+        if ctx.needs_input_grad[3]:
+            before = adjoint - gradient[0]
+            times[0] = -_inner(before, ctx.func(t[0], states[0]))
+        return None, None, adjoint, times, *sums
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    return (one.conj() * other).sum().real
+
+
+class _Adjoint:
+    """The right-hand side of state, adjoint and integral together."""
+
+    def __init__(self, func: Callable[[Tensor, Tensor], Tensor], params: Sequence[Tensor]) -> None:
+        self._func, self._params = func, params
+
+    def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        y, adjoint, *_ = state
+        with torch.enable_grad():
+            at = y.detach().requires_grad_()
+            slope = self._func(t, at)
+        inputs = [at, *self._params]
+        if not slope.requires_grad:
+            return (slope, *(torch.zeros_like(x) for x in inputs))
+        found = torch.autograd.grad(slope, inputs, -adjoint, allow_unused=True)
+        rates = (
+            torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)
+        )
+        return (slope.detach(), *rates)

@@ -1,0 +1,162 @@
+"""Where the steps of a fixed grid lie, and which of them the wanted times fall into."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ..errors import WorkloadError
+
+FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "perturb", "norm")
+"""What options a fixed grid takes; the last two change nothing, and are taken at their default."""
+
+
+@final
+@dataclass(frozen=True)
+class Grid:
+    """The times of all steps, and which outputs each of them gives."""
+
+    times: tuple[float, ...]
+    """Ends of the steps, one more than there are steps."""
+    outputs: tuple[tuple[tuple[int, float], ...], ...]
+    """For each step the outputs that fall into it: the index of the output, from 1 on, and its
+    place as a share of the step; 1 at its end. Between the ends a line is drawn, as torchdiffeq
+    does."""
+    clock: Tensor | None = None
+    """The same times and, after them, those of the outputs, as a tensor, where a gradient with
+    respect to them is wanted."""
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(self.times) - 1
+
+
+def check_times(t: Any) -> Tensor:
+    """Refuse what is no sequence of times.
+
+    Args:
+        t: What the user gave.
+
+    Returns:
+        It.
+
+    Raises:
+        WorkloadError: Not a one-dimensional floating-point tensor of at least two finite times
+            that all rise or all fall; the message says where.
+    """
+    if not isinstance(t, Tensor) or not t.is_floating_point() or t.dim() != 1:
+        found = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else repr(t)
+        raise WorkloadError(
+            f"t is {found}; give the times as a one-dimensional floating-point tensor, the first "
+            "that of y0"
+        )
+    values = t.tolist()
+    if len(values) < 2:
+        raise WorkloadError(
+            f"t holds {len(values)} times; give at least two: that of y0 and one to solve to"
+        )
+    _check_monotone("t", values)
+    return t
+
+
+def _check_monotone(what: str, values: list[float]) -> None:
+    for k, value in enumerate(values):
+        if not math.isfinite(value):
+            raise WorkloadError(f"{what}[{k}] is {value}; all times must be finite")
+    rising = values[1] > values[0]
+    for k, (before, after) in enumerate(itertools.pairwise(values)):
+        if before == after or (after > before) != rising:
+            raise WorkloadError(
+                f"{what} must rise throughout or fall throughout; found {what}[{k}] = {before!r} "
+                f"and {what}[{k + 1}] = {after!r}"
+            )
+
+
+def make_grid(
+    func: Callable[..., Any], y0: Any, t: Tensor, options: Mapping[str, Any], *, timed: bool
+) -> Grid:
+    """Lay the steps.
+
+    Args:
+        func: Right-hand side, for a grid constructor.
+        y0: The initial state, for the same.
+        t: Times wanted, checked.
+        options: `step_size` or `grid_constructor`, as torchdiffeq has them; with neither, a step
+            from each time to the next.
+        timed: Whether gradients with respect to t are wanted.
+
+    Raises:
+        WorkloadError: Options that are unknown or make no sense, or a grid that does not lead
+            from the first time to the last.
+    """
+    unknown = sorted(set(options) - set(FIXED_OPTIONS))
+    if unknown:
+        raise WorkloadError(
+            f"unknown options {unknown} for a fixed grid; it takes "
+            f"{', '.join(map(repr, FIXED_OPTIONS[:3]))}"
+        )
+    if options.get("interp", "linear") != "linear" or options.get("perturb"):
+        raise WorkloadError(
+            "between the steps of a fixed grid a line is drawn (interp='linear', perturb=False); "
+            f"found options {dict(options)!r}; for more, let the steps end at the times wanted"
+        )
+    tensor = _lay(func, y0, t, options)
+    times, wanted = [float(x) for x in tensor.tolist()], t.tolist()
+    if len(times) < 2 or (times[0], times[-1]) != (wanted[0], wanted[-1]):
+        raise WorkloadError(
+            f"the grid has {len(times)} times"
+            f"{f', from {times[0]!r} to {times[-1]!r}' if times else ''}; it must lead from "
+            f"t[0] = {wanted[0]!r} to t[-1] = {wanted[-1]!r}"
+        )
+    _check_monotone("the grid", times)
+    clock = torch.cat([tensor, t]) if timed else None
+    return Grid(tuple(times), _place(times, wanted), clock)
+
+
+def _lay(func: Callable[..., Any], y0: Any, t: Tensor, options: Mapping[str, Any]) -> Tensor:
+    step_size, constructor = options.get("step_size"), options.get("grid_constructor")
+    if step_size is None and constructor is None:
+        return t
+    if step_size is not None and constructor is not None:
+        raise WorkloadError("options step_size and grid_constructor exclude each other; give one")
+    if constructor is not None:
+        grid = constructor(func, y0, t)
+        if not isinstance(grid, Tensor) or grid.dim() != 1:
+            raise WorkloadError(
+                f"the grid constructor returned {type(grid).__name__}; let it return the times of "
+                "the steps as a one-dimensional tensor"
+            )
+        return grid
+    size = float(step_size)  # type: ignore[arg-type]
+    if not (math.isfinite(size) and size > 0):
+        raise WorkloadError(
+            f"step_size is {step_size!r}; give a positive number, whichever way time runs"
+        )
+    start, end = t[0], t[-1]
+    # In the dtype of t, and one more less one, as torchdiffeq counts: rounding decides alike.
+    count = int(torch.ceil((end - start).detach().abs() / size + 1)) - 1
+    inner = torch.arange(0, max(count, 1), dtype=t.dtype, device=t.device)
+    sign = 1.0 if float(end.detach()) > float(start.detach()) else -1.0
+    return torch.cat([inner * (sign * size) + start, end[None]])
+
+
+def _place(times: list[float], wanted: list[float]) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """Which outputs each step gives; the first time is that of the initial state."""
+    sign = 1.0 if times[-1] > times[0] else -1.0
+    placed = []
+    j = 1
+    for start, end in itertools.pairwise(times):
+        here = []
+        while j < len(wanted) and sign * wanted[j] <= sign * end:
+            share = 1.0 if wanted[j] == end else (wanted[j] - start) / (end - start)
+            here.append((j, share))
+            j += 1
+        placed.append(tuple(here))
+    return tuple(placed)

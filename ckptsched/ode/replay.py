@@ -1,0 +1,401 @@
+"""Accepted steps, run again with their recorded sizes: from checkpoints to gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from ..aliases import Slots, make_alias
+from ..context import Autocast, Generators, OneKernel, Recomputing
+from ..errors import ExecutionError
+from ..schedule import Code
+from ..solvers.online import Operation, reversal
+from .closure import Closure
+from .embedded import Slopes, combined, end_slope, inside_rates, inside_slopes, inside_weights
+from .embedded import run_step as run_embedded_step
+from .integration import Problem, Record, RightHandSide, forward_slopes
+
+
+@final
+class Environment:
+    """What f found in the forward pass, found again when it is run again."""
+
+    def __init__(self, closure: Closure, tensors: Sequence[Tensor], like: Tensor) -> None:
+        """Note everything.
+
+        Args:
+            closure: What f reads.
+            tensors: What of it is to get gradients, or what else is.
+            like: The state.
+        """
+        self._closure, self._slots = closure, Slots(closure.modules)
+        self._modes = [(m, m.training) for root in closure.modules for m in root.modules()]
+        self._autocast = self._outer = Autocast.take(like.device)
+        self._device = like.device
+        held = [*self._slots.parameters(), *closure.tensors]
+        aliases = {id(p): make_alias(p) for p in held}
+        self._bound = self._slots.bind(aliases)
+        self._stand_ins = [aliases[id(t)] for t in closure.tensors]
+        self._watched = [*held, *(t for t in tensors if id(t) not in aliases)]
+        self._versions = [t._version for t in self._watched]
+        # Gradients are taken with respect to these: hooks of the real parameters do not see them.
+        self.tensors = [aliases.get(id(t), t) for t in tensors]
+        # All that may be read with a gradient, wanted or not.
+        self.known = [*aliases.values(), *self.tensors]
+
+    def check(self) -> None:
+        """Refuse to run f again where it would read other values.
+
+        Raises:
+            ExecutionError: A parameter was changed in place.
+        """
+        for tensor, version in zip(self._watched, self._versions, strict=True):
+            if tensor._version != version:
+                raise ExecutionError(
+                    f"a parameter of shape {tuple(tensor.shape)} was changed in place between "
+                    "forward and backward; call backward before optimizer.step"
+                )
+
+    @contextmanager
+    def first_time(self) -> Iterator[None]:
+        """Around the forward pass: the kernels that will be used again."""
+        with OneKernel():
+            yield
+
+    @contextmanager
+    def again(self, *, random: bool) -> Iterator[None]:
+        """Around what is run again, which leaves no trace.
+
+        Args:
+            random: Whether random numbers are drawn.
+        """
+        outer = Generators(self._device) if random else None
+        self._outer = Autocast.take(self._device)
+        changed = [(m, m.training) for m, flag in self._modes if m.training != flag]
+        clones = {id(b): b.clone() for b in self._slots.buffers()}
+        try:
+            for module, now in changed:
+                module.training = not now
+            with (
+                self._autocast.again(),
+                OneKernel(),
+                Recomputing(),
+                self._slots.parameters_replaced(self._bound),
+                self._closure.replaced(self._stand_ins),
+                self._slots.buffers_replaced(clones),
+            ):
+                yield
+        finally:
+            for module, now in changed:
+                module.training = now
+            if outer is not None:
+                outer.restore()
+
+    def going_back(self) -> AbstractContextManager[None]:
+        """Inside `again`: the autocast of who called the backward, as autograd has it."""
+        return nullcontext() if self._outer == self._autocast else self._outer.again()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A state that is kept, and the random generators as they were there."""
+
+    z: Tensor
+    version: int
+    random: Generators | None
+
+    @classmethod
+    def of(cls, z: Tensor, random: Generators | None) -> Checkpoint:
+        """Keep a state."""
+        return cls(z, z._version, random)
+
+
+@final
+class TapedStep:
+    """One accepted step with its tape, and the way back through it."""
+
+    def __init__(
+        self, f: RightHandSide, record: Record, problem: Problem, n: int, z0: Tensor, random: bool
+    ) -> None:
+        """Run the step after n others with gradients on; keep edges of its graph, not its data."""
+        self._record, self._problem, self._n = record, problem, n
+        self.step, self._tableau = record[n], problem.tableau
+        outputs = [(j, record.share(n, j)) for j in record.outputs(n)]
+        self._inside = [(j, share) for j, share in outputs if share != 1.0]
+        self._at_end = [j for j, share in outputs if share == 1.0]
+        keep = inside_slopes(self._tableau) if self._inside else frozenset[int]()
+        with torch.enable_grad():
+            self._z0 = z0.detach().requires_grad_()
+            slopes = replayed(f, record, problem, n, self._z0, random=random, keep=keep)
+        self._z1 = _edge(slopes.z1)
+        self._k = {i: _edge(k) for i, k in slopes.k.items() if i in keep}
+
+    def unknown_leaves(self, known: Iterable[Tensor]) -> list[Tensor]:
+        """Leaves that the step depends on and that are not among those given."""
+        stops = {id(t) for t in known} | {id(self._z0)}
+        nodes = {t.grad_fn for t in known if t.grad_fn is not None}
+        return _leaves([e for e in (self._z1, *self._k.values()) if e is not None], stops, nodes)
+
+    def backward(
+        self, gradient: Tensor | None, outputs: Tensor, wanted: Sequence[Tensor]
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Go back through the step.
+
+        Args:
+            gradient: With respect to the state at its end, as far as later steps need it.
+            outputs: With respect to the states at all requested times, stacked.
+            wanted: Tensors whose gradients are wanted.
+
+        Returns:
+            The gradient with respect to the state at its start, and those of the wanted tensors.
+        """
+        gradient = _added(gradient, outputs, self._at_end)
+        weights = {j: inside_weights(self._tableau, share) for j, share in self._inside}
+        roots: list[GradientEdge] = []
+        given: list[Tensor] = []
+        if self._z1 is not None and gradient is not None:
+            roots.append(self._z1)
+            given.append(gradient)
+        for i, edge in self._k.items():
+            parts = [j for j in weights if weights[j][i] != 0.0]
+            if edge is not None and parts:
+                total = outputs[parts[0]] * (self.step.h * weights[parts[0]][i])
+                for j in parts[1:]:
+                    total.add_(outputs[j], alpha=self.step.h * weights[j][i])
+                roots.append(edge)
+                given.append(total)
+        del gradient
+        direct = _added(None, outputs, [j for j, _ in self._inside])
+        if not roots:
+            return direct, [None] * len(wanted)
+        found = torch.autograd.grad(roots, [self._z0, *wanted], given, allow_unused=True)
+        first = found[0]
+        if first is not None and direct is not None:
+            first = first + direct
+        return (direct if first is None else first), list(found[1:])
+
+
+def replayed(
+    f: RightHandSide,
+    record: Record,
+    problem: Problem,
+    n: int,
+    z0: Tensor,
+    *,
+    random: bool,
+    keep: frozenset[int] = frozenset(),
+) -> Slopes:
+    """Take an accepted step again.
+
+    Args:
+        f: Right-hand side.
+        record: Of the accepted steps.
+        problem: What is solved.
+        n: How many steps come before it.
+        z0: State at its start.
+        random: Whether f draws random numbers: then every slope is evaluated that was.
+        keep: Slopes that are wanted.
+    """
+    if random:
+        keep |= forward_slopes(problem.tableau, random)
+        if record.outputs(n):
+            keep |= {end_slope(problem.tableau)}
+    return run_embedded_step(f, problem.tableau, record[n], z0, keep=keep)
+
+
+@final
+class Sweep:
+    """The backward pass: the interpreter of the operations of `reversal`."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        record: Record,
+        environment: Environment,
+        f: RightHandSide,
+        *,
+        random: bool,
+    ) -> None:
+        """Take what the forward pass has recorded."""
+        self._problem, self._record, self._environment = problem, record, environment
+        self._f, self._random = f, random
+        self.advances = 0
+
+    def run(
+        self,
+        states: dict[int, Checkpoint],
+        slots: int,
+        gradients: Tensor,
+        shift: Tensor | None,
+        *,
+        last_input: bool,
+    ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
+        """Reverse all steps.
+
+        Args:
+            states: What is kept, by position; it is emptied.
+            slots: How many may be kept at once.
+            gradients: With respect to the states at all requested times, stacked.
+            shift: The zero that shifts the time of f; None where no gradient of time is wanted.
+            last_input: Whether `states` holds the input of the last step besides.
+
+        Returns:
+            The gradients of the initial state, of the environment's tensors and of the times.
+        """
+        wanted = [*self._environment.tensors, *([] if shift is None else [shift])]
+        sums = Sums([None] * len(wanted))
+        rates = None
+        if shift is not None:
+            rates = torch.zeros(len(self._problem.times), dtype=torch.float64)
+        n = len(self._record)
+        positions = sorted(states)
+        if last_input and n > 1 and positions[-1] == n - 1:
+            positions.pop()
+        operations = reversal(positions, n, slots, last_input=last_input)
+        with self._environment.again(random=self._random):
+            back = self._interpret(operations, states, gradients, wanted, sums, rates)
+        back = _added(back, gradients, [0])
+        assert back is not None
+        if rates is not None:
+            shifted = sums.sums.pop()
+            rates[0] = -rates[1:].sum()
+            if shifted is not None:
+                rates[0] += float(shifted)
+        return back, sums.sums, rates
+
+    def _interpret(
+        self,
+        operations: Iterable[Operation],
+        states: dict[int, Checkpoint],
+        gradients: Tensor,
+        wanted: Sequence[Tensor],
+        sums: Sums,
+        rates: Tensor | None,
+    ) -> Tensor | None:
+        """Follow the operations; gives the gradient of the initial state through the first step."""
+        back: Tensor | None = None
+        tape: TapedStep | None = None
+        for code, i in operations:
+            if code == Code.FORWARD:
+                self._advance(states, i)
+            elif code == Code.TAPED_FORWARD:
+                if rates is not None:
+                    self._add_rates(rates, i - 1, self._input(states, i), gradients)
+                z0 = self._input(states, i)
+                tape = TapedStep(self._f, self._record, self._problem, i - 1, z0, self._random)
+                del z0
+                if i == len(self._record):
+                    self._check_leaves(tape, [*self._environment.known, *wanted])
+            elif code == Code.BACKWARD:
+                assert tape is not None
+                with self._environment.going_back():
+                    back, found = tape.backward(back, gradients, wanted)
+                tape = None
+                sums.add(found)
+                del found
+            else:
+                del states[i]
+        return back
+
+    def _input(self, states: dict[int, Checkpoint], i: int) -> Tensor:
+        found = states[i - 1]
+        if found.z._version != found.version:
+            raise ExecutionError(
+                f"the state before step {i} of {len(self._record)}, at time "
+                f"{self._record[i - 1].t0:.6g}, was changed in place since it was made; change a "
+                "copy instead"
+            )
+        if found.random is not None:
+            found.random.restore()
+        return found.z
+
+    def _advance(self, states: dict[int, Checkpoint], i: int) -> None:
+        z0 = self._input(states, i)
+        self.advances += 1
+        with torch.no_grad():
+            z1 = replayed(self._f, self._record, self._problem, i - 1, z0, random=self._random).z1
+        states[i] = Checkpoint.of(z1, Generators(z1.device) if self._random else None)
+
+    def _add_rates(self, rates: Tensor, n: int, z0: Tensor, gradients: Tensor) -> None:
+        """Products of the gradients with the derivatives in time of what lies in a step."""
+        record, problem = self._record, self._problem
+        keep = inside_slopes(problem.tableau)
+        with torch.no_grad():
+            if not record.outputs(n):
+                return
+            slopes = replayed(self._f, record, problem, n, z0, random=self._random, keep=keep)
+            for j in record.outputs(n):
+                weights = inside_rates(problem.tableau, record.share(n, j))
+                rate = combined(None, 1.0, weights, slopes.k)
+                rates[j] = float((rate.conj() * gradients[j]).real.sum())
+
+    def _check_leaves(self, tape: TapedStep, known: Sequence[Tensor]) -> None:
+        found = tape.unknown_leaves(known)
+        if found:
+            raise ExecutionError(
+                f"f uses a tensor of shape {tuple(found[0].shape)} that requires a gradient and is "
+                "not among its parameters, so its gradient would be lost; register it in the "
+                "module, give it among the parameters, or detach it"
+            )
+
+
+def _edge(tensor: Tensor) -> GradientEdge | None:
+    return get_gradient_edge(tensor) if tensor.requires_grad else None
+
+
+def _added(total: Tensor | None, outputs: Tensor, indices: Sequence[int]) -> Tensor | None:
+    """The sum with some of the outputs' gradients; a new tensor, as others may hold the parts."""
+    for j in indices:
+        total = outputs[j].clone() if total is None else total + outputs[j]
+    return total
+
+
+@final
+class Sums:
+    """Sums of gradients, the latest step's first."""
+
+    def __init__(self, sums: list[Tensor | None]) -> None:
+        """Start from what is there, which is left as it is."""
+        self.sums = sums
+        self._own = [False] * len(sums)
+
+    def add(self, found: Sequence[Tensor | None]) -> None:
+        """Add a step's gradients; in place once a sum is a tensor of its own.
+
+        What autograd returns may be one tensor for several inputs, or have overlapping memory.
+        """
+        for k, gradient in enumerate(found):
+            before = self.sums[k]
+            if gradient is None:
+                continue
+            if before is None:
+                self.sums[k] = gradient
+            elif self._own[k]:
+                before.add_(gradient)
+            else:
+                self.sums[k] = before + gradient
+                self._own[k] = True
+
+
+def _leaves(edges: Iterable[GradientEdge], stops: set[int], nodes: set[Node]) -> list[Tensor]:
+    """Leaves of a graph that are neither among `stops` nor behind one of the nodes."""
+    found: dict[int, Tensor] = {}
+    seen: set[Node] = set(nodes)
+    ahead: list[Node | None] = [edge.node for edge in edges]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in stops:
+            found[id(leaf)] = leaf
+        ahead += [before for before, _ in node.next_functions]
+    return list(found.values())

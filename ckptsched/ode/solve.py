@@ -1,0 +1,292 @@
+"""A solve over a fixed grid as a chain of stages, a step each, with outputs that leave on the way.
+
+What changes from call to call, the times and where outputs go, is not part of the module: it is
+given to every stage, as a `Call`. So one plan serves all calls of one shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ..context import is_recomputing
+from ..errors import ExecutionError
+from ..tracing import StageCall, StagedModule
+from .closure import Closure
+from .grid import Grid
+from .integrators import Integrator, RungeKutta, as_time, join, split
+from .slopes import slope_step, start_of
+from .steps import Time, add, number
+
+
+@final
+class Call:
+    """What one call gives to every step: the times, and a place for the outputs."""
+
+    def __init__(self, grid: Grid, closure: Closure, result: Tensor | None = None) -> None:
+        """Begin a call.
+
+        Args:
+            grid: Times of the steps and outputs.
+            closure: What the right-hand side reads besides.
+            result: Where outputs are written, along its first dimension. None collects them with
+                their graphs, for plain autograd.
+        """
+        self.grid, self.closure, self.result = grid, closure, result
+        self.collects = result is None
+        self.kept: list[Tensor] = []
+        self.gradients: Tensor | None = None
+        self.sampling = False
+        """Whether every step is to do what the dearest does, because it is measured."""
+
+    @classmethod
+    def to_measure(cls, grid: Grid, closure: Closure, y0: Tensor) -> Call:
+        """A call for the profiler: outputs are not written, and gradients of them are zero."""
+        call = cls(grid, closure)
+        call.collects, call.sampling = False, True
+        zero = torch.zeros((), dtype=y0.dtype, device=y0.device)
+        call.gradients = zero.expand(1 + sum(map(len, grid.outputs)), *y0.shape)
+        return call
+
+    def emit(self, j: int, z: Tensor, output: Tensor) -> Tensor:
+        """Let an output leave the chain; its gradient will join that of the state.
+
+        Args:
+            j: Its index.
+            z: The state to go on with.
+            output: The output: the state itself, or made from it.
+
+        Returns:
+            The state to go on with: the same values.
+        """
+        if self.collects:
+            self.kept.append(output)
+            # The gradients of all that follows add up on their own, as they do in a chain.
+            return z.view_as(z)
+        state: Tensor = _Emitted.apply(z, output, self, j)
+        return state
+
+    def write(self, j: int, output: Tensor) -> None:
+        """Write an output, in the first run of its step."""
+        if self.result is not None and not is_recomputing():
+            self.result[j].copy_(output)
+
+    def gradient(self, j: int) -> Tensor | None:
+        """The gradient that came to an output; the first one is asked for last."""
+        found = None if self.gradients is None else self.gradients[j]
+        if j == 0 and not self.sampling:
+            self.gradients = None
+        return found
+
+
+class _Emitted(torch.autograd.Function):
+    """Hands a state on; an output leaves here in the forward, and its gradient comes in."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, output: Tensor, call: Call, j: int) -> Tensor:
+        ctx.call, ctx.j = call, j
+        call.write(j, output)
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], ctx.call.gradient(ctx.j), None, None
+
+
+class Outputs(torch.autograd.Function):
+    """Hands out all outputs of a call at once, after its last step.
+
+    Its backward, the first of all, notes the gradients of the outputs for the steps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, last: Tensor, call: Call) -> Tensor:
+        """Take the last state, which is the last output."""
+        ctx.call = call
+        result, call.result = call.result, None
+        assert result is not None
+        result[-1].copy_(last)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Give the last state its gradient; the others are asked for."""
+        ctx.call.gradients = grads[0]
+        return grads[0][-1], None
+
+
+@final
+class SolveStage(StageCall):
+    """One step of a `Solve`, or one slope of a step."""
+
+    __slots__ = ("index", "module", "part")
+
+    module: Solve
+
+    def __init__(self, solve: Solve, index: int, part: int | None = None) -> None:
+        """Name a step; the first has the index 0.
+
+        Args:
+            solve: The steps.
+            index: Which one.
+            part: Which of its slopes; None for the whole step.
+        """
+        self.prefix = ""
+        self.module = solve
+        self.index = index
+        self.part = part
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Advance the state by this step, or this part of it."""
+        if self.part is None:
+            return self.module.step(self.index, x, *args)
+        return self.module.step_part(self.index, self.part, x, *args)
+
+    @property
+    def label(self) -> str:
+        """The index as in "step[7]", or "slope 2 of step[7]"."""
+        prefix = "" if self.part is None else f"slope {self.part} of "
+        return f"{prefix}step[{self.index}]"
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for steps that give equally many outputs; those that give none count as one.
+
+        So equal steps make one long run, whichever of them give outputs: planned for all to do
+        so, which takes at most a state more than some of them need.
+        """
+        return ("step", id(self.module), self.part, max(1, self.module.counts[self.index]))
+
+
+@final
+class Solve(StagedModule):
+    """All steps of a solve; called with the initial state, a `Call`, and tensors.
+
+    Args:
+        func: The right-hand side, f(t, y).
+        closure: What it reads.
+        integrator: The rule for one step.
+        shapes: Of the parts of the state where it is a tuple.
+        counts: How many outputs each step gives.
+        parts: How many stages a step is: its slopes, or 1.
+    """
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        closure: Closure,
+        integrator: Integrator,
+        shapes: tuple[torch.Size, ...] | None,
+        counts: tuple[int, ...],
+        parts: int = 1,
+    ) -> None:
+        super().__init__()
+        self.owners = nn.ModuleList(closure.modules)
+        self.integrator = integrator
+        self.shapes = shapes
+        self.counts = counts
+        self.parts = parts
+        # A module is among the owners already, with its parameters.
+        self.__dict__["func"] = func
+
+    def stages(self) -> list[StageCall]:
+        """The steps, or their slopes, in order."""
+        steps = range(len(self.counts))
+        if self.parts == 1:
+            return [SolveStage(self, index) for index in steps]
+        return [SolveStage(self, index, part) for index in steps for part in range(self.parts)]
+
+    def step(self, index: int, z: Tensor, call: Call, *tensors: Tensor) -> Tensor:
+        """Advance by one step, and let its outputs leave.
+
+        Args:
+            index: 0 for the first step.
+            z: Flat state at its start.
+            call: The call.
+            tensors: The clock where the call has one, then stand-ins for what the closure reads.
+
+        Returns:
+            The state at its end.
+        """
+        times, tensors = self._times(call, tensors)
+        start, end = times[index], times[index + 1]
+        if index == 0:
+            z = call.emit(0, z, z)
+        with call.closure.replaced(tensors):
+            after = self.integrator.step(self.slope, start, end - start, z)
+        return self._emit(index, call, times, z, after)
+
+    def step_part(self, index: int, part: int, state: Any, call: Call, *tensors: Tensor) -> Any:
+        """Do one slope of a step of a Runge-Kutta method.
+
+        Args:
+            index: 0 for the first step.
+            part: 0 for its first slope.
+            state: What the part before returned.
+            call: The call.
+            tensors: As for `step`.
+
+        Returns:
+            What the next part takes.
+        """
+        assert isinstance(self.integrator, RungeKutta)
+        times, tensors = self._times(call, tensors)
+        start, end = times[index], times[index + 1]
+        if index == 0 and part == 0:
+            state = call.emit(0, state, state)
+        tableau = self.integrator.tableau
+        with call.closure.replaced(tensors):
+            after = slope_step(self.slope, tableau, start, end - start, part, state)
+        if part < self.parts - 1:
+            return after
+        return self._emit(index, call, times, start_of(state), after)
+
+    def _times(self, call: Call, tensors: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
+        """The times of the steps, as numbers or as the clock, and the other tensors."""
+        if call.grid.clock is not None and tensors:
+            return tensors[0], tensors[1:]
+        return call.grid.times, tensors
+
+    def _emit(self, index: int, call: Call, times: Any, z: Tensor, after: Tensor) -> Tensor:
+        """Let the outputs of a step leave, which led from z to after."""
+        start, end = times[index], times[index + 1]
+        for j, share in call.grid.outputs[index] or ((1, 1.0),) * call.sampling:
+            if index == len(self.counts) - 1 and share == 1.0 and not call.sampling:
+                break  # the last output is what the chain returns
+            output = after
+            if share != 1.0:
+                place: Time = share
+                if isinstance(times, Tensor):
+                    place = (times[len(self.counts) + 1 + j] - start) / (end - start)
+                output = add(z, after - z, place)
+            after = call.emit(j, after, output)
+        return after
+
+    def slope(self, t: Time, z: Tensor) -> Tensor:
+        """The right-hand side on flat states."""
+        slope = self.__dict__["func"](as_time(t, z), split(z, self.shapes))
+        if self.shapes is not None:
+            self._check_parts(slope, t)
+        return join(slope, self.shapes)  # type: ignore[no-any-return]
+
+    def _check_parts(self, slope: Any, t: Time) -> None:
+        """Flat, a part that is too long could make up for another that is too short."""
+        assert self.shapes is not None
+        found = (
+            tuple(tuple(part.shape) for part in slope)
+            if isinstance(slope, (tuple, list)) and all(isinstance(p, Tensor) for p in slope)
+            else type(slope).__name__
+        )
+        expected = tuple(map(tuple, self.shapes))
+        if found != expected:
+            raise ExecutionError(
+                f"at time {number(t):g} func returned {found} for a state of shapes {expected}; "
+                "let it return a tuple with the slope of each part"
+            )
+
+    def extra_repr(self) -> str:
+        """What a plan depends on besides modules and shapes."""
+        return f"integrator={self.integrator!r}, steps={len(self.counts)}, parts={self.parts}"

@@ -1,0 +1,77 @@
+"""The scripts of the ANODE paper's experiments: each runs at a tiny size and shows its point."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from examples.anode import gradient_error, memory, reversing, reversing_image, training
+
+
+def is_picture(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_solved_there_and_back_is_the_worse_the_stiffer(tmp_path: Path) -> None:
+    path = tmp_path / "reversing.png"
+    result = reversing.main(["--tiny", "--plot", str(path)])
+    assert result.scalar[1, 1e-3][0] < 1e-3 < result.scalar[10, 1e-3][0]
+    grids = reversing.TINY.grids
+    orders = {m: reversing.order(result.fixed, m, grids) for m in reversing.METHODS}
+    # Methods of an even order gain one where the error is that of there and back.
+    assert orders["midpoint"] == pytest.approx(3, abs=0.2)
+    assert orders["rk4_classic"] == pytest.approx(5, abs=0.2)
+    assert is_picture(path)
+
+
+def test_every_activation_is_reversed_and_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "images.png"
+    found = reversing_image.main(["--tiny", "--plot", str(path)])
+    assert {name for _, name, _ in found} == set(reversing_image.ACTIVATIONS)
+    one, several = reversing_image.TINY.cases
+    for name in reversing_image.ACTIVATIONS:
+        errors = [found[case, name, 1e-3][0].error for case in (one, several)]
+        assert 0 < errors[0] < errors[1]
+    assert is_picture(path)
+
+
+def test_backsolve_is_off_by_the_order_and_ours_by_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "gradients.png"
+    rows = gradient_error.main(["--tiny", "--plot", str(path)])
+    assert all(row.ours == 0 for row in rows.values())
+    assert all(row.finite_difference < 1e-4 for row in rows.values())
+    assert min(row.backsolve for row in rows.values()) > 1e-4
+    assert is_picture(path)
+
+
+def test_peaks_follow_the_laws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "memory.png"
+    rows = memory.main(["--tiny", "--plot", str(path)])
+    assert "fixed budget" in capsys.readouterr().out
+    assert rows[2, 3, "ANODE"].peak_bytes < rows[2, 3, "plain"].peak_bytes
+    assert all(row.gradient_difference == 0 for row in rows.values())
+    assert is_picture(path)
+
+
+@pytest.mark.parametrize("method", ["euler", "dopri5"])
+def test_both_gradients_train_from_the_same_weights(tmp_path: Path, method: str) -> None:
+    path = tmp_path / "training.png"
+    arguments = ["--networks", "resnet", "--methods", method, "--epochs", "1", "--limit", "16"]
+    runs = training.main([*arguments, "--plot", str(path)])
+    exact, inexact = (runs["resnet", method, gradient] for gradient in training.GRADIENTS)
+    # One batch: its loss is told before anything is learnt.
+    assert exact.losses == pytest.approx(inexact.losses, rel=1e-5)
+    assert is_picture(path)
+
+
+def test_a_run_that_diverges_is_told_and_ends() -> None:
+    runs = training.main(["--networks", "fc", "--methods", "euler", "--epochs", "3"])
+    exact, inexact = (runs["fc", "euler", gradient] for gradient in training.GRADIENTS)
+    assert not exact.stopped
+    assert exact.losses[-1] < exact.losses[0]
+    assert inexact.stopped
+    assert len(inexact.accuracies) < 3
+
+
+def test_the_order_of_errors_below_rounding_is_not_told() -> None:
+    assert math.isnan(reversing.order({("euler", 1): 0.0, ("euler", 2): 0.0}, "euler", (1, 2)))
