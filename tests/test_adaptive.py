@@ -24,6 +24,7 @@ from ckptsched.ode.adaptive import AdaptiveSolution, solve_adaptive
 from ckptsched.ode.control import StepControl, batch_max_norm, rms_norm
 from ckptsched.ode.embedded import inside_rates, inside_weights
 from ckptsched.ode.methods import METHODS, find_tableau
+from ckptsched.ode.odeint import odeint
 
 ADAPTIVE = sorted(name for name, tableau in METHODS.items() if tableau.b_error is not None)
 
@@ -321,6 +322,35 @@ def test_measured_peak_is_within_the_budget(method: str, outputs: tuple[float, .
         # What is promised is not far above what is taken: a few states.
         assert measured.peak_bytes >= budget - 12 * z0.nbytes
         assert solution.statistics.checkpoints == 1 + (budget - least) // z0.nbytes
+
+
+@pytest.mark.skipif(not AllocatorMeter.available(), reason="needs the counting allocator")
+@pytest.mark.parametrize("parts", [False, True], ids=["tensor", "tuple"])
+@pytest.mark.parametrize("timed", [False, True], ids=["fixed times", "gradient of times"])
+def test_the_least_budget_counts_the_gradient_of_times_and_the_joined_state(
+    parts: bool, timed: bool
+) -> None:
+    def f(time: Tensor, z: Any) -> Any:  # a tape so small that slopes and times count
+        return (-z[0] * time, -z[1]) if parts else -z * time
+
+    z0 = torch.ones(40, 20, dtype=torch.float64, requires_grad=True)
+    other = torch.ones(500, dtype=torch.float64, requires_grad=True)
+    t = torch.linspace(0, 1, 9, dtype=torch.float64).requires_grad_(timed)
+    y0 = (z0, other) if parts else z0
+
+    def train(budget: int) -> None:
+        out = odeint(f, y0, t, budget=budget)
+        joined = out[0].sum() + out[1].sum() if parts else out.sum()
+        del out
+        joined.backward()
+
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        train(1)
+    least = caught.value.least_budget_bytes
+    assert least is not None
+    with ProfilerMeter().window() as window:
+        train(least)
+    assert window.measurement.peak_bytes <= least + 64  # the loss and its gradient
 
 
 def test_nothing_is_left_after_an_error_or_a_solution_that_is_dropped() -> None:

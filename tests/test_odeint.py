@@ -26,6 +26,7 @@ from ckptsched.errors import (
     WorkloadError,
 )
 from ckptsched.memory import default_meter
+from ckptsched.ode import closure
 from ckptsched.ode.closure import find_closure
 
 DOUBLE = torch.float64
@@ -554,3 +555,18 @@ def test_nothing_is_left_after_a_failure() -> None:
             gc.collect()
         assert window.measurement.final_bytes < y0.nbytes
         assert y0.grad is None
+
+
+def test_plans_kept_with_an_object_are_nothing_that_it_reads() -> None:
+    class Decay:
+        def __init__(self) -> None:
+            self.net = nn.Linear(3, 3)
+
+        def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+            return -torch.tanh(self.net(y))
+
+    f, t = Decay(), torch.linspace(0, 1, 5)
+    for _ in range(2):
+        odeint(f, torch.ones(2, 3), t, method="rk4", budget="1MiB").sum().backward()
+        assert closure.find_closure(f).modules == (f.net,)
+    assert len(vars(f)[closure.KEPT].models) == 1  # the second call followed the first plan

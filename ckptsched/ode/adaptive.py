@@ -86,6 +86,7 @@ def solve_adaptive(
     params: Sequence[Tensor] | None = None,
     budget: int | str | Budget | None = None,
     checkpoints: int | None = None,
+    beside_bytes: int = 0,
 ) -> AdaptiveSolution:
     """Solve dy/dt = func(t, y) with steps that keep a tolerance.
 
@@ -114,6 +115,7 @@ def solve_adaptive(
             on the first.
         checkpoints: States that may be kept at once, the initial one included, in place of a
             budget.
+        beside_bytes: Of the budget, what other tensors take that live throughout.
 
     Returns:
         The states, shape (len(t), *y0.shape), and statistics.
@@ -146,6 +148,7 @@ def solve_adaptive(
     if not bounded:
         return _solve_plainly(problem, y0, t if tracked and t.requires_grad else None)
     solve = _Solve(problem, closure, wanted, y0, budget_bytes, checkpoints)
+    solve.with_time, solve.beside_bytes = t.requires_grad, beside_bytes
     states: Tensor = _Node.apply(solve, y0, t, *wanted)
     return AdaptiveSolution(states, solve.statistics)
 
@@ -262,6 +265,7 @@ class _Solve:
         self._budget_bytes, self._slots = budget_bytes, checkpoints or 1
         self._states: dict[int, Checkpoint] = {}
         self._fresh = True
+        self.with_time, self.beside_bytes = False, 0
         self.statistics = Statistics()
 
     def forward(self, y0: Tensor) -> Tensor:
@@ -320,7 +324,11 @@ class _Solve:
             accepted = integration.advance()
         else:
             integration, accepted, footprint, evaluations = measured_first_step(
-                self._problem, self._environment, y0
+                self._problem,
+                self._environment,
+                y0,
+                with_time=self.with_time,
+                beside_bytes=self.beside_bytes,
             )
             self.statistics.footprint = footprint
             self.statistics.measuring_evaluations = evaluations

@@ -77,6 +77,8 @@ def solve_adaptively(
         meet_times=meet,
         params=closure.parameters,
         budget=parse_budget(budget) if isinstance(budget, float) else budget,
+        # The parts of the state are the caller's; as one tensor it is one more.
+        beside_bytes=0 if shapes is None else y0.nbytes,
     )
     return solution.states
 

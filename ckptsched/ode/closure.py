@@ -13,6 +13,8 @@ from typing import Any, final
 from torch import Tensor, nn
 
 _LONGEST = 1000
+KEPT = "_ckptsched_solves"
+"""Attribute of a right-hand side that holds plans, and is nothing that it reads."""
 
 
 @final
@@ -139,7 +141,7 @@ def _places(value: Any) -> Iterator[Place]:
     elif not isinstance(value, (functools.partial, types.MethodType, tuple)):
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
-            yield from (Place(attributes, key) for key in attributes)
+            yield from (Place(attributes, key) for key in attributes if key != KEPT)
 
 
 def _global_names(code: types.CodeType) -> set[str]:

@@ -14,7 +14,7 @@ from ..errors import InfeasibleBudgetError, ProfileError
 from ..memory import Measurement, ProfilerMeter, default_meter
 from .embedded import Step, end_slope
 from .integration import Accepted, Integration, Problem, Record, RightHandSide, state_inside
-from .replay import Environment, Sums, TapedStep, replayed
+from .replay import Environment, Sums, TapedStep, add_rates, replayed
 
 T = TypeVar("T")
 
@@ -33,6 +33,8 @@ class Footprint:
     that comes in and the sums of gradients."""
     gradient_bytes: int
     """Of the gradients of the parameters."""
+    beside_bytes: int = 0
+    """Of what else lives throughout: the gradient of times, and what the caller names."""
     outputs: int
     """Requested times; their states are the caller's in the backward, as are the gradients."""
 
@@ -42,7 +44,7 @@ class Footprint:
         z = self.state_bytes
         forward = (self.outputs + 1) * z + self.forward_bytes
         backward = (2 * self.outputs + 2) * z + self.gradient_bytes + self.backward_bytes
-        return max(forward, backward)
+        return max(forward, backward) + self.beside_bytes
 
     def slots(self, budget_bytes: int) -> int:
         """States that may be kept at once, the initial one included.
@@ -70,7 +72,12 @@ class Footprint:
 
 
 def measured_first_step(
-    problem: Problem, environment: Environment, z0: Tensor
+    problem: Problem,
+    environment: Environment,
+    z0: Tensor,
+    *,
+    with_time: bool = False,
+    beside_bytes: int = 0,
 ) -> tuple[Integration, Accepted, Footprint, int]:
     """Take the first step under a meter, and run one like it again.
 
@@ -78,6 +85,8 @@ def measured_first_step(
         problem: What to solve.
         environment: What f sees.
         z0: The initial state, without a graph.
+        with_time: Whether the gradient of the times will be wanted.
+        beside_bytes: Of other tensors that live throughout.
 
     Returns:
         The integration after one step, that step, what a step takes, and how often f was
@@ -86,7 +95,12 @@ def measured_first_step(
     integration, begun = measured(z0.device, lambda: Integration(problem, z0))
     # Before the step, whose slopes would be in the way.
     backward, evaluations = measured_replay(
-        problem, environment, integration.planned, z0, random=integration.random
+        problem,
+        environment,
+        integration.planned,
+        z0,
+        random=integration.random,
+        with_time=with_time,
     )
 
     def first() -> Accepted:
@@ -101,13 +115,21 @@ def measured_first_step(
         forward_bytes=max(begun.peak_bytes, begun.final_bytes + advanced.peak_bytes),
         backward_bytes=backward,
         gradient_bytes=sum(p.nbytes for p in environment.tensors),
+        # Of times as they are summed, in float64, and as the caller gets them.
+        beside_bytes=beside_bytes + with_time * 2 * 8 * len(problem.times),
         outputs=len(problem.times),
     )
     return integration, accepted, footprint, evaluations
 
 
 def measured_replay(
-    problem: Problem, environment: Environment, step: Step, z0: Tensor, *, random: bool
+    problem: Problem,
+    environment: Environment,
+    step: Step,
+    z0: Tensor,
+    *,
+    random: bool,
+    with_time: bool = False,
 ) -> tuple[int, int]:
     """Run a step again without tape and with, and go back through it, under a meter.
 
@@ -117,32 +139,43 @@ def measured_replay(
         step: The step.
         z0: State at its start, without a graph.
         random: Whether f draws random numbers.
+        with_time: Whether the gradient of the times will be wanted.
 
     Returns:
         The bytes of the peak, and how often f was evaluated.
     """
-    f = RightHandSide(problem.func, z0)
     probe = replace(problem, times=(step.t0, step.t0 + 0.5 * step.h))
     record = Record(probe)
     record.append(step)
-    wanted = environment.tensors
+    count = 0
     gradient = torch.zeros_like(z0)
     outputs = torch.zeros((2, *z0.shape), dtype=z0.dtype, device=z0.device)
-    sums = Sums([torch.zeros_like(p) for p in wanted])
+    # A new sum of the shifts of time is all that these do not hold already.
+    sums = Sums([*(torch.zeros_like(p) for p in environment.tensors), *[None] * with_time])
 
     def run() -> None:
+        nonlocal count
+        wanted, shift = [*environment.tensors], None
+        if with_time:
+            shift = z0.new_zeros((), dtype=z0.dtype.to_real()).requires_grad_()
+            wanted.append(shift)
+        f = RightHandSide(problem.func, z0, shift)
         with environment.again(random=random):
             with torch.no_grad():
                 replayed(f, record, probe, 0, z0, random=random)
+            if with_time:
+                rates = torch.zeros(2, dtype=torch.float64)
+                add_rates(rates, f, record, probe, 0, z0, outputs, random=random)
             tape = TapedStep(f, record, probe, 0, z0, random)
             with environment.going_back():
                 back, found = tape.backward(gradient, outputs, wanted)
             del tape
             sums.add(found)
             torch.add(outputs[0], outputs[0] if back is None else back)
+        count = f.evaluations
 
     _, measurement = measured(z0.device, run)
-    return measurement.peak_bytes, f.evaluations
+    return measurement.peak_bytes, count
 
 
 def measured(device: torch.device, fn: Callable[[], T]) -> tuple[T, Measurement]:

@@ -17,11 +17,10 @@ from ..plans import Plan
 from ..profiler import profile
 from ..structure import training_mode
 from ..workload import Chain
-from .closure import Closure
+from .closure import KEPT, Closure
 from .grid import Grid
 from .solve import Call, Outputs, Solve
 
-_KEPT = "_ckptsched_solves"  # attribute of the right-hand side
 _MOST_KEPT = 8
 
 
@@ -93,7 +92,7 @@ def _kept_with(func: Callable[..., Any]) -> _Kept:
     attributes = getattr(owner, "__dict__", None)
     if not isinstance(attributes, dict):
         return _Kept()
-    found: _Kept = attributes.setdefault(_KEPT, _Kept())
+    found: _Kept = attributes.setdefault(KEPT, _Kept())
     return found
 
 

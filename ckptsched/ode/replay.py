@@ -287,7 +287,11 @@ class Sweep:
                 self._advance(states, i)
             elif code == Code.TAPED_FORWARD:
                 if rates is not None:
-                    self._add_rates(rates, i - 1, self._input(states, i), gradients)
+                    z0 = self._input(states, i)
+                    add_rates(
+                        rates, self._f, self._record, self._problem, i - 1, z0, gradients,
+                        random=self._random,
+                    )  # fmt: skip
                 z0 = self._input(states, i)
                 tape = TapedStep(self._f, self._record, self._problem, i - 1, z0, self._random)
                 del z0
@@ -323,19 +327,6 @@ class Sweep:
             z1 = replayed(self._f, self._record, self._problem, i - 1, z0, random=self._random).z1
         states[i] = Checkpoint.of(z1, Generators(z1.device) if self._random else None)
 
-    def _add_rates(self, rates: Tensor, n: int, z0: Tensor, gradients: Tensor) -> None:
-        """Products of the gradients with the derivatives in time of what lies in a step."""
-        record, problem = self._record, self._problem
-        keep = inside_slopes(problem.tableau)
-        with torch.no_grad():
-            if not record.outputs(n):
-                return
-            slopes = replayed(self._f, record, problem, n, z0, random=self._random, keep=keep)
-            for j in record.outputs(n):
-                weights = inside_rates(problem.tableau, record.share(n, j))
-                rate = combined(None, 1.0, weights, slopes.k)
-                rates[j] = float((rate.conj() * gradients[j]).real.sum())
-
     def _check_leaves(self, tape: TapedStep, known: Sequence[Tensor]) -> None:
         found = tape.unknown_leaves(known)
         if found:
@@ -344,6 +335,40 @@ class Sweep:
                 "not among its parameters, so its gradient would be lost; register it in the "
                 "module, give it among the parameters, or detach it"
             )
+
+
+def add_rates(
+    rates: Tensor,
+    f: RightHandSide,
+    record: Record,
+    problem: Problem,
+    n: int,
+    z0: Tensor,
+    gradients: Tensor,
+    *,
+    random: bool,
+) -> None:
+    """Products of the gradients with the derivatives in time of what lies in a step.
+
+    Args:
+        rates: One for each requested time; those that the step reaches are written.
+        f: Right-hand side.
+        record: Of the accepted steps.
+        problem: What is solved.
+        n: How many steps come before it.
+        z0: State at its start.
+        gradients: With respect to the states at all requested times, stacked.
+        random: Whether f draws random numbers.
+    """
+    if not record.outputs(n):
+        return
+    keep = inside_slopes(problem.tableau)
+    with torch.no_grad():
+        slopes = replayed(f, record, problem, n, z0, random=random, keep=keep)
+        for j in record.outputs(n):
+            weights = inside_rates(problem.tableau, record.share(n, j))
+            rate = combined(None, 1.0, weights, slopes.k)
+            rates[j] = float((rate.conj() * gradients[j]).real.sum())
 
 
 def _edge(tensor: Tensor) -> GradientEdge | None:

@@ -50,8 +50,10 @@ _DRAWN_STAGES = 6_000
 _LESS = (0.0002, 0.04)
 _MORE = (0.0002, 0.01)
 # Where they are above the bound, schedules are searched in exact bytes: so many looks at choices,
-# shared by all budgets of a table, but some at least. They take about half a second.
-_LOOKS, _LEAST_LOOKS = 30_000_000, 1_500_000
+# for one budget alone (some seconds), fewer for each of several, but some at least. Of chains of
+# more stages the search comes to no end, so that it is cut short.
+_LOOKS, _LEAST_LOOKS = 200_000_000, 1_500_000
+_LOOKS_STAGES = 200
 # Where the best of them is so much above the bound, a second table is filled, in which sizes are
 # rounded to the nearest, and more are drawn from that.
 _POOR = 0.006
@@ -284,7 +286,7 @@ class _Search:
             bounds |= {budget: base + table.bound(self._usable(budget)) for budget in needed}
             poor = self._draw_each(table, {x: bounds[x] for x in needed}, exact=grid.exact)
             for budget in needed:
-                looks = max(_LEAST_LOOKS, _LOOKS // len(needed))
+                looks = self._looks(len(needed))
                 bounds[budget] = base + self._search(table, budget, looks)
             poor = [x for x in poor if self._best(x).seconds > bounds[x] * (1 + _POOR)]
             del table  # before the next takes as much
@@ -295,6 +297,11 @@ class _Search:
             (budget, self.solution(self._cheapest(budget), bounds[budget], grid))
             for budget in budgets
         ]
+
+    def _looks(self, budgets: int) -> int:
+        """How many choices the exact search may look at for each of so many budgets."""
+        share = min(1.0, _LOOKS_STAGES / len(self.chain)) / budgets
+        return max(_LEAST_LOOKS, int(_LOOKS * share**2))
 
     def _usable(self, budget: int) -> int:
         """The bytes of a budget that states and tapes can use: all sizes have a common divisor."""

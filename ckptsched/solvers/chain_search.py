@@ -23,8 +23,8 @@ from .chain_sizes import Slots
 from .chain_table import LeastMemory, Table
 from .chain_walk import BACKWARD, DROP, SWEEP, TAPE, TURN
 
-# Segments that are remembered, each with 56 bytes.
-_MEMORY = 2**20
+# Segments that are remembered, each with 56 bytes: 0.2 GB.
+_MEMORY = 2**22
 # Looks at choices between two chances for Ctrl-C: some hundredths of a second.
 _LOOKS_AT_ONCE = 4_000_000
 # The bound rises from the table's to the seconds of the schedule at hand in so many steps. A low
