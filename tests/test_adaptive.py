@@ -391,11 +391,13 @@ def test_nothing_is_left_after_an_error_or_a_solution_that_is_dropped() -> None:
 # -- control
 
 
-@given(st.floats(1e-6, 1e6), st.floats(1e-4, 1.0), st.integers(1, 8), st.floats(0, 0.2))
+@given(st.floats(1e-6, 1e6), st.floats(1e-4, 1.0), st.integers(1, 8), st.floats(0, 0.99))
 def test_the_next_step_is_within_limits(
-    error: float, before: float, order: int, beta: float
+    error: float, before: float, order: int, share: float
 ) -> None:
+    beta = min(0.2, share * 4 / (3 * order))
     control = StepControl(beta=beta)
+    control.check_order(order)
     factor = control.factor(error, before, order, after_rejection=False)
     assert 0.2 <= factor <= 10
     assert control.factor(2 * error, before, order, after_rejection=False) <= factor
@@ -513,6 +515,9 @@ def test_other_bad_input() -> None:
         solve_adaptive(singular, y0, times(0.0, 0.1, grad=True), meet_times=True)
     with pytest.raises(WorkloadError, match="safety"):
         StepControl(safety=0.0)
+    control = StepControl(beta=0.18)  # of dopri8 a larger error would make larger steps
+    with pytest.raises(WorkloadError, match=r"of order 8: .* below 0\.1667"):
+        solve_adaptive(singular, y0, times(0.0, 0.1), method="dopri8", control=control)
 
 
 def test_a_parameter_changed_before_the_backward_is_an_error() -> None:

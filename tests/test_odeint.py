@@ -478,6 +478,17 @@ def test_a_slope_unlike_the_state_is_refused_with_its_time(
         odeint(f, y0, t, method="euler", budget=budget)
 
 
+@pytest.mark.parametrize("granularity", ["step", "slope"])
+@pytest.mark.parametrize("budget", [None, "1MB"])
+def test_later_slopes_of_a_step_are_looked_at_too(budget: str | None, granularity: str) -> None:
+    _, y0 = problem()
+    t = torch.tensor([0.0, 1.0], dtype=DOUBLE)
+    options = {"method": "rk4_classic", "granularity": granularity, "budget": budget}
+    for f in (lambda t, y: y if t < 0.4 else y.float(), lambda t, y: y if t < 0.4 else None):
+        with pytest.raises((ExecutionError, ProfileError), match=r"at time 0\.5 f "):
+            odeint(f, y0, t, **options)
+
+
 def test_slopes_of_tuples_are_looked_at_part_by_part() -> None:
     y0 = (torch.ones(2), torch.ones(3))
     with pytest.raises(ExecutionError, match=r"returned \(\(3,\), \(2,\)\) for a state of shapes"):

@@ -181,9 +181,11 @@ def _problem(
         )
     times = tuple(map(float, t.detach().tolist()))
     check_times(times)
+    control = StepControl() if control is None else control
+    control.check_order(tableau.order)
     return Problem(
         func=func, tableau=tableau, times=times, rtol=rtol, atol=atol, norm=norm,
-        control=StepControl() if control is None else control, meet=meet,
+        control=control, meet=meet,
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ class StepControl:
     dfactor: float = 0.2
     """A rejected step is tried again with at least this times its size."""
     beta: float = 0.0
-    """Share of PI control; 0.04 is usual for methods of order 5."""
+    """Share of PI control; 0.04 is usual for methods of order 5. Below 4/3 over the order."""
     min_step: float = 0.0
     """A step of this size is accepted whatever its error; in units of time."""
     max_step: float = math.inf
@@ -87,6 +87,22 @@ class StepControl:
                     "ifactor >= 1, 0 < dfactor < 1, 0 <= beta <= 0.2, 0 <= min_step <= max_step, "
                     "and a positive first_step and max_num_steps"
                 )
+
+    def check_order(self, order: int) -> None:
+        """Refuse so much of PI control that a larger error would ask for a larger step.
+
+        Args:
+            order: Of the method.
+
+        Raises:
+            WorkloadError: 3/4 beta is 1/order or more.
+        """
+        if 0.75 * self.beta * order >= 1:
+            raise WorkloadError(
+                f"step control with beta={self.beta!r} for a method of order {order}: a larger "
+                f"error would give a larger step; give a beta below {4 / (3 * order):.4g}, such as "
+                f"{round(0.2 / order, 3)}"
+            )
 
     def factor(self, error: float, before: float, order: int, *, after_rejection: bool) -> float:
         """What to multiply the size of a step by.

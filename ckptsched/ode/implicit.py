@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ExecutionError, IntegrationError
 from .krylov import gmres
-from .steps import Slope, Time, add, check_slope, number
+from .steps import Slope, Time, add, number, slope_at
 
 _MOST_NEWTON = 50
 _MOST_HALVINGS = 8
@@ -51,16 +51,12 @@ def theta_step(f: Slope, theta: float, t: Time, h: Time, z: Tensor) -> Tensor:
         )
     known = z
     if theta != 1.0:
-        slope = f(t, z)
-        check_slope(slope, z, t)
-        known = add(z, slope, h * (1.0 - theta))
+        known = add(z, slope_at(f, t, z), h * (1.0 - theta))
     end, weight = t + h, number(h) * theta
     solution = _solve(f, end, weight, known.detach(), z.detach(), (number(t), number(h)))
     if not torch.is_grad_enabled():
         return solution
-    slope = f(end, solution)
-    check_slope(slope, z, end)
-    corrected = add(known, slope, h * theta)
+    corrected = add(known, slope_at(f, end, solution), h * theta)
     # What is left of the equation is rounding: its value does not count, its gradient does.
     jacobian_at = end.detach() if isinstance(end, Tensor) else end
     made: Tensor = _Inverse.apply(corrected, solution, f, jacobian_at, weight)
@@ -169,8 +165,7 @@ def _linearise(
     """
     with torch.enable_grad():
         at = z.detach().requires_grad_()
-        slope = f(end, at)
-        check_slope(slope, z, end)
+        slope = slope_at(f, end, at)
         w = torch.zeros_like(z).requires_grad_()
         left = None
         if slope.requires_grad:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import WorkloadError
 from .implicit import theta_step
 from .methods import METHODS, find_tableau
-from .steps import Slope, Time, add, check_slope, number, runge_kutta_step
+from .steps import Slope, Time, add, number, runge_kutta_step, slope_at
 from .tableaus import ButcherTableau
 
 StepFunction: TypeAlias = Callable[[Any, Tensor, Tensor, Any], Any]
@@ -89,12 +89,11 @@ class Leapfrog(Integrator):
         """Advance the flat pair (q, p)."""
         half = z.numel() // 2
         q, p = z[:half], z[half:]
-        slope = f(t, z)
-        check_slope(slope, z, t)
+        slope = slope_at(f, t, z)
         p = add(p, slope[half:], h * 0.5)
-        slope = f(t + h * 0.5, torch.cat([q, p]))
+        slope = slope_at(f, t + h * 0.5, torch.cat([q, p]))
         q = add(q, slope[:half], h)
-        slope = f(t + h, torch.cat([q, p]))
+        slope = slope_at(f, t + h, torch.cat([q, p]))
         return torch.cat([q, add(p, slope[half:], h * 0.5)])
 
     def check(self, shapes: tuple[torch.Size, ...] | None) -> None:

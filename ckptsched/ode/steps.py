@@ -51,10 +51,8 @@ def runge_kutta_step(f: Slope, tableau: ButcherTableau, t: Time, h: Time, z: Ten
                 argument = add(argument, slopes[j], h * a_ij)
                 if last_use[j] == i:
                     del slopes[j]
-        slope = f(t + tableau.c[i] * h, argument)
+        slope = slope_at(f, t + tableau.c[i] * h, argument)
         del argument
-        if i == 0:
-            check_slope(slope, z, t)
         if tableau.b[i] != 0.0:
             result = add(result, slope, h * tableau.b[i])
         if last_use[i] > i:
@@ -96,12 +94,22 @@ def last_uses(tableau: ButcherTableau) -> dict[int, int]:
     return last
 
 
+def slope_at(f: Slope, t: Time, z: Tensor) -> Tensor:
+    """Evaluate a right-hand side.
+
+    Raises:
+        ExecutionError: It returns something else than a slope of the state's shape and dtype.
+    """
+    slope = f(t, z)
+    check_slope(slope, z, t)
+    return slope
+
+
 def check_slope(slope: Tensor, z: Tensor, t: Time) -> None:
     """Refuse what is no slope of a state.
 
     Args:
-        slope: What f returned; only the first of a step is looked at, as the others come from the
-            same function.
+        slope: What f returned.
         z: The state.
         t: The time, for the message.
 
