@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .chain_kernel import compiled
+from .run_kernel import write_sweep
 
 # Larger than any number of stages: binomial coefficients beyond are only known to be so large.
 _LARGE = 1 << 40
@@ -72,7 +73,7 @@ def write_out(stages: int, states: int, operations: npt.NDArray[np.int64]) -> in
             written = _reverse(operations, written, first + 1, stages)
         else:
             split = first_advance(length, s)
-            written = _sweep(operations, written, first + 1, first + split)
+            written = write_sweep(operations, written, first + 1, first + split)
             if depth + 3 > len(todo):
                 todo = np.concatenate((todo, np.empty_like(todo)))
             todo[depth] = (first, split, s)
@@ -95,16 +96,4 @@ def _reverse(operations: Any, written: int, stage: int, stages: int) -> int:
     if stage == 1:
         operations[written] = 5
         written += 1
-    return written
-
-
-@compiled
-def _sweep(operations: Any, written: int, first: int, last: int) -> int:
-    """Runs of stages first..last that keep the last state alone."""
-    for stage in range(first, last + 1):
-        operations[written] = stage << 32
-        written += 1
-        if stage > first:
-            operations[written] = 5 | (stage - 1) << 32
-            written += 1
     return written

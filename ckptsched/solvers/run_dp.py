@@ -83,7 +83,7 @@ class RunDp(AbstractSolver):
 
     A larger budget never gives a costlier schedule within one `solve_each`, where budgets share
     tables. Time and memory grow with the longest run and with the number of runs, not with the
-    number of stages squared: 8,008 stages in 8 blocks take some seconds and 0.3 GB.
+    number of stages squared: 8,008 stages in 8 blocks take some seconds and 0.5 GB.
     """
 
     name = "run_dp"
@@ -92,7 +92,7 @@ class RunDp(AbstractSolver):
         """Find a cheap memory-persistent schedule within a budget, and a bound.
 
         Raises:
-            WorkloadError: The chain has no long runs.
+            WorkloadError: The chain has no long runs, or more than `MOST_STAGES` stages.
         """
         (result,) = self.solve_each(chain, [budget_bytes])
         if isinstance(result, InfeasibleBudgetError):
@@ -105,7 +105,7 @@ class RunDp(AbstractSolver):
         """Solve for several budgets; those of similar size share a table.
 
         Raises:
-            WorkloadError: The chain has no long runs.
+            WorkloadError: The chain has no long runs, or more than `MOST_STAGES` stages.
         """
         search = _Search(chain)
         feasible = sorted({x for x in budgets if x >= search.least_bytes})

@@ -468,7 +468,7 @@ def lower_in_run(
                 todo[depth] = (before + 1, count - 1, free - tape)
                 depth += 1
             continue
-        written = _sweep(operations, written, before + 1, before + split)
+        written = write_sweep(operations, written, before + 1, before + split)
         todo[depth] = (before, split, free)
         todo[depth + 1] = (before + split, _DROP, 0)
         todo[depth + 2] = (before + split, count - split, free - keep)
@@ -494,7 +494,7 @@ def _split_in_run(values: Any, count: int, m: int, limits: Any, seconds: float) 
 
 
 @compiled
-def _sweep(operations: Any, written: int, first: int, last: int) -> int:
+def write_sweep(operations: Any, written: int, first: int, last: int) -> int:
     """Write out runs of stages first..last that keep the last state alone."""
     for stage in range(first, last + 1):
         operations[written] = stage << 32
