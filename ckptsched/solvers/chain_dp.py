@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import numpy as np
@@ -220,16 +220,18 @@ class _Search:
     def _look_for_less(self) -> None:
         """Find the least budget where the ledger charges more than its relaxation.
 
-        Deterministic in the chain alone, so that every budget from the least on is met.
+        It looks at bytes alone: a model that is measured again has other seconds, and what was
+        named as its least budget must still do. So all that it has seen is kept as known.
         """
-        least = self.fewest.total
+        fewest = replace(self.fewest, sizes=self.sizes.untimed())
+        least = fewest.total
         top = self.least.peak_bytes - self.sizes.fixed
         unit = max(self._unit(top, MOST_NUMBERS), -(-top // _EDGE_SLOTS))
-        table = Table(self.sizes, unit, top)
+        table = Table(fewest.sizes, unit, top)
         for m in np.unique(np.linspace(least, top, _EDGE_TRIALS).astype(np.int64)):
-            self.draw(outline(self.fewest, int(m)))
-            for scale in (1.0, 0.98):
-                self.draw(outline(self.fewest, int(m), table, scale))
+            self.know(outline(fewest, int(m)).build())
+            for scale in (1.0, 0.98, 0.95):
+                self.know(outline(fewest, int(m), table, scale).build())
         traces = [candidate.run(self.chain)[1] for candidate in self.known.values()]
         self.least = min(traces, key=lambda trace: trace.peak_bytes)
 
