@@ -25,7 +25,7 @@ from benchmarks.executor_peers import (
     sequential,
     why_not_compiled,
 )
-from ckptsched import weighing
+from ckptsched import timing
 from ckptsched.context import now
 from ckptsched.errors import CkptschedError
 from ckptsched.memory import default_meter
@@ -211,7 +211,7 @@ def _the_same_clock(device: torch.device) -> Iterator[None]:
     if device.type != "cpu":
         yield
         return
-    with mock.patch.object(weighing, "now", _processor_seconds):
+    with mock.patch.object(timing, "now", _processor_seconds):
         yield
 
 

@@ -230,10 +230,10 @@ def _adaptive(slots: int | None, until: float) -> tuple[tuple[int, int, int, int
     field, y0 = Field(), torch.ones(8, 4, dtype=torch.float64, requires_grad=True)
     t = torch.tensor([0.0, until], dtype=torch.float64)
     solution = solve_adaptive(field, y0, t, DOPRI5, rtol=1e-6, atol=1e-6, checkpoints=slots)
-    forward, done = field.calls, solution.statistics
+    before, done = field.calls, solution.statistics
     loss = solution.states[-1].square().sum()
     gradients = list(torch.autograd.grad(loss, [y0, *field.parameters()]))
-    return (done.accepted, done.rejected, forward, field.calls - forward), gradients
+    return (done.accepted, done.rejected, done.evaluations, field.calls - before), gradients
 
 
 def long_solve(steps: int, divisor: int, rounds: int) -> dict[str, Any]:

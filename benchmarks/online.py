@@ -9,7 +9,9 @@ checkpoints, and the scheme that diffrax and equinox publish, counted here from 
 (Algorithm I, then Wang and Moin's rule, and a sweep back that places new states by bisection). All
 three give up the last state with the end of the forward pass, as that scheme does; ckptsched then
 keeps the input of the last step besides, which takes no more memory than the sweep back: the last
-column. The second table solves an equation with dopri5 and counts the evaluations of f.
+column. The second table solves an equation with dopri5 and counts the evaluations of f. The third
+solves it within shares of the bytes that storing everything takes: how many accepted steps keep
+their tapes, how many run again, and the measured peak.
 """
 
 from __future__ import annotations
@@ -17,14 +19,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ckptsched.memory import default_meter
 from ckptsched.ode.adaptive import solve_adaptive
 from ckptsched.ode.methods import DOPRI5
+from ckptsched.ode.statistics import Statistics
 from ckptsched.solvers.online import OnlinePlacement, optimal_length, reversal_advances
 from ckptsched.solvers.revolve import advances
 
@@ -127,10 +132,33 @@ def solve(slots: int | None, until: float) -> tuple[int, int, int, int]:
     field, y0 = Field(), torch.ones(8, 4, dtype=torch.float64, requires_grad=True)
     t = torch.tensor([0.0, until], dtype=torch.float64)
     solution = solve_adaptive(field, y0, t, DOPRI5, rtol=1e-6, atol=1e-6, checkpoints=slots)
-    forward = field.calls
+    before = field.calls
     solution.states[-1].square().sum().backward()
     found = solution.statistics
-    return found.accepted, found.rejected, forward, field.calls - forward
+    return found.accepted, found.rejected, found.evaluations, field.calls - before
+
+
+def within(shares: Sequence[float], until: float) -> Iterator[tuple[int, int, Statistics]]:
+    """Budget, measured peak and counts of a training step, for shares of what storing all takes."""
+    field, y0 = Field(), torch.ones(8, 4, dtype=torch.float64, requires_grad=True)
+    t = torch.tensor([0.0, until], dtype=torch.float64)
+
+    def step(budget: int | None) -> Statistics:
+        solution = solve_adaptive(field, y0, t, DOPRI5, rtol=1e-6, atol=1e-6, budget=budget)
+        loss, found = solution.states[-1].square().sum(), solution.statistics
+        del solution
+        loss.backward()
+        field.zero_grad()
+        y0.grad = None
+        return found
+
+    meter = default_meter("cpu")
+    stored = meter.measure(lambda: step(None))[1].peak_bytes
+    for share in shares:
+        budget = int(share * stored)
+        step(budget)  # measures what a step takes
+        found, measured = meter.measure(lambda budget=budget: step(budget))  # type: ignore[misc]
+        yield budget, measured.peak_bytes, found
 
 
 def main() -> None:
@@ -139,6 +167,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 50, 100, 300, 1000, 10_000])
     parser.add_argument("--slots", type=int, nargs="+", default=[3, 5, 10, 20])
     parser.add_argument("--until", type=float, default=20.0, help="time that the solves reach")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[1.01, 0.9, 0.7, 0.5, 0.3, 0.1, 0.03, 0.01]
+    )
     parser.add_argument("--json", type=Path, help="file for the counts")
     given = parser.parse_args()
     rows = [count(steps, slots) for slots in given.slots for steps in given.steps]
@@ -161,6 +192,13 @@ def main() -> None:
         print(
             f"| {slots} | {accepted} | {rejected} | {forward} | {backward} | "
             f"{(forward + backward) / least:.3f} | {published / least:.3f} |"
+        )
+    print("\n| budget | measured peak | accepted | tapes | states | run again | without tape |")
+    print("|---:|---:|---:|---:|---:|---:|---:|")
+    for budget, peak, found in within(given.shares, given.until):
+        print(
+            f"| {budget:,} | {peak:,} | {found.accepted} | {found.tapes} | {len(found.positions)} "
+            f"| {found.accepted - found.tapes} | {found.advances} |"
         )
     if given.json:
         given.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")

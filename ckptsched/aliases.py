@@ -18,6 +18,8 @@ from torch import Tensor, nn
 Place: TypeAlias = tuple[nn.Module, str]
 """A module, and the name under which it keeps a buffer."""
 
+_PLAIN = nn.Module.__setattr__
+
 
 @final
 class Slots:
@@ -37,10 +39,13 @@ class Slots:
         # is no public way to put a tensor that is not a new parameter into a module.
         self._parameters = [(m, name) for m in seen.values() for name in m._parameters]
         self._buffers = [(m, name) for m in seen.values() for name in m._buffers]
+        self.modules = tuple(seen.values())
+        """All modules, each once."""
 
     def parameters(self) -> list[Tensor]:
         """The distinct parameters that are in the places now."""
-        return list({id(p): p for p in self.in_place() if p is not None}.values())
+        found = [module._parameters.get(name) for module, name in self._parameters]
+        return list({id(p): p for p in found if p is not None}.values())
 
     def buffers(self) -> list[Tensor]:
         """The distinct buffers that are in the places now."""
@@ -87,13 +92,19 @@ class Slots:
         """
         before = self.in_place()
         try:
-            for (module, name), alias in zip(self._parameters, bound, strict=True):
-                _put(module, name, alias)
+            self._put(bound)
             yield
         finally:
-            for (module, name), parameter in zip(self._parameters, before, strict=True):
-                if module._parameters[name] is not parameter:
-                    _put(module, name, parameter)
+            self._put(before)
+
+    def _put(self, tensors: Sequence[Tensor | None]) -> None:
+        for (module, name), tensor in zip(self._parameters, tensors, strict=True):
+            # nn.RNNBase keeps a second list of its parameters that only its own __setattr__
+            # updates. It takes parameters only; what else is there, functional_call has put there.
+            if type(module).__setattr__ is _PLAIN or not isinstance(tensor, nn.Parameter):
+                module._parameters[name] = tensor  # type: ignore[assignment]
+            elif module._parameters[name] is not tensor:
+                setattr(module, name, tensor)
 
     @contextmanager
     def buffers_replaced(
@@ -116,16 +127,8 @@ class Slots:
                 module._buffers[name] = buffer
 
 
-def _put(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-    # nn.RNNBase keeps a second list of its parameters that only its own __setattr__ updates.
-    # It takes parameters only; what else is there, functional_call has put there directly.
-    plain = type(module).__setattr__ is nn.Module.__setattr__
-    if plain or not isinstance(tensor, nn.Parameter):
-        module._parameters[name] = tensor  # type: ignore[assignment]
-    else:
-        setattr(module, name, tensor)
-
-
 def make_alias(parameter: Tensor) -> nn.Parameter:
     """A leaf that shares the parameter's storage, with a gradient of its own."""
-    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    # nn.Parameter detaches what is one already; of other kinds it may keep what they are.
+    data = parameter if type(parameter) is nn.Parameter else parameter.detach()
+    return nn.Parameter(data, requires_grad=parameter.requires_grad)

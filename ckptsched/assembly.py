@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import cast
@@ -172,8 +171,8 @@ def _stage(
     backward = max(0, highest - _bytes(kind.input_gradients) - fresh)
     return Stage(
         name=kind.name,
-        forward_seconds=statistics.median(kind.forward_seconds),
-        backward_seconds=statistics.median(kind.backward_seconds),
+        forward_seconds=kind.forward_seconds,
+        backward_seconds=kind.backward_seconds,
         state_bytes=state,
         tape_bytes=tape,
         gradient_bytes=gradient_bytes,

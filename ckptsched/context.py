@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
+
+_AS_IT_IS = nullcontext()
 
 _recomputing: ContextVar[bool] = ContextVar("ckptsched_recomputing", default=False)
 
@@ -152,11 +154,14 @@ class Autocast:
     @classmethod
     def take(cls, device: torch.device) -> Autocast:
         """Read the modes that matter on this device."""
+        kinds = ("cpu",) if device.type == "cpu" else ("cpu", device.type)
         return cls(
             tuple(
-                (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-                for kind in dict.fromkeys(("cpu", device.type))
-                if torch.amp.is_autocast_available(kind)
+                [
+                    (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+                    for kind in kinds
+                    if torch.amp.is_autocast_available(kind)
+                ]
             )
         )
 
@@ -170,13 +175,19 @@ class Autocast:
         on = [f"{kind} to {dtype}" for kind, enabled, dtype in self.modes if enabled]
         return ", ".join(on) or "off"
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
+    def again(self) -> AbstractContextManager[None]:
         """Run under the same modes, without the cache of cast weights.
 
         The cache would tie the weights of one run of a stage to those of another, and a cached
         weight that was cast without gradients would lose them.
         """
+        for kind, enabled, _ in self.modes:
+            if enabled or torch.is_autocast_enabled(kind):
+                return self._entered()
+        return _AS_IT_IS
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
         with ExitStack() as stack:
             for kind, enabled, dtype in self.modes:
                 if enabled or torch.is_autocast_enabled(kind):

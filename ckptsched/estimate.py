@@ -163,11 +163,11 @@ def _assess(kind: Kind) -> None:
     )
     # A view moves nothing, and sends its gradient on as a view.
     moved = tape_bytes if is_view else _bytes({**entered, **own, **made}) + tape_bytes
-    kind.forward_seconds = [_seconds(flops, moved)]
+    kind.forward_seconds = _seconds(flops, moved)
     both = (*kind.gradients, *kind.input_gradients)
     ends = [g for g in both if g is not None and not is_view]
     sent = storage_bytes(ends) + sum(kind.gradient_bytes.values())
-    kind.backward_seconds = [_seconds(back, moved + sent)]
+    kind.backward_seconds = _seconds(back, moved + sent)
 
 
 def _assess_loss(loss: Loss, last: Kind) -> LossWeight:

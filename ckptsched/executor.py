@@ -11,16 +11,19 @@ data alive.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any, Literal, cast, final
 
 import torch
 from torch import Tensor, nn
 
 from .errors import BudgetWarning, ExecutionError, PlanMismatchError
+from .gathering import TOKEN
 from .higher import Gradients
 from .plans import Plan
-from .program import Program
+from .program import Lock, Program
 from .run import Run
+from .sharding import call_as_forward, is_sharded
 from .transforms import outside_of_compiled_code, transform_at_work
 from .trees import Extras, State
 
@@ -81,6 +84,14 @@ class Checkpointed(nn.Module):
         """The plan that is followed."""
         return cast(Program, self.__dict__["_program"]).plan
 
+    def share_lock(self, lock: Lock) -> None:
+        """Run in turn with other models that hold the lock, as they have modules in common.
+
+        Args:
+            lock: Theirs; in place of one that only the threads in this model ask for.
+        """
+        cast(Program, self.__dict__["_program"]).lock = lock
+
     def train(self, mode: bool = True) -> Checkpointed:
         """Set training mode, here and in the model."""
         super().train(mode)
@@ -121,7 +132,19 @@ class Checkpointed(nn.Module):
                 stacklevel=2,
             )
             return self.model(x, *extras, **options)
+        if is_sharded(self.model):
+            if is_sharded(self):
+                raise PlanMismatchError(
+                    "both the model and what makes it follow the plan are sharded by fully_shard, "
+                    "and the two own the same parameters: shard one of them"
+                )
+            return call_as_forward(self.model, partial(_call, program), x, *extras, **options)
         return _step(program, inputs, given)
+
+
+def _call(program: Program, x: Any, *extras: Any, **options: Any) -> Any:
+    """A step of a model that is sharded itself, called as FSDP passes the arguments on."""
+    return _step(program, *_apart(x, Extras(extras, options)))
 
 
 def _apart(x: Any, extras: Extras) -> tuple[State, State]:
@@ -144,12 +167,25 @@ def _step(program: Program, inputs: State, given: State) -> Any:
         program.check_batch(inputs, given)
         run = Run(program, inputs, given)
         entry = inputs.leaves
-        for k in range(len(program.slots)):
-            entry = (_BlockNode.apply(run, k, len(entry), *entry, *run.tensors_of(k)),)
+        if run.gathering is not None:
+            entry = run.gathering.run(partial(_run_block, run), run.state_before, entry)
+        else:
+            for k in range(len(program.slots)):
+                entry = _run_block(run, k, entry)
         # Inside a tuple: the output node keeps the inputs for one more backward, and is no way to
         # them.
         output = _OutputNode.apply(run, *entry, (inputs, given))
-    return run.output.replaced(output if isinstance(output, tuple) else (output,)).value()
+    leaves = output if isinstance(output, tuple) else (output,)
+    if run.gathering is not None and entry[0].dtype != TOKEN:  # FSDP would have cast it
+        cast = entry[0].dtype
+        leaves = tuple([y.to(cast) if y.is_floating_point() else y for y in leaves])
+    return run.output.replaced(leaves).value()
+
+
+def _run_block(run: Run, k: int, entry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The forward of one block, as a node of the outer graph."""
+    run.begin(k)
+    return (_BlockNode.apply(run, k, len(entry), *entry, *run.tensors_of(k)),)
 
 
 class _BlockNode(torch.autograd.Function):
@@ -163,7 +199,8 @@ class _BlockNode(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.run, ctx.k, ctx.entries = run, k, entries
         run.forward(run.program.segments.forward[k])
-        return torch.empty(0, device=run.device)
+        dtype = None if run.gathering is None else TOKEN
+        return torch.empty(0, dtype=dtype, device=run.device)
 
     @staticmethod
     @outside_of_compiled_code

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .aliases import Place, Slots
+from .sharding import class_before
 
 # In training they give what they give whatever their running statistics are. Exact types: what a
 # subclass does is not known.
@@ -28,7 +29,7 @@ Values: TypeAlias = tuple[tuple[int, Tensor | None], ...]
 
 def is_write_only(place: Place) -> bool:
     """Whether a stage that changes the buffer in this place is known not to read it."""
-    return type(place[0]) in _WRITE_ONLY
+    return class_before(place[0]) in _WRITE_ONLY
 
 
 @final

@@ -59,7 +59,7 @@ def differentiable_gradients(
     blocks = range(len(program.slots))
     with (
         seen.entered(),
-        seen.modes(),
+        seen.modes(blocks),
         seen.parameters_replaced(blocks, bound),
         seen.traceless(blocks),
         Recomputing(),

@@ -7,6 +7,7 @@ whether the storages they saved outlive them. See `StageLedger` for the figures 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import final
 
@@ -20,6 +21,11 @@ from .schedule import Code, Kind, Schedule
 from .stages import Stage, StageLedger, backward_variant
 from .trace import Live
 from .workload import Chain
+
+# From so many operations on, the compiled pass saves more than it takes to load; once it is loaded,
+# it is faster for all but the shortest schedules.
+_COMPILED_OPERATIONS = 8_000
+_COMPILED_ONCE_LOADED = 50
 
 Storages = tuple[int, ...]
 """What a state lies in, by number: a run counts up, the caller's and clones count down."""
@@ -90,16 +96,27 @@ def charge(chain: Chain, schedule: Schedule, *, until: int | None = None) -> Acc
     Returns:
         The bytes of every operation before `until`, and what is live then.
     """
-    return _Ledger(chain, schedule).run(until)
+    is_loaded = f"{__package__}.ledger_kernel" in sys.modules
+    fewest = _COMPILED_ONCE_LOADED if is_loaded else _COMPILED_OPERATIONS
+    compiled = until is None and len(schedule) >= fewest and _is_plain(schedule)
+    ledger = _Ledger(chain, schedule, compiled=compiled)
+    return ledger.run_compiled() if compiled else ledger.run(until)
+
+
+def _is_plain(schedule: Schedule) -> bool:
+    """Whether values stay on the device: what the compiled pass knows."""
+    codes = schedule.codes
+    away = (codes == Code.DROP) & (schedule.sources != Tier.DEVICE)
+    return not (away | (codes == Code.COPY)).any()
 
 
 class _Ledger:
     """Interprets a schedule, counting holders of storages."""
 
-    def __init__(self, chain: Chain, schedule: Schedule) -> None:
+    def __init__(self, chain: Chain, schedule: Schedule, *, compiled: bool) -> None:
         self.chain, self.schedule = chain, schedule
         self.n = len(chain)
-        self.liveness: Liveness = analyse(schedule, self.n)
+        self.liveness: Liveness = analyse(schedule, self.n, compiled=compiled)
         self.books = _Books()
         first = self._stage(1)[1]
         theirs = tuple(range(-1, -1 - (first.parts.inputs if first.parts else 1), -1))
@@ -183,6 +200,34 @@ class _Ledger:
                 raise InvalidScheduleError(
                     p, str(schedule[p]), "the ledger knows the device only, not other tiers"
                 )
+        return Account(during, ())
+
+    def run_compiled(self) -> Account:
+        """Do the same for all operations by compiled code."""
+        from . import ledger_arrays, ledger_kernel
+
+        chain, schedule, live, books = self.chain, self.schedule, self.liveness, self.books
+        kinds = ledger_arrays.kinds_of(chain)
+        replays = ledger_arrays.replays_of(self.replays)
+        made, width = ledger_arrays.storages_of(kinds, schedule)
+        start = ledger_kernel.Start(
+            level=books.level,
+            snapshot=books.states[0][1],
+            inputs=len(books.states[0][0]),
+            input_bytes=chain.input_bytes,
+            storages=len(books.states[0][0]) + made + len(replays.block),
+            width=width,
+            blocks=len(self.blocks),
+            held=chain.held_bytes - chain.kept_bytes,
+            loss=chain.loss_overhead_bytes,
+            random=self.random,
+        )
+        flags = (live.keeps_output, live.frees_input, live.restores, live.snapshots, live.repeats)
+        stages = ledger_arrays.stages_of(chain, self.snapshots, self.owner)
+        during = np.zeros(len(schedule), dtype=np.int64)
+        ledger_kernel.charge(
+            *(schedule.packed, np.stack(flags), kinds, stages, replays, start, during)
+        )
         return Account(during, ())
 
     def _stage(self, i: int) -> tuple[Stage, StageLedger]:

@@ -36,18 +36,26 @@ class Liveness:
     """A run of a stage that has run before."""
 
 
-def analyse(schedule: Schedule, stages: int) -> Liveness:
+def analyse(schedule: Schedule, stages: int, *, compiled: bool = False) -> Liveness:
     """Find how long outputs and random states are needed.
 
     Args:
         schedule: A valid schedule; of an invalid one the answer means nothing.
         stages: Number of stages n.
+        compiled: Have compiled code find it; for a valid schedule without copies and without
+            drops on other tiers.
 
     Returns:
         One fact an operation, in O(operations).
     """
     size = len(schedule)
     flags = np.zeros((5, size), dtype=np.bool_)
+    if compiled:
+        from . import ledger_kernel
+
+        snapshots_input = bool(ledger_kernel.analyse(schedule.packed, stages, flags))
+        keeps_output, frees_input, restores, snapshots, repeats = flags
+        return Liveness(keeps_output, frees_input, restores, snapshots, snapshots_input, repeats)
     keeps_output, frees_input, restores, snapshots, repeats = flags
     states = [-2] * (stages + 1)  # position of the run that made it; -1 the input, -2 none
     tapes = [-2] * (stages + 1)

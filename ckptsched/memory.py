@@ -156,6 +156,10 @@ class AllocatorMeter(Meter):
     the process; outside of windows that costs nanoseconds. What is not seen: a storage from before
     the first use that is resized, as it keeps its allocator; memory of other libraries.
 
+    Args:
+        own_thread: Whether blocks that other threads of Python's make do not count. Those of worker
+            threads inside operations do.
+
     Raises:
         ProfileError: If `available()` is false; the message says why.
     """
@@ -163,7 +167,8 @@ class AllocatorMeter(Meter):
     name: ClassVar[str] = "allocator"
     _turn: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self) -> None:
+    def __init__(self, *, own_thread: bool = False) -> None:
+        self.own_thread = own_thread
         try:
             self._allocator = counting_allocator()
         except ProfileError as error:
@@ -186,7 +191,7 @@ class AllocatorMeter(Meter):
         readings: list[_Reading] = []
         with _one_at_a_time(self._turn, self.name):
             window = Window(lambda: readings.append(self._allocator.read()))
-            self._allocator.open()
+            self._allocator.open(own_thread=self.own_thread)
             try:
                 yield window
                 window.mark()
@@ -302,13 +307,15 @@ class CudaMeter(Meter):
 # ---- the front door ------------------------------------------------------------------------------
 
 
-def default_meter(device: torch.device | str) -> Meter:
+def default_meter(device: torch.device | str, *, own_thread: bool = False) -> Meter:
     """The best meter for a device that is available here.
 
     The environment variable CKPTSCHED_METER overrides it: "profiler" or "allocator".
 
     Args:
         device: The device whose tensors count.
+        own_thread: Whether what other threads of Python's allocate is not to count, where the meter
+            can tell: on CUDA's it cannot.
 
     Returns:
         On the CPU an `AllocatorMeter`, or a `ProfilerMeter` where there is no C++ compiler; on
@@ -333,7 +340,7 @@ def default_meter(device: torch.device | str) -> Meter:
     if device.type == "cuda":
         return CudaMeter(device, requested=True)
     if asked == AllocatorMeter.name or AllocatorMeter.available():
-        return AllocatorMeter()
+        return AllocatorMeter(own_thread=own_thread)
     return ProfilerMeter(device)
 
 

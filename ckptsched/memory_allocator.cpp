@@ -21,6 +21,7 @@ struct Counter {
   std::unordered_map<void*, int64_t> born;  // bytes by address, of blocks born in the open window
   std::atomic<bool> open{false};
   std::atomic<int64_t> unfollowed{0};  // blocks whose deleter could not be exchanged
+  std::atomic<const void*> owner{nullptr};  // the only thread of Python's that counts, or all
   int64_t live_bytes = 0;
   int64_t peak_bytes = 0;
 };
@@ -29,6 +30,17 @@ struct Counter {
 Counter& counter() {
   static Counter* const only = new Counter;
   return *only;
+}
+
+// Its address tells a thread.
+thread_local const char this_thread = 0;
+
+// PyGILState_GetThisThreadState: null in a thread that has never run Python, such as a worker of
+// OpenMP's. It needs no lock.
+void* (*python_state)() = nullptr;
+
+bool counts_here(const void* owner) {
+  return owner == nullptr || owner == &this_thread || python_state() == nullptr;
 }
 
 c10::Allocator* wrapped = nullptr;
@@ -67,7 +79,7 @@ class CountingAllocator final : public c10::Allocator {
     }
     if (count.open.load(std::memory_order_acquire)) {
       const std::lock_guard<std::mutex> guard(count.lock);
-      if (count.open.load(std::memory_order_relaxed)) {
+      if (count.open.load(std::memory_order_relaxed) && counts_here(count.owner)) {
         count.born[address] = static_cast<int64_t>(size);
         count.live_bytes += static_cast<int64_t>(size);
         count.peak_bytes = std::max(count.peak_bytes, count.live_bytes);
@@ -95,7 +107,8 @@ CountingAllocator& counting_allocator() {
 #define CKPTSCHED_EXPORT extern "C" __attribute__((visibility("default")))
 
 // 0, or 1 where the allocator in use cannot be wrapped. Wraps once, however often it is called.
-CKPTSCHED_EXPORT int ckptsched_install() {
+CKPTSCHED_EXPORT int ckptsched_install(void* (*thread_state)()) {
+  python_state = thread_state;
   if (wrapped_deleter != nullptr) {
     return 0;
   }
@@ -109,7 +122,8 @@ CKPTSCHED_EXPORT int ckptsched_install() {
 }
 
 // 0, or 1 where another allocator has been installed since, so that nothing would be counted.
-CKPTSCHED_EXPORT int ckptsched_open() {
+// If `alone`, blocks made in other threads that run Python do not count.
+CKPTSCHED_EXPORT int ckptsched_open(int alone) {
   if (c10::GetAllocator(c10::DeviceType::CPU) != &counting_allocator()) {
     return 1;
   }
@@ -118,6 +132,7 @@ CKPTSCHED_EXPORT int ckptsched_open() {
   count.live_bytes = 0;
   count.peak_bytes = 0;
   count.unfollowed.store(0);
+  count.owner.store(alone != 0 ? &this_thread : nullptr);
   count.open.store(true, std::memory_order_release);
   return 0;
 }

@@ -46,7 +46,10 @@ class CountingAllocator:
         library.ckptsched_mark.restype = None
         library.ckptsched_close.restype = ctypes.c_int64
         self._library = library
-        if library.ckptsched_install():
+        library.ckptsched_install.argtypes = [ctypes.c_void_p]
+        library.ckptsched_open.argtypes = [ctypes.c_int]
+        thread_state = ctypes.cast(ctypes.pythonapi.PyGILState_GetThisThreadState, ctypes.c_void_p)
+        if library.ckptsched_install(thread_state):
             raise ProfileError("the CPU allocator in use cannot be wrapped")
         self.open()
         block = torch.empty(1000, dtype=torch.uint8, device="cpu")
@@ -55,13 +58,16 @@ class CountingAllocator:
         if live != block.numel():
             raise ProfileError(f"it counted {live} bytes for a tensor of {block.numel()} bytes")
 
-    def open(self) -> None:
+    def open(self, *, own_thread: bool = False) -> None:
         """Start counting from zero.
+
+        Args:
+            own_thread: Whether blocks that other threads of Python's make do not count.
 
         Raises:
             ProfileError: If another allocator has been installed since.
         """
-        if self._library.ckptsched_open():
+        if self._library.ckptsched_open(int(own_thread)):
             raise ProfileError(
                 "another library has replaced PyTorch's CPU allocator since the counting one was "
                 "installed, so that nothing would be counted; use ProfilerMeter"

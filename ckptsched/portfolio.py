@@ -205,8 +205,8 @@ def _try_all(workload: Workload, sizes: Sequence[int], time_limit: float) -> lis
     """What "auto" tries, the widest class of schedules first."""
     solved: list[_Solved] = []
     for name in _names(workload):
-        if name == "graph_cuts" and solved:
-            continue  # graph_ilp starts from it
+        if name in ("graph_cuts", "periodic") and solved:
+            continue  # graph_ilp starts from the one, and chain_dp is better than the other
         try:
             solved.append(_solve_each(workload, sizes, name, time_limit))
         except (WorkloadError, SolverTimeoutError):
@@ -223,6 +223,7 @@ def _names(workload: Workload) -> Iterable[str]:
         yield "run_dp"
     elif not (workload.is_uniform and len(workload) > _MOST_STAGES_IN_RUNS):
         yield "chain_dp"  # which refuses thousands of stages, but has to count their sizes first
+        yield "periodic"  # for what that refuses
     if workload.is_uniform:
         yield "revolve"
     if len(workload) <= _SLIDING_STAGES and not persistent_is_optimal(workload):

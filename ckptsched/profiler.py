@@ -5,33 +5,32 @@ Stages that repeat, such as the steps of an ODE block, are measured once.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .aliases import Slots, make_alias
 from .assembly import assemble
 from .bar import progress_bar
-from .context import Autocast, OneKernel, RandomState, Recomputing
+from .context import Autocast, Generators, OneKernel, RandomState, Recomputing
 from .errors import CkptschedError, ProfileError
 from .estimate import estimate
 from .hidden import own_generators
 from .memory import Meter, default_meter
+from .sharding import sharded_part
 from .structure import sign
 from .survey import Kind, Loss, survey_backward, survey_forward
+from .timing import ROUNDS, time_stages
 from .tracing import count_frozen, taken_apart, trace
-from .transforms import sharded_by_itself
 from .trees import Extras, State
-from .weighing import time_once, weigh, weigh_loss
+from .weighing import go_back, weigh, weigh_loss
 from .workload import Chain
-
-# Rounds of timing: a median needs three; more where they are cheap.
-_MIN_ROUNDS, _MAX_ROUNDS, _ENOUGH_SECONDS = 3, 15, 2.0
 
 
 def default_loss(output: Any) -> Tensor:
@@ -89,15 +88,24 @@ def profile(
     """
     if not isinstance(model, nn.Module):
         raise ProfileError(f"profile needs an nn.Module, found a {type(model).__name__}")
-    sharded = sharded_by_itself(model)
-    if sharded:
-        raise ProfileError(sharded)
+    sharded = sharded_part(model)
+    if sharded is not None:
+        raise ProfileError(
+            f"{f'{sharded!r} of the model' if sharded else 'the model'} is sharded by fully_shard, "
+            "so its parameters are there only while FSDP itself calls it; profile and plan the "
+            "plain model before it is sharded, or a copy of it"
+        )
+    if any(map(is_lazy, itertools.chain(model.parameters(), model.buffers()))):
+        raise ProfileError(
+            "the model has lazy modules whose parameters have no shape yet; run it once on a "
+            "batch, under torch.no_grad(), before it is profiled"
+        )
     inputs, given = _apart(sample, kwargs or {})
     if fake:
         with Recomputing():
             return estimate(model, inputs, given, loss or default_loss)
     device = inputs.leaves[0].device
-    meter = meter or default_meter(device)
+    meter = meter or default_meter(device, own_thread=True)
     blocks = trace(model)
     if Extras.of(given) and any(isinstance(m, nn.Sequential) for m in taken_apart(model)):
         raise ProfileError(
@@ -107,15 +115,22 @@ def profile(
     frozen = count_frozen(blocks, [*inputs.leaves, *given.leaves])
     blocks = trace(model, frozen=frozen) if frozen else blocks
     generators = own_generators(model.modules(), given.constants())
-    with _left_as_it_was(model, device, generators), Autocast.take(device).again(), OneKernel():
+    with (
+        Generators.turn,  # one thread at a time: measuring draws, and counts bytes
+        _left_as_it_was(model, device, generators),
+        Autocast.take(device).again(),
+        OneKernel(),
+    ):
         extras = Extras.of(
             given.replaced(make_alias(t) if t.requires_grad else t.detach() for t in given.leaves)
         )
         order = survey_forward(blocks, inputs, extras)
         carries = [order[0].wanted, *(kind.carries for kind in order)]
-        lost = weigh_loss(loss or default_loss, order[-1].output, carries[-1], meter)
+        ending = loss or default_loss, order[-1].output, carries[-1]
+        lost = weigh_loss(*ending, meter)
         kinds = survey_backward(order, lost.gradients)
-        _measure(kinds, meter, progress)
+        seconds = _measure(kinds, lambda: go_back(*ending), meter, progress)
+        lost = replace(lost, seconds=seconds)
         chain = assemble(blocks, order, lost, device, inputs.leaves, generators)
     needs = [kind.needs_tape for kind in order]
     hidden = {place for kind in order for place in kind.hidden}
@@ -161,20 +176,19 @@ def _left_as_it_was(
         random.restore()
 
 
-def _measure(kinds: list[Kind], meter: Meter, progress: bool | None) -> None:
-    """Measure bytes, then seconds in rounds over all kinds, so that drift hits all alike."""
-    total, done = len(kinds) * (1 + _MIN_ROUNDS), 0
+def _measure(
+    kinds: list[Kind], loss: Callable[[], object], meter: Meter, progress: bool | None
+) -> float:
+    """Measure bytes, then seconds; returns those of the loss."""
+    total, done = len(kinds) * (1 + ROUNDS), 0
     with progress_bar(progress) as tell:
-        for kind in kinds:
-            kind.ledger = weigh(kind, meter)
+
+        def told() -> None:
+            nonlocal done
             done += 1
             tell("profiling", done / total)
-        begun = time.perf_counter()
-        for turn in range(_MAX_ROUNDS):
-            if turn >= _MIN_ROUNDS and time.perf_counter() - begun > _ENOUGH_SECONDS:
-                break
-            for kind in kinds:
-                time_once(kind)
-                if turn < _MIN_ROUNDS:
-                    done += 1
-                    tell("profiling", done / total)
+
+        for kind in kinds:
+            kind.ledger = weigh(kind, meter)
+            told()
+        return time_stages(kinds, loss, kinds[0].x.leaves[0].device, told)

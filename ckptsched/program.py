@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal, NoReturn, final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -18,15 +17,24 @@ from .budget import Tier
 from .context import Autocast, Generators
 from .errors import PlanMismatchError
 from .hidden import HiddenBuffers, is_write_only, own_generators
+from .inventory import Inventory
 from .liveness import Liveness, Segment, analyse, cut
 from .plans import Plan
 from .schedule import Code
+from .sharding import Sharding, sharded_of
 from .stages import Signature
 from .stretches import find_stretches
-from .structure import describe_inputs, find_places, read_carries, structure_digest, training_mode
-from .tracing import StageCall, has_hooks, taken_apart, trace
-from .transforms import sharded_by_itself
+from .structure import (
+    describe_inputs,
+    describe_modes,
+    dtype_of,
+    find_places,
+    read_carries,
+    structure_digest,
+)
+from .tracing import StageCall, StagedModule, has_hooks, taken_apart, trace
 from .trees import State
+from .usage import Usage
 from .workload import Chain
 
 
@@ -41,6 +49,9 @@ class Lock:
         return Lock, ()
 
 
+# Parameters may be kept in another dtype than they are planned for if FSDP casts them to these.
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
 # What `Liveness` says of an operation, as bits of one number: there are many, and each is asked.
 KEEPS_OUTPUT, FREES_INPUT, RESTORES, SNAPSHOTS = 1, 2, 4, 8
 
@@ -53,16 +64,6 @@ class Touched:
     all: tuple[int, ...]
     again: tuple[int, ...]
     """Those with stages that have run before."""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Uses:
-    """Which of the aliases that collect gradients a stage uses, by their numbers."""
-
-    all: tuple[int, ...]
-    repeated: tuple[int, ...]
-    """Those that one run uses more than once."""
 
 
 @final
@@ -82,7 +83,7 @@ class Program:
                 "plan the chain"
             )
         self.chain, chain, schedule = plan.chain, plan.chain, plan.schedule
-        self._check_model()
+        self.computed_in: torch.dtype | None = self._check_model()
         self.codes, self.numbers = schedule.codes, schedule.stages
         self.kinds = schedule.kinds
         liveness = analyse(schedule, len(chain))
@@ -118,28 +119,36 @@ class Program:
             segment: self._touched(segment, liveness)
             for segment in (*self.segments.forward, *self.segments.backward)
         }
-        self.trained = tuple(p.requires_grad for p in self.all_slots.parameters())
-        self.modules = tuple(model.modules())
+        self.trained = self._trained()
+        self.first_trained = self._first_trained()
+        self.inventory = Inventory(model)
         self.taken_apart = tuple(taken_apart(model))
+        self._listed = self._lists()
         self.tensors = self._tensors()
         self.carries = self._flags("carries", len(chain) + 1)
-        self.kinds_of_stages = self._kinds()
-        self.uses: dict[object, Uses] = {}
+        self.usage = Usage(self.stages, self.carries[:-1])
+        self._sharding: tuple[tuple[nn.Module, ...], Sharding | None] = ((), None)
         self.needs_tape = bytes(flags[0] for flags in self._flags("need_tapes", len(chain)))
 
     def __getstate__(self) -> dict[str, object]:
         """All but what is known by the identity of modules, which a copy does not share."""
-        return {**self.__dict__, "uses": {}}
+        return {**self.__dict__, "_sharding": ((), None)}
 
-    def _check_model(self) -> None:
+    def _check_model(self) -> torch.dtype | None:
+        """Refuse a model that the plan is not for.
+
+        Returns:
+            The dtype that parameters must be cast to when they are gathered, if they must.
+        """
         chain = self.chain
         if chain.signature is None:
             raise PlanMismatchError(
                 "the plan was made for a chain without a model; profile the model and plan that"
             )
-        if len(chain) != len(self.stages) or structure_digest(self.blocks) != (
-            chain.signature.structure
-        ):
+        planned = chain.signature.structure
+        found = (d for d in (None, *_LOW_PRECISION) if structure_digest(self.blocks, d) == planned)
+        computed_in = next(found, torch.float32)
+        if len(chain) != len(self.stages) or computed_in is torch.float32:
             raise PlanMismatchError(
                 f"the plan is for another model: it expects {len(chain)} stages in "
                 f"{len(chain.blocks)} blocks with structure {chain.signature.structure[:12]}, "
@@ -159,6 +168,7 @@ class Program:
                 "the plan moves checkpoints between tiers, which the executor cannot do yet; "
                 "plan for the device alone"
             )
+        return computed_in
 
     def _flags(self, what: Literal["carries", "need_tapes"], count: int) -> list[tuple[bool, ...]]:
         """What the signature says of each tensor of each state, or of each stage."""
@@ -177,13 +187,6 @@ class Program:
         numbers = self.numbers[part]
         again = numbers[liveness.repeats[part]]
         return Touched(*(tuple(np.unique(self.owner[x]).tolist()) for x in (numbers, again)))
-
-    def _kinds(self) -> npt.NDArray[np.int32]:
-        """A number for each stage, equal for those that compute the same on states alike."""
-        known: dict[object, int] = {}
-        keys = zip(self.stages, self.carries[:-1], strict=True)
-        found = [known.setdefault((stage.key, flags), len(known)) for stage, flags in keys]
-        return np.array(found, dtype=np.int32)
 
     def _collectors(self) -> Callable[[int], frozenset[int]]:
         """Gives what the backward of a stage may add gradients to, by identity."""
@@ -210,24 +213,82 @@ class Program:
             for slots in self.slots
         ]
 
+    def sharding(self) -> Sharding | None:
+        """Which blocks `fully_shard` has sharded, as the model is now; None where it has none.
+
+        Raises:
+            PlanMismatchError: They are sharded in a way that a plan cannot follow.
+        """
+        sharded = sharded_of(self.inventory.modules[1:])
+        if sharded != self._sharding[0]:
+            modules = [block.module for block in self.blocks]
+            self._sharding = sharded, Sharding(modules, sharded) if sharded else None
+        return self._sharding[1]
+
     def generators(self, given: State) -> tuple[torch.Generator, ...]:
         """The random generators that stages may draw from besides torch's own.
 
         Args:
             given: What every stage is given besides the state, taken apart.
         """
-        modules = self.modules if self.has_generators else ()
+        modules = self.inventory.modules if self.has_generators else ()
         return own_generators(modules, given.constants())
 
-    def _tensors(self) -> list[tuple[object, ...]]:
+    def _tensors(self, sharded: Collection[int] | None = None) -> list[tuple[object, ...]]:
+        """The layout of parameters and buffers as stages will find them.
+
+        Args:
+            sharded: Ids of those that FSDP is still to gather; None for all parameters.
+        """
         owned = self.all_slots.parameters() + self.all_slots.buffers()
-        return [(t.shape, t.dtype, t.device, t.stride()) for t in owned]
+        if self.computed_in is None:
+            return [(t.shape, t.dtype, t.device, t.stride()) for t in owned]
+        return [
+            (
+                t.shape,
+                dtype_of(t, self.computed_in if sharded is None or id(t) in sharded else None),
+                t.device,
+                t.stride(),
+            )
+            for t in owned
+        ]
+
+    def _lists(self) -> list[Hashable]:
+        """What the stages follow from that modules list themselves."""
+        listing = (m for m in self.taken_apart if isinstance(m, StagedModule))
+        return [module.stages_follow_from() for module in listing]
+
+    def _trained(self) -> list[bool]:
+        return [p.requires_grad for p in self.all_slots.parameters()]
+
+    def _first_trained(self) -> int:
+        """The first stage with trained parameters; one more than there are stages if none has."""
+        known: dict[int, bool] = {}
+        for i, stage in enumerate(self.stages, 1):
+            module = stage.module
+            trained = known.get(id(module))
+            if trained is None:
+                trained = known[id(module)] = any(p.requires_grad for p in module.parameters())
+            if trained:
+                return i
+        return len(self.stages) + 1
+
+    def sharded_parameters(self) -> set[int]:
+        """Ids of the parameters that FSDP is still to gather."""
+        sharding = self.sharding()
+        if sharding is None:
+            return set()
+        blocks = (slots for k, slots in enumerate(self.slots) if k in sharding)
+        return {id(p) for slots in blocks for p in slots.parameters()}
+
+    def alone(self) -> AbstractContextManager[object]:
+        """Keep other threads from the model, and from drawing random numbers if it draws some."""
+        return self._in_turn() if self.random else self.lock.lock
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep other threads from the model, and from drawing random numbers if it draws some."""
+    def _in_turn(self) -> Iterator[None]:
         # In this order: a model inside another's stage asks for its own lock after both.
-        with Generators.turn if self.random else nullcontext(), self.lock.lock:
+        with Generators.turn, self.lock.lock:
             yield
 
     def wants_gradient(self, inputs: State, given: State) -> bool:
@@ -248,9 +309,6 @@ class Program:
         """
         signature = self.plan.chain.signature
         assert signature is not None
-        sharded = sharded_by_itself(self.model)
-        if sharded:
-            raise PlanMismatchError(sharded)
         if any(leaf.is_inference() for leaf in (*inputs.leaves, *given.leaves)):
             raise PlanMismatchError(
                 "the batch was made under torch.inference_mode, so autograd cannot keep it; give a "
@@ -277,7 +335,13 @@ class Program:
                 f"{torch.get_num_threads()}: workspaces depend on them; call "
                 f"torch.set_num_threads({signature.threads}), or profile and plan again"
             )
-        mode = training_mode(self.model)
+        changed = self.inventory.changed()
+        if changed:
+            raise PlanMismatchError(
+                f"{changed} was replaced, added or taken out since the model was made to follow "
+                "the plan; profile and plan again"
+            )
+        mode = describe_modes(self.inventory.training())
         if mode != signature.training:
             raise PlanMismatchError(
                 f"the plan is for mode {signature.training!r}, found {mode!r}; call train() or "
@@ -289,28 +353,49 @@ class Program:
                 f"the plan is for autocast {signature.autocast}, found {autocast}; run the model "
                 "under the same, or profile under this one and plan again"
             )
-        found_modules = tuple(self.model.modules())
-        if len(found_modules) != len(self.modules) or any(
-            now is not then for now, then in zip(found_modules, self.modules, strict=True)
-        ):
+        if self._lists() != self._listed:
             raise PlanMismatchError(
-                "a module of the model was replaced, added or taken out since it was made to "
-                "follow the plan; profile and plan again"
+                "a module lists other stages than when the model was made to follow the plan, as "
+                "an ODEBlock does once its steps have changed; profile and plan again"
             )
         if any(map(has_hooks, self.taken_apart)):
             raise PlanMismatchError(
                 "a hook was added to a container since its parts became stages, which would skip "
                 "it; profile and plan again, and the container is run as a whole"
             )
-        if self._tensors() != self.tensors:
-            raise PlanMismatchError(
-                "parameters or buffers have other shapes, dtypes, strides or devices than when the "
-                "model was made to follow the plan; profile and plan again"
-            )
-        if tuple(p.requires_grad for p in self.all_slots.parameters()) != self.trained:
+        if self._tensors(self.sharded_parameters()) != self.tensors:
+            self._refuse_tensors()
+        if self._trained() != self.trained:
             raise PlanMismatchError(
                 "other parameters require gradients than when the model was made to follow the "
                 "plan; plan again after freezing or unfreezing"
+            )
+
+    def _refuse_tensors(self) -> NoReturn:
+        if self.computed_in is not None:
+            raise PlanMismatchError(
+                f"the plan is for parameters of {self.computed_in}, and the model has others: "
+                "give fully_shard a MixedPrecisionPolicy with this param_dtype for every part and "
+                "for the whole model, or profile and plan the model as it is"
+            )
+        raise PlanMismatchError(
+            "parameters or buffers have other shapes, dtypes, strides or devices than when the "
+            "model was made to follow the plan; profile and plan again"
+        )
+
+    def check_gathered(self, parameter: Tensor, k: int) -> None:
+        """Refuse a parameter that FSDP has gathered in another dtype than planned.
+
+        Args:
+            parameter: As FSDP has gathered it.
+            k: Its number among the parameters of the model.
+        """
+        dtype = self.tensors[k][1]
+        if parameter.dtype != dtype:
+            raise PlanMismatchError(
+                f"the plan is for parameters of {dtype}, and FSDP has gathered some in "
+                f"{parameter.dtype}: profile and plan a copy of the model whose parameters have "
+                "the param_dtype of the MixedPrecisionPolicy, or shard without one"
             )
 
     def _check_tensor(self, x: Tensor, signature: Signature) -> None:

@@ -14,14 +14,17 @@ from torch import Tensor
 from .checksums import Checksums
 from .context import Recomputing
 from .errors import BudgetWarning, ExecutionError
+from .gathering import Gathering
 from .higher import Gradients, differentiable_gradients
 from .liveness import Segment
-from .program import FREES_INPUT, KEEPS_OUTPUT, RESTORES, SNAPSHOTS, Program, Uses
+from .program import FREES_INPUT, KEEPS_OUTPUT, RESTORES, SNAPSHOTS, Program
 from .schedule import Code, Kind
+from .sharding import fsdp_is_there
 from .stretches import between
 from .surroundings import Snapshot, Surroundings
 from .tape import Tape, record, run_stage, sources_of
 from .trees import State
+from .usage import Uses
 
 # Plain numbers: members of an enum are slow to look up, and there is one operation a step or more.
 _FORWARD, _TAPED_FORWARD, _BACKWARD, _DROP = map(
@@ -77,6 +80,8 @@ class Run:
         self.program = program
         self.device = inputs.leaves[0].device
         self.seen = Surroundings(program, self.device, given)
+        sharding = program.sharding()
+        self.gathering = None if sharding is None else Gathering(sharding, self.seen)
         self.parameters_by_block = self._assign()
         self.inputs_wanted = tuple([leaf.requires_grad for leaf in inputs.leaves])
         self.first_trained = self._first_trained(inputs, given)
@@ -99,8 +104,11 @@ class Run:
         seen = {id(t) for t in self.seen.given.leaves}  # those belong to the first block
         assigned = []
         for slots in self.program.slots:
-            mine = [p for p in slots.parameters() if id(p) not in seen]
-            seen.update(id(p) for p in mine)
+            mine = []
+            for p in slots.in_place():
+                if p is not None and id(p) not in seen:
+                    seen.add(id(p))
+                    mine.append(p)
             assigned.append(mine)
         return assigned
 
@@ -108,20 +116,26 @@ class Run:
         """The first stage whose output may need a gradient; 0 where an input does."""
         if any(leaf.requires_grad for leaf in (*inputs.leaves, *given.leaves)):
             return 0
-        known: dict[int, bool] = {}
-        for i, stage in enumerate(self.program.stages, 1):
-            module = stage.module
-            trained = known.get(id(module))
-            if trained is None:
-                trained = known[id(module)] = any(p.requires_grad for p in module.parameters())
-            if trained:
-                return i
-        return len(self.program.stages) + 1
+        return self.program.first_trained
 
     def _snapshot(self, i: int, wanted: bool | int) -> Snapshot | None:
         return self.seen.snapshot(i) if wanted and self.program.replays else None
 
     # -- the three parts of a step
+
+    def begin(self, block: int) -> None:
+        """Take a block's parameters as FSDP has gathered them; it does so when the block begins."""
+        if self.gathering is not None:
+            found = self.gathering.begin(block)
+            mine = self.parameters_by_block[block]
+            self.parameters_by_block[block] = [found.get(id(p), p) for p in mine]
+
+    def state_before(self, block: int) -> State:
+        """The state that a block takes as it begins; the output for the number of blocks."""
+        i = self.program.chain.blocks[block - 1].last if block else 0
+        stored = self.states.get(i) or self.tapes[i].output
+        assert stored is not None
+        return stored.state
 
     def forward(self, segment: Segment) -> None:
         """Run the operations of one block's forward."""
@@ -164,7 +178,15 @@ class Run:
         first, self.phase = self.phase is _Phase.TURNED, _Phase.GOING_BACK
         with self._guard():
             self.seen.check()
+            if self.gathering is not None:
+                self.gathering.check()
             if torch.is_grad_enabled():
+                if self.gathering is not None:
+                    raise ExecutionError(
+                        "a backward with create_graph=True through blocks that fully_shard has "
+                        "sharded: FSDP has no gradients that can be differentiated again; shard "
+                        "nothing, or use create_graph=False"
+                    )
                 self._clear()
                 warnings.warn(
                     "a backward with create_graph=True runs a checkpointed model again as one "
@@ -191,8 +213,8 @@ class Run:
         blocks = range(len(program.slots))
         with (
             self.seen.entered(),
-            self.seen.modes(),
-            self.seen.parameters_replaced(blocks, self.seen.bound),
+            self.seen.modes(blocks),
+            self._replaced(blocks),
             self.seen.traceless(blocks),
         ):
             self.seen.begin_again()
@@ -211,6 +233,8 @@ class Run:
             The gradients of what `tensors_of` names for this block.
         """
         aliases = self._aliases_of(segment.block)
+        if fsdp_is_there():
+            self.seen.match_gradients(segment.block)
         if self.phase is not _Phase.GOING_BACK:
             raise ExecutionError(
                 "this forward pass has been released: its backward was done or failed; run the "
@@ -219,7 +243,7 @@ class Run:
         with (
             self._guard(),
             self.seen.entered(),
-            self.seen.modes(),
+            self.seen.modes(self.program.touched[segment].all),
             self._swapped(segment),
             self._replaying(segment),
         ):
@@ -277,8 +301,12 @@ class Run:
 
     def _swapped(self, segment: Segment) -> AbstractContextManager[None]:
         """Put aliases into the modules of every block that the operations touch."""
-        touched = self.program.touched[segment].all
-        return self.seen.parameters_replaced(touched, self.seen.bound)
+        return self._replaced(self.program.touched[segment].all)
+
+    def _replaced(self, blocks: Sequence[int]) -> AbstractContextManager[None]:
+        if self.gathering is not None:  # which does so where stages run
+            return nullcontext()
+        return self.seen.parameters_replaced(blocks, self.seen.bound)
 
     def _replaying(self, segment: Segment) -> AbstractContextManager[None]:
         """Leave no trace of what the operations run again."""
@@ -294,20 +322,31 @@ class Run:
             segment: The operations.
             again: Whether stages run again that the schedule has not run before.
         """
-        program = self.program
         self._repeating = again
-        codes, numbers = program.codes.data, program.numbers.data
+        stretches = between(self.program.stretches, segment.start, segment.stop)
         with torch.no_grad():
-            for p, end in between(program.stretches, segment.start, segment.stop):
-                code = codes[p]
-                if code == _TAPED_FORWARD:
-                    self._taped_forwards(p, numbers[p], numbers[end - 1])
-                elif code == _BACKWARD:
-                    self._backwards(numbers[p], numbers[end - 1])
-                elif end - p == 1 and code == _DROP:
-                    self._drop(p, numbers[p])
-                else:
-                    self._without_tapes(p, end)
+            if self.gathering is None:
+                for p, end in stretches:
+                    self._stretch(p, end)
+                return
+            with self.gathering.one_at_a_time() as place:
+                for p, end in stretches:
+                    for start, stop, block in self.gathering.by_block(p, end):
+                        if block is not None:
+                            place.to(block)
+                        self._stretch(start, stop)
+
+    def _stretch(self, p: int, end: int) -> None:
+        codes, numbers = self.program.codes.data, self.program.numbers.data
+        code = codes[p]
+        if code == _TAPED_FORWARD:
+            self._taped_forwards(p, numbers[p], numbers[end - 1])
+        elif code == _BACKWARD:
+            self._backwards(numbers[p], numbers[end - 1])
+        elif end - p == 1 and code == _DROP:
+            self._drop(p, numbers[p])
+        else:
+            self._without_tapes(p, end)
 
     def _without_tapes(self, start: int, stop: int) -> None:
         """Runs without tape, and drops between them."""
@@ -340,11 +379,7 @@ class Run:
         """Whether the stages have been seen, one by one, and depend on something trained."""
         if first == 1 or first - 1 < self.first_trained:
             return False
-        uses = self.program.uses
-        return self._kinds(first, last) <= uses.keys()
-
-    def _kinds(self, first: int, last: int) -> set[int]:
-        return set(self.program.kinds_of_stages[first - 1 : last].tolist())
+        return self.program.usage.knows(first, last)
 
     def _input(self, p: int, i: int) -> _Stored:
         """The input of stage i, with the random state that its run begins with."""
@@ -402,12 +437,9 @@ class Run:
         self._check_input(stored.state, stored.versions, i)
         self._check_output(i, made)
         tape = Tape(boxes, made.leaves)
-        kind = int(program.kinds_of_stages[i - 1])
         # As in `_shares_a_tape`; other inputs are kinds of their own.
-        key = kind if i > 1 and i > self.first_trained else (kind, wanted)
-        uses = program.uses.get(key)
-        if uses is None:
-            uses = program.uses[key] = self._uses(stage.name, tape)
+        key = program.usage.key(i, None if i > 1 and i > self.first_trained else wanted)
+        uses = program.usage.get(key) or program.usage.learn(key, self._uses(stage.name, tape))
         if uses.repeated:
             with self._gradients_on:
                 tape.feed_back([self.seen.aliases[k] for k in uses.repeated])
@@ -428,10 +460,10 @@ class Run:
                 state, versions = made, made.versions()
             del made
         tape = Tape(boxes, state.leaves)
-        used = {k for kind in self._kinds(first, last) for k in program.uses[kind].all}
+        sums = [self.seen.aliases[k] for k in program.usage.sums(first, last)]
         carriers = [leaf for leaf in state.leaves if leaf.requires_grad]
         with self._gradients_on:
-            tape.feed_back([self.seen.aliases[k] for k in sorted(used)], carriers)
+            tape.feed_back(sums, carriers)
         self._keep(p + last - first, first, last, tape, state)
 
     def _keep(self, p: int, first: int, last: int, tape: Tape, made: State) -> None:
@@ -451,11 +483,7 @@ class Run:
                 "of the model nor an argument of the call that ckptsched sees, so its gradient "
                 "would be lost; register it, or give it to the model as an argument by itself"
             )
-        counts = [uses.get(id(alias), 0) for alias in aliases]
-        return Uses(
-            all=tuple([k for k, count in enumerate(counts) if count]),
-            repeated=tuple([k for k, count in enumerate(counts) if count > 1]),
-        )
+        return Uses.counted([uses.get(id(alias), 0) for alias in aliases])
 
     def _check_input(self, x: State, versions: tuple[int, ...], i: int) -> None:
         if x.versions() != versions:

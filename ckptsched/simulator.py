@@ -26,7 +26,7 @@ from .workload import Chain
 Links = Mapping[tuple[Tier, Tier], Link]
 
 # From so many operations on, the compiled pass saves more than it takes to load.
-_COMPILED_OPERATIONS = 30_000
+_COMPILED_OPERATIONS = 8_000
 # What the flag of a stored tape says: it was made from the tape before, or from the bare state,
 # which is what a run reads where both are stored. It keeps that copy as long as it is there.
 _FROM_TAPE, _FROM_STATE = 1, 2

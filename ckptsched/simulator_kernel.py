@@ -6,26 +6,21 @@ all of them are allowed. Which one is not, and why, is left to the simulator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from .compiled import compiled
+
 Bytes = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.uint8]
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # The codes and kinds of schedule.py, as constants that compiled code can hold.
 _FORWARD, _TAPED, _TURN, _BACKWARD, _DROP = 0, 1, 2, 3, 5
 _STATE, _TAPE, _GRAD = 0, 1, 2
 # The flags of a stored tape, as in simulator.py.
 _FROM_TAPE, _FROM_STATE = 1, 2
-
-
-def _compiled(function: _Function) -> _Function:
-    return cast(_Function, numba.njit(cache=True, nogil=True)(function))
 
 
 class Sizes(NamedTuple):
@@ -53,7 +48,7 @@ class Stored(NamedTuple):
     done: Flags
 
 
-@_compiled
+@compiled
 def run(packed: Bytes, sizes: Sizes, stored: Stored, level: Any, timeline: Bytes) -> int:
     """Do the operations of a schedule, as far as they are allowed and known.
 
@@ -112,14 +107,14 @@ def run(packed: Bytes, sizes: Sizes, stored: Stored, level: Any, timeline: Bytes
     return len(packed)
 
 
-@_compiled
+@compiled
 def _size(sizes: Sizes, kind: int, i: int) -> Any:
     if kind == _STATE:
         return sizes.state[i]
     return sizes.tape[i] if kind == _TAPE else sizes.gradient[i]
 
 
-@_compiled
+@compiled
 def _drop(stored: Stored, kind: int, i: int, n: int) -> bool:
     """Forget a value; whether that is allowed."""
     values = stored.states

@@ -14,6 +14,7 @@ by itself, so that what is measured is what is projected, to the byte.
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
@@ -110,7 +111,9 @@ def between(starts: Positions, start: int, stop: int) -> Iterator[tuple[int, int
     Yields:
         Where each starts, and where it ends.
     """
-    low, high = np.searchsorted(starts, (start, stop)).tolist()
+    # On a memoryview: numpy's own search takes as long as the operations of a small block.
+    low = bisect_left(starts.data, start)
+    high = bisect_left(starts.data, stop, low)
     for k in range(low, high, _CHUNK):
         chunk: Sequence[int] = starts[k : min(k + _CHUNK, high) + 1].tolist()
         yield from itertools.pairwise(chunk)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .aliases import Place
 from .context import Autocast
 from .errors import PlanMismatchError
+from .sharding import class_before, is_sharded
 from .stages import Signature
 from .tracing import Block
 from .trees import NO_EXTRAS, State
@@ -28,8 +29,13 @@ def stage_label(block: Block, name: str) -> str:
     return _INDEX.sub("", inner)
 
 
-def structure_digest(blocks: Iterable[Block]) -> str:
-    """SHA-256 of the blocks, their stages, how they print, and what tensors they own."""
+def structure_digest(blocks: Iterable[Block], computed_in: torch.dtype | None = None) -> str:
+    """SHA-256 of the blocks, their stages, how they print, and what tensors they own.
+
+    Args:
+        blocks: A model as traced.
+        computed_in: As in `dtype_of`.
+    """
     described = []
     order: dict[int, int] = {}  # first appearance of each tensor: tells shared ones
     for block in blocks:
@@ -39,7 +45,7 @@ def structure_digest(blocks: Iterable[Block]) -> str:
                 order.setdefault(id(tensor), len(order)),
                 list(tensor.shape),
                 tensor.stride(),
-                str(tensor.dtype),
+                str(dtype_of(tensor, computed_in)),
                 tensor.requires_grad,
             )
             for name, tensor in (*block.module.named_parameters(), *block.module.named_buffers())
@@ -48,15 +54,39 @@ def structure_digest(blocks: Iterable[Block]) -> str:
         labels = [(label, len(list(same))) for label, same in itertools.groupby(names)]
         # What modules print of themselves tells a kernel size or an integrator; an address in it
         # would differ from process to process.
-        printed = _ADDRESS.sub("", repr(block.module))
+        printed = _ADDRESS.sub("", _printed(block.module))
         described.append((block.name, printed, labels, owned))
     text = json.dumps(described, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def dtype_of(tensor: Tensor, computed_in: torch.dtype | None) -> torch.dtype:
+    """The dtype in which stages find a parameter or buffer.
+
+    Args:
+        tensor: It, as the model owns it.
+        computed_in: What FSDP casts parameters of floating point to when it gathers them; None
+            where it leaves them.
+    """
+    cast = computed_in and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+    return computed_in if computed_in and cast else tensor.dtype
+
+
+def _printed(module: nn.Module) -> str:
+    """How a module prints, or would print if no part of it were sharded."""
+    text = repr(module)
+    for part in filter(is_sharded, module.modules()):
+        text = re.sub(rf"\b{type(part).__name__}\b", class_before(part).__name__, text)
+    return text
+
+
 def training_mode(model: nn.Module) -> str:
     """Which modules train: "train", "eval", or a digest where they differ."""
-    flags = [module.training for module in model.modules()]
+    return describe_modes([module.training for module in model.modules()])
+
+
+def describe_modes(flags: Sequence[bool]) -> str:
+    """The same of whether each module trains, in the order of `model.modules()`."""
     if all(flags):
         return "train"
     if not any(flags):

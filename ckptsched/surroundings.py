@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import cast, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .aliases import make_alias
 from .context import Autocast, Generators, OneKernel, RandomState
@@ -39,7 +39,10 @@ class Surroundings:
         self.program, self.device = program, device
         self.autocast, self._outer = Autocast.take(device), cast(Autocast | None, None)
         self.parameters = program.all_slots.parameters()
-        self._parameter_aliases = [make_alias(p) for p in self.parameters]
+        later = program.sharded_parameters()
+        self.waiting = [k for k, p in enumerate(self.parameters) if id(p) in later] if later else []
+        """Numbers of the parameters that FSDP is still to gather: no alias stands for them yet."""
+        self._parameter_aliases = [p if id(p) in later else make_alias(p) for p in self.parameters]
         self.alias_of: dict[int, Tensor] = {}
         self.give(given)
         self.bound = [slots.bind(self.alias_of) for slots in program.slots]
@@ -48,7 +51,7 @@ class Surroundings:
         self._buffer_versions = self._versions_of_buffers()
         self._generators_found = program.generators(given)
         self._unchanged: list[bool] = []
-        self._modes = [(module, module.training) for module in program.modules]
+        self._modes = [[m.training for m in slots.modules] for slots in program.slots]
         # For one more backward; neither of the two is a tensor, whose bytes would count.
         own = self._generators_found
         self._generators = Generators(device, own) if program.random else None
@@ -74,6 +77,29 @@ class Surroundings:
         # What collects gradients: for the parameters, and for what every stage is given.
         self.aliases = [*self._parameter_aliases, *stand_ins]
 
+    def replace(self, k: int, parameter: Tensor) -> None:
+        """Take another tensor for a parameter from here on: what FSDP has gathered.
+
+        Args:
+            k: Its number among the parameters.
+            parameter: The other tensor.
+        """
+        alias = make_alias(parameter)
+        self.parameters[k], self._versions[k] = parameter, parameter._version
+        self._parameter_aliases[k] = self.aliases[k] = self.alias_of[id(parameter)] = alias
+
+    def match_gradients(self, block: int) -> None:
+        """Collect the gradients of a block's parameters in the dtype that FSDP wants them in.
+
+        Args:
+            block: Its index.
+        """
+        places = zip(self.program.slots[block].in_place(), self.bound[block], strict=True)
+        for parameter, alias in places:
+            wanted = getattr(parameter, "grad_dtype", None)  # torch 2.9 has none, and casts later
+            if alias is not None and alias.is_leaf and getattr(alias, "grad_dtype", None) != wanted:
+                alias.grad_dtype = wanted
+
     def _random_state(self) -> RandomState:
         return RandomState.take(self.device, self._generators_found)
 
@@ -98,7 +124,8 @@ class Surroundings:
 
     def let_go(self) -> None:
         """Forget what was given."""
-        self.give(_NOTHING)
+        if self.extras:
+            self.give(_NOTHING)
 
     def _versions_of_buffers(self) -> list[int]:
         held = (b for buffers in self._buffers for b in buffers if b is not None)
@@ -192,10 +219,22 @@ class Surroundings:
         """Run a backward under the autocast of who called it, as autograd does."""
         return nullcontext() if self._outer is None else self._outer.again()
 
+    def modes(self, blocks: Iterable[int]) -> AbstractContextManager[None]:
+        """Let the modules of some blocks train, or not, as in the forward pass.
+
+        Args:
+            blocks: Indices of the blocks.
+        """
+        changed = [
+            (module, module.training)
+            for k in blocks
+            for module, flag in zip(self.program.slots[k].modules, self._modes[k], strict=True)
+            if module.training != flag
+        ]
+        return self._turned(changed) if changed else nullcontext()
+
     @contextmanager
-    def modes(self) -> Iterator[None]:
-        """Let every module train, or not, as in the forward pass."""
-        changed = [(m, m.training) for m, flag in self._modes if m.training != flag]
+    def _turned(self, changed: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
         try:
             for module, now in changed:
                 module.training = not now
@@ -204,16 +243,23 @@ class Surroundings:
             for module, now in changed:
                 module.training = now
 
-    @contextmanager
     def parameters_replaced(
-        self, blocks: Iterable[int], bound: Sequence[Sequence[Tensor | None]]
-    ) -> Iterator[None]:
+        self, blocks: Sequence[int], bound: Sequence[Sequence[Tensor | None]]
+    ) -> AbstractContextManager[None]:
         """Put other tensors where some blocks keep their parameters.
 
         Args:
             blocks: Indices of the blocks.
             bound: What to put there, by block and place, such as `bound` of this object.
         """
+        if len(blocks) == 1:  # nearly always, and there is one a block
+            return self.program.slots[blocks[0]].parameters_replaced(bound[blocks[0]])
+        return self._all_replaced(blocks, bound)
+
+    @contextmanager
+    def _all_replaced(
+        self, blocks: Sequence[int], bound: Sequence[Sequence[Tensor | None]]
+    ) -> Iterator[None]:
         with ExitStack() as stack:
             for k in blocks:
                 slots = self.program.slots[k]

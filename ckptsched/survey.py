@@ -42,12 +42,12 @@ class LossWeight:
 
     gradients: tuple[Tensor | None, ...]
     """With respect to the tensors of the output."""
-    seconds: float
-    """Seconds of its forward and backward."""
     overhead_bytes: int
     """Peak beyond the gradient."""
     rest_bytes: int
     """What is left of it while the backward goes on: its value and the gradient of that."""
+    seconds: float = 0.0
+    """Of its forward and backward, once timed."""
 
 
 @final
@@ -118,10 +118,10 @@ class Kind:
     left_bytes: int = 0
     """What a run leaves in its modules, as attributes that each run replaces; a replaced buffer
     counts twice, since the clone that it replaces in a repeated run stays for a while."""
-    forward_seconds: list[float] = field(default_factory=list)
-    """Seconds of each timed run without tape."""
-    backward_seconds: list[float] = field(default_factory=list)
-    """Seconds of each timed backward, and what its run with tape took longer."""
+    forward_seconds: float = 0.0
+    """Of a run without tape, once timed."""
+    backward_seconds: float = 0.0
+    """Of a backward, and what the run with tape takes longer than the one without."""
 
     def run(self) -> State:
         """Run the stage and keep no tape, as the executor does."""
@@ -438,8 +438,6 @@ def _for_gradient(found: Kind, gradients: tuple[Tensor | None, ...], *, is_last:
         is_last=is_last,
         gradients=gradients,
         gradient_bytes={},
-        forward_seconds=[],
-        backward_seconds=[],
     )
     kind.set_gradients(first=True)
     name = kind.call.name or type(kind.call.module).__name__

@@ -17,6 +17,7 @@ from typing import Any, TypeGuard, final
 from torch import Tensor, nn
 
 from .errors import ProfileError
+from .sharding import own_hooks
 
 # Modules that may hand their input on as it is, or as a view: what changes their output in
 # place changes their input, too.
@@ -170,6 +171,17 @@ class StagedModule(nn.Module, abc.ABC):
             New objects at every call, since `trace` writes a prefix into each; at least one.
         """
 
+    def stages_follow_from(self) -> Hashable:
+        """What the list of stages follows from: a plan is refused once it has changed.
+
+        Asked at every step; override it where it is slow to list the stages, or where the same
+        number of them may be others.
+
+        Returns:
+            The number of stages; from an override anything that is equal for equal lists.
+        """
+        return len(self.stages())
+
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the stages in order; what overrides this must compute the same.
 
@@ -277,8 +289,8 @@ def _can_flatten(module: nn.Module) -> TypeGuard[nn.Sequential]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks run before or after the module itself, forward or backward."""
-    return any(vars(module).get(kind) for kind in _HOOKS)
+    """Whether hooks run before or after the module itself, forward or backward; FSDP's apart."""
+    return any(own_hooks(module, kind) for kind in _HOOKS)
 
 
 def taken_apart(module: nn.Module) -> Iterator[nn.Module]:

@@ -5,12 +5,11 @@ Three names here are private to torch. Each has a way out where it is missing.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 P = ParamSpec("P")
@@ -44,33 +43,6 @@ def transform_at_work(tensors: Iterable[Tensor]) -> str:
         return "a transform of torch.func"
     if _forward_mode(tensors):
         return "forward-mode differentiation"
-    return ""
-
-
-def sharded_by_itself(model: nn.Module) -> str:
-    """Say what is wrong with a model that `fully_shard` has changed, as a whole or in parts.
-
-    FSDP gathers the parameters of a module while the module itself is called; a plan calls the
-    stages inside, also at times when FSDP has let the parameters go.
-
-    Args:
-        model: The model, without what makes it follow a plan: that may be sharded.
-
-    Returns:
-        A sentence with the remedy; empty where nothing is sharded.
-    """
-    # Importing it takes half a second, and before anyone has done so nothing is sharded.
-    kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    if kind is None:
-        return ""
-    for name, module in model.named_modules():
-        if isinstance(module, kind):
-            return (
-                f"{f'{name!r} of the model' if name else 'the model'} is sharded by fully_shard, "
-                "whose parameters are there only while FSDP itself calls it; profile and plan the "
-                "plain model, and shard what follows the plan as a whole: "
-                "fully_shard(checkpointed(model, plan))"
-            )
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Measures one kind of stage, and the loss: exact bytes and seconds."""
+"""Measures the exact bytes of one kind of stage, and of the loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .context import Autocast, now
+from .context import Autocast
 from .errors import ProfileError
 from .memory import Meter, storage_bytes
 from .stages import StageLedger, StageParts, backward_variant
@@ -231,30 +231,8 @@ def _copy(state: State, fixed: Container[int]) -> State:
     return state.replaced(leaves)
 
 
-def time_once(kind: Kind) -> None:
-    """Time a stage forward without tape, forward with tape, and backward."""
-    device = kind.x.leaves[0].device
-    if kind.count > 1:
-        # Equal steps run one after the other, and find caches and memory as the last left them.
-        kind.run()
-    start = now(device)
-    kind.run()
-    plain = now(device)
-    tape, _ = kind.record(kind.x)
-    taped = now(device)
-    kind.go_back(tape)
-    end = now(device)
-    kind.forward_seconds.append(plain - start)
-    # Every schedule runs each stage with tape once, so what that takes longer is a constant.
-    # Where nothing comes back there is nothing to run, and what the clock shows is noise.
-    needed = any(kind.carries)
-    kind.backward_seconds.append(
-        end - taped + max(0.0, (taped - plain) - (plain - start)) if needed else 0.0
-    )
-
-
 def weigh_loss(loss: Loss, output: State, carries: tuple[bool, ...], meter: Meter) -> LossWeight:
-    """Measure a loss on one output of the model.
+    """Measure the bytes of a loss on one output of the model.
 
     Args:
         loss: From the output to a scalar.
@@ -265,11 +243,7 @@ def weigh_loss(loss: Loss, output: State, carries: tuple[bool, ...], meter: Mete
     Raises:
         ProfileError: The output is no floating point tensor, or the loss no function of it.
     """
-    device = output.leaves[0].device
     _, gradients = go_back(loss, output, carries)
-    start = now(device)
-    go_back(loss, output, carries)
-    seconds = now(device) - start
     size = storage_bytes(g for g in gradients if g is not None)
     with meter.window() as window:
         value, again = go_back(loss, output, carries, arrived=window.mark)
@@ -278,7 +252,6 @@ def weigh_loss(loss: Loss, output: State, carries: tuple[bool, ...], meter: Mete
     before = window.phases[0]
     return LossWeight(
         gradients=gradients,
-        seconds=seconds,
         overhead_bytes=max(0, before.peak_bytes - size),
         # At least the value and the number 1 that going back begins with, whose storage the
         # gradient may share.

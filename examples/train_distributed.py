@@ -4,10 +4,12 @@ From the root of the repository:
 
     torchrun --nproc-per-node 2 -m examples.train_distributed --budget 40%
     torchrun --nproc-per-node 2 -m examples.train_distributed --budget 8MiB --fsdp
+    torchrun --nproc-per-node 2 -m examples.train_distributed --budget 8MiB --fsdp-blocks
 
 The model is made to follow its plan first, and DistributedDataParallel or FSDP2 then wraps it as
-any other. The plan is made once and sent to all: two processes that measure for themselves may
-plan differently, and would then wait for each other where a stage communicates.
+any other: FSDP2 as a whole, or block by block, so that each process holds the parameters of a few
+blocks at a time. The plan is made once and sent to all: two processes that measure for themselves
+may plan differently, and would then wait for each other where a stage communicates.
 """
 
 from __future__ import annotations
@@ -67,14 +69,12 @@ def _train(args: argparse.Namespace) -> list[Result]:
     x, labels = (part.to(device) for part in load_digits().train.tensors)  # type: ignore[attr-defined]
     if len(x) < args.batch * size:
         raise ValueError(f"{size} batches of {args.batch} are more than the {len(x)} images")
-    # What the engine allocates within a step: DDP its buckets anew, once, in the second step; FSDP
-    # the parameters that it gathers, and what it sends and receives. It is part of the budget, and
-    # not the plan's to spend.
-    engine_bytes = (1 + args.fsdp) * sum(p.nbytes for p in model.parameters())
+    engine = "FSDP2 block by block" if args.fsdp_blocks else "FSDP2" if args.fsdp else "DDP"
+    engine_bytes = _engine_bytes(model, engine)
     limit, plan = _plan_together(model, x[: args.batch], args.budget, engine_bytes)
 
     planned = cs.checkpointed(copy.deepcopy(model), plan)
-    network: nn.Module = fully_shard(planned) if args.fsdp else DistributedDataParallel(planned)
+    network = _wrap(planned, engine)
     optimizer = torch.optim.SGD(network.parameters(), lr=args.lr, momentum=0.9)
     peak, difference, losses = 0, 0.0, []
     for number in range(args.training_steps):
@@ -98,7 +98,29 @@ def _train(args: argparse.Namespace) -> list[Result]:
         optimizer.step()
         if rank == 0:
             print(f"step {number + 1}: loss {loss:.4f}", flush=True)
-    return _report(Result(peak, difference), limit, plan, "FSDP2" if args.fsdp else "DDP", losses)
+    return _report(Result(peak, difference), limit, plan, engine, losses)
+
+
+def _engine_bytes(model: nn.Module, engine: str) -> int:
+    """What the engine allocates within a step: part of the budget, and not the plan's to spend.
+
+    DDP makes its buckets anew, once, in the second step. FSDP gathers parameters, and has buffers
+    for what it sends and receives: of all blocks, or of a few at a time.
+    """
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in model.children()]
+    return {"DDP": sum(sizes), "FSDP2": 2 * sum(sizes)}.get(engine, 5 * max(sizes))
+
+
+def _wrap(planned: cs.Checkpointed, engine: str) -> nn.Module:
+    """Let the engine train what follows the plan."""
+    if engine == "DDP":
+        return DistributedDataParallel(planned)
+    if engine == "FSDP2 block by block":
+        for block in planned.model.children():
+            if any(True for _ in block.parameters()):
+                fully_shard(block)
+    network: nn.Module = fully_shard(planned)
+    return network
 
 
 def _plan_together(
@@ -178,6 +200,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--fsdp", action="store_true", help="shard with FSDP2 instead of DDP")
+    add("--fsdp-blocks", action="store_true", help="the same, each block by itself")
     add("--budget", default="40%", help='of each process, such as "8MiB" or "40%%" (the default)')
     add("--method", default="rk4", help="euler, midpoint, heun or rk4")
     add("--steps", type=int, default=8, help="time steps of each ODE block")

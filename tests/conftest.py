@@ -1,22 +1,67 @@
-"""Settings for all tests."""
+"""Settings for all tests: whatever the machine, its load and its habits, a verdict is the same."""
 
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Tiny networks gain nothing from a second thread, and lose much where tests run side by side.
 torch.set_num_threads(1)
 
-# The first example may compile a kernel; how long things take is for benchmarks.
-settings.register_profile("ckptsched", deadline=None)
+# The first example may compile a kernel; how long things take is for benchmarks. The same examples
+# are drawn each time: `--hypothesis-profile=explore` draws others, by `--hypothesis-seed` if given.
+settings.register_profile(
+    "ckptsched", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "explore", deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("ckptsched")
+
+# What decides how wide and how colourful text is, which a user's shell or a CI machine may set.
+_OF_TERMINALS = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+# What ckptsched itself reads.
+_OURS = ("CKPTSCHED_METER",)
+
+
+@pytest.fixture(autouse=True)
+def plain_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on what the caller's shell has set."""
+    for name in (*_OF_TERMINALS, *_OURS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
 
 
 @pytest.fixture(autouse=True)
 def cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Each test has an empty cache of plans: none reads or writes the user's."""
+    """Each test has an empty cache of plans, and whether it keeps one is no matter of speed."""
     folder = tmp_path / "cache_of_plans"
     monkeypatch.setenv("CKPTSCHED_CACHE", str(folder))
+    monkeypatch.setattr("ckptsched.planner._WORTH_SECONDS", 1e9)
     return folder
+
+
+def a_clock(seed: int) -> Callable[[object], float]:
+    """A clock whose readings are 0.1 to 0.3 s apart, drawn with this seed."""
+    source, seconds = random.Random(seed), 0.0
+
+    def now(device: object) -> float:
+        nonlocal seconds
+        seconds += source.uniform(0.1, 0.3)
+        return seconds
+
+    return now
+
+
+@pytest.fixture(autouse=True)
+def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages take the same seconds each time, so that each time the same plans are made.
+
+    What must hold whatever the seconds is tested with clocks of all kinds (`test_timing.py`).
+    """
+    now = a_clock(0)
+    monkeypatch.setattr("ckptsched.timing.now", now)
+    monkeypatch.setattr("ckptsched.verifier.now", now)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ckptsched as cs
 from ckptsched.memory import default_meter
+from tests.fsdp_checks import check_fsdp
 from tests.networks import ode_net
 
 Events = list[tuple[Any, ...]]
@@ -183,9 +183,8 @@ def check_peaks(peaks: list[int], plain: list[int], plan: cs.Plan, name: str) ->
     assert max(peaks) < min(plain), (name, peaks, plain)
 
 
-def check_fsdp() -> int:
-    """The same for FSDP2 on the whole model, and clear errors where it cannot work."""
-    x, _ = batch()
+def check_fsdp_of_the_whole() -> int:
+    """The same for FSDP2 on the whole model."""
     model = make()
     plan = plan_together(model)
     plain, plain_peaks = train(fully_shard(make()))
@@ -194,20 +193,13 @@ def check_fsdp() -> int:
     engine = sum(p.nbytes for p in model.parameters())
     assert max(peaks) <= plan.budget_bytes + 2 * engine, (peaks, plan.budget_bytes)
     assert max(peaks) < min(plain_peaks)
-    for part in (lambda model: model[1], lambda model: model[1].f):
-        network = cs.checkpointed(make(), plan)
-        fully_shard(part(network.model))
-        with pytest.raises(cs.PlanMismatchError, match="fully_shard"):
-            network(x)
-    with pytest.raises(cs.ProfileError, match="fully_shard"):
-        cs.profile(fully_shard(make()), x)
-    return 4
+    return 1
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    count = check_ddp() + check_fsdp()
+    count = check_ddp() + check_fsdp_of_the_whole() + check_fsdp()
     if dist.get_rank() == 0:
         print(f"checked {count} cases")
     dist.destroy_process_group()

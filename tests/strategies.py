@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from ckptsched.stages import Block, Stage, StageLedger, TapeOption
+from ckptsched.stages import Block, Stage, StageLedger, StageParts, TapeOption
 from ckptsched.workload import Chain
 
 SMALL = st.integers(0, 6)
@@ -180,4 +180,147 @@ def ledger_chains(
         held_bytes=storage,
         random_state_bytes=draw(SMALL) if noise else 0,
         blocks=blocks,
+    )
+
+
+@st.composite
+def _parted(
+    draw: st.DrawFn, inputs: int, *, last: bool = False, equal: bool = False
+) -> StageLedger:
+    """Exact bytes of a stage whose states lie in several storages, some of them handed on.
+
+    Args:
+        draw: Hypothesis.
+        inputs: Storages of its input.
+        last: Whether all of its output is new.
+        equal: Whether its output has as many storages as its input, so that it can be repeated.
+    """
+    handed = [k for k in range(inputs) if not last and draw(st.booleans())]
+    fewest, most = (0 if handed else 1), (1 if last else 2)
+    if equal:
+        fewest = most = inputs - len(handed)
+    new = draw(st.lists(SMALL, min_size=fewest, max_size=most))
+    sources = draw(st.permutations([*handed, *[-1] * len(new)]))
+    fresh = [k for k, source in enumerate(sources) if source < 0]
+    sizes = dict(zip(fresh, new, strict=True))
+    saved_inputs = tuple(k for k in range(inputs) if draw(st.booleans()))
+    saved_outputs = tuple(k for k in fresh if draw(st.booleans()))
+    count = len(saved_inputs) + len(saved_outputs)
+    free, more, longer = draw(SMALL), draw(SMALL), [draw(SMALL) for _ in range(count)]
+    peaks = [
+        free + more * first + sum(x for k, x in enumerate(longer) if mask >> k & 1)
+        for first in (0, 1)
+        for mask in range(1 << count)
+    ]
+    tape = draw(SMALL)
+    return StageLedger(
+        state_bytes=sum(new),
+        output_is_view=False,
+        tape_bytes=tape,
+        input_saved=len(saved_inputs) == inputs,
+        output_saved=bool(fresh) and len(saved_outputs) == len(fresh),
+        forward_peak_bytes=sum(new) + draw(SMALL),
+        taped_peak_bytes=sum(new) + tape + draw(SMALL),
+        backward_peak_bytes=(free, free + more) * 4,
+        parts=StageParts(
+            inputs=inputs,
+            output_bytes=tuple(sizes.get(k, 0) for k in range(len(sources))),
+            output_sources=tuple(sources),
+            saved_inputs=saved_inputs,
+            saved_outputs=saved_outputs,
+            backward_peak_bytes=tuple(peaks),
+        ),
+    )
+
+
+def _parted_stage(
+    draw: st.DrawFn, ledger: StageLedger, whole: int, gradients: tuple[int, int]
+) -> Stage:
+    """A stage with such a ledger.
+
+    Args:
+        draw: Hypothesis.
+        ledger: Its ledger; peaks of the backward come without gradients.
+        whole: Bytes of its output.
+        gradients: Bytes of the gradients of its input and output.
+    """
+    parts, parameters = ledger.parts, draw(SMALL)
+    assert parts is not None
+    half = len(parts.backward_peak_bytes) // 2
+    peaks = tuple(
+        peak + gradients[0] + parameters * (k >= half)
+        for k, peak in enumerate(parts.backward_peak_bytes)
+    )
+    return Stage(
+        forward_seconds=draw(SECONDS),
+        backward_seconds=draw(SECONDS),
+        state_bytes=whole,
+        tape_bytes=ledger.tape_bytes + whole,
+        gradient_bytes=gradients[1],
+        # Some room: the planning model does not judge a chain with a ledger.
+        forward_overhead_bytes=ledger.taped_peak_bytes + ledger.forward_peak_bytes,
+        backward_overhead_bytes=max(peaks),
+        parameter_gradient_bytes=parameters,
+        ledger=replace(ledger, parts=replace(parts, backward_peak_bytes=peaks)),
+    )
+
+
+def _handed_on(state: list[int], ledger: StageLedger) -> list[int]:
+    """Bytes of each storage of a stage's output."""
+    parts = ledger.parts
+    assert parts is not None
+    known = zip(parts.output_bytes, parts.output_sources, strict=True)
+    return [size if source < 0 else state[source] for size, source in known]
+
+
+@st.composite
+def parted_chains(draw: st.DrawFn, most_stages: int = 5, to_output: bool = False) -> Chain:
+    """A chain whose states lie in several storages, which stages may hand on.
+
+    Args:
+        draw: Hypothesis.
+        most_stages: Length at most.
+        to_output: Whether the output may have storages of earlier states.
+    """
+    n = draw(st.integers(1, most_stages))
+    size, links = draw(SMALL), []
+    gradients = [draw(SMALL) for _ in range(n + 1)]
+    state = [size, *[0] * draw(st.integers(0, 1))]
+    for i in range(1, n + 1):
+        ledger = draw(_parted(len(state), last=i == n and not to_output))
+        state = _handed_on(state, ledger)
+        links.append(_parted_stage(draw, ledger, sum(state), (gradients[i - 1], gradients[i])))
+    return Chain(
+        stages=tuple(links),
+        input_bytes=size,
+        input_gradient_bytes=gradients[0],
+        loss_seconds=draw(SECONDS),
+        loss_overhead_bytes=draw(SMALL),
+        held_bytes=sum(state) + draw(SMALL),
+    )
+
+
+@st.composite
+def parted_runs(draw: st.DrawFn) -> Chain:
+    """Such a chain in which stages are repeated, and may hand on what was there before."""
+    size, gradient, links = draw(SMALL), draw(SMALL), []
+    state = [size, *[0] * draw(st.integers(0, 1))]
+    for _ in range(draw(st.integers(1, 3))):
+        ledger = draw(_parted(len(state), equal=draw(st.integers(0, 3)) > 0))
+        parts = ledger.parts
+        assert parts is not None
+        times = draw(st.integers(4, 8)) if parts.inputs == len(parts.output_sources) else 1
+        # Alike but for what is handed on from further and further back.
+        stage = replace(
+            _parted_stage(draw, ledger, sum(state) + ledger.state_bytes, (gradient, gradient)),
+            parameter_gradient_bytes=0,
+        )
+        for _ in range(times):
+            state = _handed_on(state, ledger)
+            links.append(stage)
+    return Chain(
+        stages=tuple(links),
+        input_bytes=size,
+        input_gradient_bytes=gradient,
+        held_bytes=sum(state),
     )

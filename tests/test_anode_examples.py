@@ -4,8 +4,10 @@ import math
 from pathlib import Path
 
 import pytest
+from torchvision import datasets
 
 from examples.anode import gradient_error, memory, reversing, reversing_image, training
+from tests.cifar_files import write_cifar
 
 
 def is_picture(path: Path) -> bool:
@@ -61,7 +63,27 @@ def test_both_gradients_train_from_the_same_weights(tmp_path: Path, method: str)
     exact, inexact = (runs["resnet", method, gradient] for gradient in training.GRADIENTS)
     # One batch: its loss is told before anything is learnt.
     assert exact.losses == pytest.approx(inexact.losses, rel=1e-5)
+    [(error, cosine)] = exact.errors
+    assert 0 < error < 2
+    assert -1 < cosine < 1
     assert is_picture(path)
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100"])
+def test_cifar_is_trained_on_where_its_files_are(tmp_path: Path, data: str) -> None:
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[data]
+    write_cifar(tmp_path, kind)
+    arguments = ["--data", data, "--data-root", str(tmp_path), "--epochs", "1", "--seed", "1"]
+    with pytest.raises(RuntimeError, match="damaged"):  # not the published files
+        training.main([*arguments, "--networks", "squeezenext", "--methods", "midpoint"])
+    runs = training.main(
+        [*arguments, "--networks", "squeezenext", "--methods", "midpoint", "--own-files"]
+    )
+    exact, inexact = (runs["squeezenext", "midpoint", g] for g in training.GRADIENTS)
+    # One batch of the same images, shifted and mirrored alike, before anything is learnt.
+    assert exact.losses == pytest.approx(inexact.losses, rel=1e-5)
+    assert exact.losses[0] == pytest.approx(math.log(int(data[5:])), rel=0.3)
+    assert not exact.stopped
 
 
 def test_a_run_that_diverges_is_told_and_ends() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import ckptsched as cs
 from ckptsched import odeint
@@ -199,3 +199,91 @@ def test_backsolve_takes_tuples_and_closures() -> None:
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+class Scaled(nn.Module):
+    """Reads a network and a tensor that is no parameter, wherever that is kept."""
+
+    def __init__(self, scale: Tensor, kept_in: str) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
+        self.kept_in = kept_in
+        self.kept: Any = {
+            "attribute": scale,
+            "list": [scale],
+            "nested": {"inner": [scale]},
+            "function": lambda y: y * scale,
+            "tuple": (scale,),
+        }[kept_in]
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        y = self.net(y)
+        if self.kept_in == "function":
+            return self.kept(y)  # type: ignore[no-any-return]
+        kept = self.kept["inner"] if self.kept_in == "nested" else self.kept
+        return y * (kept if self.kept_in == "attribute" else kept[0])
+
+
+def scale_of(kind: str) -> tuple[Tensor, Tensor]:
+    """What is trained, and the tensor that f reads: the same, or made from it."""
+    torch.manual_seed(0)
+    trained = torch.rand(3, dtype=DOUBLE).requires_grad_()
+    return trained, (trained if kind == "leaf" else trained * 2)
+
+
+def scaled_gradients(f: nn.Module, trained: Tensor, **options: Any) -> list[Tensor | None]:
+    y0 = torch.linspace(-1, 1, 6, dtype=DOUBLE).reshape(2, 3)
+    y = odeint(f, y0, ENDS, method="rk4", options={"step_size": 0.02}, **options)
+    return list(
+        torch.autograd.grad(
+            loss_of(y), [trained, *f.parameters()], allow_unused=True, retain_graph=True
+        )
+    )
+
+
+@pytest.mark.parametrize("kept_in", ["attribute", "list", "nested", "function"])
+def test_tensors_that_a_module_keeps_besides_its_parameters_get_gradients(kept_in: str) -> None:
+    trained, scale = scale_of("leaf")
+    f = Scaled(scale, kept_in)
+    exact = scaled_gradients(f, trained)
+    assert equal(exact, scaled_gradients(f, trained, budget="60%"))
+    for one, other in zip(exact, scaled_gradients(f, trained, gradient="backsolve"), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("kept_in", "kind"), [("tuple", "leaf"), ("attribute", "made"), ("list", "made")]
+)
+def test_backsolve_never_leaves_out_a_gradient_silently(kept_in: str, kind: str) -> None:
+    trained, scale = scale_of(kind)
+    f = Scaled(scale, kept_in)
+    with pytest.raises(ExecutionError, match=r"at time 1 func reads a tensor of shape \(3,\)"):
+        scaled_gradients(f, trained, gradient="backsolve")
+    # As torchdiffeq's adjoint_params: those that are given, and none besides.
+    named = scaled_gradients(f, trained, gradient="backsolve", params=[scale, *f.parameters()])
+    for one, other in zip(scaled_gradients(f, trained), named, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+    some = scaled_gradients(f, trained, gradient="backsolve", params=[scale])
+    assert some[0] is not None
+    assert some[1:] == [None, None]
+
+
+def test_backsolve_with_params_is_torchdiffeqs_with_adjoint_params() -> None:
+    theirs = pytest.importorskip("torchdiffeq").odeint_adjoint
+    trained, scale = scale_of("made")
+    f = Scaled(scale, "attribute")
+    frozen = next(f.parameters()).requires_grad_(False)
+    given = [scale, *f.parameters()]
+    options: dict[str, Any] = {"method": "rk4", "options": {"step_size": 0.1}}
+    y0 = torch.ones(3, dtype=DOUBLE)
+    found = [
+        torch.autograd.grad(
+            loss_of(y), [trained, *(p for p in given[1:] if p is not frozen)], retain_graph=True
+        )
+        for y in (
+            odeint(f, y0, ENDS, gradient="backsolve", params=given, **options),
+            theirs(f, y0, ENDS, adjoint_params=given, **options),
+        )
+    ]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)

@@ -43,16 +43,16 @@ def torchrun(module: str, *arguments: str) -> str:
 @needs_gloo
 @pytest.mark.slow
 def test_two_processes_compute_what_they_would_without_a_plan() -> None:
-    assert "checked 10 cases" in torchrun("tests.distributed_checks")
+    assert "checked 32 cases" in torchrun("tests.distributed_checks")
 
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("engine", ["DDP", "FSDP2", "FSDP2 block by block"])
 def test_the_example_keeps_the_budget_on_every_rank(engine: str) -> None:
     arguments = ["--batch", "8", "--method", "euler", "--steps", "4"]
     arguments += ["--training-steps", "3", "--budget", "50%"]
-    arguments += ["--fsdp"] * (engine == "FSDP2")
+    arguments += {"FSDP2": ["--fsdp"], "FSDP2 block by block": ["--fsdp-blocks"]}.get(engine, [])
     printed = torchrun("examples.train_distributed", *arguments)
     budget = int(re.findall(r"on 2 processes, budget ([\d,]+)", printed)[0].replace(",", ""))
     ranks = re.findall(r"measured ([\d,]+) with it; .*process (\S+)$", printed, re.MULTILINE)

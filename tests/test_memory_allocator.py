@@ -1,5 +1,7 @@
 """The counting allocator: threads, and how it is built, kept and done without."""
 
+import shlex
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -17,6 +19,10 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+# A compiler that fails, on any machine.
+FAILS = shlex.join([sys.executable, "-c", "raise SystemExit(1)"])
+
+
 def block(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8)
 
@@ -32,6 +38,27 @@ def test_the_allocator_counts_all_threads() -> None:
 
     _, seen = AllocatorMeter().measure(program)
     assert seen == Measurement(peak_bytes=300, final_bytes=300)
+
+
+@needs_compiler
+def test_other_threads_of_pythons_are_left_out_on_request() -> None:
+    kept: list[Tensor] = []
+
+    def program() -> None:
+        mine = block(1000)
+        thread = threading.Thread(target=lambda: kept.extend([mine.clone(), block(300)]))
+        thread.start()
+        thread.join()
+        kept.append(block(20))
+
+    _, seen = AllocatorMeter(own_thread=True).measure(program)
+    assert seen == Measurement(peak_bytes=1020, final_bytes=20)
+    in_other: list[Measurement] = []
+    meter = default_meter("cpu", own_thread=True)
+    thread = threading.Thread(target=lambda: in_other.append(meter.measure(lambda: block(7))[1]))
+    thread.start()
+    thread.join()
+    assert in_other == [Measurement(peak_bytes=7, final_bytes=7)]
 
 
 @needs_compiler
@@ -121,7 +148,7 @@ def test_a_cache_folder_that_others_can_write_to_is_not_used(cache: Path) -> Non
 
 @pytest.mark.parametrize(
     ("compiler", "path", "reason"),
-    [("", "", "no C\\+\\+ compiler was found"), ("false", None, "false could not build it: exit")],
+    [("", "", "no C\\+\\+ compiler was found"), (FAILS, None, "could not build it: exit")],
 )
 def test_without_a_compiler_the_profiler_takes_over(
     cache: Path,

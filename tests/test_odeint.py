@@ -268,7 +268,7 @@ def test_what_changes_with_a_function_is_planned_anew() -> None:
     check()
     other = copy.deepcopy(f)
     assert "_ckptsched_solves" not in other.state_dict()
-    assert not vars(other)["_ckptsched_solves"].models
+    assert not vars(other)["_ckptsched_solves"].found
 
 
 def test_a_second_backward_and_one_that_is_differentiated_again() -> None:
@@ -580,4 +580,4 @@ def test_plans_kept_with_an_object_are_nothing_that_it_reads() -> None:
     for _ in range(2):
         odeint(f, torch.ones(2, 3), t, method="rk4", budget="1MiB").sum().backward()
         assert closure.find_closure(f).modules == (f.net,)
-    assert len(vars(f)[closure.KEPT].models) == 1  # the second call followed the first plan
+    assert len(vars(f)[closure.KEPT].found) == 1  # the second call followed the first plan

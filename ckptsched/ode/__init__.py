@@ -1,7 +1,6 @@
 """Ordinary differential equations as chains of stages: tableaus, steps, blocks."""
 
 from .adaptive import AdaptiveSolution as AdaptiveSolution
-from .adaptive import Statistics as Statistics
 from .adaptive import solve_adaptive as solve_adaptive
 from .block import ODEBlock as ODEBlock
 from .control import StepControl as StepControl
@@ -21,5 +20,6 @@ from .methods import RK4_38 as RK4_38
 from .methods import TSIT5 as TSIT5
 from .methods import find_tableau as find_tableau
 from .odeint import odeint as odeint
+from .statistics import Statistics as Statistics
 from .steps import runge_kutta_step as runge_kutta_step
 from .tableaus import ButcherTableau as ButcherTableau

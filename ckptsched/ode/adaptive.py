@@ -1,12 +1,12 @@
 """Adaptive solves whose gradient keeps a byte budget.
 
-The forward pass accepts and rejects steps without tapes. Of an accepted step only its time and
-size are recorded; some states are kept, by `solvers.online`, as the number of steps is known in
-the end only. The backward runs the accepted steps again with their recorded sizes, and nothing
-else: it gives the gradient of the accepted discrete steps, states inside steps included, with
-step sizes held constant. Slopes are no part of a state: a step that is run again needs neither an
-error nor the slope at its end, so that the slope that is the next step's first (FSAL) costs
-nothing when it is evaluated there.
+The forward pass accepts and rejects steps. Of an accepted step its time and size are recorded,
+and what there is room for is kept: its tape, else the state at its start, or neither, as the number
+of steps is known in the end only (`bounded`). The backward runs accepted steps that have no tape
+again with their recorded sizes, and nothing else: it gives the gradient of the accepted discrete
+steps, states inside steps included, with step sizes held constant. Slopes are no part of a state:
+a step that is run again needs neither an error nor the slope at its end, so that the slope that is
+the next step's first (FSAL) costs nothing when it is evaluated there.
 """
 
 from __future__ import annotations
@@ -20,44 +20,23 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget, parse_budget
-from ..errors import BudgetSyntaxError, BudgetWarning, ExecutionError, WorkloadError
-from ..solvers.online import OnlinePlacement
+from ..context import Generators
+from ..errors import BudgetSyntaxError, BudgetWarning, WorkloadError
 from ..transforms import outside_of_compiled_code, transform_at_work
+from .bounded import BoundedSolve, Turns
+from .carried import Carried
 from .closure import Closure, find_closure
-from .control import Norm, StepControl, rms_norm
-from .embedded import combined, inside_rates
-from .footprint import Footprint, measured_first_step
-from .integration import Accepted, Integration, Problem, RightHandSide, check_times, state_inside
+from .control import Norm, StepControl
+from .footprint import Room
+from .integration import Integration, reached_states, time_shift
+from .integrators import split
+from .kept import kept_with
+from .measuring import Trial
 from .methods import find_tableau
-from .replay import Checkpoint, Environment, Sweep
+from .parts import flat_state, norm_of_parts, on_flat_states
+from .problem import Problem, check_times
+from .statistics import Statistics
 from .tableaus import ButcherTableau
-
-
-@final
-@dataclass(slots=True, kw_only=True)
-class Statistics:
-    """What a solve did; the figures of its backward come with the backward."""
-
-    accepted: int = 0
-    """Steps that were accepted."""
-    rejected: int = 0
-    """Attempts that were not."""
-    evaluations: int = 0
-    """Of f in the forward pass."""
-    measuring_evaluations: int = 0
-    """Of f to measure what a step takes; 0 without a budget."""
-    backward_evaluations: int = 0
-    """Of f in the latest backward; 0 where all tapes are kept."""
-    advances: int = 0
-    """Steps run again without tape in the latest backward."""
-    checkpoints: int | None = None
-    """States that may be kept at once, the initial one included; None where all tapes are."""
-    positions: tuple[int, ...] = ()
-    """After how many steps the states that were kept come."""
-    footprint: Footprint | None = None
-    """What a step takes; None without a budget."""
-    record_bytes: int = 0
-    """What the times and sizes of the accepted steps take, in the host's memory."""
 
 
 @final
@@ -65,22 +44,23 @@ class Statistics:
 class AdaptiveSolution:
     """The states at the requested times, and what it took."""
 
-    states: Tensor
-    """The state at each requested time, stacked: the first is the initial state."""
+    states: Any
+    """The state at each requested time, stacked: the first is the initial state. A tuple of such
+    where the state is one."""
     statistics: Statistics
     """Counts; those of the backward are filled in by it."""
 
 
 @outside_of_compiled_code
 def solve_adaptive(
-    func: Callable[[Tensor, Tensor], Tensor],
-    y0: Tensor,
+    func: Callable[..., Any],
+    y0: Any,
     t: Tensor,
     method: str | ButcherTableau = "dopri5",
     *,
     rtol: float = 1e-7,
     atol: float = 1e-9,
-    norm: Norm = rms_norm,
+    norm: Callable[[Any], Tensor] | None = None,
     control: StepControl | None = None,
     meet_times: bool = False,
     params: Sequence[Tensor] | None = None,
@@ -92,18 +72,23 @@ def solve_adaptive(
 
     Without a budget and checkpoints all tapes of accepted steps are kept, and the backward is plain
     autograd's. With either the numbers of the forward pass are the same, bit for bit, and the
-    gradient that of the same steps; double differentiation then is an error.
+    gradient that of the same steps. Within a budget tapes are kept as long as they fit: where all
+    do, no step runs again, and the gradient has the bits of plain autograd. Differentiating the
+    gradient again (`create_graph=True`) takes the memory of plain autograd, with a warning.
 
     Args:
         func: Right-hand side, called with a time of no dimensions and a state; returns a slope of
             the state's shape and dtype.
-        y0: Initial state, floating-point or complex.
+        y0: Initial state: a floating-point or complex tensor, or a tuple of them, which are solved
+            as one.
         t: Requested times, a tensor of one dimension that rises or falls strictly; the first is
             that of y0.
         method: Name of a method with an error estimate, or a tableau.
         rtol: Tolerance relative to the state.
         atol: Tolerance besides.
-        norm: Makes one figure of all errors: `rms_norm`, `batch_max_norm`, or one of your own.
+        norm: Makes one figure of all errors: `rms_norm`, which None stands for, `batch_max_norm`,
+            or one of your own. Of a tuple it gets a tuple; None then takes the largest of the
+            parts' figures.
         control: Size of the steps; the elementary controller if None.
         meet_times: Whether steps end at the requested times. Else states there are those inside
             steps, by the method's interpolant, and the last step may go beyond.
@@ -112,13 +97,14 @@ def solve_adaptive(
         budget: Bytes that forward and backward may take at their peak together: states at the
             requested times and their gradients, states that are kept, the tape of a step, and
             gradients of parameters. Bytes or text such as "200MiB". What a step takes is measured
-            on the first.
+            on the first, once for each kind of call (shapes, dtypes, modes, what wants a
+            gradient); that is kept with func, so define func once and not in the training loop.
         checkpoints: States that may be kept at once, the initial one included, in place of a
-            budget.
+            budget; no tapes.
         beside_bytes: Of the budget, what other tensors take that live throughout.
 
     Returns:
-        The states, shape (len(t), *y0.shape), and statistics.
+        The states, shape (len(t), *y0.shape), a tuple of such where y0 is one; and statistics.
 
     Raises:
         IntegrationError: The solution cannot be continued; the error has the time.
@@ -126,34 +112,124 @@ def solve_adaptive(
         WorkloadError: A method without an error estimate, or arguments that do not go together.
         BudgetSyntaxError: A budget that is not in bytes.
     """
-    problem = _problem(func, y0, t, method, (rtol, atol), norm, control, meet_times)
+    flat, shapes = flat_state(y0)
+    slope, norm = on_flat_states(func, shapes), norm_of_parts(norm, shapes)
+    problem = make_problem(slope, flat, t, method, (rtol, atol), norm, control, meet_times)
+    # The parts of the state are the caller's; as one tensor it is one more.
+    beside_bytes += 0 if shapes is None else flat.nbytes
+    bounds = Bounds.of(budget, checkpoints, beside_bytes)
     closure = find_closure(func)
-    given = closure.parameters if params is None else params
+    solution = solve_problem(problem, closure, params, flat, t, bounds, func)
+    if shapes is None:
+        return solution
+    return AdaptiveSolution(split(solution.states, shapes, leading=1), solution.statistics)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a solve may take: bytes, or a number of states, or anything."""
+
+    budget_bytes: int | None
+    checkpoints: int | None
+    beside_bytes: int
+
+    @staticmethod
+    def of(
+        budget: int | float | str | Budget | None, checkpoints: int | None, beside: int
+    ) -> Bounds:
+        """Read what was asked for.
+
+        Args:
+            budget: Bytes, or text, or None.
+            checkpoints: A number of states, or None.
+            beside: Of the budget, bytes of other tensors.
+
+        Raises:
+            WorkloadError: Both, or no checkpoint.
+            BudgetSyntaxError: A budget that is not in bytes.
+        """
+        if checkpoints is not None and (budget is not None or checkpoints < 1):
+            raise WorkloadError(
+                f"checkpoints={checkpoints!r} with budget={budget!r}; give one of them, and at "
+                "least 1 checkpoint"
+            )
+        if budget is None:
+            return Bounds(None, checkpoints, beside)
+        parsed = parse_budget(budget)
+        if parsed.bytes is None:
+            raise BudgetSyntaxError(
+                f"the budget {budget!r} is a share of what storing everything needs, which is not "
+                "known before an adaptive solve, as the number of its steps is not; give bytes, "
+                "such as '64MiB', or have solve_adaptive take a number of checkpoints"
+            )
+        return Bounds(parsed.resolve(0), None, beside)
+
+
+def solve_problem(
+    problem: Problem,
+    closure: Closure,
+    given: Sequence[Tensor] | None,
+    y0: Tensor,
+    t: Tensor,
+    bounds: Bounds,
+    func: Callable[..., Any],
+) -> AdaptiveSolution:
+    """Solve within bounds.
+
+    Args:
+        problem: What to solve.
+        closure: What its right-hand side reads.
+        given: What of it may get gradients; None for all.
+        y0: Initial state.
+        t: Requested times, as the problem has them.
+        bounds: What the solve may take.
+        func: The user's right-hand side, with which is kept what was found about it.
+
+    Returns:
+        The states, and statistics.
+
+    Raises:
+        IntegrationError: The solution cannot be continued; the error has the time.
+        InfeasibleBudgetError: The budget is below one step; the error has the least that works.
+        ExecutionError: f cannot be run again.
+        WorkloadError: A gradient of times that steps are to meet.
+    """
+    kept, which = kept_with(func, closure)
+    with kept.lock.lock:  # else another thread may have stand-ins in their places
+        given = closure.parameters if given is None else given
     wanted = list({id(p): p for p in given if p.requires_grad}.values())
-    if meet_times and t.requires_grad:
+    if problem.meet and t.requires_grad:
         raise WorkloadError(
             "the gradient of t is that of states inside steps; leave out meet_times, or detach t"
         )
-    budget_bytes = _budget_bytes(budget, checkpoints)
-    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (y0, t, *wanted))
-    bounded = tracked and (budget_bytes is not None or checkpoints is not None)
-    if bounded and transform_at_work((y0, t, *wanted)):
+    everything = (y0, t, *wanted)
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in everything)
+    bounded = bounds.budget_bytes is not None or bounds.checkpoints is not None
+    if not (bounded and tracked and len(problem.times) > 1):
+        return _solve_plainly(problem, closure, y0, t, tracked=tracked)
+    transform = transform_at_work(everything)
+    if transform:
         warnings.warn(
-            f"{transform_at_work((y0, t, *wanted))} is at work, which checkpoints cannot follow: "
-            "the solve runs by plain autograd, and takes its memory",
+            f"{transform} is at work, which checkpoints cannot follow: the solve runs by plain "
+            "autograd, and takes its memory",
             BudgetWarning,
             stacklevel=3,
         )
-        bounded = False
-    if not bounded:
-        return _solve_plainly(problem, y0, t if tracked and t.requires_grad else None)
-    solve = _Solve(problem, closure, wanted, y0, budget_bytes, checkpoints)
-    solve.with_time, solve.beside_bytes = t.requires_grad, beside_bytes
-    states: Tensor = _Node.apply(solve, y0, t, *wanted)
-    return AdaptiveSolution(states, solve.statistics)
+        return _solve_plainly(problem, closure, y0, t, tracked=True)
+    trial = Trial(problem, closure, wanted, y0, with_time=t.requires_grad)
+    found = trial.findings(kept, which, bounds.budget_bytes, bounds.beside_bytes)
+    statistics = Statistics(measuring_evaluations=trial.evaluations)
+    room = Room(slots=bounds.checkpoints or 1)
+    if bounds.budget_bytes is not None and found.footprint is not None:
+        statistics.footprint = found.footprint
+        room = found.footprint.room(bounds.budget_bytes)
+    turns = Turns(kept.lock.lock, Generators.turn if found.draws else None)
+    states = BoundedSolve(problem, closure, wanted, room, turns, statistics).run(y0, t)
+    return AdaptiveSolution(states, statistics)
 
 
-def _problem(
+def make_problem(
     func: Callable[[Tensor, Tensor], Tensor],
     y0: Tensor,
     t: Tensor,
@@ -163,6 +239,22 @@ def _problem(
     control: StepControl | None,
     meet: bool,
 ) -> Problem:
+    """Put a problem together.
+
+    Args:
+        func: Right-hand side.
+        y0: Initial state.
+        t: Requested times.
+        method: Name or tableau.
+        tolerances: Relative and absolute.
+        norm: Makes one figure of all errors.
+        control: Of the steps' sizes.
+        meet: Whether steps end at the requested times.
+
+    Raises:
+        WorkloadError: What makes no sense.
+        IntegrationError: Times that neither rise nor fall.
+    """
     tableau = find_tableau(method)
     if tableau.b_error is None:
         raise WorkloadError(
@@ -172,8 +264,6 @@ def _problem(
     rtol, atol = tolerances
     if not (rtol >= 0 and atol >= 0 and rtol + atol > 0):
         raise WorkloadError(f"rtol={rtol!r} and atol={atol!r}; give two that are not negative")
-    if not (y0.is_floating_point() or y0.is_complex()):
-        raise WorkloadError(f"the initial state has dtype {y0.dtype}; give one of floating point")
     if t.dim() != 1 or not len(t) or not t.is_floating_point():
         raise WorkloadError(
             f"t has shape {tuple(t.shape)} and {t.dtype}; give a tensor of one dimension, of "
@@ -189,216 +279,16 @@ def _problem(
     )  # fmt: skip
 
 
-def _budget_bytes(budget: int | str | Budget | None, checkpoints: int | None) -> int | None:
-    if checkpoints is not None and (budget is not None or checkpoints < 1):
-        raise WorkloadError(
-            f"checkpoints={checkpoints!r} with budget={budget!r}; give one of them, and at least 1 "
-            "checkpoint"
-        )
-    if budget is None:
-        return None
-    parsed = parse_budget(budget)
-    if parsed.bytes is None:
-        raise BudgetSyntaxError(
-            f"the budget {budget!r} is a share of what storing everything needs, which is not "
-            "known before an adaptive solve, as the number of its steps is not; give bytes, such "
-            "as '64MiB', or have solve_adaptive take a number of checkpoints"
-        )
-    return parsed.resolve(0)
-
-
-def _solve_plainly(problem: Problem, y0: Tensor, t: Tensor | None) -> AdaptiveSolution:
+def _solve_plainly(
+    problem: Problem, closure: Closure, y0: Tensor, times: Tensor, *, tracked: bool
+) -> AdaptiveSolution:
     """All tapes are kept: plain autograd through the accepted steps."""
-    shift = None
-    if t is not None:
-        shift = (t[0] - t[0].detach()).to(device=y0.device, dtype=y0.dtype.to_real())
-    integration = Integration(problem, y0, shift)
+    t = times if tracked and times.requires_grad else None
+    shift = None if t is None else time_shift(t, y0)
+    integration = Integration(problem, y0, Carried(closure, y0.device), shift)
     states = [y0]
     while not integration.done:
-        accepted = integration.advance()
-        for j in accepted.reached:
-            state = _reached_state(integration, accepted, j)
-            if t is not None:
-                state = state + _moved(integration, accepted, j, t)
-            states.append(state)
-    statistics = Statistics()
-    _count(statistics, integration)
+        states += reached_states(integration, integration.advance(), t)
+    statistics = Statistics(tapes=len(integration.record) if tracked else 0)
+    statistics.count(integration)
     return AdaptiveSolution(torch.stack(states), statistics)
-
-
-def _moved(integration: Integration, accepted: Accepted, j: int, t: Tensor) -> Tensor:
-    """Zero, with the derivative in time of the state inside a step."""
-    share = integration.record.share(accepted.n, j)
-    weights = inside_rates(integration.tableau, share)
-    with torch.no_grad():
-        rate = combined(None, 1.0, weights, accepted.slopes.k)
-    moved = (t[j] - t[0]) - (t[j] - t[0]).detach()
-    return rate * moved.to(device=rate.device, dtype=rate.dtype.to_real())
-
-
-def _reached_state(integration: Integration, accepted: Accepted, j: int) -> Tensor:
-    share = integration.record.share(accepted.n, j)
-    return state_inside(integration.tableau, accepted.step, share, accepted.z0, accepted.slopes)
-
-
-def _count(statistics: Statistics, integration: Integration) -> None:
-    statistics.accepted = len(integration.record)
-    statistics.rejected = integration.rejected
-    statistics.evaluations = integration.f.evaluations
-    statistics.record_bytes = integration.record.nbytes
-
-
-@final
-class _Solve:
-    """One solve: its forward pass, what it keeps, and the way back."""
-
-    def __init__(
-        self,
-        problem: Problem,
-        closure: Closure,
-        wanted: Sequence[Tensor],
-        y0: Tensor,
-        budget_bytes: int | None,
-        checkpoints: int | None,
-    ) -> None:
-        """Note what is solved and what it may take."""
-        self._problem = problem
-        self._environment = Environment(closure, wanted, y0)
-        self._budget_bytes, self._slots = budget_bytes, checkpoints or 1
-        self._states: dict[int, Checkpoint] = {}
-        self._fresh = True
-        self.with_time, self.beside_bytes = False, 0
-        self.statistics = Statistics()
-
-    def forward(self, y0: Tensor) -> Tensor:
-        """Solve without tapes, and keep some states.
-
-        Args:
-            y0: The initial state, without a graph.
-
-        Returns:
-            The states at the requested times, stacked.
-        """
-        try:
-            with self._environment.first_time():
-                return self._forward(y0)
-        except BaseException:
-            self._states.clear()
-            raise
-
-    def _forward(self, y0: Tensor) -> Tensor:
-        times = len(self._problem.times)
-        if times == 1:
-            return y0.unsqueeze(0).clone()
-        integration, accepted = self._first_step(y0)
-        states = y0.new_empty((times, *y0.shape))
-        states[0] = y0
-        placement = OnlinePlacement(self._slots)
-        placement.visit()
-        while True:
-            for j in accepted.reached:
-                states[j] = _reached_state(integration, accepted, j)
-            if integration.done:
-                break
-            del accepted
-            self._place(integration, placement)
-            accepted = integration.advance()
-        # The end shows now: the input of the last step is at hand, and runs with its tape first.
-        if accepted.n not in self._states:
-            self._states[accepted.n] = Checkpoint.of(accepted.z0, accepted.random)
-        self._record, self._random = integration.record, integration.random
-        _count(self.statistics, integration)
-        self.statistics.checkpoints = self._slots
-        self.statistics.positions = placement.positions
-        return states
-
-    def _place(self, integration: Integration, placement: OnlinePlacement) -> None:
-        visit, n = placement.visit(), len(integration.record)
-        if visit.evicted is not None:
-            del self._states[visit.evicted]
-        if visit.store:
-            self._states[n] = Checkpoint.of(integration.z, integration.snapshot())
-
-    def _first_step(self, y0: Tensor) -> tuple[Integration, Accepted]:
-        """Take the first step, and find how many states the budget leaves room for."""
-        if self._budget_bytes is None:
-            integration = Integration(self._problem, y0)
-            accepted = integration.advance()
-        else:
-            integration, accepted, footprint, evaluations = measured_first_step(
-                self._problem,
-                self._environment,
-                y0,
-                with_time=self.with_time,
-                beside_bytes=self.beside_bytes,
-            )
-            self.statistics.footprint = footprint
-            self.statistics.measuring_evaluations = evaluations
-            self._slots = footprint.slots(self._budget_bytes)
-        self._first = Checkpoint.of(y0, accepted.random)
-        self._states[0] = self._first
-        return integration, accepted
-
-    def backward(
-        self, gradients: Tensor, *, with_time: bool
-    ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
-        """Go back through the accepted steps.
-
-        Args:
-            gradients: With respect to the states at the requested times, stacked.
-            with_time: Whether the gradient of the times is wanted.
-
-        Returns:
-            The gradients of the initial state, of the tensors that f reads, and of the times.
-        """
-        if len(self._problem.times) == 1:
-            times = torch.zeros(1, dtype=torch.float64) if with_time else None
-            return gradients[0].clone(), [None] * len(self._environment.tensors), times
-        self._environment.check()
-        fresh, self._fresh = self._fresh, False
-        if not fresh:  # a second backward: all but the initial state is gone
-            self._states[0] = self._first
-        shift = None
-        if with_time:
-            real = gradients.dtype.to_real()
-            shift = gradients.new_zeros((), dtype=real).requires_grad_()
-        f = RightHandSide(self._problem.func, gradients, shift)
-        sweep = Sweep(self._problem, self._record, self._environment, f, random=self._random)
-        try:
-            found = sweep.run(self._states, self._slots, gradients, shift, last_input=fresh)
-        finally:
-            self._states.clear()
-        self.statistics.backward_evaluations = f.evaluations
-        self.statistics.advances = sweep.advances
-        return found
-
-
-class _Node(torch.autograd.Function):
-    """The whole solve in the outer graph."""
-
-    @staticmethod
-    def forward(ctx: Any, solve: _Solve, y0: Tensor, t: Tensor, *wanted: Tensor) -> Tensor:
-        states = solve.forward(y0.detach())
-        ctx.solve = solve
-        ctx.save_for_backward(y0, t)
-        return states
-
-    @staticmethod
-    @outside_of_compiled_code
-    def backward(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise ExecutionError(
-                "the gradient of an adaptive solve with a budget cannot be differentiated again "
-                "(create_graph=True); solve without a budget, which keeps all tapes"
-            )
-        try:
-            _, t = ctx.saved_tensors
-        except RuntimeError as error:
-            raise ExecutionError(
-                "a second backward through one solve: pass retain_graph=True to the first, or "
-                f"solve again (torch: {error})"
-            ) from error
-        back, others, times = ctx.solve.backward(grads[0], with_time=ctx.needs_input_grad[2])
-        if times is not None:
-            times = times.to(device=t.device, dtype=t.dtype)
-        return None, back if ctx.needs_input_grad[1] else None, times, *others

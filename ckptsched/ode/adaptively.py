@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..budget import Budget, parse_budget
+from ..budget import Budget
 from ..errors import WorkloadError
-from .adaptive import solve_adaptive
+from ..transforms import outside_of_compiled_code
+from .adaptive import Bounds, make_problem, solve_problem
 from .closure import Closure
-from .control import Norm, StepControl, rms_norm
-from .integrators import join, split
+from .control import StepControl
+from .parts import norm_of_parts, on_flat_states
 from .tableaus import ButcherTableau
 
 _CONTROL = tuple(field.name for field in dataclasses.fields(StepControl))
 
 
+@outside_of_compiled_code
 def solve_adaptively(
     func: Callable[..., Any],
     y0: Tensor,
@@ -51,7 +53,7 @@ def solve_adaptively(
         WorkloadError: An option that is unknown.
     """
     given = dict(options)
-    norm = _norm(given.pop("norm", None), shapes)
+    norm = norm_of_parts(given.pop("norm", None), shapes)
     meet = bool(given.pop("meet_times", False))
     unknown = sorted(set(given) - set(_CONTROL))
     if unknown:
@@ -59,39 +61,12 @@ def solve_adaptively(
             f"unknown options {unknown} for an adaptive method; it takes norm, meet_times, "
             f"{', '.join(_CONTROL)}, or step_size and grid_constructor for a fixed grid"
         )
-
-    def slope(time: Tensor, z: Tensor) -> Tensor:
-        found: Tensor = join(func(time, split(z, shapes)), shapes)
-        return found
-
     rtol, atol = map(float, tolerances)
-    solution = solve_adaptive(
-        slope,
-        y0,
-        t,
-        tableau,
-        rtol=rtol,
-        atol=atol,
-        norm=norm,
-        control=StepControl(**given),
-        meet_times=meet,
-        params=closure.parameters,
-        budget=parse_budget(budget) if isinstance(budget, float) else budget,
-        # The parts of the state are the caller's; as one tensor it is one more.
-        beside_bytes=0 if shapes is None else y0.nbytes,
-    )
-    return solution.states
-
-
-def _norm(norm: Callable[[Any], Tensor] | None, shapes: tuple[torch.Size, ...] | None) -> Norm:
-    """The norm on flat errors: of a tuple, as torchdiffeq has it, the largest of its parts'."""
-    if shapes is None:
-        return norm or rms_norm
-
-    def of_parts(errors: Tensor) -> Tensor:
-        parts = split(errors, shapes)
-        if norm is not None:
-            return norm(parts)
-        return torch.stack([rms_norm(part) for part in parts]).max()
-
-    return of_parts
+    control = StepControl(**given)
+    slope = on_flat_states(func, shapes)
+    problem = make_problem(slope, y0, t, tableau, (rtol, atol), norm, control, meet)
+    # The parts of the state are the caller's; as one tensor it is one more.
+    bounds = Bounds.of(budget, None, 0 if shapes is None else y0.nbytes)
+    solution = solve_problem(problem, closure, None, y0, t, bounds, func)
+    states: Tensor = solution.states
+    return states

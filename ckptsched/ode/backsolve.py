@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExecutionError
+from .closure import unknown_leaves
 
 Solve: TypeAlias = Callable[[Callable[..., Any], Any, Tensor], Any]
 """From a right-hand side, an initial state and times to the states there, without gradients."""
@@ -25,6 +26,8 @@ def backsolve(
     y0: Tensor,
     t: Tensor,
     params: Sequence[Tensor],
+    *,
+    all_wanted: bool = True,
 ) -> Tensor:
     """Solve, and let the backward solve the adjoint equation backwards.
 
@@ -37,7 +40,9 @@ def backsolve(
         func: Right-hand side on flat states.
         y0: Flat initial state.
         t: Output times.
-        params: What func reads and trains.
+        params: Tensors that func reads, and whose gradients are wanted.
+        all_wanted: Whether these are to be all that func reads and trains; the backward then
+            refuses a func that reads another.
 
     Returns:
         The states at all times, stacked.
@@ -45,7 +50,7 @@ def backsolve(
     Reference:
         Chen et al., Neural Ordinary Differential Equations (arXiv 1806.07366), algorithm 1.
     """
-    states: Tensor = _Backsolve.apply(solve, func, y0, t, *params)
+    states: Tensor = _Backsolve.apply(solve, func, y0, t, all_wanted, *params)
     return states
 
 
@@ -57,10 +62,11 @@ class _Backsolve(torch.autograd.Function):
         func: Callable[[Tensor, Tensor], Tensor],
         y0: Tensor,
         t: Tensor,
+        all_wanted: bool,
         *params: Tensor,
     ) -> Tensor:
         states: Tensor = solve(func, y0.detach(), t.detach())
-        ctx.solve, ctx.func = solve, func
+        ctx.solve, ctx.func, ctx.all_wanted = solve, func, all_wanted
         ctx.save_for_backward(states, t, *params)
         return states
 
@@ -73,7 +79,7 @@ class _Backsolve(torch.autograd.Function):
             )
         states, t, *params = ctx.saved_tensors
         (gradient,) = grads
-        rates = _Adjoint(ctx.func, params)
+        rates = _Adjoint(ctx.func, params, all_wanted=ctx.all_wanted)
         times = torch.zeros_like(t)
         adjoint = gradient[-1]
         sums = [torch.zeros_like(p) for p in params]
@@ -88,7 +94,7 @@ class _Backsolve(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             before = adjoint - gradient[0]
             times[0] = -_inner(before, ctx.func(t[0], states[0]))
-        return None, None, adjoint, times, *sums
+        return None, None, adjoint, times, None, *sums
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:
@@ -98,8 +104,15 @@ def _inner(one: Tensor, other: Tensor) -> Tensor:
 class _Adjoint:
     """The right-hand side of state, adjoint and integral together."""
 
-    def __init__(self, func: Callable[[Tensor, Tensor], Tensor], params: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        func: Callable[[Tensor, Tensor], Tensor],
+        params: Sequence[Tensor],
+        *,
+        all_wanted: bool,
+    ) -> None:
         self._func, self._params = func, params
+        self._to_look_at = all_wanted
 
     def __call__(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         y, adjoint, *_ = state
@@ -109,8 +122,22 @@ class _Adjoint:
         inputs = [at, *self._params]
         if not slope.requires_grad:
             return (slope, *(torch.zeros_like(x) for x in inputs))
+        if self._to_look_at:
+            self._look(slope, inputs, t)
         found = torch.autograd.grad(slope, inputs, -adjoint, allow_unused=True)
         rates = (
             torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)
         )
         return (slope.detach(), *rates)
+
+    def _look(self, slope: Tensor, inputs: Sequence[Tensor], t: Tensor) -> None:
+        """Refuse a func that reads a tensor whose gradient would be lost; once a backward."""
+        self._to_look_at = False
+        lost = unknown_leaves([slope.grad_fn], inputs)
+        if lost:
+            raise ExecutionError(
+                f"at time {float(t):g} func reads a tensor of shape {tuple(lost[0].shape)} that "
+                "requires a gradient and was not found in its modules, closure and attributes, so "
+                "gradient='backsolve' would give it none; give odeint all of them as params, or "
+                "register it as a parameter of the module"
+            )

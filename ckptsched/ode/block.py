@@ -136,6 +136,10 @@ class ODEBlock(StagedModule):
         parts = range(slope_count(self.tableau))
         return [StepStage(self, index, part) for index in range(self.steps) for part in parts]
 
+    def stages_follow_from(self) -> Hashable:
+        """The attributes that `stages` reads."""
+        return self.steps, self.granularity, self.tableau
+
     def step(self, index: int, z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Advance the state by one time step.
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSequence, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 _LONGEST = 1000
 KEPT = "_ckptsched_solves"
 """Attribute of a right-hand side that holds plans, and is nothing that it reads."""
+_OF_TORCH = frozenset({*vars(nn.Module()), KEPT})
+"""Attributes of a module that are torch's, or ours."""
 
 
 @final
@@ -48,6 +52,8 @@ class Closure:
     """Modules: the function itself, or those that it calls."""
     places: tuple[Place, ...]
     """Where tensors are that require a gradient and belong to no module."""
+    generators: tuple[torch.Generator, ...] = ()
+    """Random generators that belong to no module."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -85,41 +91,83 @@ class Closure:
 def find_closure(func: Callable[..., Any]) -> Closure:
     """Find what a function reads: in cells, globals, defaults, attributes, lists and dicts of them.
 
-    What is hidden otherwise, in a C extension say, is not found; the profiler then refuses it,
-    because its gradient would be lost.
+    Of a module these are its parameters and, among its other attributes, tensors that are leaves:
+    one with a graph may be left from a call before, and that graph be gone. What is hidden
+    otherwise, in a C extension say, is not found; whoever needs it then refuses it, because its
+    gradient would be lost (`unknown_leaves`).
 
     Args:
         func: A module, a function, a method, a partial, or an object that can be called.
     """
     modules: dict[int, nn.Module] = {}
     places: list[Place] = []
+    generators: list[torch.Generator] = []
     seen: set[int] = set()
-    ahead: list[Any] = [func]
+    # Beside each value the parameters of the module that it was found in; None outside of one.
+    ahead: list[tuple[Any, set[int] | None]] = [(func, None)]
     while ahead:
-        value = ahead.pop()
+        value, owned = ahead.pop()
         if id(value) in seen:
             continue
         seen.add(id(value))
+        if isinstance(value, torch.Generator):
+            generators.append(value)
+            continue
         if isinstance(value, nn.Module):
             modules[id(value)] = value
-            continue
+            owned = {id(p) for p in value.parameters()}
         for place in _places(value):
             try:
                 inner = place.get()
             except ValueError:  # a cell that nothing has filled yet
                 continue
             if isinstance(inner, Tensor):
-                if inner.requires_grad:
+                fits = owned is None or (inner.is_leaf and id(inner) not in owned)
+                if inner.requires_grad and fits:
                     places.append(place)
-            elif _may_hold(inner):
-                ahead.append(inner)
-        ahead += _constants(value)
-    return Closure(tuple(modules.values()), tuple(places))
+            elif _may_hold(inner) if owned is None else _may_read(inner):
+                ahead.append((inner, owned))
+        ahead += [(inner, owned) for inner in _constants(value)]
+    return Closure(tuple(modules.values()), tuple(places), tuple(generators))
+
+
+def unknown_leaves(outputs: Iterable[Node | None], known: Iterable[Tensor]) -> list[Tensor]:
+    """Leaves that a graph leads to, and that are not among those whose gradients are taken.
+
+    Args:
+        outputs: Where the graph ends.
+        known: Tensors; what lies behind one of them is taken care of.
+    """
+    known = list(known)
+    stops = {id(t) for t in known}
+    seen = {t.grad_fn for t in known if t.grad_fn is not None}
+    found: dict[int, Tensor] = {}
+    ahead = list(outputs)
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in stops:
+            found[id(leaf)] = leaf
+        ahead += [before for before, _ in node.next_functions]
+    return list(found.values())
+
+
+def _may_read(value: Any) -> bool:
+    """Whether a module may read tensors from what an attribute of it holds.
+
+    Not from what is neither a container nor can be called, such as the trainer that holds a module
+    and, with it, a whole program.
+    """
+    held = (MutableMapping, MutableSequence, tuple)
+    return _may_hold(value) and (isinstance(value, held) or callable(value))
 
 
 def _may_hold(value: Any) -> bool:
     """Whether to look inside: not into libraries, nor into what is a number or a text."""
-    if isinstance(value, nn.Module):
+    if isinstance(value, (nn.Module, torch.Generator)):
         return True
     if isinstance(value, (types.ModuleType, type, str, bytes, int, float, complex)):
         return False
@@ -129,9 +177,13 @@ def _may_hold(value: Any) -> bool:
 
 def _places(value: Any) -> Iterator[Place]:
     """Where a value keeps others, and they can be replaced."""
-    if isinstance(value, types.FunctionType):
+    if isinstance(value, nn.Module):
+        for part in value.modules():
+            if not type(part).__module__.startswith("torch."):
+                yield from (Place(vars(part), key) for key in vars(part) if key not in _OF_TORCH)
+    elif isinstance(value, types.FunctionType):
         yield from (Place(cell, None) for cell in value.__closure__ or ())
-        names = _global_names(value.__code__)
+        names = global_names(value.__code__)
         yield from (Place(value.__globals__, n) for n in names if n in value.__globals__)
     elif isinstance(value, (MutableMapping, MutableSequence)):
         # A long one is data, and the function is looked at in every call.
@@ -144,12 +196,12 @@ def _places(value: Any) -> Iterator[Place]:
             yield from (Place(attributes, key) for key in attributes if key != KEPT)
 
 
-def _global_names(code: types.CodeType) -> set[str]:
+def global_names(code: types.CodeType) -> set[str]:
     """Names that a function, or one inside it, may look up among the globals."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if inspect.iscode(constant):
-            names |= _global_names(constant)
+            names |= global_names(constant)
     return names
 
 
@@ -163,4 +215,6 @@ def _constants(value: Any) -> list[Any]:
         return list(filter(_may_hold, (value.__defaults__ or ())))
     if isinstance(value, tuple):
         return list(filter(_may_hold, value))
+    if isinstance(value, nn.Module):
+        return []
     return [type(value).__call__] if callable(value) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -125,6 +126,12 @@ def _solve(
     z, eps = guess, _eps(guess)
     residual, multiply, scale = _linearise(f, end, weight, known, z)
     size = _norm(residual)
+    if not math.isfinite(size):
+        raise IntegrationError(
+            f"f gives a slope that is not finite for the implicit step from time {where[0]:g} of "
+            f"size {where[1]:g}, at the state before it; bound what f returns",
+            time=where[0],
+        )
     for _ in range(_MOST_NEWTON):
         if size <= _ROUNDING * eps * scale:
             return z

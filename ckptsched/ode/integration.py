@@ -2,138 +2,28 @@
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import math
-from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, final
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
 
-from ..context import Generators, RandomState
-from ..errors import ExecutionError, IntegrationError
-from .control import Norm, StepControl, error_ratio, first_step_size, rms_norm
-from .embedded import Slopes, Step, combined, end_slope, inside_slopes, inside_weights, run_step
-from .steps import Time, check_slope
+from ..errors import IntegrationError
+from .carried import Carried, Moment
+from .control import error_ratio, first_step_size
+from .embedded import (
+    Slopes,
+    Step,
+    combined,
+    end_slope,
+    inside_rates,
+    inside_slopes,
+    inside_weights,
+    run_step,
+)
+from .problem import Problem, Record, RightHandSide
 from .tableaus import ButcherTableau
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """What is to be solved, and how closely."""
-
-    func: Callable[[Tensor, Tensor], Tensor]
-    """The right-hand side f(t, z), as torchdiffeq has it: t has no dimensions."""
-    tableau: ButcherTableau
-    """A method with an error estimate."""
-    times: tuple[float, ...]
-    """Requested times, the first of them that of the initial state; they rise or fall strictly."""
-    rtol: float
-    """Tolerance relative to the state."""
-    atol: float
-    """Tolerance besides."""
-    norm: Norm = rms_norm
-    """Makes one figure of all errors."""
-    control: StepControl = field(default_factory=StepControl)
-    """How large a step may be."""
-    meet: bool = False
-    """Whether steps end at the requested times, in place of states inside steps."""
-
-    @property
-    def direction(self) -> float:
-        """1.0 where time rises, -1.0 where it falls."""
-        return 1.0 if self.times[-1] >= self.times[0] else -1.0
-
-
-@final
-class RightHandSide:
-    """f with time as a number, counted and checked."""
-
-    def __init__(
-        self,
-        func: Callable[[Tensor, Tensor], Tensor],
-        like: Tensor,
-        shift: Tensor | None = None,
-    ) -> None:
-        """Take f, a state, whose dtype and device its time gets, and what shifts its time."""
-        self._func = func
-        self._options: dict[str, Any] = {"dtype": like.dtype.to_real(), "device": like.device}
-        self.evaluations = 0
-        self._shift = shift
-
-    def __call__(self, t: Time, z: Tensor) -> Tensor:
-        """Evaluate f at a time.
-
-        Raises:
-            IntegrationError: It does not return a slope of the state's shape and dtype.
-        """
-        self.evaluations += 1
-        time = torch.full((), float(t), **self._options)
-        if self._shift is not None:
-            time = time + self._shift
-        slope = self._func(time, z)
-        try:
-            check_slope(slope, z, t)
-        except ExecutionError as error:
-            raise IntegrationError(str(error), time=float(t)) from None
-        return slope
-
-
-@final
-class Record:
-    """The accepted steps as numbers, 16 bytes each, and where the requested times lie."""
-
-    def __init__(self, problem: Problem) -> None:
-        """Start without steps."""
-        self._problem = problem
-        self._times = array("d", [problem.times[0]])
-        self._sizes = array("d")
-        self._last: list[int] = []  # the step of each requested time but the first
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-    def __getitem__(self, n: int) -> Step:
-        """The step that comes after n others."""
-        return Step(self._times[n], self._times[n + 1], self._sizes[n])
-
-    def append(self, step: Step) -> range:
-        """Add a step.
-
-        Returns:
-            The indices of the requested times that it reaches.
-        """
-        self._times.append(step.t1)
-        self._sizes.append(step.h)
-        times, direction = self._problem.times, self._problem.direction
-        before = len(self._last)
-        while self.missing and direction * (times[len(self._last) + 1] - step.t1) <= 0:
-            self._last.append(len(self) - 1)
-        return range(before + 1, len(self._last) + 1)
-
-    @property
-    def missing(self) -> int:
-        """How many requested times no step has reached."""
-        return len(self._problem.times) - 1 - len(self._last)
-
-    def outputs(self, n: int) -> range:
-        """Indices of the requested times that the step after n others reaches."""
-        first = bisect.bisect_left(self._last, n)
-        return range(first + 1, bisect.bisect_right(self._last, n) + 1)
-
-    def share(self, n: int, j: int) -> float:
-        """Where in a step a requested time lies: 0 at its start, 1 at its end."""
-        step, time = self[n], self._problem.times[j]
-        return 1.0 if time == step.t1 else (time - step.t0) / step.h
-
-    @property
-    def nbytes(self) -> int:
-        """What the record takes; not of tensors, and not on the device."""
-        return 8 * (len(self._times) + len(self._sizes))
 
 
 @final
@@ -150,20 +40,23 @@ class Accepted:
     """State at its end, and slopes."""
     reached: range
     """Indices of the requested times inside."""
-    random: Generators | None
-    """The random generators at its start, where f draws from them."""
+    moment: Moment | None
+    """What f carried at its start: random generators and buffers; None where that is nothing."""
 
 
 @final
 class Integration:
     """One forward pass, accepted step by accepted step."""
 
-    def __init__(self, problem: Problem, z0: Tensor, shift: Tensor | None = None) -> None:
+    def __init__(
+        self, problem: Problem, z0: Tensor, carried: Carried, shift: Tensor | None = None
+    ) -> None:
         """Evaluate the first slope, and find the first step.
 
         Args:
             problem: What to solve.
             z0: Its initial state.
+            carried: What f carries from one evaluation to the next; it is looked at here.
             shift: A zero, whose gradient is that of a shift of time; None where none is wanted.
 
         Raises:
@@ -171,19 +64,18 @@ class Integration:
         """
         self.problem, self.tableau = problem, problem.tableau
         self.f = RightHandSide(problem.func, z0, shift)
+        self.carried = carried
         self.record = Record(problem)
         self.z = z0
         self.rejected = 0
         self._t = problem.times[0]
         self._error = 1.0
         self._attempts = 0
-        before = RandomState.take(z0.device).to_bytes()
-        self._first: Tensor | None = self.f(self._t, z0)
-        self.random = RandomState.take(z0.device).to_bytes() != before
-        self._h = self._first_size(self._first)
-        if self.random:  # a slope that is used twice would be drawn once
-            self._first = None
-        self.keep = forward_slopes(self.tableau, self.random)
+        first = carried.look(lambda: self.f(self._t, z0))
+        self._h = self._first_size(first)
+        # A slope that is used twice would be drawn once.
+        self._first = None if carried.matters else first
+        self.keep = forward_slopes(self.tableau, every=carried.matters)
 
     def _first_size(self, first: Tensor) -> float:
         problem = self.problem
@@ -216,9 +108,17 @@ class Integration:
         h = self.problem.direction * self._h
         return Step(self._t, self._t + h, h)
 
-    def snapshot(self) -> Generators | None:
-        """Copies of the random generators, where f draws from them."""
-        return Generators(self.z.device) if self.random else None
+    def cut(self) -> None:
+        """Go on from the state as it is, without the tapes that led to it."""
+        self.z = self.z.detach()
+        if self._first is not None:
+            self._first = self._first.detach()
+        self.f.still()
+
+    def forced(self, step: Step) -> Accepted:
+        """Take a step whatever its error is, to measure what a step takes."""
+        slopes, _ = self._attempt(step)
+        return self._accept(step, slopes, 1.0, self.carried.take())
 
     def advance(self) -> Accepted:
         """Attempt steps until one is accepted.
@@ -227,7 +127,7 @@ class Integration:
             IntegrationError: None is, however small, or there were too many attempts.
         """
         after_rejection = False
-        undo = self.snapshot()
+        before = self.carried.take()
         while True:
             step = self._next_step()
             slopes, ratio = self._attempt(step)
@@ -238,12 +138,14 @@ class Integration:
             )
             self._h = self.problem.control.limited(size)
             if accepted:
-                return self._accept(step, slopes, ratio, undo)
+                return self._accept(step, slopes, ratio, before)
             self.rejected += 1
             after_rejection = True
             del slopes
-            if undo is not None:
-                undo.restore()
+            if before is not None:
+                # The next attempt begins as this one did: what f carries follows from the accepted
+                # steps alone, which are all that is run again.
+                before.restore()
             self._check_size(step, ratio)
 
     def _next_step(self) -> Step:
@@ -277,20 +179,19 @@ class Integration:
             )
         return slopes, ratio
 
-    def _accept(
-        self, step: Step, slopes: Slopes, ratio: float, random: Generators | None
-    ) -> Accepted:
+    def _accept(self, step: Step, slopes: Slopes, ratio: float, moment: Moment | None) -> Accepted:
         n, z0 = len(self.record), self.z
         reached = self.record.append(step)
         if reached:
             self._attempts = 0
         end = end_slope(self.tableau)
-        if end not in slopes.k and (reached or not self.random):
+        anew = self.carried.matters
+        if end not in slopes.k and (reached or not anew):
             slopes.k[end] = self.f(step.t1, slopes.z1)
-        self._first = None if self.random else slopes.k[end]
+        self._first = None if anew else slopes.k[end]
         self.z, self._t = slopes.z1, step.t1
         self._error = max(ratio, 1e-4)
-        return Accepted(n, step, z0, slopes, reached, random)
+        return Accepted(n, step, z0, slopes, reached, moment)
 
     def _check_size(self, step: Step, ratio: float) -> None:
         if self._t + self.problem.direction * self._h == self._t:
@@ -319,12 +220,18 @@ class Integration:
         )
 
 
-def forward_slopes(tableau: ButcherTableau, random: bool) -> frozenset[int]:
-    """The slopes that an attempt leaves: for its error, states inside, and the next step."""
+def forward_slopes(tableau: ButcherTableau, *, every: bool) -> frozenset[int]:
+    """The slopes that an attempt leaves: for its error, states inside, and the next step.
+
+    Args:
+        tableau: The method.
+        every: Whether all are evaluated, so that each draws what it drew when the step is run
+            again.
+    """
     b_error = tableau.b_error or ()
     keep = {i for i, weight in enumerate(b_error) if weight != 0.0} | inside_slopes(tableau)
     keep |= {end_slope(tableau)}
-    if random:  # all, so that each draws what it drew when the step is run again
+    if every:
         keep |= set(range(tableau.slopes))
     return frozenset(i for i in keep if i < tableau.slopes)
 
@@ -346,17 +253,46 @@ def state_inside(
     return combined(z0, step.h, inside_weights(tableau, share), slopes.k)
 
 
-def check_times(times: Sequence[float]) -> None:
-    """Refuse times that do not rise or fall strictly.
+def reached_states(
+    integration: Integration, accepted: Accepted, t: Tensor | None = None
+) -> list[Tensor]:
+    """The states at the requested times that a step reaches.
 
-    Raises:
-        IntegrationError: Where they do not; it names the first fault.
+    Args:
+        integration: The forward pass.
+        accepted: Its latest step.
+        t: The requested times, where their gradient is wanted.
     """
-    direction = 1.0 if len(times) < 2 or times[1] >= times[0] else -1.0
-    for j, (a, b) in enumerate(itertools.pairwise(times), 1):
-        if not direction * (b - a) > 0:
-            raise IntegrationError(
-                f"requested times must rise or fall strictly: t[{j - 1}] is {a!r} and t[{j}] "
-                f"{b!r}; sort them and leave out doubles",
-                time=b,
-            )
+    found = []
+    for j in accepted.reached:
+        share = integration.record.share(accepted.n, j)
+        tableau, slopes = integration.tableau, accepted.slopes
+        state = state_inside(tableau, accepted.step, share, accepted.z0, slopes)
+        found.append(state if t is None else state + moved(tableau, share, slopes, t, j))
+    return found
+
+
+def moved(tableau: ButcherTableau, share: float, slopes: Slopes, t: Tensor, j: int) -> Tensor:
+    """Zero, with the derivative in time of the state inside a step.
+
+    Args:
+        tableau: The method.
+        share: Where in the step.
+        slopes: Its slopes.
+        t: The requested times.
+        j: Index of the one there.
+    """
+    with torch.no_grad():
+        rate = combined(None, 1.0, inside_rates(tableau, share), slopes.k)
+    moved = (t[j] - t[0]) - (t[j] - t[0]).detach()
+    return rate * moved.to(device=rate.device, dtype=rate.dtype.to_real())
+
+
+def time_shift(t: Tensor, like: Tensor) -> Tensor:
+    """A zero whose gradient is that of a shift of all times.
+
+    Args:
+        t: The requested times.
+        like: A state, whose dtype and device it gets.
+    """
+    return (t[0] - t[0].detach()).to(device=like.device, dtype=like.dtype.to_real())

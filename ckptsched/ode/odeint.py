@@ -18,6 +18,7 @@ from .backsolve import backsolve
 from .closure import Closure, find_closure
 from .grid import Grid, check_times, make_grid
 from .integrators import Integrator, RungeKutta, find_integrator, join, split
+from .parts import flat_state
 from .planned import solve_planned
 from .slopes import slope_count
 from .solve import Call, Solve
@@ -44,7 +45,9 @@ def odeint(
     a `budget`, a training step through the solve stays within so many bytes. The steps are then
     the stages of a chain that is profiled and planned when a shape is first seen; the plan is kept
     with `func` and serves all calls of that shape, whatever their times. Gradients are those of
-    the discrete steps that were taken, bit for bit those without a budget.
+    the discrete steps that were taken: bit for bit those without a budget, or to rounding where
+    adaptive steps run again. How many there were, and what they took, tells `solve_adaptive`, which
+    solves the same and returns statistics besides.
 
     Args:
         func: The right-hand side: called as func(t, y) with t a tensor of no dimensions in y's
@@ -109,13 +112,14 @@ def odeint(
             f"gradient is {gradient!r}{'' if budget is None else ' with a budget'}; give 'exact', "
             "or 'backsolve' without a budget"
         )
-    flat, shapes = _flat(y0)
+    flat, shapes = flat_state(y0)
     t = t.to(flat.device)
     given = dict(options or {})
     integrator = find_integrator("dopri5" if method is None else method, shapes)
     closure = find_closure(func)
     if gradient == "backsolve":
         trained = closure.parameters if params is None else tuple(params)
+        trained = tuple(p for p in trained if p.requires_grad)
 
         def forward(f: Callable[..., Any], y: Any, times: Tensor) -> Any:
             with torch.no_grad():
@@ -125,7 +129,11 @@ def odeint(
             found: Tensor = join(func(time, split(y, shapes)), shapes)
             return found
 
-        return split(backsolve(forward, slope, flat, t, trained), shapes, leading=1)
+        return split(
+            backsolve(forward, slope, flat, t, trained, all_wanted=params is None),
+            shapes,
+            leading=1,
+        )
     if params is not None:
         _check_params(tuple(params), closure, budget is not None)
     if _is_adaptive(integrator, given):
@@ -137,32 +145,10 @@ def odeint(
     wanted = torch.is_grad_enabled()
     grid = make_grid(func, y0, t, given, timed=wanted and t.requires_grad)
     counts = tuple(map(len, grid.outputs))
-    solve = Solve(func, closure, integrator, shapes, counts, _parts(integrator, granularity))
-    outputs = _run(solve, flat, grid, closure, budget, solver)
-    _check_finite(solve, flat, grid, closure, outputs)
+    solve = Solve(closure, integrator, shapes, counts, _parts(integrator, granularity))
+    outputs = _run(solve, func, flat, grid, closure, budget, solver)
+    _check_finite(solve, Call(func, grid, closure), flat, outputs)
     return split(outputs, shapes, leading=1)
-
-
-def _flat(y0: Any) -> tuple[Tensor, tuple[torch.Size, ...] | None]:
-    """The state as one tensor, and the shapes of its parts where it is a tuple."""
-    parts = y0 if isinstance(y0, tuple) else (y0,)
-    for part in parts:
-        if not isinstance(part, Tensor) or not (part.is_floating_point() or part.is_complex()):
-            found = str(part.dtype) if isinstance(part, Tensor) else f"a {type(part).__name__}"
-            raise WorkloadError(
-                f"y0 is or contains {found}; give a floating-point or complex tensor, or a tuple "
-                "of them"
-            )
-    if isinstance(y0, Tensor):
-        return y0, None
-    if not parts or len({(part.dtype, part.device) for part in parts}) != 1:
-        found = ", ".join(f"{part.dtype} on {part.device}" for part in parts) or "none"
-        raise WorkloadError(
-            f"the tensors of y0 must be of one dtype on one device, found {found}; they are "
-            "solved as one"
-        )
-    shapes = tuple(part.shape for part in parts)
-    return join(y0, shapes), shapes
 
 
 def _check_params(params: tuple[Tensor, ...], closure: Closure, planned: bool) -> None:
@@ -203,6 +189,7 @@ def _is_adaptive(integrator: Integrator, options: Mapping[str, Any]) -> bool:
 @outside_of_compiled_code
 def _run(
     solve: Solve,
+    func: Callable[..., Any],
     y0: Tensor,
     grid: Grid,
     closure: Closure,
@@ -215,28 +202,28 @@ def _run(
     if budget is not None and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         transform = transform_at_work(inputs)
         if not transform:
-            return solve_planned(solve, y0, grid, closure, budget, solver)
+            return solve_planned(solve, func, y0, grid, closure, budget, solver)
         warnings.warn(
             f"{transform} is at work, which a plan cannot follow: the solve runs by plain "
             "autograd, and takes its memory",
             BudgetWarning,
             stacklevel=3,
         )
-    call = Call(grid, closure)
+    call = Call(func, grid, closure)
     z = y0
     for index in range(grid.steps):
         z = solve.step(index, z, call, *clock)
     return torch.stack([*call.kept, z])
 
 
-def _check_finite(solve: Solve, y0: Tensor, grid: Grid, closure: Closure, outputs: Tensor) -> None:
+def _check_finite(solve: Solve, call: Call, y0: Tensor, outputs: Tensor) -> None:
     """Refuse a solution that is not finite; where it went wrong is found by running again."""
     seen = outputs.detach()
     # A sum takes no memory; one that overflows is looked at more closely.
     if transform_at_work((seen,)) or bool(seen.sum().isfinite()) or bool(seen.isfinite().all()):
         return
     with torch.no_grad(), Recomputing():
-        z, call = y0.detach(), Call(grid, closure)
+        z, grid = y0.detach(), call.grid
         for index in range(grid.steps):
             before, z = z, solve.step(index, z, call)
             call.kept.clear()

@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..budget import Budget, exact_bytes, format_bytes, parse_budget
-from ..context import Autocast
-from ..errors import InfeasibleBudgetError, PlanMismatchError
+from ..context import Autocast, Generators
+from ..errors import InfeasibleBudgetError, PlanMismatchError, ProfileError
 from ..executor import Checkpointed, checkpointed
 from ..planner import plan
 from ..plans import Plan
 from ..profiler import profile
 from ..structure import training_mode
 from ..workload import Chain
-from .closure import KEPT, Closure
+from .closure import Closure
+from .fingerprint import Identity
 from .grid import Grid
+from .kept import kept_with
 from .solve import Call, Outputs, Solve
-
-_MOST_KEPT = 8
-
-
-@final
-class _Kept:
-    """Models that follow a plan, kept with the right-hand side; a copy of that begins anew."""
-
-    def __init__(self) -> None:
-        self.models: dict[Hashable, Checkpointed] = {}
-
-    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
-        return _Kept, ()
 
 
 def solve_planned(
     solve: Solve,
+    func: Callable[..., Any],
     y0: Tensor,
     grid: Grid,
     closure: Closure,
@@ -47,6 +37,7 @@ def solve_planned(
 
     Args:
         solve: The steps.
+        func: The right-hand side.
         y0: Flat initial state.
         grid: Times of steps and outputs.
         closure: What the right-hand side reads.
@@ -58,26 +49,29 @@ def solve_planned(
 
     Raises:
         InfeasibleBudgetError: Nothing fits; the message names the least budget that does.
+        ExecutionError: The steps refuse what func does, also while they are measured.
     """
     count = 1 + sum(solve.counts)
-    tensors = (() if grid.clock is None else (grid.clock,)) + closure.tensors
-    kept = _kept_with(solve.__dict__["func"])
-    key = _key(solve, y0, grid, budget, solver)
+    kept, which = kept_with(func, closure)
+    key = (which, *_key(solve, y0, grid, closure, budget, solver))
     for attempt in range(2):
-        model = kept.models.get(key)
-        if model is None:
-            model = _plan(solve, y0, grid, closure, tensors, budget, solver)
-            while len(kept.models) >= _MOST_KEPT:
-                del kept.models[next(iter(kept.models))]
-            kept.models[key] = model
+        # Who draws random numbers waits meanwhile: measuring draws, and puts the generator back.
+        with Generators.turn, kept.lock.lock:
+            # Nor does another thread have stand-ins in their places.
+            tensors = (() if grid.clock is None else (grid.clock,)) + closure.tensors
+            model: Checkpointed | None = kept.find(key)
+            if model is None:
+                model = _plan(solve, func, y0, grid, closure, tensors, budget, solver)
+                model.share_lock(kept.lock)
+                kept.add(key, model)
         result = torch.empty(count, *y0.shape, dtype=y0.dtype, device=y0.device)
-        call = Call(grid, closure, result)
+        call = Call(func, grid, closure, result)
         del result  # the call gives it away
         try:
             last = model(y0, call, *tensors)
         except PlanMismatchError:
             # Something changed that the key does not tell, such as a frozen parameter.
-            del kept.models[key]
+            kept.drop(key)
             if attempt:
                 raise
             continue
@@ -86,31 +80,25 @@ def solve_planned(
     raise AssertionError("unreachable")
 
 
-def _kept_with(func: Callable[..., Any]) -> _Kept:
-    """The models kept with a function; a new one where it has no attributes."""
-    owner = getattr(func, "__self__", func)  # a method is made anew each time
-    attributes = getattr(owner, "__dict__", None)
-    if not isinstance(attributes, dict):
-        return _Kept()
-    found: _Kept = attributes.setdefault(KEPT, _Kept())
-    return found
-
-
 def _key(
-    solve: Solve, y0: Tensor, grid: Grid, budget: int | float | str | Budget, solver: str
-) -> Hashable:
-    modes = tuple(training_mode(module) for module in solve.owners)
-    func = solve.__dict__["func"]
+    solve: Solve,
+    y0: Tensor,
+    grid: Grid,
+    closure: Closure,
+    budget: int | float | str | Budget,
+    solver: str,
+) -> tuple[Hashable, ...]:
+    modes = tuple((Identity(module), training_mode(module)) for module in closure.modules)
     return (
-        *(getattr(func, "__name__", ""), solve.integrator, solve.shapes, solve.counts, solve.parts),
-        *(grid.clock is not None, tuple(y0.shape), y0.dtype, y0.stride(), str(y0.device)),
-        *(y0.requires_grad, modes, str(Autocast.take(y0.device)), torch.get_num_threads()),
-        *(str(budget), solver),
+        *(solve.integrator, solve.shapes, solve.counts, solve.parts, grid.clock is not None),
+        *(tuple(y0.shape), y0.dtype, y0.stride(), str(y0.device), y0.requires_grad),
+        *(modes, str(Autocast.take(y0.device)), torch.get_num_threads(), str(budget), solver),
     )
 
 
 def _plan(
     solve: Solve,
+    func: Callable[..., Any],
     y0: Tensor,
     grid: Grid,
     closure: Closure,
@@ -122,12 +110,20 @@ def _plan(
     parse_budget(budget)
     _set_modes(solve)
     count = 1 + sum(solve.counts)
-    sample = Call.to_measure(grid, closure, y0)
+    sample = Call.to_measure(func, grid, closure, y0)
 
     def loss(last: Tensor) -> Tensor:
         return _loss(last, count)
 
-    chain = profile(solve, y0, sample, *tensors, loss=loss)
+    raised = None
+    try:
+        chain = profile(solve, y0, sample, *tensors, loss=loss)
+    except ProfileError as error:
+        raised = error.__cause__
+        if raised is None:
+            raise
+    if raised is not None:  # by the steps, or by func: by the same error as without a budget
+        raise raised
     beside = 2 * count * y0.numel() * y0.element_size()
     if solve.shapes is not None:
         beside += y0.numel() * y0.element_size()  # the parts of the state as one tensor

@@ -2,119 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ..aliases import Slots, make_alias
-from ..context import Autocast, Generators, OneKernel, Recomputing
 from ..errors import ExecutionError
 from ..schedule import Code
 from ..solvers.online import Operation, reversal
-from .closure import Closure
+from .carried import Carried, Moment
+from .closure import unknown_leaves
 from .embedded import Slopes, combined, end_slope, inside_rates, inside_slopes, inside_weights
 from .embedded import run_step as run_embedded_step
-from .integration import Problem, Record, RightHandSide, forward_slopes
-
-
-@final
-class Environment:
-    """What f found in the forward pass, found again when it is run again."""
-
-    def __init__(self, closure: Closure, tensors: Sequence[Tensor], like: Tensor) -> None:
-        """Note everything.
-
-        Args:
-            closure: What f reads.
-            tensors: What of it is to get gradients, or what else is.
-            like: The state.
-        """
-        self._closure, self._slots = closure, Slots(closure.modules)
-        self._modes = [(m, m.training) for root in closure.modules for m in root.modules()]
-        self._autocast = self._outer = Autocast.take(like.device)
-        self._device = like.device
-        held = [*self._slots.parameters(), *closure.tensors]
-        aliases = {id(p): make_alias(p) for p in held}
-        self._bound = self._slots.bind(aliases)
-        self._stand_ins = [aliases[id(t)] for t in closure.tensors]
-        self._watched = [*held, *(t for t in tensors if id(t) not in aliases)]
-        self._versions = [t._version for t in self._watched]
-        # Gradients are taken with respect to these: hooks of the real parameters do not see them.
-        self.tensors = [aliases.get(id(t), t) for t in tensors]
-        # All that may be read with a gradient, wanted or not.
-        self.known = [*aliases.values(), *self.tensors]
-
-    def check(self) -> None:
-        """Refuse to run f again where it would read other values.
-
-        Raises:
-            ExecutionError: A parameter was changed in place.
-        """
-        for tensor, version in zip(self._watched, self._versions, strict=True):
-            if tensor._version != version:
-                raise ExecutionError(
-                    f"a parameter of shape {tuple(tensor.shape)} was changed in place between "
-                    "forward and backward; call backward before optimizer.step"
-                )
-
-    @contextmanager
-    def first_time(self) -> Iterator[None]:
-        """Around the forward pass: the kernels that will be used again."""
-        with OneKernel():
-            yield
-
-    @contextmanager
-    def again(self, *, random: bool) -> Iterator[None]:
-        """Around what is run again, which leaves no trace.
-
-        Args:
-            random: Whether random numbers are drawn.
-        """
-        outer = Generators(self._device) if random else None
-        self._outer = Autocast.take(self._device)
-        changed = [(m, m.training) for m, flag in self._modes if m.training != flag]
-        clones = {id(b): b.clone() for b in self._slots.buffers()}
-        try:
-            for module, now in changed:
-                module.training = not now
-            with (
-                self._autocast.again(),
-                OneKernel(),
-                Recomputing(),
-                self._slots.parameters_replaced(self._bound),
-                self._closure.replaced(self._stand_ins),
-                self._slots.buffers_replaced(clones),
-            ):
-                yield
-        finally:
-            for module, now in changed:
-                module.training = now
-            if outer is not None:
-                outer.restore()
-
-    def going_back(self) -> AbstractContextManager[None]:
-        """Inside `again`: the autocast of who called the backward, as autograd has it."""
-        return nullcontext() if self._outer == self._autocast else self._outer.again()
+from .environment import Environment
+from .integration import forward_slopes, moved, state_inside
+from .problem import Problem, Record, RightHandSide
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A state that is kept, and the random generators as they were there."""
+    """A state that is kept, and what f carried there."""
 
     z: Tensor
     version: int
-    random: Generators | None
+    moment: Moment | None
 
     @classmethod
-    def of(cls, z: Tensor, random: Generators | None) -> Checkpoint:
+    def of(cls, z: Tensor, moment: Moment | None) -> Checkpoint:
         """Keep a state."""
-        return cls(z, z._version, random)
+        return cls(z, z._version, moment)
 
 
 @final
@@ -122,7 +42,7 @@ class TapedStep:
     """One accepted step with its tape, and the way back through it."""
 
     def __init__(
-        self, f: RightHandSide, record: Record, problem: Problem, n: int, z0: Tensor, random: bool
+        self, f: RightHandSide, record: Record, problem: Problem, n: int, z0: Tensor, every: bool
     ) -> None:
         """Run the step after n others with gradients on; keep edges of its graph, not its data."""
         self._record, self._problem, self._n = record, problem, n
@@ -133,24 +53,23 @@ class TapedStep:
         keep = inside_slopes(self._tableau) if self._inside else frozenset[int]()
         with torch.enable_grad():
             self._z0 = z0.detach().requires_grad_()
-            slopes = replayed(f, record, problem, n, self._z0, random=random, keep=keep)
+            slopes = replayed(f, record, problem, n, self._z0, every=every, keep=keep)
         self._z1 = _edge(slopes.z1)
         self._k = {i: _edge(k) for i, k in slopes.k.items() if i in keep}
 
     def unknown_leaves(self, known: Iterable[Tensor]) -> list[Tensor]:
         """Leaves that the step depends on and that are not among those given."""
-        stops = {id(t) for t in known} | {id(self._z0)}
-        nodes = {t.grad_fn for t in known if t.grad_fn is not None}
-        return _leaves([e for e in (self._z1, *self._k.values()) if e is not None], stops, nodes)
+        edges = [edge for edge in (self._z1, *self._k.values()) if edge is not None]
+        return unknown_leaves([edge.node for edge in edges], [*known, self._z0])
 
     def backward(
-        self, gradient: Tensor | None, outputs: Tensor, wanted: Sequence[Tensor]
+        self, gradient: Tensor | None, outputs: Sequence[Tensor], wanted: Sequence[Tensor]
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Go back through the step.
 
         Args:
             gradient: With respect to the state at its end, as far as later steps need it.
-            outputs: With respect to the states at all requested times, stacked.
+            outputs: With respect to the states at all requested times.
             wanted: Tensors whose gradients are wanted.
 
         Returns:
@@ -189,7 +108,7 @@ def replayed(
     n: int,
     z0: Tensor,
     *,
-    random: bool,
+    every: bool,
     keep: frozenset[int] = frozenset(),
 ) -> Slopes:
     """Take an accepted step again.
@@ -200,14 +119,54 @@ def replayed(
         problem: What is solved.
         n: How many steps come before it.
         z0: State at its start.
-        random: Whether f draws random numbers: then every slope is evaluated that was.
+        every: Whether every slope is evaluated that was, as f draws or changes something.
         keep: Slopes that are wanted.
     """
-    if random:
-        keep |= forward_slopes(problem.tableau, random)
+    if every:
+        keep |= forward_slopes(problem.tableau, every=True)
         if record.outputs(n):
             keep |= {end_slope(problem.tableau)}
     return run_embedded_step(f, problem.tableau, record[n], z0, keep=keep)
+
+
+def connected(
+    f: RightHandSide,
+    record: Record,
+    problem: Problem,
+    first: int,
+    z: Tensor,
+    t: Tensor,
+    *,
+    every: bool,
+) -> list[Tensor]:
+    """Take all accepted steps but the first ones again, as one graph.
+
+    Args:
+        f: Right-hand side.
+        record: Of the accepted steps.
+        problem: What is solved.
+        first: How many steps are left out.
+        z: The state after them.
+        t: The requested times.
+        every: As in `replayed`.
+
+    Returns:
+        The states at the requested times that these steps reach; the initial one if none is left
+        out.
+    """
+    tableau, outputs = problem.tableau, [] if first else [z]
+    for n in range(first, len(record)):
+        reached = record.outputs(n)
+        keep = inside_slopes(tableau) if reached else frozenset[int]()
+        slopes = replayed(f, record, problem, n, z, every=every, keep=keep)
+        for j in reached:
+            share = record.share(n, j)
+            state = state_inside(tableau, record[n], share, z, slopes)
+            outputs.append(
+                state + moved(tableau, share, slopes, t, j) if t.requires_grad else state
+            )
+        z = slopes.z1
+    return outputs
 
 
 @final
@@ -220,48 +179,60 @@ class Sweep:
         record: Record,
         environment: Environment,
         f: RightHandSide,
-        *,
-        random: bool,
+        carried: Carried,
+        first: int = 0,
     ) -> None:
-        """Take what the forward pass has recorded."""
+        """Take what the forward pass has recorded.
+
+        Args:
+            problem: What is solved.
+            record: The accepted steps.
+            environment: What f found.
+            f: The right-hand side, to count its evaluations.
+            carried: What f carries.
+            first: How many steps are others' to reverse.
+        """
         self._problem, self._record, self._environment = problem, record, environment
-        self._f, self._random = f, random
+        self._f, self._carried, self._first = f, carried, first
         self.advances = 0
 
     def run(
         self,
         states: dict[int, Checkpoint],
         slots: int,
-        gradients: Tensor,
+        gradients: Sequence[Tensor],
         shift: Tensor | None,
         *,
         last_input: bool,
     ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
-        """Reverse all steps.
+        """Reverse all steps but the first ones.
 
         Args:
             states: What is kept, by position; it is emptied.
             slots: How many may be kept at once.
-            gradients: With respect to the states at all requested times, stacked.
+            gradients: With respect to the states at all requested times; what comes before the
+                steps is not read.
             shift: The zero that shifts the time of f; None where no gradient of time is wanted.
             last_input: Whether `states` holds the input of the last step besides.
 
         Returns:
-            The gradients of the initial state, of the environment's tensors and of the times.
+            The gradients of the state before the steps, of the environment's tensors and of the
+            times.
         """
         wanted = [*self._environment.tensors, *([] if shift is None else [shift])]
         sums = Sums([None] * len(wanted))
         rates = None
         if shift is not None:
             rates = torch.zeros(len(self._problem.times), dtype=torch.float64)
-        n = len(self._record)
-        positions = sorted(states)
+        n = len(self._record) - self._first
+        positions = [position - self._first for position in sorted(states)]
         if last_input and n > 1 and positions[-1] == n - 1:
             positions.pop()
         operations = reversal(positions, n, slots, last_input=last_input)
-        with self._environment.again(random=self._random):
+        with self._environment.again(self._carried):
             back = self._interpret(operations, states, gradients, wanted, sums, rates)
-        back = _added(back, gradients, [0])
+        if not self._first:
+            back = _added(back, gradients, [0])
         assert back is not None
         if rates is not None:
             shifted = sums.sums.pop()
@@ -274,15 +245,17 @@ class Sweep:
         self,
         operations: Iterable[Operation],
         states: dict[int, Checkpoint],
-        gradients: Tensor,
+        gradients: Sequence[Tensor],
         wanted: Sequence[Tensor],
         sums: Sums,
         rates: Tensor | None,
     ) -> Tensor | None:
-        """Follow the operations; gives the gradient of the initial state through the first step."""
+        """Follow the operations; gives the gradient of the state before the first step."""
         back: Tensor | None = None
         tape: TapedStep | None = None
-        for code, i in operations:
+        every = self._carried.matters
+        for code, stage in operations:
+            i = stage + self._first
             if code == Code.FORWARD:
                 self._advance(states, i)
             elif code == Code.TAPED_FORWARD:
@@ -290,10 +263,10 @@ class Sweep:
                     z0 = self._input(states, i)
                     add_rates(
                         rates, self._f, self._record, self._problem, i - 1, z0, gradients,
-                        random=self._random,
+                        every=every,
                     )  # fmt: skip
                 z0 = self._input(states, i)
-                tape = TapedStep(self._f, self._record, self._problem, i - 1, z0, self._random)
+                tape = TapedStep(self._f, self._record, self._problem, i - 1, z0, every)
                 del z0
                 if i == len(self._record):
                     self._check_leaves(tape, [*self._environment.known, *wanted])
@@ -316,16 +289,17 @@ class Sweep:
                 f"{self._record[i - 1].t0:.6g}, was changed in place since it was made; change a "
                 "copy instead"
             )
-        if found.random is not None:
-            found.random.restore()
+        if found.moment is not None:
+            found.moment.restore()
         return found.z
 
     def _advance(self, states: dict[int, Checkpoint], i: int) -> None:
         z0 = self._input(states, i)
         self.advances += 1
         with torch.no_grad():
-            z1 = replayed(self._f, self._record, self._problem, i - 1, z0, random=self._random).z1
-        states[i] = Checkpoint.of(z1, Generators(z1.device) if self._random else None)
+            every = self._carried.matters
+            z1 = replayed(self._f, self._record, self._problem, i - 1, z0, every=every).z1
+        states[i] = Checkpoint.of(z1, self._carried.take())
 
     def _check_leaves(self, tape: TapedStep, known: Sequence[Tensor]) -> None:
         found = tape.unknown_leaves(known)
@@ -344,9 +318,9 @@ def add_rates(
     problem: Problem,
     n: int,
     z0: Tensor,
-    gradients: Tensor,
+    gradients: Sequence[Tensor],
     *,
-    random: bool,
+    every: bool,
 ) -> None:
     """Products of the gradients with the derivatives in time of what lies in a step.
 
@@ -357,14 +331,14 @@ def add_rates(
         problem: What is solved.
         n: How many steps come before it.
         z0: State at its start.
-        gradients: With respect to the states at all requested times, stacked.
-        random: Whether f draws random numbers.
+        gradients: With respect to the states at all requested times.
+        every: As in `replayed`.
     """
     if not record.outputs(n):
         return
     keep = inside_slopes(problem.tableau)
     with torch.no_grad():
-        slopes = replayed(f, record, problem, n, z0, random=random, keep=keep)
+        slopes = replayed(f, record, problem, n, z0, every=every, keep=keep)
         for j in record.outputs(n):
             weights = inside_rates(problem.tableau, record.share(n, j))
             rate = combined(None, 1.0, weights, slopes.k)
@@ -375,7 +349,9 @@ def _edge(tensor: Tensor) -> GradientEdge | None:
     return get_gradient_edge(tensor) if tensor.requires_grad else None
 
 
-def _added(total: Tensor | None, outputs: Tensor, indices: Sequence[int]) -> Tensor | None:
+def _added(
+    total: Tensor | None, outputs: Sequence[Tensor], indices: Sequence[int]
+) -> Tensor | None:
     """The sum with some of the outputs' gradients; a new tensor, as others may hold the parts."""
     for j in indices:
         total = outputs[j].clone() if total is None else total + outputs[j]
@@ -407,20 +383,3 @@ class Sums:
             else:
                 self.sums[k] = before + gradient
                 self._own[k] = True
-
-
-def _leaves(edges: Iterable[GradientEdge], stops: set[int], nodes: set[Node]) -> list[Tensor]:
-    """Leaves of a graph that are neither among `stops` nor behind one of the nodes."""
-    found: dict[int, Tensor] = {}
-    seen: set[Node] = set(nodes)
-    ahead: list[Node | None] = [edge.node for edge in edges]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in stops:
-            found[id(leaf)] = leaf
-        ahead += [before for before, _ in node.next_functions]
-    return list(found.values())

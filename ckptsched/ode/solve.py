@@ -13,29 +13,36 @@ import torch
 from torch import Tensor, nn
 
 from ..context import is_recomputing
-from ..errors import ExecutionError
+from ..errors import ExecutionError, IntegrationError
 from ..tracing import StageCall, StagedModule
 from .closure import Closure
 from .grid import Grid
 from .integrators import Integrator, RungeKutta, as_time, join, split
 from .slopes import slope_step, start_of
-from .steps import Time, add, number
+from .steps import Slope, Time, add, number
 
 
 @final
 class Call:
-    """What one call gives to every step: the times, and a place for the outputs."""
+    """What one call gives to every step: function, times, and a place for the outputs."""
 
-    def __init__(self, grid: Grid, closure: Closure, result: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        grid: Grid,
+        closure: Closure,
+        result: Tensor | None = None,
+    ) -> None:
         """Begin a call.
 
         Args:
+            func: The right-hand side, f(t, y).
             grid: Times of the steps and outputs.
             closure: What the right-hand side reads besides.
             result: Where outputs are written, along its first dimension. None collects them with
                 their graphs, for plain autograd.
         """
-        self.grid, self.closure, self.result = grid, closure, result
+        self.func, self.grid, self.closure, self.result = func, grid, closure, result
         self.collects = result is None
         self.kept: list[Tensor] = []
         self.gradients: Tensor | None = None
@@ -43,9 +50,9 @@ class Call:
         """Whether every step is to do what the dearest does, because it is measured."""
 
     @classmethod
-    def to_measure(cls, grid: Grid, closure: Closure, y0: Tensor) -> Call:
+    def to_measure(cls, func: Callable[..., Any], grid: Grid, closure: Closure, y0: Tensor) -> Call:
         """A call for the profiler: outputs are not written, and gradients of them are zero."""
-        call = cls(grid, closure)
+        call = cls(func, grid, closure)
         call.collects, call.sampling = False, True
         zero = torch.zeros((), dtype=y0.dtype, device=y0.device)
         call.gradients = zero.expand(1 + sum(map(len, grid.outputs)), *y0.shape)
@@ -166,8 +173,7 @@ class Solve(StagedModule):
     """All steps of a solve; called with the initial state, a `Call`, and tensors.
 
     Args:
-        func: The right-hand side, f(t, y).
-        closure: What it reads.
+        closure: What the right-hand side reads; its modules are this module's parts.
         integrator: The rule for one step.
         shapes: Of the parts of the state where it is a tuple.
         counts: How many outputs each step gives.
@@ -176,7 +182,6 @@ class Solve(StagedModule):
 
     def __init__(
         self,
-        func: Callable[..., Any],
         closure: Closure,
         integrator: Integrator,
         shapes: tuple[torch.Size, ...] | None,
@@ -189,8 +194,6 @@ class Solve(StagedModule):
         self.shapes = shapes
         self.counts = counts
         self.parts = parts
-        # A module is among the owners already, with its parameters.
-        self.__dict__["func"] = func
 
     def stages(self) -> list[StageCall]:
         """The steps, or their slopes, in order."""
@@ -198,6 +201,10 @@ class Solve(StagedModule):
         if self.parts == 1:
             return [SolveStage(self, index) for index in steps]
         return [SolveStage(self, index, part) for index in steps for part in range(self.parts)]
+
+    def stages_follow_from(self) -> Hashable:
+        """The attributes that `stages` reads."""
+        return self.parts, self.counts
 
     def step(self, index: int, z: Tensor, call: Call, *tensors: Tensor) -> Tensor:
         """Advance by one step, and let its outputs leave.
@@ -210,13 +217,20 @@ class Solve(StagedModule):
 
         Returns:
             The state at its end.
+
+        Raises:
+            IntegrationError: The integrator cannot do the step; the error has time and step.
         """
         times, tensors = self._times(call, tensors)
         start, end = times[index], times[index + 1]
         if index == 0:
             z = call.emit(0, z, z)
-        with call.closure.replaced(tensors):
-            after = self.integrator.step(self.slope, start, end - start, z)
+        try:
+            with call.closure.replaced(tensors):
+                after = self.integrator.step(self.slope_of(call), start, end - start, z)
+        except IntegrationError as error:
+            error.step = index
+            raise
         return self._emit(index, call, times, z, after)
 
     def step_part(self, index: int, part: int, state: Any, call: Call, *tensors: Tensor) -> Any:
@@ -239,7 +253,7 @@ class Solve(StagedModule):
             state = call.emit(0, state, state)
         tableau = self.integrator.tableau
         with call.closure.replaced(tensors):
-            after = slope_step(self.slope, tableau, start, end - start, part, state)
+            after = slope_step(self.slope_of(call), tableau, start, end - start, part, state)
         if part < self.parts - 1:
             return after
         return self._emit(index, call, times, start_of(state), after)
@@ -265,12 +279,17 @@ class Solve(StagedModule):
             after = call.emit(j, after, output)
         return after
 
-    def slope(self, t: Time, z: Tensor) -> Tensor:
-        """The right-hand side on flat states."""
-        slope = self.__dict__["func"](as_time(t, z), split(z, self.shapes))
-        if self.shapes is not None:
-            self._check_parts(slope, t)
-        return join(slope, self.shapes)  # type: ignore[no-any-return]
+    def slope_of(self, call: Call) -> Slope:
+        """The right-hand side of a call, on flat states."""
+        func, shapes = call.func, self.shapes
+
+        def slope(t: Time, z: Tensor) -> Tensor:
+            found = func(as_time(t, z), split(z, shapes))
+            if shapes is not None:
+                self._check_parts(found, t)
+            return join(found, shapes)  # type: ignore[no-any-return]
+
+        return slope
 
     def _check_parts(self, slope: Any, t: Time) -> None:
         """Flat, a part that is too long could make up for another that is too short."""

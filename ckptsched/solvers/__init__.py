@@ -17,6 +17,7 @@ from .exact_search import ExactSearch as ExactSearch
 from .graph_cuts import GraphCuts as GraphCuts
 from .graph_ilp import GraphIlp as GraphIlp
 from .graph_ilp import solve_graph as solve_graph
+from .periodic import Periodic as Periodic
 from .revolve import Revolve as Revolve
 from .run_dp import RunDp as RunDp
 
@@ -24,6 +25,7 @@ SOLVERS: dict[str, Callable[[], AbstractSolver]] = {
     "chain_dp": ChainDp,
     "revolve": Revolve,
     "run_dp": RunDp,
+    "periodic": Periodic,
     "beyond_persistent": BeyondPersistent,
     "exact_search": ExactSearch,
     "graph_cuts": GraphCuts,

@@ -13,18 +13,17 @@ costs more than what is found already is not tried for those slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
+from ..compiled import compiled
 from .chain_sizes import Slots
 
 Integers = npt.NDArray[np.int64]
 Numbers = npt.NDArray[Any]
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Indices of arrays are unsigned: signed ones might count from the end, which costs a test each.
 _at = numba.uintp
@@ -32,11 +31,6 @@ _SPLITS = 4
 _NEVER = 2**61  # more slots than there are; sums of two stay within 64 bits
 # A row's place in `rows`: where slot 0 would lie in `values`, least slots, and end.
 ZERO, LEAST, END = 0, 1, 2
-
-
-def compiled(function: _Function) -> _Function:
-    """Compile a function when it is first called, and keep the machine code on disk."""
-    return cast(_Function, numba.njit(cache=True, nogil=True)(function))
 
 
 @compiled
@@ -81,7 +75,7 @@ def least_slots(
                     need = min(need, split)
                 least[start, t] = need
                 enough[start, t] = full
-                start = slots.twin[s] if start == s else 0
+                start = slots.other[start]
 
 
 @compiled
@@ -152,14 +146,15 @@ def fill(
     for k in range(len(tiles)):
         s1, t1 = tiles[k, 0], tiles[k, 1]
         s2, t2 = min(s1 + size - 1, n + 1), min(t1 + size - 1, n + 1)
-        _clear(values, rows, cut, slots.twin, top, s1, s2, t1, t2)
+        _clear(values, rows, cut, slots.other, top, s1, s2, t1, t2)
         # Splits between the tile's starts and its ends: four for all of its rows, four more, …
         for j in range(s2 + 1, t1 + 1, _SPLITS):
             for t in range(t1, t2 + 1):
                 for s in range(s1, s2 + 1):
-                    _split(filling, s, s, t, j, t1)
-                    if slots.twin[s]:
-                        _split(filling, slots.twin[s], s, t, j, t1)
+                    start = s
+                    while start:
+                        _split(filling, start, s, t, j, t1)
+                        start = slots.other[start]
         # Then those among its ends and among its starts, which need other rows of the tile.
         for s in range(min(s2, n), s1 - 1, -1):
             for t in range(max(t1, s), t2 + 1):
@@ -171,7 +166,7 @@ def fill(
                     for j in range(s + 1, min(s2, t) + 1, _SPLITS):
                         _split(filling, start, s, t, j, min(s2, t))
                     _tape(values, rows, slots, extra, top, start, s, t)
-                    start = slots.twin[s] if start == s else 0
+                    start = slots.other[start]
 
 
 @compiled
@@ -179,7 +174,7 @@ def _clear(
     values: Numbers,
     rows: Integers,
     cut: Integers,
-    twin: Integers,
+    other: Integers,
     top: int,
     s1: int,
     s2: int,
@@ -194,7 +189,7 @@ def _clear(
                 zero, end = rows[start, t, ZERO], rows[start, t, END]
                 values[zero + rows[start, t, LEAST] : zero + end] = np.inf
                 cut[start, t] = min(end, top + 1)
-                start = twin[s] if start == s else 0
+                start = other[start]
 
 
 @compiled

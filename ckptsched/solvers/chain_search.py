@@ -16,8 +16,9 @@ from typing import NamedTuple, final
 
 import numpy as np
 
+from ..compiled import compiled
 from ..progress import report
-from .chain_kernel import END, LEAST, ZERO, Integers, Numbers, compiled, taped_need
+from .chain_kernel import END, LEAST, ZERO, Integers, Numbers, taped_need
 from .chain_lowering import Outline
 from .chain_sizes import Slots
 from .chain_table import LeastMemory, Table

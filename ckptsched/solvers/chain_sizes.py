@@ -3,7 +3,8 @@
 For a chain without exact bytes they are the planning model's, and the recurrence is exact. For
 a chain with a ledger they are *relaxed*: each operation of a persistent schedule takes at most
 the bytes that the ledger charges for it, so that the recurrence bounds the ledger from below. It
-is exact but for outputs that are views, snapshots of random states and clones of buffers.
+is exact but for snapshots of random states, clones of buffers, and outputs that have storages of
+earlier states. What states share counts once (`chain_storages`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import NamedTuple, final
 import numpy as np
 import numpy.typing as npt
 
-from ..stages import StageLedger, backward_variant
 from ..workload import Chain
+from .chain_storages import Holders, Storages, one_each
 
 Bytes = npt.NDArray[np.int64]
 Indices = npt.NDArray[np.int64]
@@ -29,21 +30,24 @@ class Starts:
     """The ways in which a segment starts, by number.
 
     Start s = 1..n+1: state s - 1 is there and not counted, to the end of the segment. A chain
-    with a ledger has further starts, after a tape of stage s - 1 that does not save state
-    s - 1: it is handed on to the last run that reads it, which is the run of s with tape.
+    with a ledger has further starts, after tapes that did not save all of state s - 1: what they
+    did not is handed on to the last run that reads it, which is the run of s with tape.
     """
 
     stage: Indices
     """First stage s of the segment."""
     handed: Bytes
-    """What state s - 1 takes until stage s has been taped; 0 where it counts with a tape."""
+    """What of state s - 1 takes bytes until stage s has been taped, and counts with no tape."""
 
     @functools.cached_property
-    def twin(self) -> npt.NDArray[np.int64]:
-        """The further start of segments from stage s, by s; 0 where there is none."""
-        n = int(self.stage.max()) - 1
-        found = np.zeros(n + 2, dtype=np.int64)
-        found[self.stage[n + 2 :]] = np.arange(n + 2, len(self.stage))
+    def other(self) -> Indices:
+        """The next of the starts of the same stage, by start; 0 after the last."""
+        found = np.zeros(len(self.stage), dtype=np.int64)
+        last = np.arange(int(self.stage.max()) + 1)
+        for start in range(len(last), len(found)):
+            s = self.stage[start]
+            found[last[s]] = start
+            last[s] = start
         return found
 
 
@@ -75,8 +79,10 @@ class Tapings:
 class ChainSizes:
     """Bytes in columns; index i is stage or state i, and n + 1 the loss."""
 
-    state: Bytes
-    """What keeping state i takes (w_a), shape (n + 1,)."""
+    storages: Storages
+    """Where states lie: what keeping them takes (w_a)."""
+    layout: Indices
+    """Equal for stages that make and hand on storages alike, shape (n + 1,)."""
     gradient: Bytes
     """Gradient with respect to state i (w_g); 0 at n + 1, shape (n + 2,)."""
     forward: Bytes
@@ -91,8 +97,6 @@ class ChainSizes:
     """Where segments start."""
     tapings: Tapings
     """How their first stages are taped."""
-    origin: npt.NDArray[np.int64]
-    """The state in whose storage state i lies: i itself, or an earlier one for a view."""
     forward_seconds: npt.NDArray[np.float64]
     """u_f, shape (n + 1,)."""
     is_ledger: bool
@@ -100,7 +104,7 @@ class ChainSizes:
 
     def __len__(self) -> int:
         """The number of stages n."""
-        return len(self.state) - 1
+        return len(self.forward) - 1
 
     def untimed(self) -> ChainSizes:
         """The same bytes where every run takes as long, and a tape is fast by its number."""
@@ -109,34 +113,33 @@ class ChainSizes:
         return replace(self, tapings=tapings, forward_seconds=seconds)
 
     @functools.cached_property
+    def state(self) -> Bytes:
+        """What keeping state i takes beside none before it, shape (n + 1,)."""
+        return self.storages.whole(len(self) + 1)
+
+    @functools.cached_property
     def sweep(self) -> Bytes:
         """sweep[s, j]: the most bytes of runs s..j-1 without tape, shape (n + 2, n + 2).
 
-        State s - 1 is there and not counted, and each state goes when the next has come. A
-        view of a state before s takes nothing beside it.
+        State s - 1 is there and not counted, and each state goes when the next has come.
         """
         n = len(self)
-        alone = self.forward[1:]
-        pair = alone + self.state[:-1]
-        need = np.where(
-            self.origin[None, :-1] < np.arange(n + 2)[:, None], alone[None, :], pair[None, :]
-        )
-        need[np.arange(1, n + 1)[None, :] < np.arange(n + 2)[:, None]] = 0
+        need = self.storages.beside(n + 1)[:, :n] + self.forward[None, 1:]
+        need[np.arange(1, n + 1)[None, :] < np.arange(n + 1)[:, None]] = 0
         sweep = np.zeros((n + 2, n + 2), dtype=np.int64)
-        np.maximum.accumulate(need, axis=1, out=sweep[:, 2:])
+        np.maximum.accumulate(need, axis=1, out=sweep[:-1, 2:])
         return sweep
 
     @functools.cached_property
     def kept(self) -> Bytes:
         """kept[start, j]: what (j, t) has less than (start, t) where it splits at j.
 
-        State j - 1, unless it is a view of a state before s, and a state that is handed on.
+        What state j - 1 takes beside state s - 1, and what is handed on.
         """
         starts, n = self.starts, len(self)
-        kept = np.zeros((len(starts.stage), n + 2), dtype=np.int64)
-        is_new = self.origin[None, :] >= starts.stage[:, None]
-        kept[:, 1:] = np.where(is_new, self.state[None, :], 0)
-        kept += starts.handed[:, None]
+        beside = np.zeros((n + 2, n + 2), dtype=np.int64)
+        beside[: n + 1, 1:] = self.storages.beside(n + 1)
+        kept: Bytes = beside[starts.stage] + starts.handed[:, None]
         return kept
 
     @functools.cached_property
@@ -145,7 +148,7 @@ class ChainSizes:
         tapings = self.tapings
         numbers = np.concatenate(
             (
-                *(self.state, self.gradient, self.forward, self.later, self.starts.handed),
+                *(self.storages.size, self.gradient, self.forward, self.later, self.starts.handed),
                 *(tapings.tape, tapings.forward, tapings.backward, tapings.backward_after_turn),
             )
         )
@@ -173,8 +176,8 @@ class Slots(NamedTuple):
     """Least slots of the loss."""
     stage: Indices
     """First stage, by start."""
-    twin: Indices
-    """The further start, by stage; 0 where there is none."""
+    other: Indices
+    """The next start of the same stage, by start; 0 after the last."""
     takes: Indices
     """takes[start, j]: slots that (j, t) has less than (start, t); -1 at the least."""
     sweep: Bytes
@@ -227,7 +230,7 @@ def slots_of(sizes: ChainSizes, unit: int, *, nearest: bool = False) -> Slots:
         offset=offset,
         turn=turn,
         stage=starts.stage,
-        twin=starts.twin,
+        other=starts.other,
         takes=(sizes.kept + offset[None, :] - own[:, None] + half) // unit,
         sweep=sizes.sweep,
         level=sizes.gradient + sizes.later,
@@ -253,7 +256,8 @@ def _planning_sizes(chain: Chain) -> ChainSizes:
     w_g = columns.gradient_bytes
     later = _later(columns.parameter_gradient_bytes)
     return ChainSizes(
-        state=columns.state_bytes,
+        storages=one_each(columns.state_bytes),
+        layout=np.zeros(n + 1, dtype=np.int64),
         gradient=np.append(w_g, 0),
         forward=columns.state_bytes + columns.forward_overhead_bytes,
         later=later,
@@ -261,7 +265,6 @@ def _planning_sizes(chain: Chain) -> ChainSizes:
         fixed=chain.input_bytes + chain.held_bytes,
         starts=Starts(stage=np.arange(n + 2), handed=np.zeros(n + 2, dtype=np.int64)),
         tapings=_planning_tapings(chain, later),
-        origin=np.arange(n + 1),
         forward_seconds=columns.forward_seconds,
         is_ledger=False,
     )
@@ -319,141 +322,65 @@ def _later(w_p: Bytes, held: int = 0) -> Bytes:
 
 
 def _ledger_sizes(chain: Chain) -> ChainSizes:
-    """Relax the ledger; why each figure is a lower bound stands beside it."""
-    columns, storages = chain.arrays, _storages(chain)
-    w_g = columns.gradient_bytes
-    later = _later(columns.parameter_gradient_bytes, storages.held)
-    forward = np.array([0, *(x.forward_peak_bytes for x in storages.ledgers)], dtype=np.int64)
-    starts, tapings = _ledger_starts(chain, storages, later)
+    """Relax the ledger: no figure is above what it charges."""
+    columns, holders = chain.arrays, Holders(chain)
+    w_g, output = columns.gradient_bytes, sum(holders.output.values())
+    later = _later(columns.parameter_gradient_bytes, output + holders.rest)
+    forward = np.array([0, *(x.forward_peak_bytes for x in holders.ledgers)], dtype=np.int64)
+    starts, tapings = _ledger_starts(chain, holders, later)
     return ChainSizes(
-        # A view that is kept keeps the storage it lies in; the input's is the caller's.
-        state=storages.own[storages.origin],
+        storages=holders.storages,
+        layout=holders.layout,
         gradient=np.append(w_g, 0),
         forward=forward,
         later=later,
-        turn=storages.held + int(w_g[-1]) + chain.loss_overhead_bytes,
-        fixed=chain.input_bytes,
+        turn=output + int(w_g[-1]) + chain.loss_overhead_bytes,
+        fixed=chain.input_bytes + chain.kept_bytes,
         starts=starts,
         tapings=tapings,
-        origin=storages.origin,
         forward_seconds=columns.forward_seconds,
         is_ledger=True,
     )
 
 
-@final
-@dataclass(frozen=True)
-class _Storages:
-    """Who keeps the storage of each state; index i is state i."""
-
-    ledgers: tuple[StageLedger, ...]
-    origin: npt.NDArray[np.int64]
-    own: Bytes
-    """Bytes of state i that no other state and not the caller has."""
-    held: int
-    """Bytes that the caller holds from Turn on."""
-    saved: npt.NDArray[np.bool_]
-    """Whether tape i saves state i."""
-    read: npt.NDArray[np.bool_]
-    """Whether tape i + 1 saves state i."""
-    tape: Bytes
-    """Bytes of tape i, state i included where either tape saves it."""
-
-
-def _storages(chain: Chain) -> _Storages:
-    ledgers = tuple(stage.ledger for stage in chain.stages if stage.ledger is not None)
-    n = len(ledgers)
-    views = np.array([False, *(ledger.output_is_view for ledger in ledgers)])
-    own = np.array([0, *(ledger.state_bytes for ledger in ledgers)], dtype=np.int64)
-    own[views] = 0
-    # The caller holds the output from the loss on: counted once, in `later` and `turn`, and
-    # not as a state. Where the output is a view, the storage that it holds counts as a state.
-    held = int(own[n])
-    own[n] = 0
-    # The storage of state i stays as long as tape i does if either tape saves it: tape i + 1
-    # does so from the last run that reads state i, and until then tape i hands it on.
-    saved = np.array([False, *(ledger.output_saved for ledger in ledgers)])
-    read = np.array([*(ledger.input_saved for ledger in ledgers), False])
-    tape = np.array([0, *(ledger.tape_bytes for ledger in ledgers)], dtype=np.int64)
-    return _Storages(
-        ledgers=ledgers,
-        origin=np.maximum.accumulate(np.where(views, 0, np.arange(n + 1))),
-        own=own,
-        held=held,
-        saved=saved,
-        read=read,
-        tape=tape + np.where(saved | read, own, 0),
-    )
-
-
-def _ledger_starts(chain: Chain, storages: _Storages, later: Bytes) -> tuple[Starts, Tapings]:
-    """A further start wherever a tape hands its output on without saving it."""
-    n, w_g = len(chain), chain.arrays.gradient_bytes
-    # Tape i + 1 is gone when the backward of stage i starts, and with it what only it saved.
-    gone = np.where(storages.read & ~storages.saved, storages.own, 0)
-    level = storages.tape - gone + w_g + later[:-1]
-    handed = np.where(storages.saved | storages.read, 0, storages.own)
-    # The last stage, run again, has an output that is not the caller's.
-    again = np.where(storages.saved & (np.arange(n + 1) == n), storages.held, 0)
-    # Stage, what is handed on, backward, backward after Turn; the loss has no backward.
-    starts: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]
-    after = np.arange(1, n + 2)
-    for kept in (True, False):
-        for s in range(1, n + 1) if kept else range(2, n + 1):
-            if kept or not storages.saved[s - 1]:
-                size = 0 if kept else int(handed[s - 1])
-                first = int(level[s]) + _peak(chain, storages, s, kept, True)
-                other = int(level[s] + again[s]) + _peak(chain, storages, s, kept, False)
-                after[s - 1] = len(starts)
-                starts.append((s, size, other, first))
-        if kept:
-            starts.append((n + 1, 0, 0, 0))
-    stage, sizes, backward, backward_after_turn = np.array(starts, dtype=np.int64).T
-    taped = np.array([0, *(x.taped_peak_bytes for x in storages.ledgers)], dtype=np.int64)
-    start = np.flatnonzero((stage > 0) & (stage <= n))
-    of = stage[start]
-    return Starts(stage=stage, handed=sizes), Tapings(
-        start=start,
-        option=np.zeros_like(start),
-        tape=storages.tape[of],
-        forward=taped[of] + sizes[start],
-        backward=backward[start],
-        backward_after_turn=backward_after_turn[start],
-        after=after[of],
-        extra_seconds=np.zeros(len(start)),
-    )
-
-
-def _peak(chain: Chain, storages: _Storages, s: int, kept: bool, turned: bool) -> int:
-    """The peak of a backward above the level before it; the least where it is not known.
-
-    Args:
-        chain: The chain.
-        storages: Who keeps what.
-        s: The stage.
-        kept: Whether its input is kept by more than its own tape.
-        turned: Whether its tape is from before Turn.
-    """
-    n, ledger = len(chain), storages.ledgers[s - 1]
-    last = int(storages.origin[n])  # the caller may hold this state
-    unsure = not kept and (storages.origin[s - 1] != s - 1 or s - 1 == last)
-    inputs = (False, True) if unsure else (kept,)
-    first = chain.stages[s - 1].parameter_gradient_bytes > 0
-    firsts = {first, True} if ledger.shares_parameters_partly else {first}
-    found = []
-    for held in inputs:
-        outputs: tuple[bool, ...] = (False,)
-        if ledger.output_is_view:
-            outputs = (held,)  # it is the same storage
-        elif s == last:
-            outputs = (turned,) if s == n else (False, True)
-        found += [
-            max(
-                ledger.backward_peak_bytes[
-                    backward_variant(input_held=held, output_held=output, first=variant)
-                ]
-                for variant in firsts
+def _ledger_starts(chain: Chain, holders: Holders, later: Bytes) -> tuple[Starts, Tapings]:
+    """A start for each way to come to a stage, and its only tape."""
+    n, (entries, after) = len(chain), holders.entries
+    level = (chain.arrays.gradient_bytes + later[:-1]).tolist()
+    handed, rows = [0] * len(entries), []
+    for start, entry in enumerate(entries):
+        s = entry.stage
+        if not 1 <= s <= n:
+            continue
+        stage, ledger = chain.stages[s - 1], holders.ledgers[s - 1]
+        # What only tape s will keep stays from now on, and is counted with the tape before.
+        handed[start] = holders.bytes_of(entry.lone.difference(holders.saved[s]))
+        made = holders.made_and_saved(s)
+        own = ledger.tape_bytes + holders.bytes_of(made)
+        then = holders.handed_on(s, entry.lone)
+        early = holders.bytes_of(then.intersection(holders.saved[s + 1])) if s < n else 0
+        # The last stage, run again, has an output that is not the caller's.
+        again = sum(holders.output[x] for x in made) if s == n else 0
+        backward = own + level[s]
+        peak, peak_after_turn = holders.backward_peaks(stage, entry)
+        rows.append(
+            (
+                *(start, own + early, ledger.taped_peak_bytes + handed[start]),
+                backward + again + peak,
+                backward + peak_after_turn,
+                after[start],
             )
-            for output in outputs
-        ]
-    return min(found)
+        )
+    start_, tape, forward, backward_, after_turn, after_ = np.array(rows, dtype=np.int64).T.copy()
+    stages = np.array([entry.stage for entry in entries], dtype=np.int64)
+    return Starts(stage=stages, handed=np.array(handed, dtype=np.int64)), Tapings(
+        start=start_,
+        option=np.zeros_like(start_),
+        tape=tape,
+        forward=forward,
+        backward=backward_,
+        # Of a tape from before Turn, after which the caller holds the output.
+        backward_after_turn=after_turn,
+        after=after_,
+        extra_seconds=np.zeros(len(rows)),
+    )

@@ -18,8 +18,8 @@ W(t) (`ChainSizes.later`) and the recurrence's shifts stay as they are:
     need(s,t)    = max(W(t) + w_g[t] + w_t[s] + o_f[s],
                        W(s) + w_p[s] + w_g[s] + w_t[s] + w_g[s-1] + o_b[s])
 
-With a ledger there is a second way to start a segment (`Starts`): state s - 1, in no tape, is
-handed on by tape s - 1, and takes bytes h until stage s is taped. Then need has h in its first
+With a ledger there are other ways to start a segment (`Starts`): what of state s - 1 is in no tape
+is handed on by tape s - 1, and takes bytes h until stage s is taped. Then need has h in its first
 term, sweep(s,j) and E(j, t, m - h - w_a[j-1]) have it, and E(s, j-1, m) starts like (s, t).
 
 Reference: Beaumont, Eyraud-Dubois, Herrmann, Joly, Shilova, RR-9302 (hal-02352969), with the

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .chain_kernel import END, LEAST, ZERO, Integers, Numbers, compiled, taped_need
+from ..compiled import compiled
+from .chain_kernel import END, LEAST, ZERO, Integers, Numbers, taped_need
 from .chain_sizes import Slots
 
 # What the walk writes, a row an event.

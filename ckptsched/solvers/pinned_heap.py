@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from ..compiled import compiled
 
-@numba.njit(cache=True)
+
+@compiled
 def push(orders: Any, items: npt.NDArray[np.int32], count: int, order: Any, item: int) -> None:
     """Add an item to a heap of `count`; there must be room for it."""
     at = count
@@ -21,7 +22,7 @@ def push(orders: Any, items: npt.NDArray[np.int32], count: int, order: Any, item
     items[at] = item
 
 
-@numba.njit(cache=True)
+@compiled
 def pop(orders: Any, items: npt.NDArray[np.int32], count: int) -> None:
     """Remove the first item of a heap of `count`, of least order."""
     count -= 1

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import NamedTuple, final
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from ..compiled import compiled
 from ..progress import report
 from .pinned_bound import least_bytes_of_segments
 from .pinned_heap import pop, push
@@ -129,7 +129,7 @@ def _new_space(positions: int) -> _Space:
     )
 
 
-@numba.njit(cache=True)
+@compiled
 def _search(problem: _Problem, space: _Space, counters: Bytes, expansions: int) -> int:
     """Expand positions within the limit, which rises where it must."""
     sizes = problem.sizes
@@ -158,7 +158,7 @@ def _search(problem: _Problem, space: _Space, counters: Bytes, expansions: int) 
     return _GOING
 
 
-@numba.njit(cache=True)
+@compiled
 def _meet(problem: _Problem, space: _Space, counters: Bytes, key: int, need: int) -> None:
     """Open a position, or have it wait, unless it was met with no more bytes."""
     need = max(need, _rest(problem, key), counters[_LIMIT])
@@ -182,7 +182,7 @@ def _meet(problem: _Problem, space: _Space, counters: Bytes, key: int, need: int
     counters[_WAITING] += 1
 
 
-@numba.njit(cache=True)
+@compiled
 def _rest(problem: _Problem, key: int) -> int:
     """Bytes that what is left takes at least: of each part, with what is kept below it.
 
@@ -206,7 +206,7 @@ def _rest(problem: _Problem, key: int) -> int:
     return max(need, kept + problem.least[start, b]) if start <= b else need
 
 
-@numba.njit(cache=True)
+@compiled
 def _raise_limit(space: _Space, counters: Bytes) -> bool:
     """Open what waits with the fewest bytes; whether anything did."""
     while counters[_WAITING]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from ..compiled import compiled
 from .pinned_sizes import Bytes, PinnedSizes, Seconds
 
 NEXT_BITS: Final = 5
@@ -41,7 +41,7 @@ def tapes_beside_states(sizes: PinnedSizes) -> npt.NDArray[np.bool_]:
     return beside
 
 
-@numba.njit(cache=True)
+@compiled
 def slot_of(table: npt.NDArray[np.int32], keys: Bytes, key: int) -> int:
     """Where a position stands in a hash table, or would."""
     mask = len(table) - 1
@@ -51,7 +51,7 @@ def slot_of(table: npt.NDArray[np.int32], keys: Bytes, key: int) -> int:
     return slot
 
 
-@numba.njit(cache=True)
+@compiled
 def fill_table(table: npt.NDArray[np.int32], keys: Bytes, count: int) -> None:
     """Enter the first `count` positions."""
     for position in range(count):
@@ -72,13 +72,13 @@ class Moves(NamedTuple):
     total: int
 
 
-@numba.njit(cache=True)
+@compiled
 def most_moves(sizes: PinnedSizes) -> int:
     """No position has more moves."""
     return 2 * len(sizes.state) + len(sizes.tape) + 1
 
 
-@numba.njit(cache=True)
+@compiled
 def moves(sizes: PinnedSizes, beside: npt.NDArray[np.bool_], width: int, key: int) -> Moves:
     """What may come next, less what docs/theory.md shows to be no use.
 
@@ -140,7 +140,7 @@ def moves(sizes: PinnedSizes, beside: npt.NDArray[np.bool_], width: int, key: in
     return Moves(keys, needs, seconds, operations, count)
 
 
-@numba.njit(cache=True)
+@compiled
 def _without_state(key: int, i: int, width: int) -> int:
     """The position when state i, which nothing reads any more, is dropped if it was kept."""
     return key & ~(1 << (NEXT_BITS + (i - 1) * width)) if i else key

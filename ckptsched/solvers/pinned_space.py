@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple, final
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from ..compiled import compiled
 from ..progress import report
 from .pinned_heap import pop, push
 from .pinned_moves import NEXT_BITS, NEXT_MASK, fill_table, most_moves, moves, slot_of
@@ -145,7 +145,7 @@ def _new_space(positions: int) -> _Space:
     )
 
 
-@numba.njit(cache=True)
+@compiled
 def _rest(problem: Problem, key: int) -> float:
     """Seconds that the rest takes at least: those of the parts between what is kept.
 
@@ -174,7 +174,7 @@ def _rest(problem: Problem, key: int) -> float:
     return seconds + _part(problem, start, b, free) if start <= b else seconds
 
 
-@numba.njit(cache=True)
+@compiled
 def _part(problem: Problem, start: int, last: int, free: int) -> float:
     """Seconds of stages start..last at least, in so many bytes."""
     if free < 0:
@@ -184,7 +184,7 @@ def _part(problem: Problem, start: int, last: int, free: int) -> float:
     return seconds
 
 
-@numba.njit(cache=True)
+@compiled
 def _meet(
     problem: Problem,
     space: _Space,
@@ -214,7 +214,7 @@ def _meet(
     counters[_OPEN] += 1
 
 
-@numba.njit(cache=True)
+@compiled
 def _search(problem: Problem, space: _Space, counters: Bytes, upper: float, expansions: int) -> int:
     """Expand positions, the least estimate first; stops before the space overflows."""
     most_children = most_moves(problem.sizes)
@@ -236,7 +236,7 @@ def _search(problem: Problem, space: _Space, counters: Bytes, upper: float, expa
     return _GOING
 
 
-@numba.njit(cache=True)
+@compiled
 def _expand(problem: Problem, space: _Space, counters: Bytes, position: int, upper: float) -> None:
     """Open what one operation leads to; states are dropped only where something is too big."""
     key, seconds = space.keys[position], space.seconds[position]

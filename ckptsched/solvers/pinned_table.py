@@ -20,9 +20,9 @@ from __future__ import annotations
 import functools
 from typing import Final, final
 
-import numba
 import numpy as np
 
+from ..compiled import compiled
 from ..progress import report
 from .pinned_sizes import Bytes, PinnedSizes, Seconds, relaxed_level
 
@@ -72,7 +72,7 @@ class PinnedTable:
         return self.row(1, self.n + 1)
 
 
-@numba.njit(cache=True)
+@compiled
 def _fill_column(
     t: int,
     level: int,
@@ -120,7 +120,7 @@ def _fill_column(
                 row[m] = value if value < row[m] else row[m]
 
 
-@numba.njit(cache=True)
+@compiled
 def _charge(best: Seconds, rest: Seconds, slots: int, again: float, is_first: bool) -> None:
     """best[m] = min(best[m], rest[m - slots] + again), or the latter alone at first."""
     if is_first:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .chain_kernel import compiled
+from ..compiled import compiled
 from .run_kernel import write_sweep
 
 # Larger than any number of stages: binomial coefficients beyond are only known to be so large.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .chain_kernel import compiled
+from ..compiled import compiled
 
 Indices = npt.NDArray[np.int64]
 Seconds = npt.NDArray[np.float64]

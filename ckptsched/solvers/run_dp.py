@@ -27,7 +27,7 @@ from .chain_table import least_memory
 from .run_bound import RunBound
 from .run_groups import Groups, group, group_sizes
 from .run_lowering import lower
-from .run_structure import ChainRuns, Indices, Seconds, chain_runs
+from .run_structure import ChainRuns, Indices, Runs, Seconds, chain_runs
 from .run_table import RunTable
 
 # Slots up to which sizes are not rounded where they share a unit, and about as many where not.
@@ -50,6 +50,9 @@ _SAME_NEED = 4
 _CLOSE = 2e-3
 # Schedules with more runs without tape, as estimated, are not made.
 MOST_ADVANCES = 8_000_000
+# Of a chain with a ledger the least budget is that of a schedule, which is made and simulated: one
+# of so many runs takes about a second, and one of the most above twenty.
+_LEAST_ADVANCES = 1_000_000
 # Numbers in a table of segments inside a run: 0.25 GB.
 _NUMBERS = 6e7
 MOST_STAGES = int(_NUMBERS / _GRIDS[0][0])
@@ -206,31 +209,35 @@ class _Search:
         return min(found, key=lambda x: x.trace.peak_bytes)
 
     @functools.cached_property
+    def _untimed(self) -> ChainRuns:
+        """The runs where each stage takes as long.
+
+        The least budget looks at bytes alone: a model that is measured again has other seconds,
+        and what was named must still do.
+        """
+        return chain_runs(self.sizes.untimed())
+
+    @functools.cached_property
     def _tight(self) -> tuple[RunTable, Indices]:
         """A small table, and its slots that have a schedule of reasonable length."""
+        runs = self._untimed.plan
         needed = self._least_bytes()
         divisor = self.sizes.common_divisor
         unit = divisor if needed // divisor <= _GRIDS[0][0] else max(1, needed // _GRIDS[0][0])
         top = needed // unit + 1
-        if len(self.chain) ** 2 / 2 > MOST_ADVANCES:
-            top += int(2 * self.runs.plan.state.max()) // unit
+        most = _LEAST_ADVANCES if self.sizes.is_ledger else MOST_ADVANCES
+        if len(self.chain) ** 2 / 2 > most:
+            top += int(2 * runs.state.max()) // unit
         while True:
-            table = RunTable(self.runs.plan, unit, top, ends=0, starts=0)
-            slots = np.flatnonzero(self.is_short(table))
+            table = RunTable(runs, unit, top, ends=0, starts=0)
+            slots = np.flatnonzero(is_short(table, runs, most))
             if len(slots):
                 return table, slots
             top += top // 8 + 1
 
-    def is_short(self, table: RunTable) -> npt.NDArray[np.bool_]:
-        """By slots whether there is a schedule, and not one of too many runs to be made."""
-        seconds = self.runs.plan.seconds
-        limit = MOST_ADVANCES * float(seconds[seconds > 0].min(initial=math.inf))
-        short: npt.NDArray[np.bool_] = np.isfinite(table.extra_seconds)
-        return short & (table.extra_seconds <= limit)
-
     def _least_bytes(self) -> int:
         """What no schedule needs less than: a run of four stages needs as much as a long one."""
-        runs = self.runs.bound
+        runs = self._untimed.bound
         keep = np.ones(len(self.chain), dtype=np.bool_)
         for first, count in zip(runs.first.tolist(), runs.count.tolist(), strict=True):
             keep[first - 1 + _SAME_NEED : first - 1 + count] = False
@@ -297,6 +304,13 @@ class _Search:
         return solutions
 
 
+def is_short(table: RunTable, runs: Runs, most: int = MOST_ADVANCES) -> npt.NDArray[np.bool_]:
+    """By slots whether there is a schedule, and not one of too many runs to be made."""
+    limit = most * float(runs.seconds[runs.seconds > 0].min(initial=math.inf))
+    short: npt.NDArray[np.bool_] = np.isfinite(table.extra_seconds)
+    return short & (table.extra_seconds <= limit)
+
+
 @final
 class _Plans:
     """Schedules of one table, by their slots."""
@@ -312,7 +326,7 @@ class _Plans:
         self.table = RunTable(
             self.groups.runs, grain.unit, most // grain.unit, ends=grain.ends, starts=grain.starts
         )
-        self.short = search.is_short(self.table)
+        self.short = is_short(self.table, runs)
         self.known: dict[int, _Found] = {}
 
     def cheapest(self, budget: int) -> _Found:

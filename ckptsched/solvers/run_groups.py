@@ -109,7 +109,6 @@ def group(runs: Runs, sizes: Indices) -> Groups:
             count=count,
             seconds=runs.seconds[of] * stages,
             state=runs.state[of],
-            is_view=runs.is_view[of],
             entry=entry,
             forward=runs.forward[of],
             tape=runs.tape[of] * stages,

@@ -17,7 +17,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from .chain_kernel import compiled
+from ..compiled import compiled
 from .run_structure import RunSlots
 
 Numbers = npt.NDArray[np.float32]

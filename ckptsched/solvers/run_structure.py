@@ -32,9 +32,7 @@ class Runs:
     seconds: Seconds
     """Seconds of one forward (u_f)."""
     state: Bytes
-    """What keeping an output takes (w_a)."""
-    is_view: npt.NDArray[np.bool_]
-    """Whether the output may lie in an older state, and keeping it cost nothing."""
+    """What keeping an output takes (w_a), at the least or at most."""
     entry: Bytes
     """The state before the run's first stage, where a sweep enters it."""
     forward: Bytes
@@ -86,10 +84,11 @@ def chain_runs(sizes: ChainSizes) -> ChainRuns:
     """
     n = len(sizes)
     least, most = _tapings(sizes, most=False), _tapings(sizes, most=True)
-    is_view = sizes.origin[1:] < np.arange(1, n + 1)
+    whole, new = sizes.state, sizes.storages.new(n + 1)
+    is_view = (whole > 0)[1:] & (new == 0)[1:]
     columns = [
-        *(sizes.state[1:], sizes.gradient[1:-1], sizes.later[1:-1], sizes.forward[1:]),
-        *(sizes.forward_seconds[1:], *least, *most),
+        *(whole[1:], new[1:], sizes.layout[1:], sizes.gradient[1:-1], sizes.later[1:-1]),
+        *(sizes.forward[1:], sizes.forward_seconds[1:], *least, *most),
     ]
     starts = np.ones(n, dtype=np.bool_)
     starts[1:] = is_view[1:]  # views are never in a run
@@ -97,16 +96,16 @@ def chain_runs(sizes: ChainSizes) -> ChainRuns:
         starts[1:] |= column[1:] != column[:-1]
     starts[1:] |= is_view[:-1]
     at = np.flatnonzero(starts)
+    count = np.diff(np.append(at, n))
 
-    def runs(tapings: tuple[Bytes, Bytes, Bytes, Bytes]) -> Runs:
+    def runs(tapings: tuple[Bytes, Bytes, Bytes, Bytes], state: Bytes, entry: Bytes) -> Runs:
         tape, taped, backward, backward_after_turn = (column[at] for column in tapings)
         return Runs(
             first=at + 1,
-            count=np.diff(np.append(at, n)),
+            count=count,
             seconds=sizes.forward_seconds[at + 1],
-            state=sizes.state[at + 1],
-            is_view=is_view[at],
-            entry=sizes.state[at],
+            state=state,
+            entry=entry,
             forward=sizes.forward[at + 1],
             tape=tape,
             taped=taped,
@@ -117,7 +116,9 @@ def chain_runs(sizes: ChainSizes) -> ChainRuns:
             stages=n,
         )
 
-    return ChainRuns(plan=runs(most), bound=runs(least))
+    # What all stages of a run hand on was there before: beside it a state takes what is new.
+    state = np.where(count == 1, whole[at + 1], new[at + 1])
+    return ChainRuns(plan=runs(most, state, whole[at]), bound=runs(least, new[at + 1], new[at]))
 
 
 def _tapings(sizes: ChainSizes, *, most: bool) -> tuple[Bytes, Bytes, Bytes, Bytes]:
@@ -200,13 +201,10 @@ def run_slots(runs: Runs, unit: int, rounding: Rounding) -> RunSlots:
                 between = max(between, int(pair[c]))
     elapsed = np.zeros(runs.stages + 1)
     np.cumsum(np.repeat(runs.seconds, runs.count)[::-1], out=elapsed[1:])
-    keep = runs.state
-    if rounding == "down":
-        keep = np.where(runs.is_view, 0, keep)
     return RunSlots(
         stages=runs.count,
         seconds=runs.seconds,
-        keep=slots(keep),
+        keep=slots(runs.state),
         tape=slots(runs.tape),
         taped=slots(taped),
         alone=slots(alone[:, None] + level[None, :]),

@@ -21,10 +21,10 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple, final
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from ..compiled import compiled
 from ..progress import report
 from .pinned_sizes import Bytes, PinnedSizes, Seconds
 
@@ -117,12 +117,12 @@ class Choices(NamedTuple):
         return int(self.choice[start - self.s, c - self.s])
 
 
-@numba.njit(cache=True)
+@compiled
 def _round(size: int, unit: int) -> int:
     return (size + unit // 2) // unit
 
 
-@numba.njit(cache=True)
+@compiled
 def _lower(
     row: Seconds, first: int, below: Seconds, shift: int, rest: Seconds, more: float
 ) -> None:
@@ -135,7 +135,7 @@ def _lower(
         row[m] = value if value < row[m] else row[m]
 
 
-@numba.njit(cache=True)
+@compiled
 def _fill(s: int, first: int, end: int, slots: _Slots, rows: Seconds, after: Seconds) -> None:
     """E(s, t) and V(s, l, t) for t = first..end-1; V is kept for one s at a time."""
     sizes, unit, seconds, offset, longest = slots
@@ -170,7 +170,7 @@ def _fill(s: int, first: int, end: int, slots: _Slots, rows: Seconds, after: Sec
                 row[m] = value if value < row[m] else row[m]
 
 
-@numba.njit(cache=True)
+@compiled
 def _slide(start: int, c: int, slots: _Slots, rows: Seconds, after: Seconds, best: Seconds) -> None:
     """Lower V(s, start, c) by what else may come than that the state stays.
 
@@ -198,12 +198,12 @@ def _slide(start: int, c: int, slots: _Slots, rows: Seconds, after: Seconds, bes
                 best[m] = value if value < best[m] else best[m]
 
 
-@numba.njit(cache=True)
+@compiled
 def _at(rows: Seconds, row: int, m: int) -> float:
     return rows[row, m] if m >= 0 else np.inf
 
 
-@numba.njit(cache=True)
+@compiled
 def _choose(
     s: int,
     t: int,
@@ -241,7 +241,7 @@ def _choose(
     return first
 
 
-@numba.njit(cache=True)
+@compiled
 def _choose_slide(
     s: int,
     start: int,

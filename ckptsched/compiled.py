@@ -1,0 +1,76 @@
+"""Compiled functions: machine code is kept on disk, which processes read and write in turn.
+
+numba numbers the files of a function's signatures by an index, and does not lock it: of processes
+that first compile two signatures of one function at the same moment, as the ranks of a fresh
+installation do, one may be left with an index that names the other's machine code. It would then
+compute wrong numbers, in this run and in all later ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba
+
+try:
+    import fcntl
+except ImportError:  # Windows: as numba does it
+    fcntl = None  # type: ignore[assignment]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_LOCK = ".ckptsched.lock"
+_PATIENCE_SECONDS, _POLL_SECONDS = 10.0, 0.005
+
+
+def compiled(function: _Function) -> _Function:
+    """Compile a function when it is first called, and keep the machine code on disk."""
+    kernel = numba.njit(cache=True, nogil=True)(function)
+    cache = getattr(kernel, "_cache", None)
+    if cache is not None and hasattr(cache, "cache_path"):  # else another numba, left as it is
+        for name in ("load_overload", "save_overload"):
+            if hasattr(cache, name):
+                setattr(cache, name, _in_turn(getattr(cache, name), cache))
+    return cast(_Function, kernel)
+
+
+def _in_turn(method: Callable[..., Any], cache: Any) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        with turn(Path(cache.cache_path)):
+            return method(*arguments)
+
+    return call
+
+
+@contextlib.contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder; go on without it where that cannot be, or not in 10 seconds.
+
+    Args:
+        folder: Where the machine code is kept; it need not exist yet.
+    """
+    if fcntl is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # of read-only folders, and file systems without locks
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / _LOCK, "ab"))
+            _lock(file.fileno())
+        yield
+
+
+def _lock(descriptor: int) -> None:
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # closing the file lets it go
+            return
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return
+            time.sleep(_POLL_SECONDS)

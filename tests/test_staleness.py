@@ -1,0 +1,260 @@
+"""What is noted of a model once must not be believed when the model is another by then."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import ckptsched as cs
+from ckptsched.inventory import Inventory
+from tests.networks import conv_block, planned
+
+
+def nested() -> tuple[Any, Tensor]:
+    """Modules at several depths, in blocks and in stages."""
+    torch.manual_seed(0)
+    block = cs.ODEBlock(conv_block(3), method="euler", steps=3)
+    head = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 2)))
+    return nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), block, head), torch.randn(2, 3, 4, 4)
+
+
+def followed(solver: str = "store_all") -> tuple[Any, nn.Module, Tensor]:
+    """A model, the same by a plan, and a batch; one step is done."""
+    model, x = nested()
+    trained = cs.checkpointed(model, planned(model, x, solver))
+    step(trained, x)
+    return model, trained, x
+
+
+def step(model: nn.Module, x: Tensor) -> list[Tensor | None]:
+    """Gradients of all parameters."""
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def assert_as_plain(model: nn.Module, trained: nn.Module, x: Tensor) -> None:
+    """The next step gives, bit by bit, what it gives without a plan."""
+    found, expected = step(trained, x), step(copy.deepcopy(model), x)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or other is None or torch.equal(one, other)
+
+
+def test_each_module_that_goes_over_to_eval_is_seen() -> None:
+    model, trained, x = followed()
+    for module in list(model.modules())[1:]:
+        module.training = False
+        with pytest.raises(cs.PlanMismatchError, match="the plan is for mode 'train'"):
+            trained(x)
+        module.training = True
+    assert_as_plain(model, trained, x)
+
+
+def test_each_parameter_that_is_frozen_is_seen() -> None:
+    model, trained, x = followed()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        with pytest.raises(cs.PlanMismatchError, match="other parameters require gradients"):
+            trained(x)
+        parameter.requires_grad_(True)
+    assert_as_plain(model, trained, x)
+
+
+def test_each_module_that_is_replaced_added_or_taken_out_is_seen() -> None:
+    model, trained, x = followed()
+    places = [(m, name) for m in model.modules() for name in m._modules]
+    for parent, name in places:
+        child = parent._modules[name]
+        for other in (copy.deepcopy(child), None):
+            parent._modules[name] = other
+            with pytest.raises(cs.PlanMismatchError, match="a module of the model was replaced"):
+                trained(x)
+            parent._modules[name] = child
+        child.add_module("new", nn.Identity())
+        with pytest.raises(cs.PlanMismatchError, match="a module of the model was replaced"):
+            trained(x)
+        del child.new
+    assert_as_plain(model, trained, x)
+
+
+def test_a_module_that_moves_to_the_container_beside_it_is_seen() -> None:
+    first, second = nn.Sequential(nn.Tanh(), nn.ReLU()), nn.Sequential(nn.Sigmoid())
+    model = nn.Sequential(first, second)
+    inventory = Inventory(model)
+    moved = first[1]
+    del first[1]
+    second.insert(0, moved)
+    assert inventory.changed()
+    del second[0]
+    first.append(moved)
+    assert not inventory.changed()
+
+
+def _parametrized(layer: nn.Linear) -> None:
+    parametrizations.weight_norm(layer)
+
+
+def _with_another(layer: nn.Linear) -> None:
+    layer.register_parameter("more", nn.Parameter(torch.zeros(1)))
+
+
+def _without_one(layer: nn.Linear) -> None:
+    del layer.bias
+
+
+@pytest.mark.parametrize("change", [_parametrized, _with_another, _without_one])
+def test_a_place_for_a_parameter_that_comes_or_goes_is_seen(
+    change: Callable[[nn.Linear], None],
+) -> None:
+    model, trained, x = followed()
+    change(model[2][1])
+    with pytest.raises(cs.PlanMismatchError, match="was replaced, added or taken out"):
+        trained(x)
+
+
+def test_a_place_for_a_buffer_that_comes_or_goes_is_seen() -> None:
+    model, trained, x = followed("every_2")
+    norm = model[1].f[1]
+    norm.register_buffer("more", torch.zeros(1))
+    with pytest.raises(cs.PlanMismatchError, match="a buffer of a BatchNorm2d was replaced"):
+        trained(x)
+    del norm.more
+    assert_as_plain(model, trained, x)
+    del norm.running_mean
+    with pytest.raises(cs.PlanMismatchError, match="a buffer of a BatchNorm2d was replaced"):
+        trained(x)
+
+
+class Repeated(cs.StagedModule):
+    """One layer several times, which no other module tells."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.layer, self.times = nn.Linear(4, 4), times
+
+    def stages(self) -> list[cs.StageCall]:
+        return [cs.ModuleStage(self.layer) for _ in range(self.times)]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "other"),
+    [
+        (lambda: cs.ODEBlock(nn.Linear(4, 4), steps=3), "steps", 5),
+        (lambda: cs.ODEBlock(nn.Linear(4, 4), "rk4", 3), "granularity", "slope"),
+        (lambda: Repeated(3), "times", 2),
+    ],
+)
+def test_a_module_that_lists_other_stages_is_seen(
+    module: Callable[[], nn.Module], name: str, other: object
+) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), module()), torch.randn(2, 4)
+    trained = cs.checkpointed(model, planned(model, x))
+    before = getattr(model[1], name)
+    setattr(model[1], name, other)
+    with pytest.raises(cs.PlanMismatchError, match="a module lists other stages"):
+        trained(x)
+    with torch.no_grad():
+        assert torch.equal(trained(x), model(x))
+    setattr(model[1], name, before)
+    assert_as_plain(model, trained, x)
+
+
+def test_the_end_time_of_an_ode_may_change_between_steps() -> None:
+    model, trained, x = followed("every_2")
+    model[1].t1 = 2.5
+    assert_as_plain(model, trained, x)
+
+
+def test_lazy_modules_are_asked_to_run_first() -> None:
+    model, x = nn.Sequential(nn.LazyLinear(3), nn.Tanh(), nn.LazyBatchNorm1d()), torch.randn(4, 5)
+    for fake in (False, True):
+        with pytest.raises(cs.ProfileError, match="run it once on a batch"):
+            cs.profile(model, x, fake=fake)
+    with torch.no_grad():
+        model(x)
+    assert_as_plain(model, cs.checkpointed(model, planned(model, x)), x)
+
+
+@pytest.mark.parametrize("solver", ["store_all", "every_2"])
+def test_other_parameters_in_the_same_places_are_the_ones_that_are_trained(solver: str) -> None:
+    model, trained, x = followed(solver)
+    before = list(model.parameters())
+    values = {
+        name: torch.rand_like(t) for name, t in model.state_dict().items() if t.is_floating_point()
+    }
+    model.load_state_dict(values, strict=False, assign=True)
+    assert not {id(p) for p in before} & {id(p) for p in model.parameters()}
+    for parameter in before:
+        parameter.grad = None
+    assert_as_plain(model, trained, x)
+    assert all(parameter.grad is None for parameter in before)
+    for parameter in model.parameters():
+        parameter.data = torch.rand_like(parameter)
+    assert_as_plain(model, trained, x)
+    for parameter in model.parameters():
+        parameter.grad = None
+    others = {name: torch.rand_like(p).requires_grad_() for name, p in model.named_parameters()}
+    torch.func.functional_call(trained, others, (x,)).square().sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    found = [p.grad for p in others.values()]
+    for parameter in others.values():
+        parameter.grad = None
+    torch.func.functional_call(model, others, (x,)).square().sum().backward()
+    for one, other in zip(found, others.values(), strict=True):
+        assert one is not None
+        assert other.grad is not None
+        assert torch.equal(one, other.grad)
+
+
+def _pickled(model: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, _pickled], ids=["deepcopy", "pickle"])
+def test_a_copy_looks_at_itself(again: Callable[[nn.Module], Any]) -> None:
+    model, trained, x = followed()
+    twin = again(trained)
+    inner = twin.model
+    inner[2][1].eval()
+    with pytest.raises(cs.PlanMismatchError, match="the plan is for mode"):
+        twin(x)
+    assert_as_plain(model, trained, x)
+    inner[2][1].train()
+    inner[2][1] = nn.Linear(48, 6)
+    with pytest.raises(cs.PlanMismatchError, match="a module of the model was replaced"):
+        twin(x)
+    assert_as_plain(model, trained, x)
+    model[2][1] = nn.Linear(48, 6)
+    twin = again(trained)
+    with pytest.raises(cs.PlanMismatchError, match="a module of the model was replaced"):
+        twin(x)
+
+
+@given(
+    picks=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=4),
+    solver=st.sampled_from(["store_all", "every_2"]),
+)
+def test_sums_over_shared_layers_have_the_bits_of_one_graph(
+    picks: list[list[int]], solver: str
+) -> None:
+    """Whichever layers come again, in one block or in several, also once their use is known."""
+    torch.manual_seed(1)
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)]
+    model = nn.Sequential(*(nn.Sequential(*(layers[k] for k in group)) for group in picks))
+    x = torch.randn(3, 4)
+    trained = cs.checkpointed(model, planned(model, x, solver))
+    for _ in range(3):
+        assert_as_plain(model, trained, x)
