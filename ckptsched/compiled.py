@@ -61,6 +61,8 @@ def turn(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(folder / _LOCK, "ab"))
             _lock(file.fileno())
+            # Closing it would not do where a process forked meanwhile has it open too.
+            stack.callback(fcntl.flock, file.fileno(), fcntl.LOCK_UN)
         yield
 
 
@@ -68,7 +70,7 @@ def _lock(descriptor: int) -> None:
     end = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # closing the file lets it go
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             if time.monotonic() >= end:

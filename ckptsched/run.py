@@ -440,9 +440,10 @@ class Run:
         # As in `_shares_a_tape`; other inputs are kinds of their own.
         key = program.usage.key(i, None if i > 1 and i > self.first_trained else wanted)
         uses = program.usage.get(key) or program.usage.learn(key, self._uses(stage.name, tape))
-        if uses.repeated:
+        fed = program.usage.fed(key, uses, i)
+        if fed:
             with self._gradients_on:
-                tape.feed_back([self.seen.aliases[k] for k in uses.repeated])
+                tape.feed_back([self.seen.aliases[k] for k in fed])
         self._keep(p, i, i, tape, made)
 
     def _taped_together(self, p: int, first: int, last: int) -> None:

@@ -52,11 +52,12 @@ class Usage:
         self._last = {kind: i for i, kind in enumerate(self._kinds)}
         self._ends = sorted(self._last.values())
         self._uses: dict[Hashable, Uses] = {}
+        self._fed: dict[tuple[Hashable, int], tuple[int, ...]] = {}
         self._sums: dict[tuple[frozenset[int], int], tuple[int, ...]] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """What does not depend on the identity of parameters, which a copy does not share."""
-        return {**self.__dict__, "_uses": {}, "_sums": {}}
+        return {**self.__dict__, "_uses": {}, "_fed": {}, "_sums": {}}
 
     def __bool__(self) -> bool:
         """Whether anything is known."""
@@ -80,12 +81,33 @@ class Usage:
     def learn(self, key: Hashable, uses: Uses) -> Uses:
         """Note what a kind of stage uses, and return it."""
         self._uses[key] = uses
+        self._fed.clear()
         self._sums.clear()  # they were made without knowing these
         return uses
 
     def knows(self, first: int, last: int) -> bool:
         """Whether all stages from one to another have been seen."""
         return set(self._kinds[first - 1 : last]) <= self._uses.keys()
+
+    def fed(self, key: Hashable, uses: Uses, i: int) -> tuple[int, ...]:
+        """The aliases whose sums so far one stage is given: used again in it, or after it.
+
+        Outside of a graph a sum is added to in place, even where the gradient that it began with
+        is a view of another one, of another alias or of a state.
+
+        Args:
+            key: What `key` returned for the stage.
+            uses: What is known of it.
+            i: The stage, counted from 1.
+        """
+        ended = bisect_left(self._ends, i)
+        found = self._fed.get((key, ended))
+        if found is None:
+            after = [self._uses.get(kind) for kind, last in self._last.items() if last >= i]
+            used = {k for later in after for k in (uses if later is None else later).all}
+            used = set(uses.all) & used | set(uses.repeated)
+            found = self._fed[key, ended] = tuple(sorted(used))
+        return found
 
     def sums(self, first: int, last: int) -> tuple[int, ...]:
         """The aliases that some stages use, and to which stages after them may have added.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -62,6 +63,22 @@ def test_a_lock_that_is_never_let_go_is_not_waited_for(
     monkeypatch.setattr(module, "_PATIENCE_SECONDS", 0.02)
     with turn(tmp_path), turn(tmp_path):
         pass
+
+
+def test_a_process_forked_meanwhile_does_not_keep_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a worker that loads data: it has all open files, for as long as it lives."""
+    fcntl = pytest.importorskip("fcntl")
+    lock, copies = module._lock, []
+    monkeypatch.setattr(module, "_lock", lambda x: (copies.append(os.dup(x)), lock(x)))
+    with turn(tmp_path):
+        pass
+    try:
+        with open(next(tmp_path.iterdir()), "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(*copies)
 
 
 def test_machine_code_is_read_and_written_under_the_lock(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -190,7 +191,9 @@ def test_what_cannot_be_estimated_is_refused() -> None:
         pytest.raises(cs.ProfileError, match=r"autocast is on.*without fake"),
     ):
         cs.profile(model, x, fake=True)
+    uncopied = nn.Tanh()
+    uncopied.lock = threading.Lock()
     with pytest.raises(cs.ProfileError, match=r"cannot be copied.*without fake"):
-        cs.profile(nn.Sequential(nn.LazyLinear(4)), x, fake=True)
+        cs.profile(nn.Sequential(uncopied), x, fake=True)
     with pytest.raises(cs.ProfileError, match="stage '1' changes its input in place"):
         cs.profile(nn.Sequential(model, Runs(lambda x, c: x.add_(1))), x, fake=True)

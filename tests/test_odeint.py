@@ -119,6 +119,42 @@ def test_numbers_and_gradients_are_torchdiffeqs(method: str, grid: str, backward
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "size"), [(0.8, 0.6, 0.05), (0.6, 0.8, 0.05), (0.4, 1.0, 0.3), (0.1, 0.4, 0.1)]
+)
+@pytest.mark.parametrize("method", ["midpoint", "rk4"])
+def test_steps_that_come_to_the_end_but_for_rounding(
+    method: str, start: float, end: float, size: float
+) -> None:
+    theirs = pytest.importorskip("torchdiffeq").odeint
+    f, y0 = problem()
+    t = torch.tensor([start, 0.5 * (start + end), end], dtype=DOUBLE, requires_grad=True)
+    inputs = [y0, *f.parameters()]  # theirs loses the gradient of the last time
+    how: Any = {"method": method, "options": {"step_size": size}}
+    expected = theirs(f, y0, t, **how)
+    wanted = gradients(expected, inputs)
+    for budget in (None, "1MiB"):
+        ours = odeint(f, y0, t, budget=budget, **how)
+        torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-14)
+        for one, other in zip(gradients(ours, inputs), wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+@given(
+    st.floats(-3, 3),
+    st.integers(1, 40),
+    st.sampled_from([0.01, 0.05, 0.1, 0.3, 1 / 3]),
+    st.sampled_from([1, -1]),
+)
+def test_any_interval_of_whole_steps_is_solved(
+    start: float, count: int, size: float, sign: int
+) -> None:
+    t = torch.tensor([start, start + sign * count * size], dtype=DOUBLE)
+    how: Any = {"method": "implicit_euler" if count < 5 else "rk4", "options": {"step_size": size}}
+    y = odeint(lambda t, y: torch.ones_like(y), torch.zeros(1, dtype=DOUBLE), t, **how)
+    torch.testing.assert_close(y[-1], (t[1] - t[0])[None], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("method", ["euler", "rk4"])
 def test_tuples_and_single_precision_are_torchdiffeqs(method: str) -> None:
     theirs = pytest.importorskip("torchdiffeq").odeint

@@ -6,6 +6,7 @@ import functools
 import gc
 import math
 import threading
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -152,6 +153,85 @@ def test_modules_and_objects_are_told_by_identity_and_not_kept_alive() -> None:
         return y if float(t) < 1 else recursive(t - 1, y)
 
     assert fingerprint(recursive) == fingerprint(recursive)
+
+
+class Kinds:
+    """Functions whose evaluation takes as many tapes as they are told to, each told otherwise."""
+
+    @staticmethod
+    def repeated(y: Tensor, count: int) -> Tensor:
+        z = y
+        for _ in range(count):
+            z = torch.tanh(1.1 * z)
+        return z - y
+
+    @staticmethod
+    def by_global(count: int) -> Callable[..., Any]:
+        globals()["_count"] = count
+        return lambda t, y: Kinds.repeated(y, _count)
+
+    @staticmethod
+    def by_global_list(count: int) -> Callable[..., Any]:
+        globals()["_counts"] = [count]
+        return lambda t, y: Kinds.repeated(y, _counts[0])
+
+    @staticmethod
+    def by_global_function(count: int) -> Callable[..., Any]:
+        globals()["_inner"] = lambda y: Kinds.repeated(y, count)
+        return lambda t, y: _inner(y)
+
+    @staticmethod
+    def by_closure(count: int) -> Callable[..., Any]:
+        return lambda t, y: Kinds.repeated(y, count)
+
+    @staticmethod
+    def by_default(count: int) -> Callable[..., Any]:
+        return lambda t, y, n=count: Kinds.repeated(y, n)
+
+    @staticmethod
+    def by_binding(count: int) -> Callable[..., Any]:
+        once, often = (lambda self, t, y: self.repeated(y, 1)), (lambda self, t, y: self.many(y))
+        return types.MethodType(once if count == 1 else often, KINDS)
+
+    def many(self, y: Tensor) -> Tensor:
+        return self.repeated(y, 9)
+
+
+KINDS = Kinds()
+_count, _counts, _inner = 1, [1], torch.tanh
+
+
+@pytest.mark.parametrize("kind", [name for name in vars(Kinds) if name.startswith("by_")])
+def test_the_plan_of_a_function_is_not_that_of_one_that_takes_more(kind: str) -> None:
+    make = getattr(Kinds, kind)
+    y0 = torch.rand(20, 40, dtype=DOUBLE, requires_grad=True)
+    options = {"method": "midpoint", "options": {"step_size": 0.05}}
+    with pytest.raises(InfeasibleBudgetError) as refused:
+        solve(make(9), y0, 1, **options)
+    assert refused.value.least_budget_bytes
+    budget = refused.value.least_budget_bytes
+    solve(make(1), y0, budget, **options)
+    func = make(9)
+    solve(func, y0, budget, **options)
+    meter = default_meter(torch.device("cpu"))
+    found, measured = meter.measure(lambda: gradients(solve(func, y0, budget, **options), [y0]))
+    assert measured.peak_bytes <= budget
+    assert equal(found, gradients(solve(func, y0, None, **options), [y0]))
+
+
+def test_what_a_function_counts_itself_does_not_make_it_another() -> None:
+    count = 0
+
+    def counting(t: Tensor, y: Tensor) -> Tensor:
+        nonlocal count
+        global _count
+        count, _count = count + 1, _count + 1
+        return -y
+
+    before = fingerprint(counting)
+    counting(torch.zeros(()), torch.zeros(()))
+    assert count == 1
+    assert fingerprint(counting) == before is not None
 
 
 def test_plans_of_functions_without_modules_keep_nothing_alive() -> None:

@@ -258,3 +258,27 @@ def test_sums_over_shared_layers_have_the_bits_of_one_graph(
     trained = cs.checkpointed(model, planned(model, x, solver))
     for _ in range(3):
         assert_as_plain(model, trained, x)
+
+
+class SharedGradients(nn.Module):
+    """Parameters whose gradients are views of one another, and of the state's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat = nn.Parameter(torch.randn(16))
+        self.square, self.turned = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.square + self.flat.view(4, 4) + self.turned.t()
+
+
+@pytest.mark.parametrize("solver", ["store_all", "every_2", "every_stage", "input_only"])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_sum_is_not_added_to_in_what_another_gradient_shares(solver: str, steps: int) -> None:
+    torch.manual_seed(0)
+    shared, x = SharedGradients(), torch.randn(4, 4)
+    block = cs.ODEBlock(shared, "euler", steps)
+    model = nn.Sequential(shared, nn.Tanh(), block, nn.Linear(4, 4), shared, shared)
+    trained = cs.checkpointed(model, planned(model, x, solver))
+    for _ in range(3):
+        assert_as_plain(model, trained, x)

@@ -98,7 +98,7 @@ def solve_adaptive(
             requested times and their gradients, states that are kept, the tape of a step, and
             gradients of parameters. Bytes or text such as "200MiB". What a step takes is measured
             on the first, once for each kind of call (shapes, dtypes, modes, what wants a
-            gradient); that is kept with func, so define func once and not in the training loop.
+            gradient); that is kept for func, and for others of its code that hold the same.
         checkpoints: States that may be kept at once, the initial one included, in place of a
             budget; no tapes.
         beside_bytes: Of the budget, what other tensors take that live throughout.

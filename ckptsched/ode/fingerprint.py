@@ -61,7 +61,7 @@ def fingerprint(func: Callable[..., Any]) -> Hashable | None:
     """
     try:
         return _Description().of(func)
-    except TypeError:
+    except (TypeError, RecursionError):
         return None
 
 
@@ -134,6 +134,8 @@ class _Description:
 def _assigned(code: types.CodeType) -> frozenset[str]:
     """Names of cells and globals that a function assigns."""
     kinds = ("STORE_DEREF", "STORE_GLOBAL")
+    if not {dis.opmap[kind] for kind in kinds} & set(code.co_code[::2]):
+        return frozenset()  # taking the code apart is slow, and done in each call
     return frozenset(i.argval for i in dis.get_instructions(code) if i.opname in kinds)
 
 

@@ -115,7 +115,10 @@ def make_grid(
             f"{f', from {times[0]!r} to {times[-1]!r}' if times else ''}; it must lead from "
             f"t[0] = {wanted[0]!r} to t[-1] = {wanted[-1]!r}"
         )
-    _check_monotone("the grid", times)
+    # Equal steps that lead to the very end, where rounding counts one more, are followed by one of
+    # no length: the gradient of the last time is that step's.
+    ends_twice = options.get("step_size") is not None and times[-2:] == [times[-1]] * 2
+    _check_monotone("the grid", times[: len(times) - ends_twice])
     clock = torch.cat([tensor, t]) if timed else None
     return Grid(tuple(times), _place(times, wanted), clock)
 
@@ -144,7 +147,9 @@ def _lay(func: Callable[..., Any], y0: Any, t: Tensor, options: Mapping[str, Any
     count = int(torch.ceil((end - start).detach().abs() / size + 1)) - 1
     inner = torch.arange(0, max(count, 1), dtype=t.dtype, device=t.device)
     sign = 1.0 if float(end.detach()) > float(start.detach()) else -1.0
-    return torch.cat([inner * (sign * size) + start, end[None]])
+    inner = inner * (sign * size) + start
+    beyond = sign * (inner - end).detach() > 0  # by rounding
+    return torch.cat([inner[~beyond], end[None]])
 
 
 def _place(times: list[float], wanted: list[float]) -> tuple[tuple[tuple[int, float], ...], ...]:
@@ -152,9 +157,10 @@ def _place(times: list[float], wanted: list[float]) -> tuple[tuple[tuple[int, fl
     sign = 1.0 if times[-1] > times[0] else -1.0
     placed = []
     j = 1
-    for start, end in itertools.pairwise(times):
+    for index, (start, end) in enumerate(itertools.pairwise(times)):
         here = []
-        while j < len(wanted) and sign * wanted[j] <= sign * end:
+        before = len(wanted) - (index < len(times) - 2)  # the last one is the last step's
+        while j < before and sign * wanted[j] <= sign * end:
             share = 1.0 if wanted[j] == end else (wanted[j] - start) / (end - start)
             here.append((j, share))
             j += 1

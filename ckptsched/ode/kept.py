@@ -19,7 +19,8 @@ class Kept:
     """Findings by what they are for; a copy of what holds them begins anew."""
 
     anywhere: ClassVar[Kept]
-    """For functions that read no modules. These findings hold on to nothing of the user's."""
+    """For functions that read no modules. These findings hold on to nothing of the user's
+    but a step function."""
 
     def __init__(self) -> None:
         self.found: dict[Hashable, Any] = {}

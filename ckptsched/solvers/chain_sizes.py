@@ -347,7 +347,7 @@ def _ledger_starts(chain: Chain, holders: Holders, later: Bytes) -> tuple[Starts
     """A start for each way to come to a stage, and its only tape."""
     n, (entries, after) = len(chain), holders.entries
     level = (chain.arrays.gradient_bytes + later[:-1]).tolist()
-    handed, rows = [0] * len(entries), []
+    handed, rows = [0] * len(entries), list[int]()
     for start, entry in enumerate(entries):
         s = entry.stage
         if not 1 <= s <= n:
@@ -363,15 +363,10 @@ def _ledger_starts(chain: Chain, holders: Holders, later: Bytes) -> tuple[Starts
         again = sum(holders.output[x] for x in made) if s == n else 0
         backward = own + level[s]
         peak, peak_after_turn = holders.backward_peaks(stage, entry)
-        rows.append(
-            (
-                *(start, own + early, ledger.taped_peak_bytes + handed[start]),
-                backward + again + peak,
-                backward + peak_after_turn,
-                after[start],
-            )
-        )
-    start_, tape, forward, backward_, after_turn, after_ = np.array(rows, dtype=np.int64).T.copy()
+        rows += (start, own + early, ledger.taped_peak_bytes + handed[start])
+        rows += (backward + again + peak, backward + peak_after_turn, after[start])
+    columns = np.array(rows, dtype=np.int64).reshape(-1, 6).T.copy()
+    start_, tape, forward, backward_, after_turn, after_ = columns
     stages = np.array([entry.stage for entry in entries], dtype=np.int64)
     return Starts(stage=stages, handed=np.array(handed, dtype=np.int64)), Tapings(
         start=start_,
@@ -382,5 +377,5 @@ def _ledger_starts(chain: Chain, holders: Holders, later: Bytes) -> tuple[Starts
         # Of a tape from before Turn, after which the caller holds the output.
         backward_after_turn=after_turn,
         after=after_,
-        extra_seconds=np.zeros(len(rows)),
+        extra_seconds=np.zeros(len(start_)),
     )

@@ -18,7 +18,7 @@ import itertools
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -86,9 +86,7 @@ def one_each(state_bytes: Bytes) -> Storages:
     return Storages(first=states, last=states, size=state_bytes)
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A way to come to a stage s: the loss is stage n + 1."""
 
     stage: int

@@ -24,6 +24,7 @@ from .base import AbstractSolver, Solution, infeasible
 from .baselines import Baseline
 from .chain_sizes import ChainSizes, chain_sizes
 from .chain_table import least_memory
+from .revolve import advances
 from .run_bound import RunBound
 from .run_groups import Groups, group, group_sizes
 from .run_lowering import lower
@@ -226,8 +227,8 @@ class _Search:
         unit = divisor if needed // divisor <= _GRIDS[0][0] else max(1, needed // _GRIDS[0][0])
         top = needed // unit + 1
         most = _LEAST_ADVANCES if self.sizes.is_ledger else MOST_ADVANCES
-        if len(self.chain) ** 2 / 2 > most:
-            top += int(2 * runs.state.max()) // unit
+        # Tables for fewer states than the closed form of equal stages takes would be in vain.
+        top += (_fewest_states(runs, most) - 1) * int(runs.state.max()) // unit
         while True:
             table = RunTable(runs, unit, top, ends=0, starts=0)
             slots = np.flatnonzero(is_short(table, runs, most))
@@ -309,6 +310,17 @@ def is_short(table: RunTable, runs: Runs, most: int = MOST_ADVANCES) -> npt.NDAr
     limit = most * float(runs.seconds[runs.seconds > 0].min(initial=math.inf))
     short: npt.NDArray[np.bool_] = np.isfinite(table.extra_seconds)
     return short & (table.extra_seconds <= limit)
+
+
+def _fewest_states(runs: Runs, most: int) -> int:
+    """States kept at once within runs so that they are reversed by so many runs without tape.
+
+    About so many: it is exact where nothing but single tapes and states is kept.
+    """
+    counts, states = runs.count.tolist(), 1
+    while sum(advances(count, states) for count in counts) > most and states < max(counts):
+        states += 1
+    return states
 
 
 @final
