@@ -17,6 +17,7 @@ from torch import Tensor
 from .context import Recomputing
 from .surroundings import Surroundings
 from .tape import run_stage
+from .tracing import StagedModule
 from .trees import Extras, State
 
 
@@ -68,18 +69,20 @@ def differentiable_gradients(
         output = inputs.replaced(sources)
         for stage in program.stages:
             output = run_stage(stage, output, extras)
+    ends = [*zip(output.leaves, gradients, strict=True)]
+    if isinstance(program.model, StagedModule):
+        ends += program.model.sent_ahead(*extras.args, **extras.kwargs)
     starts = [*sources, *(stand_in[id(a)] for a in aliases)]
-    found = _gradients(output.leaves, starts, gradients)
+    found = _gradients(ends, starts)
     n = len(sources)
     return Gradients(tuple(found[:n]), {id(a): g for a, g in zip(aliases, found[n:], strict=True)})
 
 
 def _gradients(
-    outputs: Sequence[Tensor], starts: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    outputs: Sequence[tuple[Tensor, Tensor | None]], starts: Sequence[Tensor]
 ) -> list[Tensor | None]:
     wanted = [start for start in starts if start.requires_grad]
-    pairs = zip(outputs, gradients, strict=True)
-    ends = [(y, g) for y, g in pairs if g is not None and y.requires_grad]
+    ends = [(y, g) for y, g in outputs if g is not None and y.requires_grad]
     if not ends or not wanted:
         return [None] * len(starts)
     found = iter(

@@ -182,6 +182,20 @@ class StagedModule(nn.Module, abc.ABC):
         """
         return len(self.stages())
 
+    def sent_ahead(self, *args: Any, **kwargs: Any) -> list[tuple[Tensor, Tensor]]:
+        """What left the stages otherwise than by the state, as they ran again as one graph.
+
+        Asked after such a run alone, when gradients are to be differentiated again.
+
+        Args:
+            args: What every stage was given besides.
+            kwargs: The same by name.
+
+        Returns:
+            Tensors in that graph, each with its gradient; none unless a module sends some.
+        """
+        return []
+
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the stages in order; what overrides this must compute the same.
 

@@ -191,11 +191,11 @@ class BoundedSolve:
                 every=self._carried.matters,
             )  # fmt: skip
             self._statistics.backward_evaluations = f.evaluations
-            wanted = [x for x in starts if x.requires_grad]
+            wanted, states = [x for x in starts if x.requires_grad], torch.stack(outputs)
+            if not states.requires_grad:  # f reads nothing of what is wanted
+                return [None] * len(starts)
             found = iter(
-                torch.autograd.grad(
-                    torch.stack(outputs), wanted, gradients, create_graph=True, allow_unused=True
-                )
+                torch.autograd.grad(states, wanted, gradients, create_graph=True, allow_unused=True)
             )
         return [next(found) if x.requires_grad else None for x in starts]
 

@@ -17,7 +17,9 @@ Norm = Callable[[Tensor], Tensor]
 
 
 def rms_norm(errors: Tensor) -> Tensor:
-    """The root of the mean square over all entries."""
+    """The root of the mean square over all entries; 0 of none."""
+    if not errors.numel():
+        return _nothing(errors)
     return errors.abs().square().mean().sqrt()
 
 
@@ -27,9 +29,15 @@ def batch_max_norm(errors: Tensor) -> Tensor:
     With it every sample keeps the tolerance; under `rms_norm` a batch of easy ones hides one that
     is hard.
     """
+    if not errors.numel():
+        return _nothing(errors)
     if errors.dim() < 2:
         return errors.abs().max()
     return errors.abs().square().flatten(1).mean(1).sqrt().max()
+
+
+def _nothing(errors: Tensor) -> Tensor:
+    return torch.zeros((), dtype=errors.dtype.to_real(), device=errors.device)
 
 
 @final

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -174,9 +175,9 @@ def inside_weights(tableau: ButcherTableau, x: float) -> tuple[float, ...]:
     )
 
 
-def inside_rates(tableau: ButcherTableau, x: float) -> tuple[float, ...]:
-    """The derivatives of `inside_weights` with respect to x."""
-    powers = [0.0, *(p * x ** (p - 1) for p in range(1, 5))]
+def inside_rates(tableau: ButcherTableau, x: float, order: int = 1) -> tuple[float, ...]:
+    """The derivatives of `inside_weights` with respect to x, of some order."""
+    powers = [math.perm(p, order) * x ** max(p - order, 0) for p in range(5)]
     return tuple(
         sum(c * power for c, power in zip(row, powers, strict=True))
         for row in _inside_rows(tableau)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -268,24 +268,76 @@ def reached_states(
         share = integration.record.share(accepted.n, j)
         tableau, slopes = integration.tableau, accepted.slopes
         state = state_inside(tableau, accepted.step, share, accepted.z0, slopes)
-        found.append(state if t is None else state + moved(tableau, share, slopes, t, j))
+        if t is not None:
+            state = moving(state, tableau, accepted.step, share, slopes, t, j)
+        found.append(state)
     return found
 
 
-def moved(tableau: ButcherTableau, share: float, slopes: Slopes, t: Tensor, j: int) -> Tensor:
-    """Zero, with the derivative in time of the state inside a step.
+def moving(
+    state: Tensor,
+    tableau: ButcherTableau,
+    step: Step,
+    share: float,
+    slopes: Slopes,
+    t: Tensor,
+    j: int,
+) -> Tensor:
+    """The state at a requested time, as a function of that time.
 
     Args:
+        state: It.
         tableau: The method.
+        step: The step that it is in.
         share: Where in the step.
         slopes: Its slopes.
         t: The requested times.
         j: Index of the one there.
     """
-    with torch.no_grad():
-        rate = combined(None, 1.0, inside_rates(tableau, share), slopes.k)
-    moved = (t[j] - t[0]) - (t[j] - t[0]).detach()
-    return rate * moved.to(device=rate.device, dtype=rate.dtype.to_real())
+    rates = []
+    for order in range(1, rates_inside(tableau) + 1):
+        weights = [w * step.h ** (1 - order) for w in inside_rates(tableau, share, order)]
+        rates.append(combined(None, 1.0, weights, slopes.k))
+    shift = (t[j] - t[0]) - (t[j] - t[0]).detach()
+    shift = shift.to(device=state.device, dtype=state.dtype.to_real())
+    moved: Tensor = _Moving.apply(state, shift, *rates)
+    return moved
+
+
+def rates_inside(tableau: ButcherTableau) -> int:
+    """How many derivatives in time the polynomial inside a step has; each output keeps them."""
+    return 3 if tableau.mid is None else 4
+
+
+class _Moving(torch.autograd.Function):
+    """A state and its derivatives in time, as the Taylor sum over a shift, which is zero.
+
+    The sum is exact for the polynomial inside a step, so that derivatives of any order are. The
+    first derivatives need those in time as numbers only: their graph is gone through where
+    gradients are differentiated again, and costs nothing else.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, shift: Tensor, *rates: Tensor) -> Tensor:
+        ctx.save_for_backward(shift, *rates)
+        return state.view_as(state)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        shift, *rates = ctx.saved_tensors
+        gradient = grads[0]
+        if not torch.is_grad_enabled():
+            return gradient, _product(gradient, rates[0]), *[None] * len(rates)
+        back, rate, weight = [], torch.zeros_like(rates[0]), torch.ones_like(shift)
+        for order, derivative in enumerate(rates, 1):
+            rate = rate + derivative * weight
+            weight = weight * shift / order
+            back.append(gradient * weight)
+        return gradient, _product(gradient, rate), *back
+
+
+def _product(gradient: Tensor, rate: Tensor) -> Tensor:
+    return (rate.conj() * gradient).real.sum()
 
 
 def time_shift(t: Tensor, like: Tensor) -> Tensor:

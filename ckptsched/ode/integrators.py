@@ -174,7 +174,8 @@ def split(y: Tensor, shapes: tuple[torch.Size, ...] | None, leading: int = 0) ->
         return y
     parts = torch.split(y, [shape.numel() for shape in shapes], dim=-1)
     return tuple(
-        part.reshape(*y.shape[:leading], *shape) for part, shape in zip(parts, shapes, strict=True)
+        part.reshape((*y.shape[:leading], *shape))
+        for part, shape in zip(parts, shapes, strict=True)
     )
 
 

@@ -19,7 +19,14 @@ from .embedded import Step, end_slope
 from .environment import Environment
 from .fingerprint import Identity
 from .footprint import Footprint
-from .integration import Accepted, Integration, reached_states, state_inside, time_shift
+from .integration import (
+    Accepted,
+    Integration,
+    rates_inside,
+    reached_states,
+    state_inside,
+    time_shift,
+)
 from .kept import Kept
 from .parts import identity_of_norm
 from .problem import Problem, Record, RightHandSide
@@ -127,8 +134,9 @@ class Trial:
         outputs, timed = len(self._problem.times), self._with_time
         # Of times as they are summed, in float64, and as the caller gets them.
         beside = beside_bytes + timed * 2 * 8 * outputs
-        # With a tape each output keeps its derivative in time.
-        start = found.footprint.start_bytes + timed * outputs * found.footprint.output_bytes
+        # With a tape each output keeps its derivatives in time.
+        rates = timed * outputs * rates_inside(self._problem.tableau)
+        start = found.footprint.start_bytes + rates * found.footprint.output_bytes
         step = replace(found.footprint, outputs=outputs, beside_bytes=beside, start_bytes=start)
         return Findings(found.draws, step)
 

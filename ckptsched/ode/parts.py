@@ -25,20 +25,23 @@ def flat_state(y0: Any) -> tuple[Tensor, tuple[torch.Size, ...] | None]:
         WorkloadError: It is something else, or its tensors do not go together.
     """
     parts = y0 if isinstance(y0, tuple) else (y0,)
-    for part in parts:
+    for k, part in enumerate(parts):
         if not isinstance(part, Tensor) or not (part.is_floating_point() or part.is_complex()):
             found = str(part.dtype) if isinstance(part, Tensor) else f"a {type(part).__name__}"
+            name = f"y0[{k}]" if isinstance(y0, tuple) else "y0"
             raise WorkloadError(
-                f"y0 is or contains {found}; give a floating-point or complex tensor, or a tuple "
-                "of them"
+                f"{name} is {found}; give a floating-point or complex tensor, or a tuple of them, "
+                "none of which is a tuple itself"
             )
     if isinstance(y0, Tensor):
         return y0, None
-    if not parts or len({(part.dtype, part.device) for part in parts}) != 1:
-        found = ", ".join(f"{part.dtype} on {part.device}" for part in parts) or "none"
+    if not parts:
+        raise WorkloadError("y0 is a tuple without tensors; give at least one")
+    if len({(part.dtype, part.device) for part in parts}) != 1:
+        found = ", ".join(f"y0[{k}] {p.dtype} on {p.device}" for k, p in enumerate(parts))
         raise WorkloadError(
             f"the tensors of y0 must be of one dtype on one device, found {found}; they are "
-            "solved as one"
+            "solved as one: cast or move them"
         )
     shapes = tuple(part.shape for part in parts)
     return join(y0, shapes), shapes

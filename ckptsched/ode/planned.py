@@ -65,7 +65,7 @@ def solve_planned(
                 model.share_lock(kept.lock)
                 kept.add(key, model)
         result = torch.empty(count, *y0.shape, dtype=y0.dtype, device=y0.device)
-        call = Call(func, grid, closure, result)
+        call = Call(func, grid, closure, result, first=0 if y0.requires_grad else 1)
         del result  # the call gives it away
         try:
             last = model(y0, call, *tensors)

@@ -18,7 +18,7 @@ from .closure import unknown_leaves
 from .embedded import Slopes, combined, end_slope, inside_rates, inside_slopes, inside_weights
 from .embedded import run_step as run_embedded_step
 from .environment import Environment
-from .integration import forward_slopes, moved, state_inside
+from .integration import forward_slopes, moving, state_inside
 from .problem import Problem, Record, RightHandSide
 
 
@@ -162,9 +162,9 @@ def connected(
         for j in reached:
             share = record.share(n, j)
             state = state_inside(tableau, record[n], share, z, slopes)
-            outputs.append(
-                state + moved(tableau, share, slopes, t, j) if t.requires_grad else state
-            )
+            if t.requires_grad:
+                state = moving(state, tableau, record[n], share, slopes, t, j)
+            outputs.append(state)
         z = slopes.z1
     return outputs
 

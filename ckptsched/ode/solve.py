@@ -17,7 +17,7 @@ from ..errors import ExecutionError, IntegrationError
 from ..tracing import StageCall, StagedModule
 from .closure import Closure
 from .grid import Grid
-from .integrators import Integrator, RungeKutta, as_time, join, split
+from .integrators import Integrator, RungeKutta, UserStep, as_time, join, split
 from .slopes import slope_step, start_of
 from .steps import Slope, Time, add, number
 
@@ -32,6 +32,7 @@ class Call:
         grid: Grid,
         closure: Closure,
         result: Tensor | None = None,
+        first: int = 0,
     ) -> None:
         """Begin a call.
 
@@ -41,11 +42,13 @@ class Call:
             closure: What the right-hand side reads besides.
             result: Where outputs are written, along its first dimension. None collects them with
                 their graphs, for plain autograd.
+            first: The first output whose gradient is asked for: 1 where y0 has none.
         """
         self.func, self.grid, self.closure, self.result = func, grid, closure, result
         self.collects = result is None
         self.kept: list[Tensor] = []
         self.gradients: Tensor | None = None
+        self._first = first
         self.sampling = False
         """Whether every step is to do what the dearest does, because it is measured."""
 
@@ -84,9 +87,29 @@ class Call:
     def gradient(self, j: int) -> Tensor | None:
         """The gradient that came to an output; the first one is asked for last."""
         found = None if self.gradients is None else self.gradients[j]
-        if j == 0 and not self.sampling:
+        if j == self._first and not self.sampling:
             self.gradients = None
         return found
+
+    def arrived(self, gradients: Tensor) -> None:
+        """Note the gradients of the outputs for the steps, which go back next.
+
+        Where gradients can be differentiated again, the steps first run again as one graph, in
+        which outputs are collected as for plain autograd: a graph may be gone through several
+        times, each with other gradients, and must not hold those of one of them.
+
+        Args:
+            gradients: With respect to all outputs, stacked.
+        """
+        self.kept, self.collects = [], torch.is_grad_enabled()
+        asked = self.collects or self._first < len(gradients) - 1
+        self.gradients = gradients if asked else None
+
+    def collected(self) -> list[tuple[Tensor, Tensor]]:
+        """The outputs on the way that a run as one graph collected, with their gradients."""
+        kept, gradients = self.kept, self.gradients
+        self.kept, self.gradients, self.collects = [], None, False
+        return [] if gradients is None else list(zip(kept, gradients, strict=False))
 
 
 class _Emitted(torch.autograd.Function):
@@ -101,6 +124,23 @@ class _Emitted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0], ctx.call.gradient(ctx.j), None, None
+
+
+class _Reaching(torch.autograd.Function):
+    """A state through which the way back always reaches the state before, if with zero.
+
+    A step function of the user's may cut the graph; the gradients of outputs before the cut wait
+    for the steps to come by.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, after: Tensor, before: Tensor) -> Tensor:
+        return after.view_as(after)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        gradient = grads[0]
+        return gradient, gradient.new_zeros(()).expand_as(gradient)
 
 
 class Outputs(torch.autograd.Function):
@@ -121,7 +161,7 @@ class Outputs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Give the last state its gradient; the others are asked for."""
-        ctx.call.gradients = grads[0]
+        ctx.call.arrived(grads[0])
         return grads[0][-1], None
 
 
@@ -206,6 +246,11 @@ class Solve(StagedModule):
         """The attributes that `stages` reads."""
         return self.parts, self.counts
 
+    def sent_ahead(self, *args: Any, **kwargs: Any) -> list[tuple[Tensor, Tensor]]:
+        """The outputs on the way."""
+        call: Call = args[0]
+        return call.collected()
+
     def step(self, index: int, z: Tensor, call: Call, *tensors: Tensor) -> Tensor:
         """Advance by one step, and let its outputs leave.
 
@@ -231,6 +276,8 @@ class Solve(StagedModule):
         except IntegrationError as error:
             error.step = index
             raise
+        if isinstance(self.integrator, UserStep) and z.requires_grad and not call.collects:
+            after = _Reaching.apply(after, z)
         return self._emit(index, call, times, z, after)
 
     def step_part(self, index: int, part: int, state: Any, call: Call, *tensors: Tensor) -> Any:
