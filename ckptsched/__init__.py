@@ -19,7 +19,9 @@ from .errors import InfeasibleBudgetError as InfeasibleBudgetError
 from .errors import InvalidScheduleError as InvalidScheduleError
 from .errors import PlanMismatchError as PlanMismatchError
 from .errors import ProfileError as ProfileError
+from .errors import SolverRefusalError as SolverRefusalError
 from .errors import SolverTimeoutError as SolverTimeoutError
+from .errors import SolverWarning as SolverWarning
 from .errors import StorageError as StorageError
 from .errors import WorkloadError as WorkloadError
 from .executor import Checkpointed as Checkpointed

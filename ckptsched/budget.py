@@ -168,8 +168,28 @@ def parse_budget(budget: int | float | str | Budget) -> Budget:
     if isinstance(budget, float) and not math.isfinite(budget):
         raise BudgetSyntaxError(f"a budget of {budget} bytes is not a finite number; {_REMEDY}")
     if math.floor(budget) <= 0:
-        raise BudgetSyntaxError(f"a budget of {budget} bytes is not positive; {_REMEDY}")
+        hint = f"; if {percent(budget)} was meant, give {percent(budget)!r}" if budget > 0 else ""
+        fault = "is less than one byte" if budget > 0 else "is not positive"
+        raise BudgetSyntaxError(f"a budget of {budget} bytes {fault}{hint}; {_REMEDY}")
     return Budget(bytes=math.floor(budget))
+
+
+def percent(share: float) -> str:
+    """A share as text that `parse_budget` reads, such as "50%" for 0.5."""
+    return f"{100 * share:.6g}%"
+
+
+def meant_as_percentage(asked: int | float | str | Budget, size: int) -> str:
+    """A question for people who may have forgotten a sign; empty where that is not likely.
+
+    Args:
+        asked: The budget as they gave it.
+        size: What it is in bytes.
+    """
+    if isinstance(asked, Budget) or size > 100 or (isinstance(asked, str) and "%" in asked):
+        return ""
+    meant = percent(asked) if isinstance(asked, float) and asked <= 1 else f"{size}%"
+    return f"{size} bytes were asked for: if {meant} was meant, give {meant!r}"
 
 
 def _parse_text(text: str) -> Budget:
@@ -191,6 +211,12 @@ def _parse_text(text: str) -> Budget:
             f"the budget {text!r} has the unknown unit {unit!r} (known: {known}); {_REMEDY}"
         )
     size = math.floor(value * _UNITS[unit.lower()])
+    if size <= 0 < value and not unit:
+        meant = percent(float(value))
+        raise BudgetSyntaxError(
+            f"the budget {text!r} is less than one byte; if {meant} was meant, give {meant!r}; "
+            + _REMEDY
+        )
     if size <= 0:
         raise BudgetSyntaxError(f"the budget {text!r} is not positive; {_REMEDY}")
     return Budget(bytes=size)

@@ -20,6 +20,7 @@ from .cli_inputs import (
 )
 from .errors import CkptschedError
 from .explain import explain_plan
+from .files import printable
 from .graph import Graph
 from .inverse import largest_batch, largest_steps, least_budget
 from .planner import PlanOptions
@@ -53,7 +54,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except CkptschedError as error:
-            raise _Failure(" ".join(str(error).split())) from error
+            raise _Failure(printable(" ".join(str(error).split()))) from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # a reader such as `head` has enough: end quietly
                 raise
@@ -285,7 +286,7 @@ def verify_command(
     if budget is not None:
         plan = make_plan(profile_target(model, target), budget=budget)
     else:
-        plan = Plan.load(plan_file or "")
+        plan = Plan.load(plan_file or "", certify=False)
     result = run_verify(target.model, plan, target.sample, rounds=rounds)
     click.echo(str(result))
     if not result.ok:

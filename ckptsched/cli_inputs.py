@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import Any
 import click
 
 from .errors import PlanMismatchError, WorkloadError
+from .files import read_json
 from .graph import Graph
 from .planner import TIME_LIMIT, Certify, PlanOptions
 from .plans import FORMAT, Plan, Workload
 from .profiler import profile as make_profile
 from .targets import Inputs, Target, load_target
-from .workload import Chain
+from .workload import WRITES_ONE, Chain
 
 
 def _argument(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> Any:
@@ -118,23 +118,12 @@ def profile_target(name: str, target: Target, *, fake: bool = False) -> Chain:
 
 def read_file(path: str) -> Workload | Plan:
     """What a file holds: a chain, a graph or a plan."""
-    try:
-        data = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise WorkloadError(
-            f"{path!r} cannot be read: {error.strerror}; `ckptsched profile MODEL -o FILE` "
-            "writes a chain, `ckptsched plan` a plan"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise WorkloadError(f"{path!r} is damaged: it is not JSON ({error})") from error
+    data, source = read_json(path, WorkloadError, WRITES_ONE), repr(path)
     if isinstance(data, dict) and data.get("format") == FORMAT:
-        return Plan.from_json(data, repr(path))
+        return Plan.from_saved(data, source)
     if not isinstance(data, dict) or not {"u_f", "nodes"} & set(data):
-        raise WorkloadError(f"{path!r} holds neither a chain, nor a graph, nor a plan")
-    try:
-        return Graph.from_json(data) if "nodes" in data else Chain.from_json(data)
-    except WorkloadError as error:
-        raise WorkloadError(f"{path!r}: {error}") from error
+        raise WorkloadError(f"{source} holds neither a chain, nor a graph, nor a plan")
+    return (Graph if "nodes" in data else Chain).from_saved(data, source)
 
 
 def runnable_target(target: str, inputs: Inputs, purpose: str) -> Target:

@@ -83,6 +83,10 @@ class WorkloadError(CkptschedError, ValueError):
     """A chain, or an ODE block to make one of, that is empty, damaged or has impossible values."""
 
 
+class SolverRefusalError(WorkloadError):
+    """A chain or graph that a solver does not take: too long for it, or of another kind."""
+
+
 class ProfileError(CkptschedError, RuntimeError):
     """A model that cannot be measured or cut into stages."""
 
@@ -116,3 +120,7 @@ class StorageError(CkptschedError, RuntimeError):
 
 class BudgetWarning(UserWarning):
     """A call that gives the right result, and does not keep the budget of its plan."""
+
+
+class SolverWarning(UserWarning):
+    """A solver failed by a fault of its own; the plan is right, and may be dearer than need be."""

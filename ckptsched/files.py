@@ -1,26 +1,49 @@
-"""Files that appear whole or not at all, and JSON that people can read."""
+"""Files that appear whole or not at all, sealed by a checksum, and JSON that people can read."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
+import secrets
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from .errors import CkptschedError
+
+_DEEPEST = 64  # of lists and objects inside each other; ours are 6 deep
+# Characters that do something to a terminal: controls, line separators, changes of direction, and
+# halves of characters, which cannot be written.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file so that readers see the old content or the new, never a part.
 
+    Of several threads and processes that write it at once, one is the last. The draft beside it
+    has a name that nobody can guess, and is never an existing file or link.
+
     Args:
-        path: The file; its folder must exist.
+        path: The file; its folder must exist. A link is replaced, not followed.
         text: Its content.
+
+    Raises:
+        OSError: It cannot be written, or is there and no file (a pipe, a device, a folder).
     """
     target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}.draft")
     try:
-        with draft.open("w", encoding="utf-8") as file:
+        mode = _mode_of(target)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        with os.fdopen(os.open(draft, flags, 0o666), "w", encoding="utf-8") as file:
+            if mode is not None and hasattr(os, "fchmod"):
+                with contextlib.suppress(OSError):  # of file systems that have no modes
+                    os.fchmod(file.fileno(), mode)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -30,6 +53,92 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
         raise
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _mode_of(target: Path) -> int | None:
+    """The permissions of a file that is to be replaced; None where there is none."""
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISLNK(mode):
+        return None
+    if not stat.S_ISREG(mode):
+        raise FileExistsError(errno.EEXIST, "it is there and no regular file", str(target))
+    return stat.S_IMODE(mode)
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """Read a file of our own: no link, no pipe that might never end, not another user's.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: There is none, or something else is in its place.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        status = os.fstat(file.fileno())
+        ours = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+        if not stat.S_ISREG(status.st_mode) or not ours:
+            raise PermissionError(errno.EPERM, "it is no regular file of this user", str(path))
+        return file.read()
+
+
+def read_json(path: str | os.PathLike[str], error: type[CkptschedError], advice: str) -> Any:
+    """Read a JSON file that people name.
+
+    Args:
+        path: The file.
+        error: What to raise.
+        advice: What to do where the file cannot be read, for the message.
+
+    Raises:
+        CkptschedError: Of that type: no such file, not JSON, numbers that JSON has not, or nested
+            absurdly.
+    """
+    try:
+        return parse_json(Path(path).read_bytes())
+    except OSError as reason:
+        raise error(f"{str(path)!r} cannot be read: {reason.strerror or reason}; {advice}") from (
+            reason
+        )
+    except ValueError as reason:
+        raise error(f"{str(path)!r} is damaged: it is not JSON ({reason}); {advice}") from reason
+
+
+def parse_json(text: bytes | str) -> Any:
+    """The data of a JSON text, fit to be shown to people.
+
+    Raises:
+        ValueError: It is none, holds NaN, Infinity or control characters, or is nested absurdly.
+    """
+    try:
+        data = json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    ahead: list[tuple[Any, int]] = [(data, 0)]
+    while ahead:
+        value, depth = ahead.pop()
+        if isinstance(value, str):
+            if found := _CONTROL.search(value):
+                raise ValueError(f"a text in it has the control character {found[0]!r}")
+        elif isinstance(value, (dict, list)):
+            if depth > _DEEPEST:
+                raise ValueError(f"it is nested more than {_DEEPEST} deep")
+            inside = (*value, *value.values()) if isinstance(value, dict) else value
+            ahead += [(x, depth + 1) for x in inside if not isinstance(x, (int, float))]
+    return data
+
+
+def printable(text: str) -> str:
+    """A text with control characters as escapes: an escape character as "x1b" after a backslash."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number")
 
 
 def render_json(data: Any, depth: int = 0) -> str:
@@ -49,3 +158,14 @@ def checksum(content: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in content.items() if key != "checksum"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with its checksum."""
+    return {**content, "checksum": checksum(content)}
+
+
+def fault_of_seal(content: Mapping[str, Any]) -> str:
+    """What is wrong with the checksum of some content, in words; empty where it is right."""
+    says, has = content.get("checksum"), checksum(content)
+    return "" if says == has else f"it says checksum {says!r}, its content has {has!r}"

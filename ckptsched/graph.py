@@ -14,16 +14,16 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, final
 from urllib.parse import quote, unquote
 
 import networkx as nx
 
 from .errors import InvalidScheduleError, WorkloadError
+from .files import fault_of_seal, read_json, sealed, write_atomically
 from .schedule import Operation, Schedule, format_operation, parse_operation
 from .stages import Block, Stage, check_size, check_stage, check_time
-from .workload import Chain, ChainArrays
+from .workload import WRITES_ONE, Chain, ChainArrays
 
 INPUT = "input"
 """What the input is called where nothing else is said."""
@@ -333,23 +333,38 @@ class Graph:
             ) from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the graph to a JSON file."""
-        Path(path).write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
+        """Write the graph to a JSON file, with a checksum; it appears whole or not at all."""
+        write_atomically(path, json.dumps(sealed(self.to_json())) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Graph:
         """Read a graph from a JSON file.
 
         Raises:
-            WorkloadError: The file is missing, is not JSON or holds no graph.
+            WorkloadError: The file is missing, is not JSON, holds no graph, or was changed after
+                it was saved.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise WorkloadError(f"no graph can be read from {str(path)!r}: {error}") from error
+        return cls.from_saved(read_json(path, WorkloadError, WRITES_ONE), repr(str(path)))
+
+    @classmethod
+    def from_saved(cls, data: Any, source: str) -> Graph:
+        """Read a graph from the data of a file, and check that it was not changed.
+
+        Args:
+            data: The data; without a checksum they are somebody's own figures.
+            source: Where they are from, for messages.
+
+        Raises:
+            WorkloadError: They are no graph, or were changed after they were saved.
+        """
         if not isinstance(data, dict):
-            raise WorkloadError(f"{str(path)!r} holds {type(data).__name__}, not a graph")
-        return cls.from_json(data)
+            raise WorkloadError(f"{source} holds {type(data).__name__}, not a graph")
+        if "checksum" in data and (fault := fault_of_seal(data)):
+            raise WorkloadError(f"{source} was changed after it was saved: {fault}; restore it")
+        try:
+            return cls.from_json(data)
+        except WorkloadError as error:
+            raise WorkloadError(f"{source}: {error}") from error
 
 
 def _quoted(name: str) -> str:

@@ -24,7 +24,8 @@ from typing import final
 
 import torch
 
-from ckptsched.errors import ProfileError
+from .cache_folder import cache_folder, private_folder
+from .errors import ProfileError
 
 _SOURCE = Path(__file__).with_name("memory_allocator.cpp")
 _COMPILER_SECONDS = 120
@@ -127,22 +128,11 @@ def _load() -> ctypes.CDLL:
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
-    """The user's cache folder, or one for this once where others could write into that."""
-    if sys.platform == "darwin":
-        caches = Path.home() / "Library" / "Caches"
-    elif sys.platform == "linux":
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    else:
+    """The user's cache folder, or one for this once where there is none or others could write."""
+    if sys.platform not in ("linux", "darwin"):
         raise ProfileError(f"it is built on Linux and macOS, and this is {sys.platform}")
-    folder = caches / "ckptsched"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        ours = status.st_uid == os.getuid() and not status.st_mode & 0o022
-        usable = ours and os.access(folder, os.W_OK)
-    except OSError:
-        usable = False
-    if usable:
+    folder = cache_folder()
+    if folder is not None and private_folder(folder):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="ckptsched-") as once:

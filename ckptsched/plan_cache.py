@@ -20,18 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-import platformdirs
-
+from .cache_folder import cache_folder, private_folder
 from .errors import PlanMismatchError
-from .files import write_atomically
+from .files import parse_json, read_regular, write_atomically
 from .plans import Plan, Workload
 
-VARIABLE = "CKPTSCHED_CACHE"
-"""The environment variable that moves the cache, or turns it off: a path, or "off"."""
 FORMAT = "ckptsched cached plan"
 MOST_BYTES = 256 * 2**20
 _ENTRY = re.compile(r"[0-9a-f]{64}\.json")
-_DRAFT = re.compile(r"\.[0-9a-f]{64}\.json\.\d+\.draft")
+_DRAFT = re.compile(r"\.[0-9a-f]{64}\.json\.[0-9a-f]+\.draft")
 _FORGOTTEN_SECONDS = 3600.0  # a draft this old belongs to a process that was killed
 
 
@@ -54,12 +51,12 @@ class PlanCache:
         """
         path = self._path(request)
         try:
-            text = path.read_bytes()
+            text = read_regular(path)
         except OSError:
             return None
         try:
-            plan = _read(json.loads(text), request, chain)
-        except (PlanMismatchError, ValueError, RecursionError):
+            plan = _read(parse_json(text), request, chain)
+        except (PlanMismatchError, ValueError):
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
@@ -82,8 +79,9 @@ class PlanCache:
         text = json.dumps(entry, allow_nan=False) + "\n"
         if len(text) > self.most_bytes:
             return
+        if not private_folder(self.folder):
+            return
         with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path(request), text)
             self._trim()
 
@@ -96,7 +94,7 @@ class PlanCache:
         entries = []
         for path in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another process trims as well
-                status = path.stat()
+                status = path.lstat()
                 if _ENTRY.fullmatch(path.name):
                     entries.append((status.st_mtime_ns, status.st_size, path))
                 age = time.time() - status.st_mtime
@@ -116,11 +114,8 @@ def open_cache() -> PlanCache | None:
     Returns:
         None where the variable is "off".
     """
-    place = os.environ.get(VARIABLE, "")
-    if place.strip().lower() == "off":
-        return None
-    folder = Path(place) if place else Path(platformdirs.user_cache_dir("ckptsched"))
-    return PlanCache(folder / "plans")
+    folder = cache_folder()
+    return None if folder is None else PlanCache(folder / "plans")
 
 
 @functools.cache

@@ -9,16 +9,23 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, cast, final
 
 from .bar import bar_of_solvers
-from .budget import Budget, parse_budget
+from .budget import Budget, format_bytes, meant_as_percentage, parse_budget, percent
 from .certify import close
-from .errors import CkptschedError, InfeasibleBudgetError, WorkloadError
+from .errors import (
+    BudgetSyntaxError,
+    CkptschedError,
+    InfeasibleBudgetError,
+    PlanMismatchError,
+    SolverTimeoutError,
+    WorkloadError,
+)
 from .graph import Graph
 from .plan_cache import PlanCache, open_cache, program_digest
-from .plans import Plan, Workload
-from .portfolio import AUTO, NO_LIMIT, Answer, Portfolio, rules_for
+from .plans import Plan, Workload, excess
+from .portfolio import ALL_SCHEDULES, AUTO, NO_LIMIT, Answer, Portfolio, rules_for
 from .profiler import profile
 from .simulator import simulate
-from .solvers import Baseline
+from .solvers import Baseline, get_solver
 from .workload import Chain
 
 # A plan is kept on disk if it took longer than reading it back will: that simulates its
@@ -136,8 +143,7 @@ def plan_each(
         A plan, or why there is none, for each budget. A larger budget never takes longer.
     """
     wanted = [parse_budget(budget) for budget in budgets]
-    # The rule takes graphs as well.
-    store_all = Baseline("store_all").solve(cast(Chain, chain), NO_LIMIT).trace.peak_bytes
+    store_all = _store_all_bytes(chain)
     task = _Task(
         chain=chain,
         sizes=tuple(budget.resolve(store_all) for budget in wanted),
@@ -151,7 +157,73 @@ def plan_each(
     if results is None:
         with bar_of_solvers(progress):
             results = _solve(task, shelf)
-    return [_asked(x, _as_asked(budget)) for x, budget in zip(results, budgets, strict=True)]
+    return [_asked(task, x, budget) for x, budget in zip(results, budgets, strict=True)]
+
+
+def certified_again(plan: Plan, *, search: bool) -> Plan:
+    """A plan with a certificate that is worked out here, whatever it says of itself.
+
+    Args:
+        plan: The plan; its schedule is checked already.
+        search: Whether to plan again for the lower bound and the least budget; without, they are
+            the seconds of storing everything, and the peak.
+
+    Raises:
+        PlanMismatchError: It names a solver that there is not.
+    """
+    chain = plan.chain
+    try:
+        get_solver(plan.solver)
+    except WorkloadError as error:
+        raise PlanMismatchError(f"the plan cannot be true: {error}") from None
+    store_all = _store_all_bytes(chain)
+    plan = replace(
+        plan,
+        budget_text=f"{plan.budget_bytes} bytes"
+        if _contradicts(plan.budget_text, plan.budget_bytes, store_all)
+        else plan.budget_text,
+        store_all_bytes=store_all,
+        least_budget_bytes=plan.peak_bytes,
+        schedule_class=ALL_SCHEDULES,
+        lower_bound_seconds=chain.store_all_seconds,
+        rounding_unit_bytes=1,
+    )
+    if not search:
+        return plan
+    for solver in (AUTO, plan.solver):
+        try:
+            [found] = plan_each(chain, [plan.budget_bytes], solver=solver)
+        except (WorkloadError, SolverTimeoutError):
+            continue  # too much for it: nothing is claimed
+        if isinstance(found, Plan):
+            plan = _with_proof(plan, found)
+    return plan
+
+
+def _with_proof(plan: Plan, found: Plan) -> Plan:
+    """A plan with the stronger bound and the lesser least budget of it and another one."""
+    plan = replace(
+        plan,
+        least_budget_bytes=min(plan.least_budget_bytes, found.least_budget_bytes),
+        rounding_unit_bytes=found.rounding_unit_bytes,
+    )
+    bound = found.lower_bound_seconds
+    if excess(bound, plan.lower_bound_seconds) == 0 or excess(bound, plan.seconds) > 0:
+        return plan
+    return replace(plan, schedule_class=found.schedule_class, lower_bound_seconds=bound)
+
+
+def _contradicts(text: str, budget_bytes: int, store_all_bytes: int) -> bool:
+    """Whether a text names another budget; words that name none say why it was chosen."""
+    try:
+        return parse_budget(text).resolve(store_all_bytes) != budget_bytes
+    except BudgetSyntaxError:
+        return False
+
+
+def _store_all_bytes(chain: Workload) -> int:
+    # The rule takes graphs as well.
+    return Baseline("store_all").solve(cast(Chain, chain), NO_LIMIT).trace.peak_bytes
 
 
 def chain_of(workload: Any, sample: tuple[Any, ...]) -> Workload:
@@ -200,17 +272,44 @@ def _as_asked(budget: int | float | str | Budget) -> str:
 _Result: TypeAlias = Plan | InfeasibleBudgetError
 
 
-def _asked(result: _Result, text: str) -> _Result:
-    """The result with the budget as it was asked for."""
+def _asked(task: _Task, result: _Result, budget: int | float | str | Budget) -> _Result:
+    """The result with the budget as it was asked for, and what helps where nothing fits."""
+    text = _as_asked(budget)
     if isinstance(result, Plan):
         return replace(result, budget_text=text)
-    if not text.endswith("%"):
+    question = meant_as_percentage(budget, result.budget_bytes)
+    if text.endswith("%"):
+        message = f"{text} of storing everything is too little: {result}; {_parts(task, result)}"
+    elif question:
+        message = f"{result}; {question}"
+    else:
         return result
     return InfeasibleBudgetError(
-        f"{text} of storing everything is too little: {result}",
+        message,
         budget_bytes=result.budget_bytes,
         least_budget_bytes=result.least_budget_bytes,
         stage=result.stage,
+    )
+
+
+def _parts(task: _Task, error: InfeasibleBudgetError) -> str:
+    """What any schedule of a chain or graph has to hold, for people who gave a percentage."""
+    chain, whole = task.chain, task.store_all_bytes
+    gradients = sum(stage.parameter_gradient_bytes for stage in chain.stages)
+    # What a stage holds while it is differentiated: its tape, both gradients, and its own extra.
+    needs = [
+        x.tape_bytes + x.gradient_bytes + x.backward_overhead_bytes + x.parameter_gradient_bytes
+        for x in chain.stages
+    ]
+    largest = max(range(len(needs)), key=needs.__getitem__)
+    loss = chain.held_bytes + chain.loss_overhead_bytes
+    least = error.least_budget_bytes
+    least_share = percent(math.ceil(1000 * least / whole) / 1000) if least else ""
+    return (
+        f"of the {format_bytes(whole)} of storing everything, gradients of parameters take "
+        f"{format_bytes(gradients)}, the largest stage ({chain.stage_name(largest + 1)!r}) "
+        f"{format_bytes(needs[largest])} while it is differentiated, and the loss with the output "
+        f"{format_bytes(loss)}{least_share and f'; the least budget is {least_share}'}"
     )
 
 

@@ -6,17 +6,15 @@ can run the schedule on paper again instead of trusting the figures beside it.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 from .budget import exact_bytes, format_bytes, format_seconds
 from .errors import CkptschedError, InvalidScheduleError, PlanMismatchError, WorkloadError
-from .files import checksum, render_json, write_atomically
+from .files import fault_of_seal, read_json, render_json, sealed, write_atomically
 from .graph import Graph
 from .schedule import Backward, Forward, Schedule, Turn, schedule_from_json, schedule_to_json
 from .simulator import simulate
@@ -157,8 +155,7 @@ class Plan:
         }
         if with_chain:
             content[kind_of(self.chain)] = self.chain.to_json()
-        content["checksum"] = checksum(content)
-        return content
+        return sealed(content)
 
     @classmethod
     def from_json(
@@ -182,30 +179,34 @@ class Plan:
         write_atomically(path, render_json(self.to_json()) + "\n")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan from a JSON file.
+    def load(cls, path: str | os.PathLike[str], *, certify: bool = True) -> Plan:
+        """Read a plan from a JSON file, and work its certificate out again.
 
         Args:
             path: A file that `save` wrote.
+            certify: Whether to plan again for the lower bound and the least budget, which takes
+                about as long as planning did; of the file only the schedule is believed. Without,
+                they are what is known at once: the seconds of storing everything, and the peak.
 
         Raises:
             PlanMismatchError: See `from_json`; also where there is no such file.
         """
-        source = repr(str(path))
-        try:
-            text = Path(path).read_bytes()
-        except OSError as error:
-            raise PlanMismatchError(
-                f"no plan can be read from {source}: {error.strerror or error}; "
-                "plan.save(path) writes one"
-            ) from error
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PlanMismatchError(
-                f"{source} is damaged: it is not JSON ({error}); restore the file, or {_AGAIN}"
-            ) from error
-        return cls.from_json(data, source)
+        advice = f"restore the file, or {_AGAIN}; plan.save(path) writes one"
+        data = read_json(path, PlanMismatchError, advice)
+        return cls.from_saved(data, repr(str(path)), certify=certify)
+
+    @classmethod
+    def from_saved(cls, data: Any, source: str, *, certify: bool = True) -> Plan:
+        """The same of the data of a file.
+
+        Args:
+            data: The data.
+            source: Where they are from, for messages.
+            certify: As in `load`.
+        """
+        from .planner import certified_again  # it stands above: it plans
+
+        return certified_again(cls.from_json(data, source), search=certify)
 
 
 def _check_seal(data: Any, source: str) -> None:
@@ -219,12 +220,8 @@ def _check_seal(data: Any, source: str) -> None:
             f"{source} has version {data.get('version')!r}, this ckptsched reads {VERSION}: "
             + _AGAIN
         )
-    found = checksum(data)
-    if data.get("checksum") != found:
-        raise PlanMismatchError(
-            f"{source} is damaged: it says checksum {data.get('checksum')!r}, its content has "
-            f"{found!r}; restore the file, or {_AGAIN}"
-        )
+    if fault := fault_of_seal(data):
+        raise PlanMismatchError(f"{source} is damaged: {fault}; restore the file, or {_AGAIN}")
 
 
 def kind_of(workload: Workload) -> str:

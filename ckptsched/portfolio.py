@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, cast, final
 
-from .errors import InfeasibleBudgetError, SolverTimeoutError, WorkloadError
+from .errors import (
+    InfeasibleBudgetError,
+    SolverRefusalError,
+    SolverTimeoutError,
+    SolverWarning,
+    WorkloadError,
+)
 from .graph import Graph
 from .plans import Workload, excess
 from .solvers import GraphIlp, baselines_for, get_solver
@@ -194,7 +201,7 @@ def _solve_each(
     if isinstance(method, GraphIlp):
         method = GraphIlp(time_limit_seconds=time_limit)
     if isinstance(workload, Graph) and solver not in (*_GRAPH_SOLVERS, *_GRAPH_RULES):
-        raise WorkloadError(
+        raise SolverRefusalError(
             f"{solver} takes chains, and this graph of {len(workload)} nodes is none; give one of "
             f'{", ".join((*_GRAPH_SOLVERS, *_GRAPH_RULES))}, or "{AUTO}"'
         )
@@ -209,9 +216,16 @@ def _try_all(workload: Workload, sizes: Sequence[int], time_limit: float) -> lis
             continue  # graph_ilp starts from the one, and chain_dp is better than the other
         try:
             solved.append(_solve_each(workload, sizes, name, time_limit))
-        except (WorkloadError, SolverTimeoutError):
-            # A solver refuses what is too long for it; the next, or the rules of thumb, take it.
-            continue
+        except (SolverRefusalError, SolverTimeoutError):
+            continue  # the next, or the rules of thumb, take what is too long for it
+        except Exception as error:
+            warnings.warn(
+                f"the solver {name} failed by a fault of its own ({type(error).__name__}: "
+                f"{error}), so the plan is the best of what others found and may be dearer than "
+                "need be; please report it",
+                SolverWarning,
+                stacklevel=2,
+            )
     return solved
 
 

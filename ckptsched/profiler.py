@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .advice import about_value
 from .aliases import Slots, make_alias
 from .assembly import assemble
 from .bar import progress_bar
@@ -145,13 +146,19 @@ def _apart(sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[State, S
     try:
         inputs = State.of(sample[0])
     except CkptschedError as error:
-        raise ProfileError(f"the sample is {error}") from error
+        raise ProfileError(f"the sample is {_named(sample[0]) or error}") from error
     if not inputs.leaves:
+        advice = about_value(sample[0])
         raise ProfileError(
             "the sample must be a tensor, or a tuple, list, dict or dataclass with some; found a "
-            f"{type(sample[0]).__name__} without tensors"
+            f"{type(sample[0]).__name__} without tensors{advice and f'; {advice}'}"
         )
     return inputs, Extras(sample[1:], kwargs).apart()
+
+
+def _named(value: Any) -> str:
+    advice = about_value(value)
+    return advice and f"a {type(value).__name__} without tensors; {advice}"
 
 
 @contextmanager

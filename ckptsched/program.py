@@ -344,8 +344,10 @@ class Program:
         mode = describe_modes(self.inventory.training())
         if mode != signature.training:
             raise PlanMismatchError(
-                f"the plan is for mode {signature.training!r}, found {mode!r}; call train() or "
-                "eval() as when it was profiled, or plan again (under torch.no_grad any mode runs)"
+                f"the plan is for mode {signature.training!r}, found {mode!r}; call "
+                f"{'model.eval()' if signature.training == 'eval' else 'model.train()'} as when it "
+                "was profiled, or profile and plan in the mode to train in (under torch.no_grad "
+                "any mode runs)"
             )
         autocast = str(Autocast.take(first.device))
         if autocast != signature.autocast:

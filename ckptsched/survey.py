@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .advice import about_state
 from .aliases import Place, Slots
 from .context import Autocast, RandomState
 from .errors import CkptschedError, ProfileError
@@ -282,10 +283,10 @@ def _failures_named(what: str, x: State) -> Iterator[None]:
     except CkptschedError as error:
         raise ProfileError(str(error)) from error
     except Exception as error:
-        advice = f"; {WITHOUT_DATA}" if x.leaves[0].is_meta else ""
+        advice = WITHOUT_DATA if x.leaves[0].is_meta else about_state(x, error)
         raise ProfileError(
             f"{what} failed on an input of {x.describe(_shape)}: "
-            f"{type(error).__name__}: {error}{advice}"
+            f"{type(error).__name__}: {error}{advice and f'; {advice}'}"
         ) from error
 
 

@@ -301,6 +301,13 @@ def go_back(
     """
     if not any(carries):
         dtypes = ", ".join(str(leaf.dtype) for leaf in output.leaves)
+        if any(leaf.is_floating_point() or leaf.is_complex() for leaf in output.leaves):
+            raise ProfileError(
+                "there is nothing to train: no parameter that the output depends on requires a "
+                "gradient, and the sample does not either; unfreeze what is to be trained "
+                "(requires_grad_()) before the model is profiled, or give a sample that requires "
+                "a gradient"
+            )
         raise ProfileError(
             f"the model's output has dtype {dtypes}; a loss needs a floating point one that "
             "depends on what is trained"

@@ -9,13 +9,13 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import WorkloadError
+from .files import fault_of_seal, printable, read_json, sealed, write_atomically
 from .stages import (
     Block,
     Signature,
@@ -30,6 +30,8 @@ from .stages import (
 
 _SIZE_UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+WRITES_ONE = "`ckptsched profile MODEL -o FILE` writes a chain, `ckptsched plan` a plan"
+"""What to do where a file cannot be read."""
 _CHAIN_SIZES = (
     "input_bytes",
     "input_gradient_bytes",
@@ -193,8 +195,8 @@ class Chain:
         stage = self.stages[i - 1]
         block = next((b for b in self.blocks if b.first <= i <= b.last), None)
         if block is None:
-            return stage.name or f"stage {i}"
-        label = ".".join(part for part in (block.name, stage.name) if part)
+            return printable(stage.name) or f"stage {i}"
+        label = printable(".".join(part for part in (block.name, stage.name) if part))
         same = block.last > block.first and all(
             self.stages[j - 1].name == stage.name for j in range(block.first, block.last + 1)
         )
@@ -225,23 +227,43 @@ class Chain:
         return chain_from_json(data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the chain to a JSON file."""
-        Path(path).write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
+        """Write the chain to a JSON file, with a checksum; it appears whole or not at all."""
+        write_atomically(path, json.dumps(sealed(self.to_json())) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Chain:
-        """Read a chain from a JSON file.
+        """Read a chain from a JSON file: one that `save` wrote, or one written by hand.
 
         Raises:
-            WorkloadError: The file is missing, is not JSON or holds no chain.
+            WorkloadError: The file is missing, is not JSON, holds no chain, or was changed after
+                it was saved.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise WorkloadError(f"no chain can be read from {str(path)!r}: {error}") from error
+        return cls.from_saved(read_json(path, WorkloadError, WRITES_ONE), repr(str(path)))
+
+    @classmethod
+    def from_saved(cls, data: Any, source: str) -> Chain:
+        """Read a chain from the data of a file, and check that it was not changed.
+
+        Args:
+            data: The data. Without a checksum they are figures of somebody's own, which no model
+                may be run by.
+            source: Where they are from, for messages.
+
+        Raises:
+            WorkloadError: They are no chain, or were changed after they were saved.
+        """
         if not isinstance(data, dict):
-            raise WorkloadError(f"{str(path)!r} holds {type(data).__name__}, not a chain")
-        return cls.from_json(data)
+            raise WorkloadError(f"{source} holds {type(data).__name__}, not a chain")
+        measured = data.get("signature") is not None
+        if (measured or "checksum" in data) and (fault := fault_of_seal(data)):
+            raise WorkloadError(
+                f"{source} was changed after it was saved: {fault}; restore the file or profile "
+                "again. Figures of your own are read without checksum and signature"
+            )
+        try:
+            return cls.from_json(data)
+        except WorkloadError as error:
+            raise WorkloadError(f"{source}: {error}") from error
 
 
 # Column key, attribute of Stage, whether it holds seconds.
@@ -335,7 +357,7 @@ def chain_from_json(data: Mapping[str, Any]) -> Chain:
         )
     except WorkloadError:
         raise
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise WorkloadError(
             f"this is not a chain ({type(error).__name__}: {error}); it needs the columns "
             + ", ".join(key for key, _, _ in _COLUMNS[:4])

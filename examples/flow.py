@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from examples.within_budget import Outcome, against_plain, measured_step
+from examples.within_budget import Outcome, against_plain, bytes_of, measured_step
 
 State = tuple[Tensor, Tensor]
 
@@ -95,7 +95,13 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
     size = SMALL if args.small else FULL
     torch.manual_seed(0)
     flow = Flow(size.width).double()
-    outcome = Outcome(budget_bytes=cs.parse_budget(args.budget or size.budget).resolve(0))
+    sample = two_moons(size.points, seed=0)
+
+    def first_loss(budget: int | str | None) -> Tensor:
+        return bits(flow, sample, budget)
+
+    budget_bytes = bytes_of(args.budget or size.budget, first_loss, flow.parameters())
+    outcome = Outcome(budget_bytes=budget_bytes)
     optimizer = torch.optim.Adam(flow.parameters(), lr=0.02)
     for iteration in range(size.iterations):
         points = two_moons(size.points, seed=iteration)
@@ -106,8 +112,7 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
             show=iteration % 10 == 0,
         )
         optimizer.step()
-    points = two_moons(size.points, seed=0)
-    against_plain(outcome, lambda budget: bits(flow, points, budget), flow.parameters())
+    against_plain(outcome, first_loss, flow.parameters())
     outcome.show()
     return outcome
 

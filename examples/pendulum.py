@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from examples.within_budget import Outcome, against_plain, measured_step
+from examples.within_budget import Outcome, against_plain, bytes_of, measured_step
 
 TRUTH = (9.81, 0.10, 0.05)
 GUESS = (9.30, 0.00, 0.00)
@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
         y = cs.odeint(model, y0, t, method="rk4", options=options, budget=budget)
         return (y - seen).square().mean()
 
-    parsed = cs.parse_budget(args.budget or size.budget)
-    outcome = Outcome(budget_bytes=parsed.resolve(0))
+    budget_bytes = bytes_of(args.budget or size.budget, loss, model.parameters())
+    outcome = Outcome(budget_bytes=budget_bytes)
     print(f"{size.pendulums} pendulums, {size.steps} steps of RK4 over {END:g} s; planning")
     loss(outcome.budget_bytes)  # measured and planned here, and kept with the model
     against_plain(outcome, loss, model.parameters())

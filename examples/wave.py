@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ckptsched as cs
-from examples.within_budget import Outcome, against_plain, measured_step
+from examples.within_budget import Outcome, against_plain, bytes_of, measured_step
 
 State = tuple[Tensor, Tensor]
 
@@ -112,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
     def loss(budget: int | str | None) -> Tensor:
         return (heard(plate, budget) - seen).square().mean() / seen.square().mean()
 
-    outcome = Outcome(budget_bytes=cs.parse_budget(args.budget or size.budget).resolve(0))
+    budget_bytes = bytes_of(args.budget or size.budget, loss, plate.parameters())
+    outcome = Outcome(budget_bytes=budget_bytes)
     print(
         f"{size.points} x {size.points} points, {size.sources} bumps, {size.steps} leapfrog steps"
     )

@@ -60,6 +60,19 @@ def _bytes(size: int) -> str:
     return f"{size:,} bytes ({cs.format_bytes(size)})"
 
 
+def bytes_of(budget: str, loss: Loss, parameters: Iterable[Tensor]) -> int:
+    """A budget in bytes; a percentage is one of plain autograd's peak, which is measured.
+
+    Args:
+        budget: As people write it, such as "4MiB" or "40%".
+        loss: The loss.
+        parameters: Whose gradients a training step makes.
+    """
+    parsed = cs.parse_budget(budget)
+    plain = _gradient(loss, list(parameters), None)[1] if parsed.share is not None else 0
+    return parsed.resolve(plain)
+
+
 def measured_step(
     outcome: Outcome, loss: Loss, parameters: Iterable[Tensor], *, show: bool = True
 ) -> Tensor:

@@ -1,12 +1,18 @@
 """Settings for all tests: whatever the machine, its load and its habits, a verdict is the same."""
 
+import contextlib
 import random
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from ckptsched import memory_allocator
+from ckptsched.cache_folder import cache_folder
+from ckptsched.errors import CkptschedError
 
 # Tiny networks gain nothing from a second thread, and lose much where tests run side by side.
 torch.set_num_threads(1)
@@ -35,10 +41,25 @@ def plain_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
 
 
+@pytest.fixture(scope="session")
+def built_libraries() -> list[Path]:
+    """The counting allocator, built once for all tests where there is a compiler."""
+    with contextlib.suppress(CkptschedError, OSError, subprocess.SubprocessError):
+        memory_allocator._load()
+    folder = cache_folder()
+    return [] if folder is None else list(folder.glob("*.so"))
+
+
 @pytest.fixture(autouse=True)
-def cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache_of_its_own(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    built_libraries: list[Path],
+) -> Path:
     """Each test has an empty cache of plans, and whether it keeps one is no matter of speed."""
-    folder = tmp_path / "cache_of_plans"
+    folder = tmp_path_factory.mktemp("cache")
+    for library in built_libraries:
+        (folder / library.name).symlink_to(library)
     monkeypatch.setenv("CKPTSCHED_CACHE", str(folder))
     monkeypatch.setattr("ckptsched.planner._WORTH_SECONDS", 1e9)
     return folder

@@ -20,7 +20,9 @@ PACKAGE = "ckptsched"
 # docs/architecture.md too, where it says why.
 RANKS = {
     "compiled": 0,
+    "cache_folder": 0,
     "errors": 0,
+    "advice": 2,
     "aliases": 1,
     "budget": 1,
     "checksums": 1,
@@ -103,6 +105,7 @@ RANKS = {
     "solvers.run_lowering": 7,
     "solvers.run_groups": 7,
     "solvers.run_bound_kernel": 7,
+    "solvers.quiet_highs": 7,
     "solvers.run_bound": 7,
     "solvers.run_dp": 7,
     "solvers.pinned_sizes": 7,
@@ -159,7 +162,7 @@ FAMILIES = ("ode", "solvers")
 
 # The one way up: a method that is as much as the name of a function from higher up, which it
 # imports when it is called.
-LATE = {("plans", "explain")}
+LATE = {("plans", "explain"), ("plans", "planner")}
 
 # Solvers belong to the planner. What measures and runs models works with chains and plans,
 # whoever made them. An adaptive solve has no plan: where its states are kept is decided on the way.
@@ -167,6 +170,7 @@ SOLVER_USERS = {"certify", "planner", "portfolio", "ode.replay", "ode.bounded"}
 
 # Who may import what comes from outside the standard library.
 TORCH_SIDE = {
+    "advice",
     "aliases",
     "assembly",
     "checksums",
@@ -201,12 +205,12 @@ TORCH_SIDE = {
 }
 THIRD_PARTY = {
     "click": {"cli", "cli_inputs"},
-    "highspy": {"solvers.graph_milp", "solvers.run_bound"},
+    "highspy": {"solvers.graph_milp", "solvers.quiet_highs", "solvers.run_bound"},
     "matplotlib": {"plots"},
     "networkx": {"graph", "solvers.graph_orders", "tracing"},
     "numba": {"solvers", "simulator_kernel", "ledger_kernel", "compiled"},
     "numpy": None,  # any module
-    "platformdirs": {"plan_cache"},
+    "platformdirs": {"cache_folder"},
     "pulp": {"solvers.graph_model", "solvers.graph_milp"},
     "rich": {"bar", "report"},
     "torch": TORCH_SIDE,

@@ -194,7 +194,7 @@ def test_no_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, cache_of_its_ow
         ("largest", "chain.json", "--budget", "90MiB"),
     ):
         assert run(*command, "--no-cache").exit_code == 0
-        assert not cache_of_its_own.exists()
+        assert not (cache_of_its_own / "plans").exists()
     assert run("plan", "chain.json", "--budget", "50%").exit_code == 0
     assert len(list((cache_of_its_own / "plans").iterdir())) == 1
 

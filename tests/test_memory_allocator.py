@@ -6,11 +6,13 @@ import tempfile
 import threading
 from pathlib import Path
 
+import platformdirs
 import pytest
 import torch
 from torch import Tensor
 
 from ckptsched import memory_allocator
+from ckptsched.cache_folder import cache_folder
 from ckptsched.errors import ProfileError
 from ckptsched.memory import AllocatorMeter, Measurement, ProfilerMeter, default_meter
 
@@ -98,11 +100,12 @@ def test_the_allocator_works_while_a_profiler_runs() -> None:
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache folder, where this test's builds go."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("HOME", str(tmp_path))  # macOS
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
+    """An empty folder, where this test's builds go: its caches and temporary files are here."""
+    folder = tmp_path / "builds"
+    folder.mkdir()
+    monkeypatch.setenv("CKPTSCHED_CACHE", str(folder / "ckptsched"))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
 
 
 def libraries(folder: Path) -> list[Path]:
@@ -139,11 +142,23 @@ def test_a_damaged_library_is_built_anew(cache: Path, monkeypatch: pytest.Monkey
 @needs_compiler
 def test_a_cache_folder_that_others_can_write_to_is_not_used(cache: Path) -> None:
     (cache / "ckptsched").mkdir()
-    (cache / "Library" / "Caches" / "ckptsched").mkdir(parents=True)
-    for folder in (cache / "ckptsched", cache / "Library" / "Caches" / "ckptsched"):
-        folder.chmod(0o777)
+    (cache / "ckptsched").chmod(0o777)
     memory_allocator._load()
     assert libraries(cache) == []
+
+
+@needs_compiler
+def test_nothing_is_kept_where_the_cache_is_off(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CKPTSCHED_CACHE", "off")
+    memory_allocator._load()
+    assert list(cache.iterdir()) == []
+
+
+def test_it_lies_where_the_plans_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CKPTSCHED_CACHE")
+    assert cache_folder() == Path(platformdirs.user_cache_dir("ckptsched"))
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_the_cache_can_be_turned_off(
 ) -> None:
     monkeypatch.setenv("CKPTSCHED_CACHE", "off")
     plan(mixed_chain(), budget="50%")
-    assert not cache_of_its_own.exists()
+    assert not (cache_of_its_own / "plans").exists()
 
 
 def test_other_code_reads_no_plans_of_this(

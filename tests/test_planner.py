@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 
 from ckptsched.budget import Budget
-from ckptsched.errors import BudgetSyntaxError, CkptschedError, InfeasibleBudgetError, WorkloadError
+from ckptsched.errors import (
+    BudgetSyntaxError,
+    CkptschedError,
+    InfeasibleBudgetError,
+    SolverRefusalError,
+    SolverWarning,
+    WorkloadError,
+)
 from ckptsched.frontier import Tradeoff, tradeoff
 from ckptsched.planner import compare_baselines, plan, plan_each
 from ckptsched.plans import Plan
@@ -398,3 +405,27 @@ def test_a_larger_budget_takes_over_what_a_smaller_one_found(
     )
     plans = plan_each(chain, [100 * MIB, 60 * MIB], solver="odd")
     assert [isinstance(x, Plan) and x.schedule == good.schedule for x in plans] == [True, True]
+
+
+@pytest.mark.parametrize("fault", [ValueError("odd"), MemoryError(), WorkloadError("negative")])
+def test_auto_says_which_solver_failed(fault: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = mixed_chain()
+    right = plan(chain, budget="60%", cache=False)
+
+    def fails(*_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("ckptsched.solvers.chain_dp.ChainDp.solve_each", fails)
+    with pytest.warns(SolverWarning, match=rf"chain_dp failed.*{type(fault).__name__}"):
+        found = plan(chain, budget="60%", cache=False)
+    assert found.peak_bytes <= found.budget_bytes
+    assert found.seconds >= right.seconds
+    with pytest.raises(type(fault)):  # asked for by name there is no other
+        plan(chain, budget="60%", solver="chain_dp", cache=False)
+
+
+def test_a_refusal_is_no_fault() -> None:
+    assert issubclass(SolverRefusalError, WorkloadError)
+    with pytest.raises(SolverRefusalError, match="revolve needs stages of equal"):
+        plan(mixed_chain(), budget="60%", solver="revolve", cache=False)
+    plan(mixed_chain(), budget="60%", cache=False)  # no warning

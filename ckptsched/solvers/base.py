@@ -10,7 +10,7 @@ from typing import final
 from ..budget import exact_bytes
 from ..errors import InfeasibleBudgetError
 from ..graph import Graph
-from ..schedule import Schedule
+from ..schedule import Backward, Forward, Schedule
 from ..trace import Trace
 from ..workload import Chain
 
@@ -89,18 +89,37 @@ def infeasible(
         least: Simulation of the schedule of least peak.
         what: Name of the solver or class, for the message.
     """
-    operation = least.peak_operation
-    parse = chain.parse_schedule if isinstance(chain, Graph) else Schedule.from_text
-    if operation == "turn":
-        stage = "the loss"
-    else:  # of a Drop or Copy too, such as "-x3"
-        number = int(parse(operation).stages[0])
-        stage = chain.stage_name(number) if number else "the input"
+    doing, stage = _words_of(chain, least.peak_operation)
     return InfeasibleBudgetError(
         f"no {what} schedule fits a budget of {exact_bytes(budget_bytes, budget=True)}; "
-        f"the least that works is {exact_bytes(least.peak_bytes)}, where {operation} of "
-        f"{stage!r} binds",
+        f"the least that works is {exact_bytes(least.peak_bytes)}, limited by {doing}",
         budget_bytes=budget_bytes,
         least_budget_bytes=least.peak_bytes,
         stage=stage,
     )
+
+
+def _words_of(chain: Chain | Graph, operation: str) -> tuple[str, str]:
+    """An operation in plain words, such as "the backward of stage 1 ('0')", and its stage's name.
+
+    Args:
+        chain: The chain or graph.
+        operation: As the schedule language writes it.
+    """
+    if operation == "turn":
+        return "the loss", "the loss"
+    parse = chain.parse_schedule if isinstance(chain, Graph) else Schedule.from_text
+    schedule = parse(operation)
+    number = int(schedule.stages[0])
+    if not number:
+        return "the input", "the input"
+    name = chain.stage_name(number)
+    place = f"stage {number}" + (f" ({name!r})" if name not in ("", f"stage {number}") else "")
+    match schedule[0]:
+        case Forward(_, tape, _):
+            doing = "the forward, kept for its backward, of" if tape else "the forward of"
+        case Backward():
+            doing = "the backward of"
+        case _:  # a Drop or Copy
+            doing = "the output of"
+    return f"{doing} {place}", name

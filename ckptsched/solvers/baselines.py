@@ -15,7 +15,7 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import WorkloadError
+from ..errors import SolverRefusalError, WorkloadError
 from ..schedule import Schedule, ScheduleBuilder
 from ..simulator import simulate
 from ..workload import Chain
@@ -193,7 +193,7 @@ def _segmented(n: int, segments: Iterable[_Segment]) -> Schedule:
 
 def _input_only(n: int) -> Schedule:
     if n > INPUT_ONLY_STAGES:
-        raise WorkloadError(
+        raise SolverRefusalError(
             f"input_only needs about n * n operations, too many for {n} stages (at most "
             f"{INPUT_ONLY_STAGES}); use revolve or every_<k>"
         )

@@ -14,7 +14,7 @@ from typing import final
 import numpy as np
 
 from ..budget import format_bytes
-from ..errors import InfeasibleBudgetError, WorkloadError
+from ..errors import InfeasibleBudgetError, SolverRefusalError, WorkloadError
 from ..schedule import Code, Schedule
 from ..simulator import simulate
 from ..trace import Trace
@@ -194,7 +194,7 @@ class _Search:
         """Refuse a chain whose coarsest table would take minutes."""
         least = table_splits(self.sizes) * (FEWEST_SLOTS + _SPLIT_ADDITIONS)
         if least > MOST_ADDITIONS:
-            raise WorkloadError(
+            raise SolverRefusalError(
                 f"chain_dp takes chains of up to about 1,700 stages, found {len(self.chain)}: a "
                 f"table of {FEWEST_SLOTS} slots would need {least:.1e} additions, more than "
                 f'{MOST_ADDITIONS:.1e}; solver="auto" takes chains of any length, "revolve" '
@@ -267,7 +267,7 @@ class _Search:
         """Refuse where fewer slots than are of use would take too much memory."""
         needed = table_numbers(self.fewest, top) * FEWEST_SLOTS / top
         if needed > MOST_NUMBERS:
-            raise WorkloadError(
+            raise SolverRefusalError(
                 f"the table of chain_dp for {len(self.chain)} stages would need "
                 f"{format_bytes(int(4 * needed))} for {FEWEST_SLOTS} slots, more than the "
                 f"{format_bytes(int(4 * MOST_NUMBERS))} that it may take; "

@@ -15,7 +15,7 @@ from typing import final
 import numpy as np
 
 from ..budget import exact_bytes
-from ..errors import InfeasibleBudgetError, WorkloadError
+from ..errors import InfeasibleBudgetError, SolverRefusalError, WorkloadError
 from ..schedule import Schedule, ScheduleBuilder
 from ..simulator import simulate
 from ..workload import Chain
@@ -135,7 +135,7 @@ class ExactSearch(AbstractSolver):
         """
         sizes = pinned_sizes(chain)
         if not _is_searchable(sizes):
-            raise WorkloadError(
+            raise SolverRefusalError(
                 f"exact_search takes chains of 28 stages at most, and fewer where they offer "
                 f"several tapes, none of which may be made in less than the state; found "
                 f"{len(chain)} stages. Use chain_dp or beyond_persistent"

@@ -12,7 +12,7 @@ from typing import final
 import numpy as np
 
 from ..budget import exact_bytes
-from ..errors import InfeasibleBudgetError, SolverTimeoutError, WorkloadError
+from ..errors import InfeasibleBudgetError, SolverRefusalError, SolverTimeoutError, WorkloadError
 from ..graph import Graph
 from ..schedule import Schedule
 from ..simulator import simulate
@@ -110,7 +110,7 @@ class GraphIlp(AbstractSolver):
             WorkloadError: There are too many nodes.
         """
         if len(chain) > MOST_NODES:
-            raise WorkloadError(
+            raise SolverRefusalError(
                 f"graph_ilp takes at most {MOST_NODES} nodes, found {len(chain)}; graph_cuts "
                 "takes graphs of any size, chain_dp longer chains"
             )

@@ -19,6 +19,7 @@ import pulp
 from pulp.apis.coin_api import pulp_cbc_path
 
 from ..progress import report
+from .quiet_highs import quiet_highs
 
 try:
     import highspy
@@ -70,12 +71,13 @@ def _by_highs(
 ) -> Outcome:
     # One thread, so that the same program has the same solution again. Without presolve, which in
     # HiGHS 1.15 cuts off optima: it calls costlier solutions optimal, others with another seed.
-    options = {"gapRel": 0.0, "threads": 1, "parallel": "off"}
+    options = {"presolve": "off", "mip_rel_gap": 0.0, "threads": 1, "parallel": "off"}
     begun = time.perf_counter()
-    solver = pulp.HiGHS(msg=False, presolve="off", **options)
-    solver.createAndConfigureSolver(problem)
+    solver = pulp.HiGHS(msg=False)
+    highs = problem.solverModel = quiet_highs()
+    for name, value in options.items():
+        highs.setOptionValue(name, value)
     solver.buildSolverModel(problem)
-    highs = problem.solverModel
     limit = max(limit - (time.perf_counter() - begun), _LEAST_SECONDS)
     highs.setOptionValue("time_limit", limit)
     if start:

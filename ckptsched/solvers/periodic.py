@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import final
 
-from ..errors import WorkloadError
+from ..errors import SolverRefusalError
 from ..schedule import Code, Schedule, ScheduleBuilder
 from ..simulator import simulate
 from ..trace import Trace
@@ -110,7 +110,7 @@ class Periodic(AbstractSolver):
         """
         periods = find_periods(chain)
         if periods is None:
-            raise WorkloadError(
+            raise SolverRefusalError(
                 f"periodic needs stages that repeat after at most {_LONGEST_PERIOD}; for others "
                 "use chain_dp"
             )

@@ -17,7 +17,7 @@ from typing import final
 
 import numpy as np
 
-from ..errors import InfeasibleBudgetError, WorkloadError
+from ..errors import InfeasibleBudgetError, SolverRefusalError
 from ..schedule import Schedule, ScheduleBuilder
 from ..simulator import simulate
 from ..trace import Trace
@@ -273,7 +273,7 @@ class Revolve(AbstractSolver):
 
     def _check(self, chain: Chain) -> None:
         if not chain.is_uniform:
-            raise WorkloadError(
+            raise SolverRefusalError(
                 "revolve needs stages of equal seconds and bytes; for others use chain_dp"
             )
 

@@ -20,12 +20,13 @@ planes as in Kelley, J. SIAM 8(4), 1960.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 import numpy.typing as npt
 
 from ..progress import report
+from .quiet_highs import quiet_highs
 from .run_structure import Runs, Seconds, run_slots
 
 if TYPE_CHECKING:
@@ -282,8 +283,7 @@ def _maximum(
 
     low, high = box
     count = len(low)
-    solver: Any = highspy.Highs()  # type: ignore[no-untyped-call]
-    solver.setOptionValue("output_flag", False)
+    solver = quiet_highs()
     infinity = solver.getInfinity()
     for lower, upper in zip(low, high, strict=True):
         solver.addVar(float(lower), float(max(lower, upper)))

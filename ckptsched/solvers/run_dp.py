@@ -15,7 +15,7 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InfeasibleBudgetError, WorkloadError
+from ..errors import InfeasibleBudgetError, SolverRefusalError
 from ..schedule import Code, Schedule
 from ..simulator import simulate
 from ..trace import Trace
@@ -162,7 +162,7 @@ class _Search:
             WorkloadError: They are too short, too many, or of too many stages.
         """
         if len(self.chain) > MOST_STAGES:
-            raise WorkloadError(
+            raise SolverRefusalError(
                 f"run_dp takes chains of up to {MOST_STAGES} stages, found {len(self.chain)}: its "
                 f"tables would need more than {3 * 4 * _NUMBERS / 1e9:.1f} GB; for equal stages "
                 'use revolve, for others solver="auto" finds a good every_<k>'
@@ -170,7 +170,7 @@ class _Search:
         self.sizes = chain_sizes(self.chain)
         self.runs = chain_runs(self.sizes)
         if not _fits(self.runs):
-            raise WorkloadError(
+            raise SolverRefusalError(
                 f"run_dp is for chains with long runs of equal stages: at most {MOST_RUNS} runs, "
                 f"of {_FEWEST_STAGES_A_RUN} stages on average; found {len(self.runs.plan)} runs "
                 f"in {len(self.chain)} stages; for others use chain_dp"
