@@ -24,8 +24,14 @@ from .plans import Plan
 from .program import Lock, Program
 from .run import Run
 from .sharding import call_as_forward, is_sharded
-from .transforms import outside_of_compiled_code, transform_at_work
+from .transforms import (
+    hidden_from_torch_checkpoint,
+    inside_backward,
+    outside_of_compiled_code,
+    transform_at_work,
+)
 from .trees import Extras, State
+from .wrappers import StandsFor, plain_model
 
 _HIGHER = "_ckptsched_gradients"  # attribute of a token
 
@@ -54,30 +60,18 @@ def checkpointed(
     """
     if check not in ("none", "outputs"):
         raise ExecutionError(f"check is {check!r}; give 'none' or 'outputs'")
-    if isinstance(model, Checkpointed):
-        model = model.model
+    model = plain_model(model, "checkpointed", PlanMismatchError)
     return Checkpointed(model, plan, check_outputs=check == "outputs")
 
 
 @final
-class Checkpointed(nn.Module):
+class Checkpointed(StandsFor):
     """A model that trains by a plan; see `checkpointed`."""
 
     def __init__(self, model: nn.Module, plan: Plan, *, check_outputs: bool = False) -> None:
         """Share everything that the model owns, and check that the plan is for it."""
-        super().__init__()
-        own = self.__dict__
-        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            own[name] = model.__dict__[name]
-        # Not as a submodule: the keys of the state_dict stay those of the model.
-        own["_model"] = model
-        own["_program"] = Program(model, plan, check_outputs=check_outputs)
-        self.training = model.training
-
-    @property
-    def model(self) -> nn.Module:
-        """The model itself, which runs by plain autograd."""
-        return cast(nn.Module, self.__dict__["_model"])
+        super().__init__(model)
+        self.__dict__["_program"] = Program(model, plan, check_outputs=check_outputs)
 
     @property
     def plan(self) -> Plan:
@@ -91,12 +85,6 @@ class Checkpointed(nn.Module):
             lock: Theirs; in place of one that only the threads in this model ask for.
         """
         cast(Program, self.__dict__["_program"]).lock = lock
-
-    def train(self, mode: bool = True) -> Checkpointed:
-        """Set training mode, here and in the model."""
-        super().train(mode)
-        self.model.train(mode)
-        return self
 
     def forward(self, x: Any, *extras: Any, **options: Any) -> Any:
         """Run the model; a backward from the output follows the plan.
@@ -121,8 +109,9 @@ class Checkpointed(nn.Module):
         program = cast(Program, self.__dict__["_program"])
         inputs, given = _apart(x, Extras(extras, options))
         tensors = [*inputs.leaves, *given.leaves, *program.all_slots.parameters()]
-        if not any(tensor.requires_grad for tensor in tensors):
-            return self.model(x, *extras, **options)
+        trained = any(tensor.requires_grad for tensor in tensors)
+        if not trained and not program.trains_something_new():
+            return _without_graph(self.model(x, *extras, **options))
         transform = transform_at_work(tensors)
         if transform:
             warnings.warn(
@@ -139,7 +128,40 @@ class Checkpointed(nn.Module):
                     "and the two own the same parameters: shard one of them"
                 )
             return call_as_forward(self.model, partial(_call, program), x, *extras, **options)
-        return _step(program, inputs, given)
+        if inside_backward():
+            _warn_of_two(program)
+        with hidden_from_torch_checkpoint():
+            return _step(program, inputs, given)
+
+
+def _without_graph(output: Any) -> Any:
+    """The output of a model in which nothing seems to be trained, if that is so."""
+    found = State.of(output, opaque=True).leaves
+    if any(leaf.requires_grad for leaf in found):
+        raise PlanMismatchError(
+            "the output depends on something trained that is neither a parameter of the model nor "
+            "an argument of the call, and nothing that was planned is trained any more: the plan "
+            "does not provide for it; register it in the model, profile and plan again"
+        )
+    return output
+
+
+def _warn_of_two(program: Program) -> None:
+    """Say what it takes that a model is run while a backward is at work, as by torch's checkpoint.
+
+    Then there may be an earlier run of it with what that has stored, or at least its output.
+    """
+    plan = program.plan
+    first = plan.trace.timeline[: program.segments.turn].max(initial=0)
+    more = int(first) + plan.chain.held_bytes + plan.chain.input_gradient_bytes
+    warnings.warn(
+        "a model that follows a plan is called inside a backward, as torch.utils.checkpoint calls "
+        f"what it runs again: {plan.peak_bytes} bytes were projected, and together with an earlier "
+        f"call of it up to {plan.peak_bytes + more} may be taken; call the model outside of "
+        "torch.utils.checkpoint",
+        BudgetWarning,
+        stacklevel=4,
+    )
 
 
 def _call(program: Program, x: Any, *extras: Any, **options: Any) -> Any:

@@ -32,6 +32,7 @@ from .tracing import count_frozen, taken_apart, trace
 from .trees import Extras, State
 from .weighing import go_back, weigh, weigh_loss
 from .workload import Chain
+from .wrappers import plain_model
 
 
 def default_loss(output: Any) -> Tensor:
@@ -87,8 +88,7 @@ def profile(
         ProfileError: A stage that cannot be measured, or not be run again with the same
             result; the message names it.
     """
-    if not isinstance(model, nn.Module):
-        raise ProfileError(f"profile needs an nn.Module, found a {type(model).__name__}")
+    model = plain_model(model, "profile", ProfileError)
     sharded = sharded_part(model)
     if sharded is not None:
         raise ProfileError(

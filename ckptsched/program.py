@@ -296,6 +296,13 @@ class Program:
         tensors = (*inputs.leaves, *given.leaves, *self.all_slots.parameters())
         return any(t.requires_grad for t in tensors)
 
+    def trains_something_new(self) -> bool:
+        """Whether something is trained in a place that the model did not have when planned.
+
+        Such as adapters, put in as everything else was frozen. It walks the model.
+        """
+        return any(p.requires_grad for p in Slots([self.model]).parameters())
+
     def parameter_name(self, parameter: Tensor) -> str:
         """Name of a parameter of the model; "?" for one that it does not own now."""
         return next((n for n, p in self.model.named_parameters() if p is parameter), "?")
@@ -337,6 +344,11 @@ class Program:
             )
         changed = self.inventory.changed()
         if changed:
+            if any(map(has_hooks, self.taken_apart)):
+                raise PlanMismatchError(
+                    "a hook was added to a container since its parts became stages, which would "
+                    "skip it; profile and plan again, and the container is run as a whole"
+                )
             raise PlanMismatchError(
                 f"{changed} was replaced, added or taken out since the model was made to follow "
                 "the plan; profile and plan again"
@@ -359,11 +371,6 @@ class Program:
             raise PlanMismatchError(
                 "a module lists other stages than when the model was made to follow the plan, as "
                 "an ODEBlock does once its steps have changed; profile and plan again"
-            )
-        if any(map(has_hooks, self.taken_apart)):
-            raise PlanMismatchError(
-                "a hook was added to a container since its parts became stages, which would skip "
-                "it; profile and plan again, and the container is run as a whole"
             )
         if self._tensors(self.sharded_parameters()) != self.tensors:
             self._refuse_tensors()

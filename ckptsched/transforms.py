@@ -1,11 +1,12 @@
 """What else of torch is at work around a call: there a plan cannot be followed.
 
-Three names here are private to torch. Each has a way out where it is missing.
+Some names here are private to torch. Each has a way out where it is missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -77,3 +78,35 @@ def _is_dual(tensor: Tensor) -> bool:
     except RuntimeError:  # outside of a dual level
         return False
     return dual.tangent is not None
+
+
+def inside_backward() -> bool:
+    """Whether a backward is at work that calls this, as `torch.utils.checkpoint` does."""
+    task: Any = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
+
+
+@contextmanager
+def hidden_from_torch_checkpoint() -> Iterator[None]:
+    """Keep `torch.utils.checkpoint` from what is saved inside, if it is what is around.
+
+    It would take away what is saved, a plan's tapes among it, and have all of it computed again
+    at once. Where torch does not tell of it, nothing is kept from it.
+    """
+    engine: Any = getattr(torch._C, "_autograd", None)
+    top: Any = getattr(engine, "_top_saved_tensors_default_hooks", None)
+    hooks = [] if top is None else [top(True)]
+    maker = getattr(hooks[0][0], "__qualname__", "") if hooks and hooks[0] else ""
+    if not maker.startswith(("_checkpoint_hook.", "_recomputation_hook.")):
+        yield
+        return
+    # Whatever lies under it does not see what is saved either, as in plain autograd.
+    engine._pop_saved_tensors_default_hooks()
+    while (under := top(True)) is not None:
+        hooks.append(under)
+        engine._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            engine._push_saved_tensors_default_hooks(pack, unpack)

@@ -26,6 +26,7 @@ from .plans import Plan
 from .profiler import default_loss
 from .survey import Loss
 from .trees import State
+from .wrappers import plain_model
 
 
 @final
@@ -152,7 +153,7 @@ def verify(
     Raises:
         PlanMismatchError: The plan does not belong to the model or the sample.
     """
-    planned = checkpointed(model, plan)
+    planned = checkpointed(plain_model(model, "verify", PlanMismatchError), plan)
     call = _Call(sample, kwargs or {})
     plain = planned.model
     if not torch.is_grad_enabled():

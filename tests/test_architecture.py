@@ -28,7 +28,7 @@ RANKS = {
     "checksums": 1,
     "context": 1,
     "files": 1,
-    "inventory": 1,
+    "inventory": 2,
     "plots": 1,
     "memory_allocator": 1,
     "memory_trace": 1,
@@ -36,6 +36,7 @@ RANKS = {
     "sharding": 1,
     "transforms": 1,
     "trees": 1,
+    "wrappers": 1,
     "engine": 1,
     "tables": 1,
     "trace": 1,
@@ -202,6 +203,7 @@ TORCH_SIDE = {
     "tracing",
     "verifier",
     "weighing",
+    "wrappers",
 }
 THIRD_PARTY = {
     "click": {"cli", "cli_inputs"},

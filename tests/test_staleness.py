@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import ckptsched as cs
 from ckptsched.inventory import Inventory
@@ -282,3 +282,173 @@ def test_a_sum_is_not_added_to_in_what_another_gradient_shares(solver: str, step
     trained = cs.checkpointed(model, planned(model, x, solver))
     for _ in range(3):
         assert_as_plain(model, trained, x)
+
+
+# -- plans that no longer apply
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a trained one beside it, as low-rank adapters are."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Linear(layer.in_features, 32)
+        self.up = nn.Linear(32, layer.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.up(self.down(x).tanh())
+
+
+class Holding(nn.Module):
+    """A layer that is no stage of its own, and a function of its own choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.act = nn.Linear(8, 8), nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.lin(x))
+
+
+def _adapt(net: nn.Module) -> None:
+    for part in net:
+        part.lin = Adapted(part.lin)
+
+
+def _parametrize(net: nn.Module) -> None:
+    for part in net:
+        parametrizations.weight_norm(part.lin)
+        part.lin.parametrizations.weight.requires_grad_(True)
+
+
+def _add_parameter(net: nn.Module) -> None:
+    net[2].lin.register_parameter("scale", nn.Parameter(torch.ones(8)))
+
+
+def _add_hooked_adapter(net: nn.Module) -> None:
+    adapter = nn.Linear(8, 8)
+    net[1].register_forward_hook(lambda module, args, out: out + adapter(args[0]))
+
+
+def _patch_forward(net: nn.Module) -> None:
+    extra, forward = nn.Linear(8, 8), net[1].forward
+    net[1].forward = lambda x: forward(x) + extra(x)
+
+
+@pytest.mark.parametrize(
+    "change", [_adapt, _parametrize, _add_parameter, _add_hooked_adapter, _patch_forward]
+)
+def test_new_trained_parts_in_a_frozen_model_are_refused(
+    change: Callable[[nn.Module], None],
+) -> None:
+    """Nothing that was planned is trained any more, and something else is."""
+    model, x = nn.Sequential(*[Holding() for _ in range(4)]), torch.randn(3, 8)
+    trained = cs.checkpointed(model, planned(model, x))
+    model.requires_grad_(False)
+    with torch.enable_grad():
+        assert not trained(x).requires_grad  # as without a plan: nothing to do
+    change(model)
+    with pytest.raises(cs.PlanMismatchError, match="profile and plan again"):
+        trained(x)
+    with pytest.raises(cs.PlanMismatchError):
+        trained(x.clone().requires_grad_())
+
+
+def _prune(net: nn.Module) -> None:
+    prune.l1_unstructured(net[0].lin, "weight", 0.5)
+
+
+def _normalize(net: nn.Module) -> None:
+    torch.nn.utils.spectral_norm(net[0].lin)
+
+
+def _other_activation(net: nn.Module) -> None:
+    net[1].act = nn.GELU()
+
+
+def _other_class(net: nn.Module) -> None:
+    net[1].act.__class__ = nn.GELU
+    net[1].act.approximate = "none"
+
+
+def _hook(net: nn.Module) -> None:
+    net[3].act.register_forward_hook(lambda module, args, out: out.sigmoid() * out)
+
+
+def _hook_before(net: nn.Module) -> None:
+    net[3].lin.register_forward_pre_hook(lambda module, args: (args[0].exp(),))
+
+
+def _half(net: nn.Module) -> None:
+    net.half()
+
+
+def _double(net: nn.Module) -> None:
+    net.to(torch.float64)
+
+
+def _unfreeze(net: nn.Module) -> None:
+    net[0].requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _adapt,
+        _parametrize,
+        _prune,
+        _normalize,
+        _other_activation,
+        _other_class,
+        _hook,
+        _hook_before,
+        _patch_forward,
+        _half,
+        _double,
+        _unfreeze,
+    ],
+)
+def test_a_model_that_computes_otherwise_than_planned_is_refused(
+    change: Callable[[nn.Module], None],
+) -> None:
+    model, x = nn.Sequential(*[Holding() for _ in range(4)]), torch.randn(3, 8)
+    model[0].requires_grad_(False)
+    plan = planned(model, x)
+    trained = cs.checkpointed(model, plan)
+    step(trained, x)
+    change(model)
+    with pytest.raises(cs.PlanMismatchError):
+        trained(x)
+
+
+def test_layers_that_are_unfrozen_one_by_one_are_planned_for_one_by_one() -> None:
+    model, x = nn.Sequential(*[Holding() for _ in range(4)]), torch.randn(3, 8)
+    model[:3].requires_grad_(False)
+    plan = planned(model, x)
+    assert_as_plain(model, cs.checkpointed(model, plan), x)
+    for k in (2, 1, 0):
+        model[k].requires_grad_(True)
+        with pytest.raises(cs.PlanMismatchError):
+            cs.checkpointed(model, plan)
+        plan = planned(model, x)
+        assert_as_plain(model, cs.checkpointed(model, plan), x)
+
+
+def test_a_hook_that_is_taken_off_again_leaves_the_plan_as_good_as_it_was() -> None:
+    model, x = nn.Sequential(*[Holding() for _ in range(4)]), torch.randn(3, 8)
+    trained = cs.checkpointed(model, planned(model, x))
+    handle = model[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(cs.PlanMismatchError, match="a hook of a Holding was replaced, added"):
+        trained(x)
+    handle.remove()
+    assert_as_plain(model, trained, x)
+
+
+@pytest.mark.parametrize("solver", ["store_all", "every_2", "input_only"])
+def test_a_frozen_model_sends_a_gradient_to_its_input(solver: str) -> None:
+    model, x = nn.Sequential(*[Holding() for _ in range(4)]), torch.randn(3, 8).requires_grad_()
+    model.requires_grad_(False)
+    trained = cs.checkpointed(model, planned(model, x, solver))
+    found, expected = (torch.autograd.grad(net(x).square().sum(), x)[0] for net in (trained, model))
+    assert torch.equal(found, expected)
