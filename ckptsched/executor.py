@@ -17,6 +17,7 @@ from typing import Any, Literal, cast, final
 import torch
 from torch import Tensor, nn
 
+from .context import is_recomputing
 from .errors import BudgetWarning, ExecutionError, PlanMismatchError
 from .gathering import TOKEN
 from .higher import Gradients
@@ -128,7 +129,8 @@ class Checkpointed(StandsFor):
                     "and the two own the same parameters: shard one of them"
                 )
             return call_as_forward(self.model, partial(_call, program), x, *extras, **options)
-        if inside_backward():
+        # A stage of another plan was measured with what this one takes.
+        if inside_backward() and not is_recomputing():
             _warn_of_two(program)
         with hidden_from_torch_checkpoint():
             return _step(program, inputs, given)
