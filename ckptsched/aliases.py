@@ -60,6 +60,10 @@ class Slots:
         """The places for buffers themselves, in their order."""
         return list(self._buffers)
 
+    def parameter_place(self, k: int) -> Place:
+        """The place for a parameter of a number, in the order of `in_place`."""
+        return self._parameters[k]
+
     def in_place(self) -> list[Tensor | None]:
         """What is in each place for a parameter now, in the order of the places."""
         return [module._parameters[name] for module, name in self._parameters]

@@ -23,6 +23,7 @@ from .assembly import assemble
 from .context import Autocast, RandomState
 from .errors import ProfileError
 from .memory import storage_bytes
+from .model_state import ModelState
 from .stages import StageLedger
 from .survey import Kind, Loss, LossWeight, survey_backward, survey_forward
 from .tracing import count_frozen, trace
@@ -93,7 +94,7 @@ def estimate(model: nn.Module, inputs: State, given: State, loss: Loss) -> Chain
         blocks = trace(bare, frozen=frozen) if frozen else blocks
         # What stages make without naming a device must lie where their input lies.
         with torch.device("meta"), torch.enable_grad():
-            order = survey_forward(blocks, fake, extras)
+            order = survey_forward(blocks, fake, extras, ModelState(bare))
             lost = _assess_loss(loss, order[-1])
             for kind in survey_backward(order, lost.gradients):
                 _assess(kind)

@@ -6,7 +6,7 @@ Stages that repeat, such as the steps of an ODE block, are measured once.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,9 +24,10 @@ from .errors import CkptschedError, ProfileError
 from .estimate import estimate
 from .hidden import own_generators
 from .memory import Meter, default_meter
+from .model_state import ModelState, left_as_it_was
 from .sharding import sharded_part
 from .structure import sign
-from .survey import Kind, Loss, survey_backward, survey_forward
+from .survey import Kind, Loss, note_unfit, survey_backward, survey_forward
 from .timing import ROUNDS, time_stages
 from .tracing import count_frozen, taken_apart, trace
 from .trees import Extras, State
@@ -62,7 +63,8 @@ def profile(
 ) -> Chain:
     """Measure a model as a chain of stages.
 
-    The model is left as it was: its buffers, gradients and modes, and the random state.
+    The model is left as it was, however this ends: its parameters, buffers, other tensors,
+    gradients, modes, hooks and counters, and the random state.
 
     Args:
         model: An `nn.Sequential`, an `ODEBlock`, a `StagedModule`, or any module, which then is
@@ -118,25 +120,28 @@ def profile(
     generators = own_generators(model.modules(), given.constants())
     with (
         Generators.turn,  # one thread at a time: measuring draws, and counts bytes
-        _left_as_it_was(model, device, generators),
+        left_as_it_was(model, RandomState.take(device, generators)) as (state, _),
+        _reason_first(state),
+        _aliased(model),
         Autocast.take(device).again(),
         OneKernel(),
     ):
         extras = Extras.of(
             given.replaced(make_alias(t) if t.requires_grad else t.detach() for t in given.leaves)
         )
-        order = survey_forward(blocks, inputs, extras)
+        order = survey_forward(blocks, inputs, extras, state)
         carries = [order[0].wanted, *(kind.carries for kind in order)]
         ending = loss or default_loss, order[-1].output, carries[-1]
         lost = weigh_loss(*ending, meter)
         kinds = survey_backward(order, lost.gradients)
         seconds = _measure(kinds, lambda: go_back(*ending), meter, progress)
+        note_unfit(state, state, "a stage that has run several times")
         lost = replace(lost, seconds=seconds)
         chain = assemble(blocks, order, lost, device, inputs.leaves, generators)
     needs = [kind.needs_tape for kind in order]
     hidden = {place for kind in order for place in kind.hidden}
     signature = sign(model, blocks, inputs, given, carries, needs, hidden, frozen)
-    return replace(chain, signature=signature)
+    return replace(chain, signature=replace(signature, unfit=state.unfit))
 
 
 def _apart(sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[State, State]:
@@ -162,25 +167,30 @@ def _named(value: Any) -> str:
 
 
 @contextmanager
-def _left_as_it_was(
-    model: nn.Module, device: torch.device, generators: Iterable[torch.Generator]
-) -> Iterator[None]:
-    """Let aliases and clones take what profiling does to parameters, buffers and random state."""
+def _reason_first(state: ModelState) -> Iterator[None]:
+    """Where a stage changes what it must not, blame that for what fails then."""
+    try:
+        yield
+    except ProfileError as error:
+        if state.unfit:
+            raise ProfileError(state.unfit) from error
+        raise
+
+
+@contextmanager
+def _aliased(model: nn.Module) -> Iterator[None]:
+    """Let aliases and clones take what profiling does to parameters and buffers."""
     slots = Slots([model])
     aliases = {id(p): make_alias(p) for p in slots.parameters()}
     clones = {id(buffer): buffer.clone() for buffer in slots.buffers()}
-    random = RandomState.take(device, generators)
-    try:
-        bound = slots.bind(aliases)
-        with (
-            slots.parameters_replaced(bound),
-            slots.buffers_replaced(clones),
-            torch.enable_grad(),
-            Recomputing(),
-        ):
-            yield
-    finally:
-        random.restore()
+    bound = slots.bind(aliases)
+    with (
+        slots.parameters_replaced(bound),
+        slots.buffers_replaced(clones),
+        torch.enable_grad(),
+        Recomputing(),
+    ):
+        yield
 
 
 def _measure(

@@ -145,6 +145,8 @@ class Program:
             raise PlanMismatchError(
                 "the plan was made for a chain without a model; profile the model and plan that"
             )
+        if chain.signature.unfit:
+            raise PlanMismatchError(chain.signature.unfit)
         planned = chain.signature.structure
         found = (d for d in (None, *_LOW_PRECISION) if structure_digest(self.blocks, d) == planned)
         computed_in = next(found, torch.float32)
@@ -306,6 +308,26 @@ class Program:
     def parameter_name(self, parameter: Tensor) -> str:
         """Name of a parameter of the model; "?" for one that it does not own now."""
         return next((n for n, p in self.model.named_parameters() if p is parameter), "?")
+
+    def owner_of(self, parameter: Tensor) -> str:
+        """A parameter and the stage that it belongs to, in words, for an error.
+
+        Args:
+            parameter: It, or a stand-in that shares its memory.
+        """
+        home = parameter.untyped_storage()._cdata
+        for module in self.inventory.modules:
+            for name, p in module._parameters.items():
+                if p is not None and p.untyped_storage()._cdata == home:
+                    return self.owner_of_place((module, name))
+        return "a parameter"
+
+    def owner_of_place(self, place: Place) -> str:
+        """The same for the place where a parameter is kept."""
+        module, name = place
+        path = next((n for n, m in self.model.named_modules() if m is module), "")
+        owners = (s.name for s in self.stages if module in set(s.module.modules()))
+        return f"parameter {f'{path}.{name}'.strip('.')!r} of stage {next(owners, '')!r}"
 
     def check_batch(self, inputs: State, given: State) -> None:
         """Refuse a batch, a mode or a choice of trained parameters that was not planned.

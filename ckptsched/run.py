@@ -141,6 +141,7 @@ class Run:
         """Run the operations of one block's forward."""
         with self._guard(), self.seen.entered(), self._swapped(segment):
             self._interpret(segment)
+            self._check_places(segment)
 
     def turn(self) -> tuple[Tensor, ...]:
         """End the forward pass and hand out the tensors of the output; its tree is in `output`."""
@@ -240,14 +241,19 @@ class Run:
                 "this forward pass has been released: its backward was done or failed; run the "
                 "model again"
             )
+        touched = self.program.touched[segment]
+        again = touched.again if self.gathering is None else ()
+        versions = self.seen.versions_in(again)
         with (
             self._guard(),
             self.seen.entered(),
-            self.seen.modes(self.program.touched[segment].all),
+            self.seen.modes(touched.all),
             self._swapped(segment),
             self._replaying(segment),
         ):
             self._interpret(segment)
+            self.seen.check_again(again, versions)
+            self._check_places(segment)
         gradients = []
         for alias in aliases:
             gradients.append(alias.grad)
@@ -307,6 +313,10 @@ class Run:
         if self.gathering is not None:  # which does so where stages run
             return nullcontext()
         return self.seen.parameters_replaced(blocks, self.seen.bound)
+
+    def _check_places(self, segment: Segment) -> None:
+        if self.gathering is None:
+            self.seen.check_places(self.program.touched[segment].all)
 
     def _replaying(self, segment: Segment) -> AbstractContextManager[None]:
         """Leave no trace of what the operations run again."""

@@ -225,6 +225,8 @@ class Signature:
     """Names of the buffers that stages read and change."""
     frozen: int = 0
     """How many leading stages, as traced, need no gradient and are run as one; 0 for none."""
+    unfit: str = ""
+    """Why the model can follow no plan; empty where it can."""
 
 
 def check_size(what: str, value: object) -> None:

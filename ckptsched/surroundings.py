@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import cast, final
+from operator import is_
+from typing import NoReturn, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -144,9 +145,75 @@ class Surroundings:
                 "draw others when it runs again; profile and plan again, with a sample on which it "
                 "draws"
             )
+        self.check_parameters("the forward pass")
         now = self._versions_of_buffers()
         self._check_changes(now)
         self._unchanged = [a == b for a, b in zip(self._buffer_versions, now, strict=True)]
+
+    def check_parameters(self, when: str) -> None:
+        """Refuse that stages have changed parameters in place.
+
+        Args:
+            when: What has been run, in words.
+
+        Raises:
+            ExecutionError: They have.
+        """
+        if [p._version for p in self.parameters] == self._versions:
+            return
+        pairs = zip(self.parameters, self._versions, strict=True)
+        changed = next(p for p, version in pairs if p._version != version)
+        self._refuse_change(self.program.owner_of(changed), "was changed in place in " + when)
+
+    def versions_in(self, blocks: Iterable[int]) -> list[int]:
+        """The versions of the parameters of some blocks.
+
+        Args:
+            blocks: Indices of the blocks.
+        """
+        return [p._version for k in blocks for p in self.bound[k] if p is not None]
+
+    def check_again(self, blocks: Sequence[int], before: list[int]) -> None:
+        """Refuse that stages that ran again have changed parameters in place.
+
+        Args:
+            blocks: Indices of their blocks.
+            before: What `versions_in` gave before they ran.
+
+        Raises:
+            ExecutionError: They have.
+        """
+        now = self.versions_in(blocks)
+        if now != before:
+            held = [p for k in blocks for p in self.bound[k] if p is not None]
+            changed = next(p for p, a, b in zip(held, now, before, strict=True) if a != b)
+            self._refuse_change(
+                self.program.owner_of(changed), "was changed in place as it ran again"
+            )
+
+    def check_places(self, blocks: Iterable[int]) -> None:
+        """Refuse that stages have put other tensors in the place of their parameters.
+
+        Args:
+            blocks: Indices of the blocks, whose stand-ins are still in place.
+
+        Raises:
+            ExecutionError: They have.
+        """
+        for k in blocks:
+            slots, bound = self.program.slots[k], self.bound[k]
+            now = slots.in_place()
+            if not all(map(is_, now, bound)):
+                place = slots.parameter_place(list(map(is_, now, bound)).index(False))
+                self._refuse_change(self.program.owner_of_place(place), "was replaced")
+
+    def _refuse_change(self, owner: str, what: str) -> NoReturn:
+        raise ExecutionError(
+            f"{owner} {what}: a stage changes it in its forward, and did not "
+            "when the model was profiled, so it would be changed once more each time that the "
+            "stage runs again; keep what a stage changes in a buffer (register_buffer), and "
+            "profile and plan again"
+        )
 
     def _check_changes(self, versions: Sequence[int]) -> None:
         """Refuse changes of buffers that the profile did not see."""

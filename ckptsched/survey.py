@@ -22,6 +22,7 @@ from .context import Autocast, RandomState
 from .errors import CkptschedError, ProfileError
 from .hidden import Watch, is_write_only, own_generators
 from .memory import storage_bytes
+from .model_state import ModelState
 from .stages import StageLedger
 from .structure import stage_label
 from .tape import Tape, record, run_alone, run_stage
@@ -167,13 +168,16 @@ def _layout_of_gradients(gradients: tuple[Tensor | None, ...]) -> tuple[Any, ...
     return flags, layout(gradient for gradient in gradients if gradient is not None)
 
 
-def survey_forward(blocks: tuple[Block, ...], x: State, extras: Extras) -> list[Kind]:
+def survey_forward(
+    blocks: tuple[Block, ...], x: State, extras: Extras, whole: ModelState
+) -> list[Kind]:
     """Run every distinct stage on what the stage before it made.
 
     Args:
         blocks: The model, its parameters replaced by aliases.
         x: The sample; on the meta device there are no results to compare.
         extras: What every stage is given besides, leaves where gradients are wanted.
+        whole: What the model was when nothing had run.
 
     Returns:
         The kind of each stage, in order; equal stages share one.
@@ -194,13 +198,33 @@ def survey_forward(blocks: tuple[Block, ...], x: State, extras: Extras) -> list[
             key = (call.key, layout(state.leaves), fixed, structure, carries)
             kind = known.get(key)
             if kind is None:
-                kind = known[key] = _examine(block, call, state, extras, carries, standing)
+                kind = known[key] = _examine(block, call, state, extras, carries, standing, whole)
             kind.count += 1
             order.append(kind)
             state, carries = kind.output, kind.carries
     order[-1].is_last = True
     _find_readers(known.values(), watch)
+    note_unfit(whole, whole, "a stage")
     return order
+
+
+def note_unfit(whole: ModelState, seen: ModelState, stage: str) -> bool:
+    """Note that parameters or plain tensors were written to: such a model follows no plan.
+
+    It is measured to the end, and left as it was.
+
+    Args:
+        whole: The state of the model, which keeps the note.
+        seen: What has been seen to change since it was taken.
+        stage: By whom, in words.
+    """
+    written = seen.written()
+    if written and not whole.unfit:
+        whole.unfit = (
+            f"{stage} changes {written} in its forward, so it would be changed once more each time "
+            "that the stage runs again; keep it in a buffer: register_buffer"
+        )
+    return bool(written)
 
 
 def survey_backward(order: list[Kind], gradients: tuple[Tensor | None, ...]) -> list[Kind]:
@@ -232,13 +256,15 @@ def _examine(
     extras: Extras,
     wanted: tuple[bool, ...],
     standing: Standing,
+    whole: ModelState,
 ) -> Kind:
     name = call.name or type(call.module).__name__
     with _failures_named(f"stage {name!r}", x):
-        probe = _Probe(name, call, x, extras)
+        probe = _Probe(name, call, x, extras, whole)
         output = probe.run_twice()
         probe.begin_again()
         tape, taped = record(call, x, wanted=wanted, extras=extras)
+        probe.look()
     # Some kernels round otherwise without gradients, such as those of oneDNN's LSTM.
     needs_tape = not all(map(_equal, output.leaves, taped.leaves))
     leaves = tape.repeated_leaves()
@@ -265,7 +291,7 @@ def _examine(
         standing=standing,
         needs_tape=needs_tape,
         hidden=probe.hidden,
-        left_bytes=probe.replaced_bytes,
+        left_bytes=probe.replaced_bytes + probe.cached_bytes,
     )
 
 
@@ -293,14 +319,20 @@ def _failures_named(what: str, x: State) -> Iterator[None]:
 class _Probe:
     """Runs a stage from where it began, to see what it depends on."""
 
-    def __init__(self, name: str, call: StageCall, x: State, extras: Extras) -> None:
+    def __init__(
+        self, name: str, call: StageCall, x: State, extras: Extras, whole: ModelState
+    ) -> None:
         self.name, self.call, self.x, self.extras = name, call, x, extras
+        self._whole, self._found = whole, ModelState(call.module, whole=whole)
+        self._writes = False  # to what is no buffer
         self.hidden: tuple[Place, ...] = ()
         """Places of buffers that it changes, and may read."""
         self.draws = False
         """Whether it draws random numbers."""
         self.replaced_bytes = 0
         """Bytes of buffers that it puts in the place of others."""
+        self.cached_bytes = 0
+        """Bytes of plain tensors that it makes once and keeps."""
         slots = Slots([call.module])
         self._buffers = storages(slots.buffers())
         self._watch = Watch(slots)
@@ -313,6 +345,8 @@ class _Probe:
     def begin_again(self) -> None:
         """Put random state and hidden buffers to where they were."""
         self._random.restore()
+        if self._writes:
+            self._found.put_tensors_back()
         self._watch.put_back(self.hidden)
 
     @torch.no_grad()
@@ -334,16 +368,20 @@ class _Probe:
             leaf.clone() if leaf.untyped_storage()._cdata in self._buffers else leaf
             for leaf in output.leaves
         ]
+        kept = self._plain_tensors()
         same = self._gives_again(output, first)
+        self.cached_bytes = self._bytes_kept(kept, output)
         if not same and len(changed) > len(self.hidden):
             self.hidden = tuple(changed)
             same = self._gives_again(output, first)
         if not same:
+            rebound = self._found.rebound()
+            such = f" (it changes {', '.join(map(repr, rebound[:4]))})" if rebound else ""
             raise ProfileError(
                 f"stage {self.name!r} gives another result when it is run again on the same input "
                 "with the same random state and buffers: it keeps a state of its own that is no "
-                "buffer, or draws from a generator that is no attribute of its modules and no "
-                "argument; keep the state in a buffer (register_buffer), the generator as an "
+                f"buffer{such}, or draws from a generator that is no attribute of its modules and "
+                "no argument; keep the state in a buffer (register_buffer), the generator as an "
                 "attribute"
             )
         return output
@@ -353,6 +391,7 @@ class _Probe:
         versions = self.x.versions(), given.versions()
         output = run_stage(self.call, self.x, self.extras).detached()
         self.draws = self._random_now() != self._random
+        self.look()
         if (self.x.versions(), given.versions()) != versions:
             what = "its input" if self.x.versions() != versions[0] else "what every stage is given"
             raise ProfileError(
@@ -365,6 +404,32 @@ class _Probe:
                 "put back when it runs again; draw from torch's"
             )
         return output
+
+    def look(self) -> None:
+        """Note whether it changes what is no buffer in place.
+
+        Raises:
+            ProfileError: It replaces a parameter.
+        """
+        replaced = self._found.replaced()
+        if replaced:
+            raise ProfileError(
+                f"stage {self.name!r} puts another tensor in the place of {replaced} in its "
+                "forward, whose gradient would be lost; make parameters before the model is "
+                "profiled (run a model that makes them itself once, under torch.no_grad), and keep "
+                "what a stage changes in a buffer: register_buffer"
+            )
+        self._writes |= note_unfit(self._whole, self._found, f"stage {self.name!r}")
+
+    def _plain_tensors(self) -> dict[int, int]:
+        return ModelState(self.call.module, whole=self._whole, copied=False).attribute_storages()
+
+    def _bytes_kept(self, kept: dict[int, int], output: State) -> int:
+        """Bytes of plain tensors that the first run made, and that the second left alone."""
+        passed = storages([*self.x.leaves, *output.leaves, *self.extras.apart().leaves])
+        known = passed.keys() | self._found.attribute_storages().keys()
+        still = self._plain_tensors().keys() - known
+        return sum(size for home, size in kept.items() if home in still)
 
     def _check_output(self, output: State) -> None:
         """Refuse a state that lies in a buffer which the next run changes."""

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from .aliases import Slots
 from .budget import format_bytes, format_seconds
 from .context import Autocast, RandomState, now
 from .errors import PlanMismatchError
 from .executor import Checkpointed, checkpointed
 from .hidden import own_generators
 from .memory import Meter, default_meter
+from .model_state import left_as_it_was
 from .plans import Plan
 from .profiler import default_loss
 from .survey import Loss
@@ -132,7 +132,7 @@ def verify(
 ) -> Verification:
     """Run one step by the plan and one by plain autograd, from the same state.
 
-    The model is left as it was: buffers, gradients and the random state are put back. Under
+    The model is left as it was, as by `profile`. Under
     autocast both steps run without its cache of cast weights: with it, plain autograd adds up
     the gradients of a weight that is used several times in the lower precision.
 
@@ -162,7 +162,18 @@ def verify(
     meter = meter or default_meter(call.device)
     autocast = Autocast.take(call.device)
     # torch asks for backwards outside of autocast, and autograd follows where they are called.
-    with _left_as_it_was(plain, call) as reset, Autocast.off(call.device).again():
+    random = RandomState.take(call.device, call.generators(plain))
+    with (
+        left_as_it_was(plain, random, call.leaves) as (_, put_back),
+        Autocast.off(call.device).again(),
+    ):
+
+        def reset() -> None:
+            put_back()
+            for leaf in (*plain.parameters(), *call.leaves):
+                leaf.grad = None
+
+        reset()
         step = _Step(call, loss, autocast)
         expected = _measure(plain, step, meter)
         reset()
@@ -219,38 +230,6 @@ class _Call:
         return {
             f"input {k}" if several else "input": leaf.grad for k, leaf in enumerate(self.leaves, 1)
         }
-
-
-class _left_as_it_was:
-    """Keeps gradients, buffers and random state, and puts them back when asked and at the end."""
-
-    def __init__(self, model: nn.Module, call: _Call) -> None:
-        self.leaves = [*model.parameters(), *call.leaves]
-        self.gradients = [leaf.grad for leaf in self.leaves]
-        slots = Slots([model])
-        places = zip(slots.buffer_places(), slots.buffers_in_place(), strict=True)
-        self.buffers = [(place, b, None if b is None else b.clone()) for place, b in places]
-        self.random = RandomState.take(call.device, call.generators(model))
-
-    def __enter__(self) -> _left_as_it_was:
-        for leaf in self.leaves:
-            leaf.grad = None
-        return self
-
-    def __call__(self) -> None:
-        for leaf in self.leaves:
-            leaf.grad = None
-        with torch.no_grad():
-            for (module, name), buffer, value in self.buffers:
-                module._buffers[name] = buffer
-                if buffer is not None and value is not None:
-                    buffer.copy_(value)
-        self.random.restore()
-
-    def __exit__(self, *exception: object) -> None:
-        self()
-        for leaf, gradient in zip(self.leaves, self.gradients, strict=True):
-            leaf.grad = gradient
 
 
 @final
@@ -320,7 +299,7 @@ def _time(
     plain: nn.Module,
     step: _Step,
     rounds: int,
-    reset: _left_as_it_was,
+    reset: Callable[[], None],
 ) -> tuple[float, float]:
     """Median seconds of both steps, timed in turn."""
     times: tuple[list[float], list[float]] = ([], [])
