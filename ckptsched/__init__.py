@@ -23,6 +23,7 @@ from .errors import SolverRefusalError as SolverRefusalError
 from .errors import SolverTimeoutError as SolverTimeoutError
 from .errors import SolverWarning as SolverWarning
 from .errors import StorageError as StorageError
+from .errors import TimingWarning as TimingWarning
 from .errors import WorkloadError as WorkloadError
 from .executor import Checkpointed as Checkpointed
 from .executor import checkpointed as checkpointed

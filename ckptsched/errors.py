@@ -124,3 +124,7 @@ class BudgetWarning(UserWarning):
 
 class SolverWarning(UserWarning):
     """A solver failed by a fault of its own; the plan is right, and may be dearer than need be."""
+
+
+class TimingWarning(UserWarning):
+    """Seconds that were measured on a busy machine, and differ from round to round."""

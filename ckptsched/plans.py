@@ -337,7 +337,10 @@ def _table(plan: Plan) -> str:
             f"the budget, {plan.peak_bytes / max(plan.store_all_bytes, 1):.1%} of store-all "
             f"({format_bytes(plan.store_all_bytes)})",
         ),
-        ("projected time", f"{format_seconds(plan.seconds)} (store-all {store_all})"),
+        (
+            "projected time",
+            f"{format_seconds(plan.seconds)} (store-all {store_all}){_spread(plan)}",
+        ),
         ("overhead", f"{plan.overhead:+.2%} of store-all"),
         ("forward runs", f"{plan.forwards} of {len(chain)} stages: {again} again"),
         ("least budget", exact_bytes(plan.least_budget_bytes)),
@@ -354,6 +357,12 @@ def _table(plan: Plan) -> str:
     width = max(len(label) for label, _ in rows)
     lines = [f"  {label:<{width}}  {text}" for label, text in rows]
     return "\n".join([f"plan of {name} {len(chain)} stages", *lines])
+
+
+def _spread(plan: Plan) -> str:
+    """How far the seconds that were measured are to be trusted, from 1 % on."""
+    spread = plan.chain.seconds_spread if isinstance(plan.chain, Chain) else 0.0
+    return f", measured to about {spread:.0%}" if spread >= 0.01 else ""
 
 
 def words_of_class(plan: Plan) -> str:

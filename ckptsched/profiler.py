@@ -134,14 +134,15 @@ def profile(
         ending = loss or default_loss, order[-1].output, carries[-1]
         lost = weigh_loss(*ending, meter)
         kinds = survey_backward(order, lost.gradients)
-        seconds = _measure(kinds, lambda: go_back(*ending), meter, progress)
+        seconds, spread = _measure(kinds, lambda: go_back(*ending), meter, progress)
         note_unfit(state, state, "a stage that has run several times")
         lost = replace(lost, seconds=seconds)
         chain = assemble(blocks, order, lost, device, inputs.leaves, generators)
     needs = [kind.needs_tape for kind in order]
     hidden = {place for kind in order for place in kind.hidden}
     signature = sign(model, blocks, inputs, given, carries, needs, hidden, frozen)
-    return replace(chain, signature=replace(signature, unfit=state.unfit))
+    signature = replace(signature, unfit=state.unfit)
+    return replace(chain, signature=signature, seconds_spread=spread)
 
 
 def _apart(sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[State, State]:
@@ -195,8 +196,8 @@ def _aliased(model: nn.Module) -> Iterator[None]:
 
 def _measure(
     kinds: list[Kind], loss: Callable[[], object], meter: Meter, progress: bool | None
-) -> float:
-    """Measure bytes, then seconds; returns those of the loss."""
+) -> tuple[float, float]:
+    """Measure bytes, then seconds; returns those of the loss, and the spread of all."""
     total, done = len(kinds) * (1 + ROUNDS), 0
     with progress_bar(progress) as tell:
 

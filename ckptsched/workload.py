@@ -86,6 +86,8 @@ class Chain:
     what modules keep of their last run as attributes."""
     blocks: tuple[Block, ...] = ()
     """Blocks that cover the stages; none where the chain has no such structure."""
+    seconds_spread: float = 0.0
+    """By how much two halves of the rounds of timing differed, as a share of all seconds."""
     name: str = ""
     """Name for people."""
     signature: Signature | None = None
@@ -102,6 +104,7 @@ class Chain:
         for name in _CHAIN_SIZES:
             check_size(f"the chain's {name}", getattr(self, name))
         check_time("the loss", self.loss_seconds)
+        check_time("the chain's seconds_spread", self.seconds_spread)
         seen: set[int] = set()
         for i, stage in enumerate(self.stages, 1):
             if id(stage) not in seen:
@@ -308,6 +311,8 @@ def chain_to_json(chain: Chain) -> dict[str, Any]:
     if any(kind != _PLAIN for kind in kinds):
         data["kind"] = index
         data["kinds"] = [_kind_to_json(*kind) for kind in kinds]
+    if chain.seconds_spread:
+        data["seconds_spread"] = float(chain.seconds_spread)
     data["blocks"] = [asdict(block) for block in chain.blocks]
     data["signature"] = None if chain.signature is None else asdict(chain.signature)
     return data
@@ -352,6 +357,7 @@ def chain_from_json(data: Mapping[str, Any]) -> Chain:
             random_state_bytes=data.get("random_state_bytes", 0),
             kept_bytes=data.get("kept_bytes", 0),
             blocks=tuple(Block(**block) for block in data.get("blocks", ())),
+            seconds_spread=data.get("seconds_spread", 0.0),
             name=data.get("name", ""),
             signature=_read_signature(data.get("signature")),
         )

@@ -85,4 +85,5 @@ def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     now = a_clock(0)
     monkeypatch.setattr("ckptsched.timing.now", now)
+    monkeypatch.setattr("ckptsched.timing._MOST_SPREAD", float("inf"))
     monkeypatch.setattr("ckptsched.verifier.now", now)

@@ -114,6 +114,65 @@ def test_a_clock_that_stands_still_does_no_harm(monkeypatch: pytest.MonkeyPatch)
     assert made.seconds == made.lower_bound_seconds == 0
 
 
+def test_rounds_go_on_until_they_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each round costs 4 ms, so that eight seconds are never over."""
+    machine: list[Machine] = [Machine(0.6, seed=3)]
+    chain = timed(monkeypatch, nn.Sequential(Costs(machine), Costs(machine)), machine[0].now)
+    assert chain.stages[0].forward_seconds == pytest.approx(1e-3, rel=1e-6)
+    assert chain.stages[0].backward_seconds == pytest.approx(2e-3, rel=1e-6)
+
+
+def profiled_in(monkeypatch: pytest.MonkeyPatch, factors: Sequence[float]) -> cs.Chain:
+    """One stage on a machine that is slower in some rounds; profiling runs it three times each."""
+    clock = {"at": 0.0, "round": 0}
+
+    def now(device: object) -> float:
+        return clock["at"]
+
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            clock["at"] += factors[clock["round"] % len(factors)]
+            y: Tensor = self.inner(x)
+            return y
+
+    def loss(y: Tensor) -> Tensor:
+        clock["round"] += 1  # the loss ends each round
+        return y.square().sum()
+
+    monkeypatch.setattr("ckptsched.timing.now", now)
+    monkeypatch.setattr("ckptsched.timing._MOST_SPREAD", 0.10)
+    return cs.profile(Stage(), torch.randn(2, 4), loss=loss)
+
+
+def test_people_are_warned_where_rounds_never_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(cs.TimingWarning, match=r"differ by \d+% between halves of \d+ rounds"):
+        chain = profiled_in(monkeypatch, (1.0, 1.5))
+    assert 0.3 < chain.seconds_spread < 0.6
+    assert "measured to about" in str(cs.plan(chain, budget="100%", cache=False))
+    assert cs.Chain.from_json(chain.to_json()) == chain
+
+
+def test_nobody_is_warned_where_they_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = profiled_in(monkeypatch, (1.0,))
+    assert chain.seconds_spread == 0.0
+    assert "measured to about" not in str(cs.plan(chain, budget="100%", cache=False))
+    assert "seconds_spread" not in chain.to_json()  # files of before have the same fingerprint
+
+
+def test_runs_without_a_processor_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ckptsched.timing import _Run, _typical
+
+    calm = [_Run(1.0 + k / 100, disturbed=False) for k in range(3)]
+    slow = [_Run(0.5, disturbed=True), *[_Run(9.0, disturbed=True)] * 20]
+    assert _typical([*slow, *calm]) == 1.0
+    assert _typical([*slow, *calm[:2]]) == 9.0  # a stage that waits by itself
+    assert _typical(calm) == 1.0
+
+
 # ------------------------------------------------------------------ what depends on bytes alone
 
 
