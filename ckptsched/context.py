@@ -175,24 +175,32 @@ class Autocast:
         on = [f"{kind} to {dtype}" for kind, enabled, dtype in self.modes if enabled]
         return ", ".join(on) or "off"
 
-    def again(self) -> AbstractContextManager[None]:
+    @property
+    def is_on(self) -> bool:
+        """Whether it is on for any device type."""
+        return any(enabled for _, enabled, _ in self.modes)
+
+    def again(self, *, cached: bool = False) -> AbstractContextManager[None]:
         """Run under the same modes, without the cache of cast weights.
 
         The cache would tie the weights of one run of a stage to those of another, and a cached
         weight that was cast without gradients would lose them.
+
+        Args:
+            cached: Whether with the cache after all, for plain autograd.
         """
         for kind, enabled, _ in self.modes:
             if enabled or torch.is_autocast_enabled(kind):
-                return self._entered()
+                return self._entered(cached)
         return _AS_IT_IS
 
     @contextmanager
-    def _entered(self) -> Iterator[None]:
+    def _entered(self, cached: bool) -> Iterator[None]:
         with ExitStack() as stack:
             for kind, enabled, dtype in self.modes:
                 if enabled or torch.is_autocast_enabled(kind):
                     stack.enter_context(
-                        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+                        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cached)
                     )
             yield
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -62,6 +62,9 @@ class Verification:
     """Name of the parameter with the largest difference; empty where all are equal."""
     tolerance: float = 0.0
     """Relative difference of gradients that is let pass."""
+    uncached_gradient_difference: float | None = None
+    """The largest difference from plain autograd without autocast's cache of cast weights, which
+    a plan does not use; None where the caller's setting has no such cache."""
 
     @property
     def ok(self) -> bool:
@@ -102,6 +105,7 @@ class Verification:
         worst = f" ({self.worst_gradient})" if self.worst_gradient else ""
         rows += [
             ("largest gradient difference", f"{self.max_gradient_difference:.3g}{worst}"),
+            *self._without_cache(),
             ("loss difference", f"{self.loss_difference:.3g}"),
             ("buffers equal", "yes" if self.buffers_equal else "NO"),
             ("random state equal", "yes" if self.random_state_equal else "NO"),
@@ -109,6 +113,20 @@ class Verification:
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _without_cache(self) -> list[tuple[str, str]]:
+        """Lines on autocast's cache, where the caller uses it."""
+        if self.uncached_gradient_difference is None:
+            return []
+        rows = [("without autocast's cache", f"{self.uncached_gradient_difference:.3g}")]
+        if self.uncached_gradient_difference < self.max_gradient_difference:
+            rows += [
+                ("", "autocast's cache makes plain autograd add up the gradients of a weight that"),
+                ("", "is used several times in low precision; a plan adds them up in the weight's"),
+                ("", "own. cache_enabled=False gives plain autograd the same, tolerance= lets it"),
+                ("", "pass"),
+            ]
+        return rows
 
 
 @dataclass(frozen=True)
@@ -161,6 +179,7 @@ def verify(
     loss = loss or default_loss
     meter = meter or default_meter(call.device)
     autocast = Autocast.take(call.device)
+    cached = autocast.is_on and torch.is_autocast_cache_enabled()
     # torch asks for backwards outside of autocast, and autograd follows where they are called.
     random = RandomState.take(call.device, call.generators(plain))
     with (
@@ -174,13 +193,16 @@ def verify(
                 leaf.grad = None
 
         reset()
-        step = _Step(call, loss, autocast)
+        step = _Step(call, loss, autocast, cached)
         expected = _measure(plain, step, meter)
+        reset()
+        uncached = _measure(plain, replace(step, cached=False), meter) if cached else None
         reset()
         found = _measure(planned, step, meter)
         reset()
         seconds = _time(planned, plain, step, rounds, reset)
     difference, worst, largest = _compare(expected.gradients, found.gradients)
+    without = None if uncached is None else _compare(uncached.gradients, found.gradients)[0]
     return Verification(
         budget_bytes=plan.budget_bytes,
         projected_peak_bytes=plan.peak_bytes,
@@ -199,6 +221,7 @@ def verify(
         random_state_equal=expected.random == found.random,
         worst_gradient=worst,
         tolerance=tolerance,
+        uncached_gradient_difference=without,
     )
 
 
@@ -240,9 +263,12 @@ class _Step:
     call: _Call
     loss: Loss
     autocast: Autocast
+    cached: bool
+    """Whether with autocast's cache of cast weights."""
 
     def __call__(self, model: nn.Module) -> tuple[Any, Tensor]:
-        with self.autocast.again():
+        torch.clear_autocast_cache()  # of runs before, whose graphs are gone
+        with self.autocast.again(cached=self.cached):
             output = self.call(model)
             value = self.loss(output)
         value.backward()  # type: ignore[no-untyped-call]

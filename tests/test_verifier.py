@@ -208,3 +208,45 @@ def test_a_generator_that_is_not_put_back_is_caught(monkeypatch: pytest.MonkeyPa
     assert not result.gradients_equal
     assert not result.random_state_equal
     assert not result.ok
+
+
+def under_autocast(uses: int, cache: bool) -> cs.Verification:
+    """A linear layer that is used so often, in an ODE block."""
+    torch.manual_seed(0)
+    f = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+    steps = [cs.ODEBlock(f, method="euler", steps=uses)] if uses else []
+    model = nn.Sequential(nn.Linear(8, 16), *steps, nn.Linear(16, 4))
+    x = torch.randn(32, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache):
+        plan = cs.plan(cs.profile(model, x), budget="100%", cache=False)
+        return cs.verify(model, plan, x)
+
+
+@pytest.mark.parametrize("uses", [0, 1, 4, 9])
+def test_the_callers_autocast_is_what_is_compared_with(uses: int) -> None:
+    found = under_autocast(uses, cache=True)
+    assert found.uncached_gradient_difference == 0
+    assert (found.max_gradient_difference > 0) == (uses > 1)
+    assert found.ok == (uses <= 1)
+    assert ("add up the gradients" in str(found)) == (uses > 1)
+    assert "without autocast's cache" in str(found)
+
+
+@pytest.mark.parametrize("uses", [1, 9])
+def test_without_the_cache_there_is_no_difference(uses: int) -> None:
+    found = under_autocast(uses, cache=False)
+    assert found.ok
+    assert found.max_gradient_difference == 0
+    assert found.uncached_gradient_difference is None
+    assert "autocast's cache" not in str(found)
+
+
+def test_verify_leaves_the_callers_cache_usable() -> None:
+    layer, x = nn.Linear(8, 8), torch.randn(4, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = layer(x)
+        assert cs.verify(model, cs.plan(cs.profile(model, x), budget="100%", cache=False), x).ok
+        (first.float().sum() + layer(x).float().sum()).backward()
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad, 2 * x.sum(0).expand(8, 8), rtol=1e-2, atol=1e-1)
