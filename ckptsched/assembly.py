@@ -97,8 +97,9 @@ def _left(order: Iterable[Kind]) -> int:
     """What all modules keep from their last run."""
     found: dict[int, int] = {}
     for kind in order:
-        key = id(kind.call.module)
-        found[key] = max(found.get(key, 0), kind.left_bytes)
+        key, before = id(kind.call.module), found.get(id(kind.call.module), 0)
+        size = kind.left_bytes
+        found[key] = before + size if kind.piles_up else max(before, size)
     return sum(found.values())
 
 

@@ -200,6 +200,11 @@ def _step(program: Program, inputs: State, given: State) -> Any:
         # them.
         output = _OutputNode.apply(run, *entry, (inputs, given))
     leaves = output if isinstance(output, tuple) else (output,)
+    if run.program.has_sides:
+        count = len(run.program.carries[-1])
+        leaves, sides = leaves[:count], list(leaves[count:])
+        del output
+        run.graft(sides)
     if run.gathering is not None and entry[0].dtype != TOKEN:  # FSDP would have cast it
         cast = entry[0].dtype
         leaves = tuple([y.to(cast) if y.is_floating_point() else y for y in leaves])
@@ -278,15 +283,19 @@ class _OutputNode(torch.autograd.Function):
         ctx.save_for_backward(*inputs[0].leaves, *inputs[1].leaves)
         leaves = run.turn()
         carries = run.program.carries[-1]
+        # The further ones, which stages have left by another way, carry a gradient.
         ctx.mark_non_differentiable(
             *[leaf for leaf, carried in zip(leaves, carries, strict=True) if not carried]
         )
+        if run.program.has_sides:
+            leaves += run.sides.outputs()
         return leaves if len(leaves) > 1 else leaves[0]
 
     @staticmethod
     @outside_of_compiled_code
     def backward(ctx: Any, *grads: Any) -> Any:
-        higher = ctx.run.start_backward(grads, lambda: _saved(ctx))
+        count = len(ctx.run.program.carries[-1])
+        higher = ctx.run.start_backward(grads[:count], lambda: _saved(ctx), grads[count:])
         return None, _token(ctx.run, higher), None
 
 

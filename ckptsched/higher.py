@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .context import Recomputing
+from .side_outputs import SideOutputs
 from .surroundings import Surroundings
 from .tape import run_stage
 from .tracing import StagedModule
@@ -37,6 +38,7 @@ def differentiable_gradients(
     inputs: State,
     given: State,
     gradients: Sequence[Tensor | None],
+    sides: SideOutputs,
 ) -> Gradients:
     """Go back through the whole chain so that one can go back through that, too.
 
@@ -45,6 +47,7 @@ def differentiable_gradients(
         inputs: The input as the caller gave it, with its graph.
         given: What every stage is given besides, with its graph.
         gradients: With respect to the tensors of the output.
+        sides: What stages have left besides, and the gradients of that.
     """
     program = seen.program
     # Stand-ins that are no leaves: asking for their gradients fires no hooks of the parameters,
@@ -67,9 +70,16 @@ def differentiable_gradients(
     ):
         seen.begin_again()
         output = inputs.replaced(sources)
-        for stage in program.stages:
-            output = run_stage(stage, output, extras)
-    ends = [*zip(output.leaves, gradients, strict=True)]
+        left: dict[int, dict[int, Tensor]] = {}
+        for i, stage in enumerate(program.stages, 1):
+            if not program.sides[i - 1]:
+                output = run_stage(stage, output, extras)
+                continue
+            with sides.looking(i, stage.module) as look, look:
+                look.meet(output.leaves)
+                output = run_stage(stage, output, extras)
+            left[i] = look.take()
+    ends = [*zip(output.leaves, gradients, strict=True), *sides.gradients_again(left)]
     if isinstance(program.model, StagedModule):
         ends += program.model.sent_ahead(*extras.args, **extras.kwargs)
     starts = [*sources, *(stand_in[id(a)] for a in aliases)]

@@ -6,7 +6,7 @@ Stages that repeat, such as the steps of an ODE block, are measured once.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,7 @@ from .memory import Meter, default_meter
 from .model_state import ModelState, left_as_it_was
 from .sharding import sharded_part
 from .structure import sign
-from .survey import Kind, Loss, note_unfit, survey_backward, survey_forward
+from .survey import Kind, Loss, note_unfit, sides_held, survey_backward, survey_forward
 from .timing import ROUNDS, time_stages
 from .tracing import count_frozen, taken_apart, trace
 from .trees import Extras, State
@@ -50,6 +50,16 @@ def default_loss(output: Any) -> Tensor:
         return torch.log_softmax(output, dim=-1).square().mean()
     losses = [default_loss(leaf) for leaf in State.of(output).leaves if leaf.requires_grad]
     return torch.stack(losses).sum()
+
+
+def _default_loss_with(sides: Sequence[Tensor]) -> Loss:
+    """The same for what stages leave besides: an auxiliary loss, or features for one."""
+
+    def loss(output: Any) -> Tensor:
+        further = [default_loss(t.abs() if t.is_complex() else t) for t in sides]
+        return torch.stack([default_loss(output).to(further[0].dtype), *further]).sum()
+
+    return loss
 
 
 def profile(
@@ -132,7 +142,9 @@ def profile(
         order = survey_forward(blocks, inputs, extras, state)
         carries = [order[0].wanted, *(kind.carries for kind in order)]
         ending = loss or default_loss, order[-1].output, carries[-1]
-        lost = weigh_loss(*ending, meter)
+        with sides_held(order) as sides:
+            provided = _default_loss_with(sides) if loss is None and sides else ending[0]
+            lost = weigh_loss(provided, *ending[1:], meter, sides)
         kinds = survey_backward(order, lost.gradients)
         seconds, spread = _measure(kinds, lambda: go_back(*ending), meter, progress)
         note_unfit(state, state, "a stage that has run several times")
@@ -140,7 +152,8 @@ def profile(
         chain = assemble(blocks, order, lost, device, inputs.leaves, generators)
     needs = [kind.needs_tape for kind in order]
     hidden = {place for kind in order for place in kind.hidden}
-    signature = sign(model, blocks, inputs, given, carries, needs, hidden, frozen)
+    leaves = [bool(kind.sides) for kind in order]
+    signature = sign(model, blocks, inputs, given, carries, needs, leaves, hidden, frozen)
     signature = replace(signature, unfit=state.unfit)
     return replace(chain, signature=signature, seconds_spread=spread)
 

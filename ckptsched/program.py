@@ -129,6 +129,8 @@ class Program:
         self.usage = Usage(self.stages, self.carries[:-1])
         self._sharding: tuple[tuple[nn.Module, ...], Sharding | None] = ((), None)
         self.needs_tape = bytes(flags[0] for flags in self._flags("need_tapes", len(chain)))
+        self.sides = bytes(flags[0] for flags in self._flags("sides", len(chain)))
+        self.has_sides = any(self.sides)
 
     def __getstate__(self) -> dict[str, object]:
         """All but what is known by the identity of modules, which a copy does not share."""
@@ -172,7 +174,9 @@ class Program:
             )
         return computed_in
 
-    def _flags(self, what: Literal["carries", "need_tapes"], count: int) -> list[tuple[bool, ...]]:
+    def _flags(
+        self, what: Literal["carries", "need_tapes", "sides"], count: int
+    ) -> list[tuple[bool, ...]]:
         """What the signature says of each tensor of each state, or of each stage."""
         assert self.chain.signature is not None
         unsaid = int(what == "carries")

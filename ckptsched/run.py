@@ -6,10 +6,12 @@ import enum
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import final
+from functools import partial
+from typing import NoReturn, final
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from .checksums import Checksums
 from .context import Recomputing
@@ -20,9 +22,11 @@ from .liveness import Segment
 from .program import FREES_INPUT, KEEPS_OUTPUT, RESTORES, SNAPSHOTS, Program
 from .schedule import Code, Kind
 from .sharding import fsdp_is_there
+from .side_outputs import Look, Place, SideOutputs
+from .side_search import is_in_a_graph, still, whereabouts
 from .stretches import between
 from .surroundings import Snapshot, Surroundings
-from .tape import Tape, record, run_stage, sources_of
+from .tape import Tape, record, run_alone, run_stage, run_under, sources_of
 from .trees import State
 from .usage import Uses
 
@@ -31,7 +35,17 @@ _FORWARD, _TAPED_FORWARD, _BACKWARD, _DROP = map(
     int, (Code.FORWARD, Code.TAPED_FORWARD, Code.BACKWARD, Code.DROP)
 )
 _STATE, _TAPE = int(Kind.STATE), int(Kind.TAPE)
+_NO_LOOK: AbstractContextManager[None] = nullcontext()
+_NOT_SEEN = (
+    "and did not when the model was profiled: its gradient would be wrong, and its graph takes "
+    "bytes that are not planned for; profile and plan again with everything in place that takes "
+    "such tensors, or let it take them without their graph (tensor.detach())"
+)
 _FIRST = nullcontext()  # surrounds the first run of a stage
+
+
+def _is_there(what: Callable[[], object]) -> bool:
+    return what() is not None
 
 
 class _Phase(enum.Enum):
@@ -92,6 +106,7 @@ class Run:
         self._repeating = False
         self._gradients_on = torch.enable_grad()  # entered every step, and cheaper to keep
         self.output = State(())
+        self.sides = SideOutputs()
         self.checksums = Checksums() if program.check_outputs else None
         self._start(inputs)
 
@@ -152,6 +167,18 @@ class Run:
         self.output = State((), output.tree)
         return output.leaves
 
+    def graft(self, sides: list[Tensor]) -> None:
+        """Let what stages have left besides their outputs be outputs of the step's own graph.
+
+        Args:
+            sides: What `sides.outputs` returned, with the graph; emptied.
+        """
+        try:
+            self.sides.graft(sides)
+        except ExecutionError as error:
+            self.release()
+            raise ExecutionError(f"a stage {error}") from error
+
     def _take_output(self) -> State:
         n = len(self.program.stages)
         state = self.states.get(n)
@@ -165,6 +192,7 @@ class Run:
         self,
         gradients: tuple[Tensor | None, ...],
         inputs: Callable[[], tuple[State, State]],
+        further: tuple[Tensor | None, ...] = (),
     ) -> Gradients | None:
         """Take the gradient of the output, and check that the backward can go on.
 
@@ -172,6 +200,7 @@ class Run:
             gradients: With respect to the tensors of the output.
             inputs: Gives the input and what every stage is given, with their graphs, or fails where
                 they are gone; asked only where the stored states are not enough.
+            further: The gradients of what stages have left besides.
 
         Returns:
             All gradients, where they are to be differentiated again; else None.
@@ -195,10 +224,13 @@ class Run:
                     BudgetWarning,
                     stacklevel=2,
                 )
-                return differentiable_gradients(self.seen, *self._again(inputs), gradients)
+                self.sides.arrive(further)
+                again = self._again(inputs)
+                return differentiable_gradients(self.seen, *again, gradients, self.sides)
             if not first:
                 self._rewind(self._again(inputs)[0])
         self.gradients = gradients
+        self.sides.arrive(further)
         return None
 
     def _again(self, inputs: Callable[[], tuple[State, State]]) -> tuple[State, State]:
@@ -261,8 +293,21 @@ class Run:
         if lowest:
             found = self.gradients
             self.release()
+            self._check_aliases()
             self.gradients = found
         return gradients
+
+    def _check_aliases(self) -> None:
+        """Refuse to end a step in which something that a stage has made is still in a graph."""
+        for k, alias in enumerate(self.seen.aliases):
+            if is_in_a_graph(alias) and still(partial(is_in_a_graph, alias)):
+                known = self.seen.parameters[k : k + 1]
+                names = [repr(self.program.parameter_name(parameter)) for parameter in known]
+                what = f"parameter {names[0]}" if names else "what every stage is given"
+                raise ExecutionError(
+                    f"a stage left a tensor that it made from {what} by another way than its "
+                    f"output, {_NOT_SEEN}"
+                )
 
     def differentiable(self, higher: Gradients, block: int) -> list[Tensor | None]:
         """The same for a backward with `create_graph`, from what `start_backward` returned."""
@@ -285,6 +330,7 @@ class Run:
         """Forget everything that is stored."""
         self.phase = _Phase.RELEASED
         self._clear()
+        self.sides.let_go()
         self.seen.let_go()
 
     def _clear(self) -> None:
@@ -428,7 +474,12 @@ class Run:
     def _forward(self, p: int, i: int) -> None:
         program, stored = self.program, self._input(p, i)
         stage, extras = program.stages[i - 1], self.seen.extras
-        if program.needs_tape[i - 1]:
+        if program.sides[i - 1]:
+            wanted = self._wanted(i - 1)
+            with self.sides.looking(i, stage.module) as look:
+                output = run_alone(stage, stored.state, wanted=wanted, extras=extras, look=look)
+            self._take_sides([(i, look)])
+        elif program.needs_tape[i - 1]:
             output = record(stage, stored.state, wanted=self._wanted(i - 1), extras=extras)[1]
         else:
             output = run_stage(stage, stored.state, extras).without_graph()
@@ -441,12 +492,15 @@ class Run:
         program, stored = self.program, self._input(p, i)
         stage = program.stages[i - 1]
         wanted = self._wanted(i - 1)
-        with self._gradients_on, self._marked(p):
+        with self._gradients_on, self._marked(p), self._looking(i) as look:
             boxes, source = sources_of(stored.state, wanted)
-            made = run_stage(stage, source, self.seen.extras)
+            made = run_under(look, stage, source, self.seen.extras)
         self._check_input(stored.state, stored.versions, i)
         self._check_output(i, made)
         tape = Tape(boxes, made.leaves)
+        if look is not None:
+            made, source = made.detached(), stored.state
+            tape.sides = self._take_sides([(i, look)])
         # As in `_shares_a_tape`; other inputs are kinds of their own.
         key = program.usage.key(i, None if i > 1 and i > self.first_trained else wanted)
         uses = program.usage.get(key) or program.usage.learn(key, self._uses(stage.name, tape))
@@ -460,12 +514,16 @@ class Run:
         """One tape for several stages."""
         program, stored = self.program, self._input(p, first)
         extras, stages = self.seen.extras, program.stages
+        looks: list[tuple[int, Look]] = []
         with self._gradients_on, self._marked(p):
             boxes, state = sources_of(stored.state, self._wanted(first - 1))
             versions = state.versions()
             del stored
             for i in range(first, last + 1):
-                made = run_stage(stages[i - 1], state, extras)
+                with self._looking(i) as look:
+                    made = run_under(look, stages[i - 1], state, extras)
+                if look is not None:
+                    looks.append((i, look))
                 self._check_input(state, versions, i)
                 self._check_output(i, made)
                 state, versions = made, made.versions()
@@ -475,7 +533,25 @@ class Run:
         carriers = [leaf for leaf in state.leaves if leaf.requires_grad]
         with self._gradients_on:
             tape.feed_back(sums, carriers)
+        state = state.detached()
+        del carriers
+        if looks:
+            tape.sides = self._take_sides(looks)
         self._keep(p + last - first, first, last, tape, state)
+
+    def _looking(self, i: int) -> AbstractContextManager[Look | None]:
+        """What stage i runs under if it has side outputs."""
+        if not self.program.sides[i - 1]:
+            return _NO_LOOK
+        return self.sides.looking(i, self.program.stages[i - 1].module)
+
+    def _take_sides(self, looks: Sequence[tuple[int, Look]]) -> dict[Place, GradientEdge]:
+        """Note what runs have left, their outputs let go."""
+        try:
+            return self.sides.take(looks)
+        except ExecutionError as error:
+            names = " or ".join(repr(self.program.stages[i - 1].name) for i, _ in looks)
+            raise ExecutionError(f"stage {names} {error}") from error
 
     def _keep(self, p: int, first: int, last: int, tape: Tape, made: State) -> None:
         """Store a tape, made by an operation that ran last, and its output where that is read."""
@@ -529,10 +605,28 @@ class Run:
         while i >= first:
             kept = self.tapes.pop(i)
             gradients = list(self.take_gradients())
-            self._check_gradients(i, gradients, kept.tape.shapes)
+            start, tape = kept.first, kept.tape
+            del kept
+            self._check_gradients(i, gradients, tape.shapes)
+            if tape.is_used:
+                self._refuse_left(start, i)
+            further = self.sides.gradients_of(tape.sides)
+            lives = tape.watch()
             with self.seen.going_back():
-                self.gradients = kept.tape.backward(gradients)
-            i = kept.first - 1
+                self.gradients = tape.backward(gradients, further)
+            del tape, further
+            if lives() is not None and still(partial(_is_there, lives)):
+                self._refuse_left(start, i)
+            i = start - 1
+
+    def _refuse_left(self, first: int, last: int) -> NoReturn:
+        stages = self.program.stages[first - 1 : last]
+        names = " or ".join(dict.fromkeys(repr(stage.name) for stage in stages))
+        found = ", ".join(dict.fromkeys(w for s in stages for w in whereabouts(s.module)))
+        raise ExecutionError(
+            f"stage {names} left a tensor with a graph by another way than its output "
+            f"({found or 'in a list, a closure or a hook'}), {_NOT_SEEN}"
+        )
 
     def _check_gradients(
         self, i: int, gradients: Sequence[Tensor | None], shapes: Sequence[torch.Size]

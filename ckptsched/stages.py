@@ -221,6 +221,9 @@ class Signature:
     """Which tensors of each state carry a gradient, such as "1x0 9x1"; empty: all do."""
     need_tapes: str = ""
     """Which stages give the same bits only with their tape, such as "3x0 1x1"; empty: none."""
+    sides: str = ""
+    """Which stages leave tensors with a graph by another way than their output, such as "3x0 1x1";
+    empty: none."""
     hidden: tuple[str, ...] = ()
     """Names of the buffers that stages read and change."""
     frozen: int = 0

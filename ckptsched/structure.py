@@ -154,6 +154,7 @@ def sign(
     given: State,
     carries: Iterable[tuple[bool, ...]],
     need_tapes: Sequence[bool] = (),
+    sides: Sequence[bool] = (),
     hidden: Iterable[Place] = (),
     frozen: int = 0,
 ) -> Signature:
@@ -166,6 +167,7 @@ def sign(
         given: Its further arguments, taken apart.
         carries: For each state, from the input on, which of its tensors carry a gradient.
         need_tapes: For each stage whether it gives the same bits only with its tape.
+        sides: For each stage whether it has side outputs.
         hidden: Places of buffers that stages read and change.
         frozen: How many leading stages are run as one.
 
@@ -187,6 +189,7 @@ def sign(
         inputs=describe_inputs(inputs, given),
         carries=write_carries(carries),
         need_tapes=write_carries((flag,) for flag in need_tapes) if any(need_tapes) else "",
+        sides=write_carries((flag,) for flag in sides) if any(sides) else "",
         hidden=_names(model, hidden),
         frozen=frozen,
     )

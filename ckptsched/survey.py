@@ -7,7 +7,7 @@ the gradient that comes back to it, since these decide what PyTorch allocates.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, final
@@ -23,6 +23,8 @@ from .errors import CkptschedError, ProfileError
 from .hidden import Watch, is_write_only, own_generators
 from .memory import storage_bytes
 from .model_state import ModelState
+from .side_outputs import Look, cut_all, edges_of
+from .side_search import Found, find_side_outputs, rewritten_weights
 from .stages import StageLedger
 from .structure import stage_label
 from .tape import Tape, record, run_alone, run_stage
@@ -105,6 +107,12 @@ class Kind:
     """Whether it gives the same bits only where it runs with its tape."""
     hidden: tuple[Place, ...] = ()
     """Buffers that hold what it, or another stage, reads and changes."""
+    sides: tuple[Tensor, ...] = ()
+    """Gradients of its side outputs, made up: what it leaves by another way than its output."""
+    left: list[Tensor] = field(default_factory=list)
+    """Its side outputs, while the loss is weighed: leaves that want gradients."""
+    piles_up: bool = False
+    """Whether the side outputs of one run are still there after the next."""
     count: int = 0
     """How many stages of the chain run this computation."""
     is_last: bool = False
@@ -127,13 +135,24 @@ class Kind:
 
     def run(self) -> State:
         """Run the stage and keep no tape, as the executor does."""
-        return run_alone(
-            self.call, self.x, wanted=self.wanted, extras=self.extras, needs_tape=self.needs_tape
+        look = Look() if self.sides else None
+        output = run_alone(
+            self.call,
+            self.x,
+            wanted=self.wanted,
+            extras=self.extras,
+            needs_tape=self.needs_tape,
+            look=look,
         )
+        if look is not None:
+            cut_all(look.take())
+        return output
 
     def record(self, x: State) -> tuple[Tape, State]:
         """Run the stage with its tape, as the executor does."""
-        tape, output = record(self.call, x, wanted=self.wanted, extras=self.extras)
+        look = Look() if self.sides else None
+        tape, output = record(self.call, x, wanted=self.wanted, extras=self.extras, look=look)
+        take_sides(tape, look)
         if self.repeated:
             with torch.enable_grad():
                 tape.feed_back(self.repeated)
@@ -142,13 +161,24 @@ class Kind:
     def go_back(self, tape: Tape) -> tuple[Tensor | None, ...]:
         """Go back once, as the executor does: outside of autocast, as torch asks for."""
         with Autocast.off(self.x.leaves[0].device).again():
-            return tape.backward(list(self.gradients))
+            return tape.backward(
+                list(self.gradients), dict(zip(tape.sides, self.sides, strict=True))
+            )
 
     def set_gradients(self, *, first: bool) -> None:
         """Let the parameters have no gradients yet, or let them all have some already."""
         for alias in self.aliases:
             given = not first and id(alias) in self.gradient_bytes
             alias.grad = torch.zeros_like(alias) if given else None
+
+
+def take_sides(tape: Tape, look: Look | None) -> list[Tensor]:
+    """Let a tape know where its side outputs are in it, and return them without their graphs."""
+    if look is None:
+        return []
+    found = look.take()
+    tape.sides = edges_of(0, found)
+    return cut_all(found)
 
 
 def layout(leaves: Iterable[Tensor]) -> tuple[Any, ...]:
@@ -227,6 +257,31 @@ def note_unfit(whole: ModelState, seen: ModelState, stage: str) -> bool:
     return bool(written)
 
 
+@contextmanager
+def sides_held(order: Sequence[Kind]) -> Iterator[list[Tensor]]:
+    """The side outputs of all stages, as leaves that want gradients, for a loss to use.
+
+    Those of a stage that runs several times and leaves more each time occur as often.
+
+    Args:
+        order: The kind of each stage.
+    """
+    kinds = {id(kind): kind for kind in order}.values()
+    held = [tensor for kind in kinds for tensor in kind.left]
+    more = [
+        torch.empty_like(tensor).requires_grad_()
+        for kind in kinds
+        for tensor in kind.left * (kind.count - 1) * kind.piles_up
+    ]
+    try:
+        yield [*held, *more]
+    finally:
+        for kind in kinds:
+            kind.left.clear()
+        for tensor in held:
+            tensor.requires_grad_(False)
+
+
 def survey_backward(order: list[Kind], gradients: tuple[Tensor | None, ...]) -> list[Kind]:
     """Send a gradient back through every distinct stage.
 
@@ -263,18 +318,35 @@ def _examine(
         probe = _Probe(name, call, x, extras, whole)
         output = probe.run_twice()
         probe.begin_again()
-        tape, taped = record(call, x, wanted=wanted, extras=extras)
+        given = [leaf for leaf in extras.apart().leaves if leaf.requires_grad]
+        collecting = [*Slots([call.module]).parameters(), *given]
+        found = Found()
+        if not x.leaves[0].is_meta:
+            found = find_side_outputs(
+                name,
+                call,
+                x,
+                wanted=wanted,
+                extras=extras,
+                aliases=collecting,
+                module=call.module,
+            )
+            probe.begin_again()
+        look = Look() if found.tensors else None
+        tape, taped = record(call, x, wanted=wanted, extras=extras, look=look)
+        left = take_sides(tape, look)
+        for tensor in found.tensors:
+            tensor.requires_grad_(False)
         probe.look()
     # Some kernels round otherwise without gradients, such as those of oneDNN's LSTM.
     needs_tape = not all(map(_equal, output.leaves, taped.leaves))
     leaves = tape.repeated_leaves()
-    given = [leaf for leaf in extras.apart().leaves if leaf.requires_grad]
-    collecting = [*Slots([call.module]).parameters(), *given]
     if not tape.uses().keys() <= {id(leaf) for leaf in collecting}:
         raise ProfileError(
-            f"stage {name!r} uses a parameter that its module does not own, so its gradient would "
-            "be lost; register the parameter, or the module that owns it, in the stage, or give "
-            "the tensor to the model as a further argument"
+            f"stage {name!r} uses a parameter that its module does not own, or a tensor that "
+            "another stage left in an attribute or a list, so its gradient would be lost; register "
+            "the parameter, or the module that owns it, in the stage, or give the tensor to the "
+            "model as a further argument; let a stage return what a later one needs"
         )
     aliases = list({id(leaf): leaf for leaf in collecting if leaf.requires_grad}.values())
     return Kind(
@@ -291,8 +363,17 @@ def _examine(
         standing=standing,
         needs_tape=needs_tape,
         hidden=probe.hidden,
-        left_bytes=probe.replaced_bytes + probe.cached_bytes,
+        sides=tuple([torch.zeros_like(tensor, requires_grad=False) for tensor in found.tensors]),
+        left=[t.requires_grad_() for t in left if id(t) not in rewritten_weights(call.module)],
+        piles_up=found.piles_up,
+        left_bytes=(probe.replaced_bytes + probe.cached_bytes + _held_of_input(x, found.tensors)),
     )
+
+
+def _held_of_input(x: State, sides: Iterable[Tensor]) -> int:
+    """Bytes of the input that stay after the run as side outputs lie in them."""
+    homes = storages(sides).keys()
+    return storage_bytes(leaf for leaf in x.leaves if leaf.untyped_storage()._cdata in homes)
 
 
 def _shape(tensor: Tensor) -> str:

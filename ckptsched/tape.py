@@ -8,26 +8,37 @@ the input to the caller.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast, final
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, Node, saved_tensors_hooks
 
 from .engine import Root, edge_of, go_back
 from .errors import ExecutionError
+from .side_outputs import Look, Place
 from .trees import NO_EXTRAS, Extras, State
+
+_NO_SIDES: Mapping[Place, Tensor] = {}
 
 # Something that requires a gradient, so that a source does; it never receives one.
 _ANCHOR = torch.empty(0, requires_grad=True)
+
+
+class _Box(list[Tensor]):
+    """Where a source puts a gradient; it lives as long as the graph that begins there."""
+
+    __slots__ = ("__weakref__",)
 
 
 class _Source(torch.autograd.Function):
     """Where a tape begins: hands the data on without holding it, and catches the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, box: list[Tensor]) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, box: _Box) -> Tensor:
         ctx.box = box
         ctx.set_materialize_grads(False)
         return box.pop()
@@ -66,9 +77,12 @@ class _Handing(torch.autograd.Function):
 class Tape:
     """What one run of a stage, or of several, leaves for its backward."""
 
-    __slots__ = ("_box", "_boxes", "_edges", "_fed", "_hands_on", "_token", "carries", "shapes")
+    __slots__ = (
+        *("_box", "_boxes", "_edges", "_fed", "_hands_on", "_token"),
+        *("carries", "shapes", "sides"),
+    )
 
-    def __init__(self, boxes: list[list[Tensor] | None], outputs: Sequence[Tensor]) -> None:
+    def __init__(self, boxes: list[_Box | None], outputs: Sequence[Tensor]) -> None:
         """Take what a run made.
 
         Args:
@@ -82,6 +96,8 @@ class Tape:
         """Which tensors of the output depend on something that wants a gradient."""
         self.shapes = tuple([y.shape for y in outputs])
         """Of the output's tensors."""
+        self.sides: Mapping[Place, GradientEdge] = {}
+        """Where the gradients of side outputs come in."""
         self._box: list[Tensor | None] = []
         self._fed: Sequence[Tensor] = ()
         self._token: Tensor | None = None
@@ -95,12 +111,15 @@ class Tape:
         """How often the stage has used each leaf, by the leaf's id."""
         uses: dict[int, int] = {}
         seen: set[Node] = set()
-        ahead: list[Node | None] = [edge.node for edge in self._edges]
+        ahead: list[Node | None] = [edge.node for edge in (*self._edges, *self.sides.values())]
         while ahead:
             node = ahead.pop()
             leaf = getattr(node, "variable", None)
             if node is None or leaf is _ANCHOR:
                 continue
+            box = getattr(node, "box", None)
+            if isinstance(box, _Box) and not any(box is mine for mine in self._boxes):
+                leaf = box  # of another tape, whose stage has left a tensor for this one
             if leaf is not None:
                 uses[id(leaf)] = uses.get(id(leaf), 0) + 1
             elif node not in seen:
@@ -123,19 +142,38 @@ class Tape:
         self._fed = aliases
         self._hands_on = bool(outputs)
 
-    def backward(self, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    def watch(self) -> Callable[[], object]:
+        """Gives what shows, once the tape has been let go, whether something else holds its graph.
+
+        Returns:
+            A function that returns None then; None always where the input has no gradient.
+        """
+        for box in self._boxes:
+            if box is not None:
+                return weakref.ref(box)
+        return _nothing
+
+    @property
+    def is_used(self) -> bool:
+        """Whether something has gone back through the graph."""
+        return any(self._boxes)
+
+    def backward(
+        self, gradients: list[Tensor | None], further: Mapping[Place, Tensor] = _NO_SIDES
+    ) -> tuple[Tensor | None, ...]:
         """Go back once.
 
         Args:
             gradients: With respect to the output's tensors, each in its shape and dtype; None
                 where none came. Emptied, so that they can be let go.
+            further: Those of side outputs.
 
         Returns:
             The gradients with respect to the input's tensors; None where there is none.
         """
         arrived = [g for g, carried in zip(gradients, self.carries, strict=True) if carried]
         gradients.clear()
-        if all(gradient is None for gradient in arrived):
+        if not further and all(gradient is None for gradient in arrived):
             return (None,) * len(self._boxes)
         roots: list[Root] = []
         given: list[Tensor] = []
@@ -152,11 +190,14 @@ class Tape:
             if gradient is not None:
                 roots.append(edge)
                 given.append(gradient)
+        for place, gradient in further.items():
+            roots.append(self.sides[place])
+            given.append(gradient)
         go_back(tuple(roots), tuple(given))
         return tuple([box.pop() if box else None for box in self._boxes])
 
 
-def sources_of(x: State, wanted: Sequence[bool]) -> tuple[list[list[Tensor] | None], State]:
+def sources_of(x: State, wanted: Sequence[bool]) -> tuple[list[_Box | None], State]:
     """Where a tape begins; gradients must be on.
 
     Args:
@@ -166,17 +207,21 @@ def sources_of(x: State, wanted: Sequence[bool]) -> tuple[list[list[Tensor] | No
     Returns:
         Where the gradients come out, None where none is wanted, and the input of the first stage.
     """
-    boxes: list[list[Tensor] | None] = []
+    boxes: list[_Box | None] = []
     sources = []
     for leaf, wants in zip(x.leaves, wanted, strict=True):
         source = leaf.detach()
-        box: list[Tensor] | None = None
+        box: _Box | None = None
         if wants:
-            box = [source]
+            box = _Box((source,))
             source = cast(Tensor, _Source.apply(_ANCHOR, box))
         boxes.append(box)
         sources.append(source)
     return boxes, x.replaced(sources)
+
+
+def _nothing() -> None:
+    """There is nothing to see."""
 
 
 def record(
@@ -185,6 +230,7 @@ def record(
     *,
     wanted: Sequence[bool],
     extras: Extras = NO_EXTRAS,
+    look: Look | None = None,
 ) -> tuple[Tape, State]:
     """Run a stage with gradients on and keep its tape.
 
@@ -193,14 +239,39 @@ def record(
         x: Its input, without a graph.
         wanted: For each tensor of the input whether its gradient is wanted.
         extras: What else every stage is given.
+        look: What finds its side outputs, if it has any.
 
     Returns:
         The tape, and the output without a graph, in the same storages.
     """
     with torch.enable_grad():
         boxes, source = sources_of(x, wanted)
-        output = run_stage(stage, source, extras)
+        output = run_under(look, stage, source, extras)
     return Tape(boxes, output.leaves), output.detached()
+
+
+def run_under(
+    look: Look | None,
+    stage: Callable[..., Any],
+    x: State,
+    extras: Extras,
+    *,
+    keeps: bool = True,
+) -> State:
+    """Run a stage under what finds its side outputs, if it has any; gradients must be on.
+
+    Args:
+        look: What finds them.
+        stage: The stage.
+        x: Its input.
+        extras: What else every stage is given.
+        keeps: Whether what it saves for a backward is kept.
+    """
+    if look is None:
+        return run_stage(stage, x, extras)
+    with look, look.keeping_aliases() if keeps else nullcontext():
+        look.meet(x.leaves)
+        return run_stage(stage, x, extras)
 
 
 def run_alone(
@@ -210,6 +281,7 @@ def run_alone(
     wanted: Sequence[bool],
     extras: Extras = NO_EXTRAS,
     needs_tape: bool = False,
+    look: Look | None = None,
 ) -> State:
     """Run a stage and keep no tape.
 
@@ -220,13 +292,15 @@ def run_alone(
         extras: What else every stage is given.
         needs_tape: Whether the stage gives the same bits only where it runs with gradients on.
             What it saves for a backward is let go at once.
+        look: What finds its side outputs, if it has any; gradients are on then, too.
 
     Returns:
         The output without a graph: a stage that turns gradients on by itself returns one.
     """
-    if needs_tape:
-        with saved_tensors_hooks(_forget, _recall):
-            return record(stage, x, wanted=wanted, extras=extras)[1]
+    if needs_tape or look is not None:
+        with torch.enable_grad(), saved_tensors_hooks(_forget, _recall):
+            source = sources_of(x, wanted)[1]
+            return run_under(look, stage, source, extras, keeps=False).detached()
     with torch.no_grad():
         return run_stage(stage, x, extras).without_graph()
 

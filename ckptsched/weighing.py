@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -61,8 +61,9 @@ def weigh(kind: Kind, meter: Meter) -> StageLedger:
     ledger = StageLedger(
         state_bytes=kind.standing.bytes_of(kind.output.leaves),
         output_is_view=simple and _sources(kind) == (0,),
-        # What the modules hold on to anyway is theirs, where no other tape of them is kept.
-        tape_bytes=max(0, lone.tape - left) if kind.count == 1 else lone.tape,
+        # What the modules hold on to anyway is theirs, where no other tape of them is kept, and
+        # no side output of the first run stays beside that of a later one.
+        tape_bytes=(max(0, lone.tape - left) if kind.count == 1 and not kind.sides else lone.tape),
         input_saved=bool(lone.saved_inputs),
         output_saved=bool(lone.saved_outputs),
         forward_peak_bytes=forward_peak,
@@ -231,7 +232,13 @@ def _copy(state: State, fixed: Container[int]) -> State:
     return state.replaced(leaves)
 
 
-def weigh_loss(loss: Loss, output: State, carries: tuple[bool, ...], meter: Meter) -> LossWeight:
+def weigh_loss(
+    loss: Loss,
+    output: State,
+    carries: tuple[bool, ...],
+    meter: Meter,
+    sides: Sequence[Tensor] = (),
+) -> LossWeight:
     """Measure the bytes of a loss on one output of the model.
 
     Args:
@@ -239,23 +246,31 @@ def weigh_loss(loss: Loss, output: State, carries: tuple[bool, ...], meter: Mete
         output: The model's output.
         carries: Which of its tensors carry a gradient.
         meter: What counts bytes.
+        sides: The side outputs of all stages, as leaves; the loss of a step may use them even if
+            this one does not.
 
     Raises:
         ProfileError: The output is no floating point tensor, or the loss no function of it.
     """
     _, gradients = go_back(loss, output, carries)
+    for tensor in sides:
+        tensor.grad = None
     size = storage_bytes(g for g in gradients if g is not None)
     with meter.window() as window:
         value, again = go_back(loss, output, carries, arrived=window.mark)
         rest = 2 * storage_bytes([value])
         del value, again
     before = window.phases[0]
+    # For each a gradient, and what comes before it.
+    unused = sum(tensor.nbytes for tensor in sides if tensor.grad is None)
+    for tensor in sides:
+        tensor.grad = None
     return LossWeight(
         gradients=gradients,
-        overhead_bytes=max(0, before.peak_bytes - size),
+        overhead_bytes=max(0, before.peak_bytes - size) + 2 * unused,
         # At least the value and the number 1 that going back begins with, whose storage the
         # gradient may share.
-        rest_bytes=max(before.final_bytes - size, rest),
+        rest_bytes=max(before.final_bytes - size, rest) + unused,
     )
 
 

@@ -1,0 +1,551 @@
+"""What leaves a stage by another way than its output: it works, or it is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckptsched as cs
+from ckptsched.memory import default_meter
+
+WIDTH, BATCH = 16, 64
+Step = Callable[[nn.Module], Tensor]
+
+
+X = torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(3))
+
+
+class Layer(nn.Module):
+    """A layer that leaves what `leave` makes of its input and what its parts make of that."""
+
+    def __init__(self, leave: Callable[[Any, Tensor, Tensor], Any] | None = None) -> None:
+        super().__init__()
+        self.inner, self.leave = nn.Linear(WIDTH, WIDTH), leave
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        if self.leave is not None:
+            self.leave(self, x, y)
+        return torch.tanh(y)
+
+
+@dataclass
+class Notes:
+    """A dataclass with a tensor, and a history."""
+
+    aux: Any = None
+    history: deque[Tensor] = field(default_factory=lambda: deque(maxlen=3))
+
+
+def chain_of(leave: Callable[[Any, Tensor, Tensor], Any], n: int = 4) -> nn.Sequential:
+    return nn.Sequential(*[Layer(leave) for _ in range(n)])
+
+
+def all_aux(model: nn.Module, name: str = "aux") -> Tensor:
+    found = [getattr(m, name) for m in model.modules() if getattr(m, name, None) is not None]
+    return torch.stack([t.square().mean() for t in found]).sum()
+
+
+def set_aux(make: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[[Any, Tensor, Tensor], None]:
+    def leave(layer: Any, x: Tensor, y: Tensor) -> None:
+        layer.aux = make(layer, x, y)
+
+    return leave
+
+
+ATTRIBUTES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "a number": lambda s, x, y: y.square().mean(),
+    "a feature": lambda s, x, y: y,
+    "a view": lambda s, x, y: y[1:, ::2],
+    "of the input alone": lambda s, x, y: x.exp().mean(),
+    "the input": lambda s, x, y: x,
+    "of weights alone": lambda s, x, y: s.inner.weight.norm(),
+    "of both, in double": lambda s, x, y: (y.double() @ s.inner.weight.double()).sum(),
+    "changed in place": lambda s, x, y: y.sin().mul_(2),
+    "saved by the tape": lambda s, x, y: y.exp(),
+}
+
+
+def attribute(make: Callable[[Any, Tensor, Tensor], Tensor]) -> tuple[nn.Module, Step]:
+    model = chain_of(set_aux(make))
+    return model, lambda run: run(X).square().mean() + all_aux(model)
+
+
+def in_a_list() -> tuple[nn.Module, Step]:
+    losses: list[Tensor] = []
+    model = chain_of(lambda s, x, y: losses.append(y.square().mean()))
+
+    def step(run: nn.Module) -> Tensor:
+        losses.clear()
+        return run(X).mean() + torch.stack(losses).sum()
+
+    return model, step
+
+
+def in_a_dict() -> tuple[nn.Module, Step]:
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def take(module: nn.Module, args: Any, output: Tensor) -> None:
+            seen[name] = output
+
+        return take
+
+    model = chain_of(lambda s, x, y: None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(hook(name))
+
+    def step(run: nn.Module) -> Tensor:
+        y = run(X).square().mean()
+        return y + torch.stack([t.abs().mean() for t in seen.values()]).sum()
+
+    return model, step
+
+
+def of_outputs() -> tuple[nn.Module, Step]:
+    """Hooks on the stages take their outputs, the model's own included."""
+    seen: list[Tensor] = []
+    model = chain_of(lambda s, x, y: None)
+    for module in model:
+        module.register_forward_hook(lambda module, args, output: seen.append(output))
+
+    def step(run: nn.Module) -> Tensor:
+        seen.clear()
+        y = run(X).square().mean()
+        return y + torch.stack([t.abs().mean() for t in seen]).sum()
+
+    return model, step
+
+
+def in_a_dataclass() -> tuple[nn.Module, Step]:
+    def leave(layer: Any, x: Tensor, y: Tensor) -> None:
+        layer.notes.aux = y.square().mean()
+        layer.notes.history.append(y.detach().mean())
+
+    model = chain_of(leave)
+    for layer in model:
+        layer.notes = Notes()
+
+    def step(run: nn.Module) -> Tensor:
+        return run(X).mean() + sum(layer.notes.aux for layer in model)
+
+    return model, step
+
+
+def unused() -> tuple[nn.Module, Step]:
+    model = chain_of(set_aux(lambda s, x, y: y.square()))
+    return model, lambda run: run(X).square().mean()
+
+
+def alone() -> tuple[nn.Module, Step]:
+    """The loss is of one layer's feature only: later layers get no gradient."""
+    model = chain_of(set_aux(lambda s, x, y: y.square().mean()))
+
+    def step(run: nn.Module) -> Tensor:
+        run(X)
+        return model[2].aux * 3
+
+    return model, step
+
+
+def a_head_of_its_own() -> tuple[nn.Module, Step]:
+    """Parameters that only the auxiliary loss uses, as those of a router."""
+    model = chain_of(set_aux(lambda s, x, y: s.head(x).softmax(-1).square().mean()))
+    for layer in model:
+        layer.head = nn.Linear(WIDTH, 4)
+    return model, lambda run: run(X).square().mean() + all_aux(model)
+
+
+def frozen_start() -> tuple[nn.Module, Step]:
+    model = chain_of(set_aux(lambda s, x, y: y.square().mean()))
+    for layer in list(model)[:2]:
+        layer.requires_grad_(False)
+    return model, lambda run: run(X).square().mean() + all_aux(model)
+
+
+def one_module_twice() -> tuple[nn.Module, Step]:
+    layer = Layer(set_aux(lambda s, x, y: y.square().mean()))
+    model = nn.Sequential(Layer(), layer, Layer(), layer, Layer())
+    return model, lambda run: run(X).square().mean() + layer.aux
+
+
+def ode(leave: Callable[[Any, Tensor, Tensor], Any]) -> nn.Sequential:
+    return nn.Sequential(Layer(), cs.ODEBlock(Layer(leave), "heun", 6), Layer())
+
+
+def in_an_ode() -> tuple[nn.Module, Step]:
+    model = ode(set_aux(lambda s, x, y: y.square().mean()))
+    return model, lambda run: run(X).square().mean() + all_aux(model)
+
+
+def listed_in_an_ode() -> tuple[nn.Module, Step]:
+    found: list[Tensor] = []
+    model = ode(lambda s, x, y: found.append(y.square().mean()))
+
+    def step(run: nn.Module) -> Tensor:
+        found.clear()
+        y = run(X)
+        return y.square().mean() + torch.stack(found).mean()
+
+    return model, step
+
+
+def with_dropout() -> tuple[nn.Module, Step]:
+    model = chain_of(set_aux(lambda s, x, y: nn.functional.dropout(y, 0.3).square().mean()))
+    return model, lambda run: run(X).square().mean() + all_aux(model)
+
+
+class Exp(torch.autograd.Function):
+    """Keeps its output on ctx, which makes a cycle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.y = y = x.exp()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.y
+
+
+class Saved(torch.autograd.Function):
+    """Keeps its output as it should."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * ctx.saved_tensors[0]
+
+
+class Own(nn.Module):
+    """A layer with a Function of its own, whose result may be left or read."""
+
+    def __init__(self, function: Any, *, leaves: bool = False) -> None:
+        super().__init__()
+        self.inner, self.function, self.leaves = nn.Linear(WIDTH, WIDTH), function, leaves
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        z = self.function.apply(-y.square())
+        if self.leaves:
+            self.aux = self.function.apply(y)
+        return torch.as_tensor(z)
+
+
+def of_own_functions() -> tuple[nn.Module, Step]:
+    model = nn.Sequential(Layer(), *[Own(Saved, leaves=True) for _ in range(3)], Layer())
+    return model, lambda run: run(X).square().mean() + all_aux(model)
+
+
+def of_a_function_with_a_cycle() -> tuple[nn.Module, Step]:
+    """The feature is held by the Function that made it, too."""
+    model = chain_of(set_aux(lambda s, x, y: Exp.apply(y)))
+    return model, lambda run: run(X).square().mean() + all_aux(model)
+
+
+def with_hooks_on_features() -> tuple[nn.Module, Step]:
+    """A hook of the feature changes its gradient."""
+
+    def leave(layer: Any, x: Tensor, y: Tensor) -> None:
+        layer.aux = y
+        if y.requires_grad:
+            y.register_hook(lambda g: g * 2)
+
+    model = chain_of(leave)
+    return model, lambda run: run(X).square().mean() + all_aux(model)
+
+
+PROGRAMS: dict[str, Callable[[], tuple[nn.Module, Step]]] = {
+    **{
+        f"attribute: {name}": lambda make=make: attribute(make) for name, make in ATTRIBUTES.items()
+    },
+    "list": in_a_list,
+    "dict of a hook": in_a_dict,
+    "outputs": of_outputs,
+    "dataclass": in_a_dataclass,
+    "unused": unused,
+    "alone": alone,
+    "head": a_head_of_its_own,
+    "frozen": frozen_start,
+    "twice": one_module_twice,
+    "ode": in_an_ode,
+    "ode, list": listed_in_an_ode,
+    "dropout": with_dropout,
+    "hooks": with_hooks_on_features,
+    "own function": of_own_functions,
+    "own function with a cycle": of_a_function_with_a_cycle,
+}
+
+
+def fresh(name: str) -> tuple[nn.Module, Step]:
+    torch.manual_seed(0)
+    return PROGRAMS[name]()
+
+
+def plans(model: nn.Module) -> Iterator[cs.Plan]:
+    chain = cs.profile(model, X)
+    top = cs.plan(chain, budget=10**12)
+    for share in (0.0, 0.4, 1.0):
+        least = top.least_budget_bytes
+        yield cs.plan(chain, budget=int(least + share * max(0, top.peak_bytes - least)))
+
+
+def gradients(model: nn.Module) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def run_steps(model: nn.Module, run: nn.Module, step: Step, n: int = 2) -> list[Any]:
+    found: list[Any] = []
+    torch.manual_seed(5)
+    for _ in range(n):
+        model.zero_grad()
+        loss = step(run)
+        loss.backward()
+        found += [loss.detach(), *gradients(model), torch.get_rng_state()]
+    return found
+
+
+def equal(one: Any, other: Any) -> bool:
+    return (one is other) if one is None or other is None else torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_gradients_are_those_of_plain_autograd_and_the_budget_is_kept(name: str) -> None:
+    model, step = fresh(name)
+    expected = run_steps(model, model, step)
+    assert any(isinstance(g, Tensor) and g.dim() == 2 and bool(g.any()) for g in expected)
+    meter = default_meter(torch.device("cpu"))
+    for plan in plans(fresh(name)[0]):
+        model, step = fresh(name)
+        found = run_steps(model, cs.checkpointed(model, plan), step)
+        assert all(map(equal, expected, found)), f"budget {plan.budget_bytes}"
+        model, step = fresh(name)
+        run = cs.checkpointed(model, plan)
+        with meter.window() as window:
+            step(run).backward()
+            window.mark()
+        assert window.measurement.peak_bytes <= plan.budget_bytes
+
+
+def planned(model: nn.Module, share: float = 0.0) -> nn.Module:
+    chain = cs.profile(copy.deepcopy(model), X)
+    top = cs.plan(chain, budget=10**12)
+    least = top.least_budget_bytes
+    budget = int(least + share * max(0, top.peak_bytes - least))
+    return cs.checkpointed(model, cs.plan(chain, budget=budget))
+
+
+@pytest.mark.parametrize("name", ["attribute: a feature", "outputs", "ode, list", "ode"])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_second_backward_and_one_with_a_graph_are_those_of_plain_autograd(
+    name: str, share: float
+) -> None:
+    def seen(model: nn.Module, run: nn.Module, step: Step) -> list[Any]:
+        loss = step(run)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        return gradients(model)
+
+    model, step = fresh(name)
+    expected = seen(model, model, step)
+    plan = planned(fresh(name)[0], share).plan
+    model, step = fresh(name)
+    assert all(map(equal, expected, seen(model, cs.checkpointed(model, plan), step)))
+
+    model, step = fresh(name)
+    weights = list(model.parameters())
+    expected = list(torch.autograd.grad(step(model), weights, create_graph=True))
+    model, step = fresh(name)
+    loss = step(cs.checkpointed(model, plan))
+    with pytest.warns(cs.BudgetWarning):
+        found = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other)
+        assert other.requires_grad
+
+
+def test_what_runs_again_leaves_attributes_and_their_lists_alone() -> None:
+    def leave(layer: Any, x: Tensor, y: Tensor) -> None:
+        layer.aux = y.square().mean()
+        layer.all.append(layer.aux)
+        layer.notes.history.append(layer.aux)
+
+    model = chain_of(leave)
+    for layer in model:
+        layer.all, layer.notes = [], Notes()
+    run = planned(model)
+    for layer in model:
+        layer.all.clear()
+    loss = run(X).mean() + all_aux(model)
+    before = [(layer.aux, list(layer.all), list(layer.notes.history)) for layer in model]
+    loss.backward()
+    for layer, (aux, whole, history) in zip(model, before, strict=True):
+        assert layer.aux is aux
+        assert [id(t) for t in layer.all] == [id(t) for t in whole]
+        assert [id(t) for t in layer.notes.history] == [id(t) for t in history]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_gradients_of_features_are_kept_where_they_are_asked_for(share: float) -> None:
+    def leave(layer: Any, x: Tensor, y: Tensor) -> None:
+        layer.aux = y
+        if y.requires_grad:
+            y.retain_grad()
+
+    def seen(model: nn.Module, run: nn.Module) -> list[Tensor]:
+        (run(X).square().mean() + all_aux(model)).backward()
+        return [layer.aux.grad for layer in model]
+
+    torch.manual_seed(0)
+    model = chain_of(leave)
+    plain = copy.deepcopy(model)
+    expected = seen(plain, plain)
+    run = planned(model, share)
+    assert all(map(equal, expected, seen(model, run)))
+
+
+def test_detached_tensors_and_numbers_are_no_side_outputs() -> None:
+    def leave(layer: Any, x: Tensor, y: Tensor) -> None:
+        layer.seen, layer.size = y.detach(), float(y.detach().norm())
+
+    chain = cs.profile(chain_of(leave), X)
+    assert chain.signature is not None
+    assert not chain.signature.sides
+
+
+def test_functions_that_keep_their_output_on_ctx_are_refused_by_name() -> None:
+    with pytest.raises(cs.ProfileError, match=r"stage '1'.*save_for_backward"):
+        cs.profile(nn.Sequential(Layer(), Own(Exp), Layer()), X)
+    with pytest.raises(cs.ProfileError, match=r"stage '0'.*save_for_backward"):
+        cs.profile(nn.Sequential(Own(Exp), Layer()), X.clone().requires_grad_())
+    cs.profile(nn.Sequential(Layer(), Own(Saved), Layer()), X)
+
+
+def test_what_cannot_be_found_again_is_refused_by_name() -> None:
+    def leave(layer: Any, x: Tensor, y: Tensor) -> None:
+        with torch._C.DisableTorchFunction():  # as if C++ code had made it
+            layer.aux = y * 2
+
+    for where in ("0", "1"):
+        parts = [Layer(), Layer(), Layer()]
+        parts[int(where)].leave = leave
+        with pytest.raises(cs.ProfileError, match=rf"stage '{where}'.*attribute 'aux'.*clone"):
+            cs.profile(nn.Sequential(*parts), X)
+
+
+def test_what_another_stage_reads_is_refused_by_name() -> None:
+    first = Layer(set_aux(lambda s, x, y: x.exp()))
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.inner(x) + first.aux)
+
+    with pytest.raises(cs.ProfileError, match=r"stage '2'.*another stage left"):
+        cs.profile(nn.Sequential(Layer(), first, Reader()), X)
+
+    def add_up(layer: Any, x: Tensor, y: Tensor) -> None:
+        layer.aux = layer.aux + y.mean()
+
+    layer = Layer(add_up)
+    layer.aux = torch.zeros(())
+    with pytest.raises(cs.ProfileError, match=r"left in an attribute"):
+        cs.profile(nn.Sequential(Layer(), layer, Layer()), X)
+
+
+LATER: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "of both": lambda s, x, y: y.square().mean(),
+    "linear": lambda s, x, y: y.sum(),
+    "of the input": lambda s, x, y: x.exp().mean(),
+    "of weights": lambda s, x, y: s.inner.weight.square().sum(),
+}
+
+
+@pytest.mark.parametrize("what", LATER)
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("where", [0, 2])
+def test_what_is_left_after_profiling_ends_the_step_in_an_error(
+    what: str, share: float, where: int
+) -> None:
+    model = chain_of(lambda s, x, y: None)
+    run = planned(model, share)
+    (run(X).mean()).backward()
+    model[where].leave = set_aux(LATER[what])
+    if (what, where) == ("of the input", 0):
+        loss = run(X).mean() + all_aux(model)  # the batch wants no gradient: nothing is missed
+        loss.backward()
+        return
+    loss = run(X).mean() + all_aux(model)
+    with pytest.raises((cs.ExecutionError, RuntimeError)) as caught:
+        loss.backward()
+    assert share == 1.0 or isinstance(caught.value, cs.ExecutionError)
+    if isinstance(caught.value, cs.ExecutionError):
+        assert "detach" in str(caught.value)
+
+
+def test_hooks_added_after_planning_end_the_step_in_an_error() -> None:
+    model, seen = chain_of(lambda s, x, y: None), list[Tensor]()
+    plan = planned(copy.deepcopy(model)).plan
+    handle = model[2].inner.register_forward_hook(lambda m, args, output: seen.append(output))
+    with pytest.raises(cs.ExecutionError, match=r"stage '2' left a tensor"):
+        cs.checkpointed(model, plan)(X).mean().backward()
+    handle.remove()
+    run = cs.checkpointed(model, plan)
+    model[2].inner.register_forward_hook(lambda m, args, output: seen.append(output))
+    with pytest.raises(cs.PlanMismatchError, match="hook"):
+        run(X)
+
+
+def test_steps_with_side_outputs_are_verified_and_let_everything_go() -> None:
+    torch.manual_seed(0)
+    model = chain_of(set_aux(lambda s, x, y: y.square().mean()))
+
+    def loss(y: Tensor) -> Tensor:
+        return y.square().mean() + all_aux(model)
+
+    chain = cs.profile(model, X, loss=loss)
+    for budget in (cs.plan(chain, budget=10**12).least_budget_bytes, 10**12):
+        result = cs.verify(model, cs.plan(chain, budget=budget), X, loss=loss)
+        assert result.ok, str(result)
+    run = cs.checkpointed(model, cs.plan(chain, budget=budget))
+    value = loss(run(X))
+    value.backward()
+    node = weakref.ref(model[0].aux.grad_fn)
+    gc.disable()
+    try:
+        del value
+        for layer in model:
+            del layer.aux
+        assert node() is None
+    finally:
+        gc.enable()
+
+
+def test_plans_with_side_outputs_are_saved_and_loaded(tmp_path: Any) -> None:
+    model, step = fresh("list")
+    plan = planned(copy.deepcopy(model)).plan
+    plan.save(tmp_path / "plan.json")
+    loaded = cs.Plan.load(tmp_path / "plan.json")
+    assert loaded.chain.signature is not None
+    assert loaded.chain.signature.sides == "4x1"
+    plain, plain_step = fresh("list")
+    expected = run_steps(plain, plain, plain_step)
+    assert all(map(equal, expected, run_steps(model, cs.checkpointed(model, loaded), step)))
