@@ -84,9 +84,12 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
         seen = seen + 0.01 * torch.randn_like(seen)
     model = Pendulum(GUESS)
 
-    def loss(budget: int | str | None) -> Tensor:
-        y = cs.odeint(model, y0, t, method="rk4", options=options, budget=budget)
+    def misfit(y: Tensor) -> Tensor:
         return (y - seen).square().mean()
+
+    def loss(budget: int | str | None) -> Tensor:
+        how = {"method": "rk4", "options": options}
+        return misfit(cs.odeint(model, y0, t, **how, budget=budget, loss=misfit))
 
     budget_bytes = bytes_of(args.budget or size.budget, loss, model.parameters())
     outcome = Outcome(budget_bytes=budget_bytes)

@@ -100,17 +100,19 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
     options = {"step_size": END / size.steps}
     sensors = torch.arange(2, size.points, 5)
 
-    def heard(plate: Plate, budget: int | str | None) -> Tensor:
-        u, _ = cs.odeint(plate, y0, t, method=leapfrog, options=options, budget=budget)
-        heard: Tensor = u[:, :, sensors][..., sensors]
-        return heard
+    def heard(states: tuple[Tensor, Tensor]) -> Tensor:
+        return states[0][:, :, sensors][..., sensors]
 
+    how = {"method": leapfrog, "options": options}
     with torch.no_grad():
-        seen = heard(Plate(size.points, truth), None)
+        seen = heard(cs.odeint(Plate(size.points, truth), y0, t, **how))
     plate = Plate(size.points, torch.ones_like(truth))
 
+    def misfit(states: tuple[Tensor, Tensor]) -> Tensor:
+        return (heard(states) - seen).square().mean() / seen.square().mean()
+
     def loss(budget: int | str | None) -> Tensor:
-        return (heard(plate, budget) - seen).square().mean() / seen.square().mean()
+        return misfit(cs.odeint(plate, y0, t, **how, budget=budget, loss=misfit))
 
     budget_bytes = bytes_of(args.budget or size.budget, loss, plate.parameters())
     outcome = Outcome(budget_bytes=budget_bytes)

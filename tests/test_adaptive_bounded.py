@@ -51,8 +51,12 @@ def start(batch: int = 16, width: int = 6) -> Tensor:
     return torch.randn(batch, width, dtype=DOUBLE, requires_grad=True)
 
 
+def mean_square(states: Tensor) -> Tensor:
+    return states.square().mean()
+
+
 def gradients(states: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(states.square().mean(), tensors)
+    return torch.autograd.grad(mean_square(states), tensors)
 
 
 def assert_near(found: Sequence[Tensor], expected: Sequence[Tensor], share: float = 1e-12) -> None:
@@ -93,7 +97,8 @@ def test_within_any_budget_the_gradient_is_plain_autograds(
     tensors = [y0, *f.parameters(), *([t] if timed else [])]
 
     def solve(**options: Any) -> AdaptiveSolution:
-        return solve_adaptive(f, y0, t, method, rtol=tolerance, atol=tolerance, **options)
+        tolerances = {"rtol": tolerance, "atol": tolerance}
+        return solve_adaptive(f, y0, t, method, loss=mean_square, **tolerances, **options)
 
     def step(**options: Any) -> tuple[AdaptiveSolution, tuple[Tensor, ...]]:
         solution = solve(**options)
@@ -137,7 +142,8 @@ def test_what_all_tapes_take_is_enough_for_all_tapes_and_less_for_fewer() -> Non
     control = StepControl(max_step=0.2)
 
     def solve(**options: Any) -> AdaptiveSolution:
-        return solve_adaptive(f, y0, t, rtol=1e-2, atol=1e-2, control=control, **options)
+        options |= {"control": control, "loss": mean_square}
+        return solve_adaptive(f, y0, t, rtol=1e-2, atol=1e-2, **options)
 
     least, meter = least_budget(solve), default_meter("cpu")
 
@@ -457,7 +463,8 @@ def test_what_f_carries_counts(kind: str, method: str) -> None:
 
     def step(**options: Any) -> AdaptiveSolution:
         tolerances = {"rtol": 1e-6, "atol": 1e-6}
-        solution = solve_adaptive(f, y0, t, method, control=control, **tolerances, **options)
+        options |= {"control": control, "loss": mean_square}
+        solution = solve_adaptive(f, y0, t, method, **tolerances, **options)
         gradients(solution.states, [y0, *owner.parameters()])
         return solution
 

@@ -97,3 +97,11 @@ def test_a_run_that_diverges_is_told_and_ends() -> None:
 
 def test_the_order_of_errors_below_rounding_is_not_told() -> None:
     assert math.isnan(reversing.order({("euler", 1): 0.0, ("euler", 2): 0.0}, "euler", (1, 2)))
+
+
+def test_an_order_is_told_of_errors_that_have_one_alone() -> None:
+    assert gradient_error.order([3.0, 1.0, 0.25, 0.06]) == pytest.approx(2, abs=0.1)
+    # As with ReLU, whose kinks lie in other places of other steps.
+    assert gradient_error.order([0.0112, 0.00565, 4.84e-06, 0.000111]) is None
+    assert gradient_error.order([0.0454, 0.00721, 0.00242, 0.000507]) is None
+    assert gradient_error.order([1.0, 0.5]) is None

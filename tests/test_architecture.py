@@ -151,6 +151,7 @@ RANKS = {
     "fitting": 14,
     "ode.kept": 14,
     "ode.measuring": 14,
+    "ode.output_loss": 14,
     "ode.adaptive": 14,
     "ode.planned": 14,
     "ode.odeint": 14,

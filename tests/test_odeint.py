@@ -212,7 +212,8 @@ def test_gradients_within_a_budget_are_those_of_plain_autograd(method: str) -> N
     t = torch.tensor([0.0, 0.3, 1.0], dtype=DOUBLE)
 
     def call(budget: int | None) -> Tensor:
-        return odeint(f, y0, t, method=method, options={"step_size": 0.05}, budget=budget)
+        options = {"step_size": 0.05}
+        return odeint(f, y0, t, method=method, options=options, budget=budget, loss=loss_of)
 
     assert_within(call, [y0, *f.parameters()], 0.4)
 
@@ -236,7 +237,8 @@ def test_any_grid_within_any_budget(
     inputs = [x for x in (y0, t, *f.parameters()) if x.requires_grad]
 
     def call(budget: int | None) -> Tensor:
-        return odeint(f, y0, t, method="midpoint", options={"step_size": 1 / steps}, budget=budget)
+        options = {"step_size": 1 / steps}
+        return odeint(f, y0, t, method="midpoint", options=options, budget=budget, loss=loss_of)
 
     assert_within(call, inputs, share)
 
@@ -363,7 +365,8 @@ def test_a_function_that_differentiates_itself() -> None:
     t = torch.tensor([0.0, 1.0], dtype=DOUBLE)
 
     def call(budget: int | None) -> Any:
-        return odeint(flow, start, t, method="rk4", options={"step_size": 0.1}, budget=budget)
+        options = {"step_size": 0.1}
+        return odeint(flow, start, t, method="rk4", options=options, budget=budget, loss=loss_of)
 
     assert_within(call, [y0, *f.parameters()], 0.5)
 
@@ -387,7 +390,8 @@ def test_complex_states() -> None:
         return rate * y
 
     def call(budget: int | None) -> Tensor:
-        return odeint(turn, y0, t, method="rk4", options={"step_size": 0.02}, budget=budget)
+        options = {"step_size": 0.02}
+        return odeint(turn, y0, t, method="rk4", options=options, budget=budget, loss=loss_of)
 
     torch.testing.assert_close(call(None)[-1], torch.exp(rate), rtol=1e-6, atol=1e-8)
     assert_within(call, [y0, rate], 0.6)

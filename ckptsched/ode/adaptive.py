@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -33,6 +33,7 @@ from .integrators import split
 from .kept import kept_with
 from .measuring import Trial
 from .methods import find_tableau
+from .output_loss import Loss, needs_of_loss
 from .parts import flat_state, norm_of_parts, on_flat_states
 from .problem import Problem, check_times
 from .statistics import Statistics
@@ -65,6 +66,7 @@ def solve_adaptive(
     meet_times: bool = False,
     params: Sequence[Tensor] | None = None,
     budget: int | str | Budget | None = None,
+    loss: Loss | None = None,
     checkpoints: int | None = None,
     beside_bytes: int = 0,
 ) -> AdaptiveSolution:
@@ -99,6 +101,10 @@ def solve_adaptive(
             gradients of parameters. Bytes or text such as "200MiB". What a step takes is measured
             on the first, once for each kind of call (shapes, dtypes, modes, what wants a
             gradient); that is kept for func, and for others of its code that hold the same.
+        loss: From the states that are returned to one number, as the training step computes it: the
+            budget then holds with it, whatever it takes, which is measured once. None provides for
+            the states, their gradient, and a few more of the size of the state at one time, such as
+            a mean square at a single time takes. Read with a budget only.
         checkpoints: States that may be kept at once, the initial one included, in place of a
             budget; no tapes.
         beside_bytes: Of the budget, what other tensors take that live throughout.
@@ -111,6 +117,7 @@ def solve_adaptive(
         InfeasibleBudgetError: The budget is below one step; the error has the least that works.
         WorkloadError: A method without an error estimate, or arguments that do not go together.
         BudgetSyntaxError: A budget that is not in bytes.
+        ProfileError: The loss is none of the states, or there is no meter.
     """
     flat, shapes = flat_state(y0)
     slope, norm = on_flat_states(func, shapes), norm_of_parts(norm, shapes)
@@ -118,6 +125,7 @@ def solve_adaptive(
     # The parts of the state are the caller's; as one tensor it is one more.
     beside_bytes += 0 if shapes is None else flat.nbytes
     bounds = Bounds.of(budget, checkpoints, beside_bytes)
+    bounds = replace(bounds, loss=loss, shapes=shapes)
     closure = find_closure(func)
     solution = solve_problem(problem, closure, params, flat, t, bounds, func)
     if shapes is None:
@@ -133,6 +141,10 @@ class Bounds:
     budget_bytes: int | None
     checkpoints: int | None
     beside_bytes: int
+    loss: Loss | None = None
+    """The caller's, where it is named; of parts where the state is a tuple."""
+    shapes: tuple[torch.Size, ...] | None = None
+    """Of these parts."""
 
     @staticmethod
     def of(
@@ -193,6 +205,7 @@ def solve_problem(
         IntegrationError: The solution cannot be continued; the error has the time.
         InfeasibleBudgetError: The budget is below one step; the error has the least that works.
         ExecutionError: f cannot be run again.
+        ProfileError: The loss is none of the states, or there is no meter.
         WorkloadError: A gradient of times that steps are to meet.
     """
     kept, which = kept_with(func, closure)
@@ -218,7 +231,12 @@ def solve_problem(
         )
         return _solve_plainly(problem, closure, y0, t, tracked=True)
     trial = Trial(problem, closure, wanted, y0, with_time=t.requires_grad)
-    found = trial.findings(kept, which, bounds.budget_bytes, bounds.beside_bytes)
+
+    def loss_needs() -> tuple[int, int]:
+        needs = needs_of_loss(bounds.loss, y0, len(problem.times), bounds.shapes, kept)
+        return needs.peak_bytes, needs.held_bytes
+
+    found = trial.findings(kept, which, bounds.budget_bytes, bounds.beside_bytes, loss_needs)
     statistics = Statistics(measuring_evaluations=trial.evaluations)
     room = Room(slots=bounds.checkpoints or 1)
     if bounds.budget_bytes is not None and found.footprint is not None:

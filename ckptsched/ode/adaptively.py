@@ -15,6 +15,7 @@ from ..transforms import outside_of_compiled_code
 from .adaptive import Bounds, make_problem, solve_problem
 from .closure import Closure
 from .control import StepControl
+from .output_loss import Loss
 from .parts import norm_of_parts, on_flat_states
 from .tableaus import ButcherTableau
 
@@ -32,6 +33,7 @@ def solve_adaptively(
     tolerances: tuple[float, float],
     options: Mapping[str, Any],
     budget: int | float | str | Budget | None,
+    loss: Loss | None,
 ) -> Tensor:
     """Solve with steps that keep a tolerance.
 
@@ -45,6 +47,7 @@ def solve_adaptively(
         tolerances: Relative and absolute.
         options: Of the steps' control, `norm` (of a tuple where the state is one) and `meet_times`.
         budget: Bytes, or None.
+        loss: Of what is returned to the caller, where it is named.
 
     Returns:
         The flat states at all times, stacked.
@@ -67,6 +70,7 @@ def solve_adaptively(
     problem = make_problem(slope, y0, t, tableau, (rtol, atol), norm, control, meet)
     # The parts of the state are the caller's; as one tensor it is one more.
     bounds = Bounds.of(budget, None, 0 if shapes is None else y0.nbytes)
+    bounds = dataclasses.replace(bounds, loss=loss, shapes=shapes)
     solution = solve_problem(problem, closure, None, y0, t, bounds, func)
     states: Tensor = solution.states
     return states

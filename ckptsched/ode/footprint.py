@@ -43,6 +43,9 @@ class Footprint:
     """Of the state at one requested time."""
     outputs: int
     """Requested times; their states are the caller's in the backward, as are the gradients."""
+    loss_bytes: int = 0
+    """Peak of the caller's loss and the way back through it beyond the states at the requested
+    times, up to where their gradients are there: these included."""
 
     @property
     def least_bytes(self) -> int:
@@ -66,13 +69,12 @@ class Footprint:
         states = (2 * self.outputs + 2) * self.output_bytes + 3 * self.moment_bytes
         backward = states + self.gradient_bytes + self.backward_bytes
         # The input of the last step is kept from the forward pass on.
-        loss = self._loss_bytes + self.state_bytes + self.moment_bytes
+        loss = self._outputs_and_loss_bytes + self.state_bytes + self.moment_bytes
         return max(backward, loss) + _LOSS_BYTES + self.beside_bytes
 
     @property
-    def _loss_bytes(self) -> int:
-        """Of all outputs and what the way back through their mean square makes at its peak."""
-        return 5 * self.outputs * self.output_bytes
+    def _outputs_and_loss_bytes(self) -> int:
+        return self.outputs * self.output_bytes + self.loss_bytes
 
     def room(self, budget_bytes: int) -> Room:
         """What may be kept within a budget.
@@ -101,7 +103,7 @@ class Footprint:
             return Room(slots=slots)
         # An attempt comes on top of the tapes before it, the way back on top of its tape, too.
         states = self.outputs * self.output_bytes
-        back = max(2 * states + self.return_bytes, self._loss_bytes) + _LOSS_BYTES
+        back = max(2 * states + self.return_bytes, self._outputs_and_loss_bytes) + _LOSS_BYTES
         last = max(states + self.attempt_bytes, self.tape_bytes + back)
         return Room(
             slots=slots,

@@ -92,7 +92,12 @@ class Trial:
         )
 
     def findings(
-        self, kept: Kept, which: Hashable, budget_bytes: int | None, beside_bytes: int
+        self,
+        kept: Kept,
+        which: Hashable,
+        budget_bytes: int | None,
+        beside_bytes: int,
+        loss: Callable[[], tuple[int, int]],
     ) -> Findings:
         """What is known of f, found out once for each key; for this solve.
 
@@ -101,6 +106,8 @@ class Trial:
             which: What tells f from others there.
             budget_bytes: What the solve may take; None where nothing is to be measured.
             beside_bytes: Of other tensors that live throughout.
+            loss: Measures the caller's loss: its peak, and what it leaves; asked with a budget
+                only, in turn with who else measures.
 
         Raises:
             ExecutionError: f gives another slope when it is evaluated again.
@@ -114,7 +121,9 @@ class Trial:
                 found = Findings(self._apart(self._check))
             if budget_bytes is not None and found.footprint is None:
                 found = Findings(found.draws, self._apart(self._measure))
-            here = self._here(found, beside_bytes)
+            loss_bytes, left_bytes = (0, 0) if found.footprint is None else loss()
+            beside = beside_bytes + left_bytes, loss_bytes
+            here = self._here(found, *beside)
             step = here.footprint
             # What is measured has to fit, too.
             if (
@@ -123,12 +132,12 @@ class Trial:
                 and step.probe_bytes <= (budget_bytes or 0)
             ):
                 found = Findings(found.draws, self._apart(self._measure_tapes, found.footprint))
-                here = self._here(found, beside_bytes)
+                here = self._here(found, *beside)
             kept.add(key, found)
         return here
 
-    def _here(self, found: Findings, beside_bytes: int) -> Findings:
-        """With the number of times of this solve, and what lives beside it."""
+    def _here(self, found: Findings, beside_bytes: int, loss_bytes: int) -> Findings:
+        """With the number of times of this solve, its loss, and what lives beside it."""
         if found.footprint is None:
             return found
         outputs, timed = len(self._problem.times), self._with_time
@@ -137,7 +146,10 @@ class Trial:
         # With a tape each output keeps its derivatives in time.
         rates = timed * outputs * rates_inside(self._problem.tableau)
         start = found.footprint.start_bytes + rates * found.footprint.output_bytes
-        step = replace(found.footprint, outputs=outputs, beside_bytes=beside, start_bytes=start)
+        step = replace(
+            found.footprint, outputs=outputs, loss_bytes=loss_bytes, beside_bytes=beside,
+            start_bytes=start,
+        )  # fmt: skip
         return Findings(found.draws, step)
 
     def _apart(self, work: Callable[..., T], *given: object) -> T:

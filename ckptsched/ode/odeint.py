@@ -34,6 +34,7 @@ def odeint(
     method: Any = None,
     options: Mapping[str, Any] | None = None,
     budget: int | float | str | Budget | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
     params: Iterable[Tensor] | None = None,
     gradient: Literal["exact", "backsolve"] = "exact",
     granularity: Literal["step", "slope"] = "step",
@@ -72,6 +73,10 @@ def odeint(
             a number, text such as "200MiB", a share such as "40%" (on fixed grids: what storing
             everything needs is not known before adaptive steps), or a `Budget`. None stores
             everything, as plain autograd does.
+        loss: From the states that are returned to one number, as the training step computes it: the
+            budget then holds with it, whatever it takes, which is measured once. None provides for
+            the states, their gradient, and a few more of the size of the state at one time, such as
+            a mean square at a single time takes. Read with a budget only.
         params: Tensors that gradients are wanted for, to be sure that they were found; as
             torchdiffeq's `adjoint_params`. None takes what is found.
         gradient: "exact": of the discrete steps. "backsolve": the continuous adjoint, solved
@@ -92,7 +97,8 @@ def odeint(
         ExecutionError: func does not return a slope like the state; the message has the time.
         InfeasibleBudgetError: The budget is too small; the message names the least that works.
         BudgetSyntaxError: The budget cannot be read.
-        ProfileError: The steps cannot be measured, or use a tensor whose gradient would be lost.
+        ProfileError: The steps cannot be measured, or use a tensor whose gradient would be lost;
+            or the loss is none of the outputs.
 
     Reference:
         Chen et al., Neural Ordinary Differential Equations (arXiv 1806.07366), for the interface;
@@ -139,14 +145,14 @@ def odeint(
     if _is_adaptive(integrator, given):
         tableau = cast(RungeKutta, integrator).tableau
         states = solve_adaptively(
-            func, flat, t, tableau, shapes, closure, (rtol, atol), given, budget
+            func, flat, t, tableau, shapes, closure, (rtol, atol), given, budget, loss
         )
         return split(states, shapes, leading=1)
     wanted = torch.is_grad_enabled()
     grid = make_grid(func, y0, t, given, timed=wanted and t.requires_grad)
     counts = tuple(map(len, grid.outputs))
     solve = Solve(closure, integrator, shapes, counts, _parts(integrator, granularity))
-    outputs = _run(solve, func, flat, grid, closure, budget, solver)
+    outputs = _run(solve, func, flat, grid, closure, budget, solver, loss)
     _check_finite(solve, Call(func, grid, closure), flat, outputs)
     return split(outputs, shapes, leading=1)
 
@@ -195,6 +201,7 @@ def _run(
     closure: Closure,
     budget: int | float | str | Budget | None,
     solver: str,
+    loss: Callable[[Any], Tensor] | None,
 ) -> Tensor:
     """All outputs, stacked: by plain steps, or planned where a backward is possible."""
     clock = () if grid.clock is None else (grid.clock,)
@@ -202,7 +209,7 @@ def _run(
     if budget is not None and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         transform = transform_at_work(inputs)
         if not transform:
-            return solve_planned(solve, func, y0, grid, closure, budget, solver)
+            return solve_planned(solve, func, y0, grid, closure, budget, solver, loss)
         warnings.warn(
             f"{transform} is at work, which a plan cannot follow: the solve runs by plain "
             "autograd, and takes its memory",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .closure import Closure
 from .fingerprint import Identity
 from .grid import Grid
 from .kept import kept_with
+from .output_loss import Loss, LossNeeds, identity_of_loss, needs_of_loss
 from .solve import Call, Outputs, Solve
 
 
@@ -32,6 +34,7 @@ def solve_planned(
     closure: Closure,
     budget: int | float | str | Budget,
     solver: str,
+    loss: Loss | None,
 ) -> Tensor:
     """Solve so that a backward keeps the budget.
 
@@ -43,6 +46,7 @@ def solve_planned(
         closure: What the right-hand side reads.
         budget: Bytes of forward and backward together, the outputs and their gradient included.
         solver: Name of a solver of schedules, or "auto".
+        loss: Of what is returned to the caller, where it is named.
 
     Returns:
         The outputs, stacked.
@@ -50,10 +54,11 @@ def solve_planned(
     Raises:
         InfeasibleBudgetError: Nothing fits; the message names the least budget that does.
         ExecutionError: The steps refuse what func does, also while they are measured.
+        ProfileError: The loss is none of the outputs.
     """
     count = 1 + sum(solve.counts)
     kept, which = kept_with(func, closure)
-    key = (which, *_key(solve, y0, grid, closure, budget, solver))
+    key = (which, identity_of_loss(loss), *_key(solve, y0, grid, closure, budget, solver))
     for attempt in range(2):
         # Who draws random numbers waits meanwhile: measuring draws, and puts the generator back.
         with Generators.turn, kept.lock.lock:
@@ -61,7 +66,8 @@ def solve_planned(
             tensors = (() if grid.clock is None else (grid.clock,)) + closure.tensors
             model: Checkpointed | None = kept.find(key)
             if model is None:
-                model = _plan(solve, func, y0, grid, closure, tensors, budget, solver)
+                needs = needs_of_loss(loss, y0, count, solve.shapes, kept)
+                model = _plan(solve, func, y0, grid, closure, tensors, budget, solver, needs)
                 model.share_lock(kept.lock)
                 kept.add(key, model)
         result = torch.empty(count, *y0.shape, dtype=y0.dtype, device=y0.device)
@@ -105,28 +111,29 @@ def _plan(
     tensors: tuple[Tensor, ...],
     budget: int | float | str | Budget,
     solver: str,
+    needs: LossNeeds,
 ) -> Checkpointed:
     """Measure the chain, plan it with what outputs and their gradient leave, and wrap it."""
     parse_budget(budget)
     _set_modes(solve)
     count = 1 + sum(solve.counts)
     sample = Call.to_measure(func, grid, closure, y0)
-
-    def loss(last: Tensor) -> Tensor:
-        return _loss(last, count)
-
     raised = None
     try:
-        chain = profile(solve, y0, sample, *tensors, loss=loss)
+        chain = profile(solve, y0, sample, *tensors, loss=_loss)
     except ProfileError as error:
         raised = error.__cause__
         if raised is None:
             raise
     if raised is not None:  # by the steps, or by func: by the same error as without a budget
         raise raised
-    beside = 2 * count * y0.numel() * y0.element_size()
+    outputs_bytes = count * y0.nbytes
+    # The gradient of the outputs is among what lives from the start to the end.
+    overhead = max(chain.loss_overhead_bytes, needs.peak_bytes - outputs_bytes)
+    chain = replace(chain, loss_overhead_bytes=overhead)
+    beside = 2 * outputs_bytes + needs.held_bytes
     if solve.shapes is not None:
-        beside += y0.numel() * y0.element_size()  # the parts of the state as one tensor
+        beside += y0.nbytes  # the parts of the state as one tensor
     if grid.clock is not None:
         beside += 2 * grid.clock.nbytes  # and what it was made from
     return checkpointed(solve, plan_beside(chain, budget, beside, solver))
@@ -172,9 +179,8 @@ def plan_beside(chain: Chain, budget: int | float | str | Budget, beside: int, s
         ) from error
 
 
-def _loss(last: Tensor, count: int) -> Tensor:
-    """A loss that takes what a mean square over all outputs does."""
+def _loss(last: Tensor) -> Tensor:
+    """A mean square over the last output."""
     if last.is_complex():
         last = torch.view_as_real(last)
-    outputs = last.reshape(1, -1).expand(count, -1)
-    return (outputs - 1.0).square().mean()
+    return (last - 1.0).square().mean()

@@ -10,8 +10,9 @@ that works for the method, so that many steps are recomputed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,9 +164,17 @@ def relative(found: Tensor, exact: Tensor) -> float:
     return ((found - exact).norm() / exact.norm()).item()
 
 
-def order(errors: Callable[[int], float], grids: Sequence[int]) -> float:
-    """Slope between the two finest grids."""
-    return math.log2(errors(grids[-2]) / errors(grids[-1]))
+def order(errors: Sequence[float]) -> float | None:
+    """The order in the step size of errors, each with half the step of the one before.
+
+    Returns:
+        The slope between the two finest; None where the slope before differs by more than a
+        quarter, as it does where f has kinks and the error no order at all.
+    """
+    slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors[-3:])]
+    if len(slopes) < 2 or abs(slopes[0] - slopes[1]) > 0.25:
+        return None
+    return slopes[1]
 
 
 def show(activation: str, rows: dict[tuple[str, str, int], Row], grids: Sequence[int]) -> None:
@@ -174,7 +183,8 @@ def show(activation: str, rows: dict[tuple[str, str, int], Row], grids: Sequence
     lines = []
     for method, name in METHODS.items():
         here = {n: rows[activation, method, n] for n in grids}
-        slope = round(order(lambda n, here=here: here[n].backsolve, grids), 2)
+        found = order([here[n].backsolve for n in grids])
+        slope = "none" if found is None else round(found, 2)
         lines += [
             [f"{name}: backsolve", *(here[n].backsolve for n in grids), slope],
             [f"{name}: its cosine", *(here[n].cosine for n in grids), ""],
