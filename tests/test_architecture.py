@@ -67,6 +67,8 @@ RANKS = {
     "ode.integrators": 4,
     "ode.grid": 4,
     "ode.closure": 4,
+    "ode.places": 4,
+    "ode.attributes": 4,
     "ode.fingerprint": 4,
     "ode.solve": 4,
     "ode.backsolve": 4,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from ckptsched.errors import (
     WorkloadError,
 )
 from ckptsched.memory import default_meter
-from ckptsched.ode import closure
+from ckptsched.ode import closure, places
 from ckptsched.ode.closure import find_closure
 
 DOUBLE = torch.float64
@@ -460,9 +461,9 @@ def test_a_parameter_that_was_not_found_is_named() -> None:
     stranger = torch.ones(1, requires_grad=True)
     with pytest.raises(WorkloadError, match=r"params\[1\] was not found"):
         odeint(f, y0, t, method="euler", params=[f.up.weight, stranger], budget="90%")
-    hidden = (torch.ones(6, dtype=DOUBLE, requires_grad=True),)  # a tuple's item stays where it is
+    hidden = itertools.repeat(torch.ones(6, dtype=DOUBLE, requires_grad=True))  # in C
     with pytest.raises(ProfileError, match="parameter that its module does not own"):
-        odeint(lambda t, y: y * hidden[0], y0, t, method="euler", budget="90%")
+        odeint(lambda t, y: y * next(hidden), y0, t, method="euler", budget="90%")
 
 
 # ---------------------------------------------------------------------------- bad input
@@ -638,4 +639,4 @@ def test_plans_kept_with_an_object_are_nothing_that_it_reads() -> None:
     for _ in range(2):
         odeint(f, torch.ones(2, 3), t, method="rk4", budget="1MiB").sum().backward()
         assert closure.find_closure(f).modules == (f.net,)
-    assert len(vars(f)[closure.KEPT].found) == 1  # the second call followed the first plan
+    assert len(vars(f)[places.KEPT].found) == 1  # the second call followed the first plan

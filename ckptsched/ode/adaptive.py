@@ -230,6 +230,7 @@ def solve_problem(
             stacklevel=3,
         )
         return _solve_plainly(problem, closure, y0, t, tracked=True)
+    closure.check_compiled()
     trial = Trial(problem, closure, wanted, y0, with_time=t.requires_grad)
 
     def loss_needs() -> tuple[int, int]:

@@ -21,6 +21,7 @@ from ..context import Autocast, OneKernel
 from ..errors import BudgetWarning, ExecutionError
 from ..solvers.online import OnlinePlacement
 from ..transforms import outside_of_compiled_code
+from .attributes import Found
 from .carried import Carried, Moment
 from .closure import Closure
 from .environment import Environment
@@ -107,7 +108,7 @@ class BoundedSolve:
         self._tapes, self._before = tapes, forward.outputs_with_tapes
         self._states, head = forward.states, forward.heads[-1]
         self._first = self._states[tapes]
-        self._environment = Environment(self._closure, self._wanted, y0)
+        self._environment = Environment(self._closure, self._wanted, y0, Found(self._problem.func))
         own, others = outputs[: self._before], outputs[self._before :]
         del forward, integration, outputs
         states: Tensor = _Node.apply(self, others, head, t, *self._wanted)

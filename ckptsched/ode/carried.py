@@ -19,7 +19,7 @@ from ..aliases import Place, Slots
 from ..context import Generators, RandomState
 from ..errors import ExecutionError
 from ..hidden import HiddenBuffers, Values, Watch, is_write_only, own_generators
-from .closure import Closure
+from .closure import Closure, is_scripted
 
 
 @final
@@ -49,7 +49,7 @@ class Carried:
             closure: What f reads.
             device: Of the state.
         """
-        modules = [m for root in closure.modules for m in root.modules()]
+        modules = [m for root in closure.modules for m in root.modules() if not is_scripted(m)]
         self.own = own_generators(modules, closure.generators)
         self._device = device
         # Without buffers there is nothing to watch.

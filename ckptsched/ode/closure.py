@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import types
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
@@ -14,33 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-_LONGEST = 1000
-KEPT = "_ckptsched_solves"
-"""Attribute of a right-hand side that holds plans, and is nothing that it reads."""
-_OF_TORCH = frozenset({*vars(nn.Module()), KEPT})
-"""Attributes of a module that are torch's, or ours."""
-
-
-@final
-@dataclass(frozen=True)
-class Place:
-    """Where a function keeps a tensor that it reads: a closure's cell, an attribute, an item."""
-
-    container: Any
-    key: Any
-
-    def get(self) -> Any:
-        """What is there now."""
-        if isinstance(self.container, types.CellType):
-            return self.container.cell_contents
-        return self.container[self.key]
-
-    def put(self, value: Any) -> None:
-        """Put something else there."""
-        if isinstance(self.container, types.CellType):
-            self.container.cell_contents = value
-        else:
-            self.container[self.key] = value
+from ..errors import WorkloadError
+from .places import Place, walk
 
 
 @final
@@ -54,6 +26,8 @@ class Closure:
     """Where tensors are that require a gradient and belong to no module."""
     generators: tuple[torch.Generator, ...] = ()
     """Random generators that belong to no module."""
+    roots: tuple[Place, ...] = ()
+    """The places that change with `places`: an item of a tuple is replaced with the tuple."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -67,6 +41,22 @@ class Closure:
         found = {id(p): p for p in (*owned, *self.tensors)}
         return tuple(p for p in found.values() if p.requires_grad)
 
+    def check_compiled(self) -> None:
+        """Refuse what keeps its parameters and buffers where nothing can stand in for them.
+
+        Raises:
+            WorkloadError: A module of TorchScript that has any.
+        """
+        for module in (part for root in self.modules for part in root.modules()):
+            if is_scripted(module) and len((*module.parameters(), *module.buffers())):
+                raise WorkloadError(
+                    f"func reads a module of TorchScript ({type(module).__name__}"
+                    f" {getattr(module, 'original_name', '')!r}), whose parameters and buffers "
+                    "cannot be replaced while it runs again, so it cannot be solved within a "
+                    "budget; give the module that was scripted or traced, torch.compile it "
+                    "instead, or solve without a budget"
+                )
+
     @contextmanager
     def replaced(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Let the function read other tensors meanwhile.
@@ -79,13 +69,14 @@ class Closure:
             return
         before = [place.get() for place in self.places]
         order = {id(t): k for k, t in enumerate({id(t): t for t in before}.values())}
+        roots = [(root, root.get()) for root in self.roots]
         try:
             for place, value in zip(self.places, before, strict=True):
                 place.put(tensors[order[id(value)]])
             yield
         finally:
-            for place, value in zip(self.places, before, strict=True):
-                place.put(value)
+            for root, value in roots:
+                root.put(value)
 
 
 def find_closure(func: Callable[..., Any]) -> Closure:
@@ -102,33 +93,24 @@ def find_closure(func: Callable[..., Any]) -> Closure:
     modules: dict[int, nn.Module] = {}
     places: list[Place] = []
     generators: list[torch.Generator] = []
-    seen: set[int] = set()
-    # Beside each value the parameters of the module that it was found in; None outside of one.
-    ahead: list[tuple[Any, set[int] | None]] = [(func, None)]
-    while ahead:
-        value, owned = ahead.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, torch.Generator):
-            generators.append(value)
-            continue
-        if isinstance(value, nn.Module):
-            modules[id(value)] = value
-            owned = {id(p) for p in value.parameters()}
-        for place in _places(value):
-            try:
-                inner = place.get()
-            except ValueError:  # a cell that nothing has filled yet
-                continue
-            if isinstance(inner, Tensor):
-                fits = owned is None or (inner.is_leaf and id(inner) not in owned)
-                if inner.requires_grad and fits:
+    for visit in walk(func):
+        if isinstance(visit.value, torch.Generator):
+            generators.append(visit.value)
+        elif isinstance(visit.value, nn.Module):
+            modules[id(visit.value)] = visit.value
+        for place in visit.places:
+            inner = place.look()
+            if isinstance(inner, Tensor) and inner.requires_grad:
+                owned = visit.owned
+                if owned is None or (inner.is_leaf and id(inner) not in owned):
                     places.append(place)
-            elif _may_hold(inner) if owned is None else _may_read(inner):
-                ahead.append((inner, owned))
-        ahead += [(inner, owned) for inner in _constants(value)]
-    return Closure(tuple(modules.values()), tuple(places), tuple(generators))
+    roots = {(id(r.container), r.key): r for r in (place.root for place in places)}
+    return Closure(tuple(modules.values()), tuple(places), tuple(generators), tuple(roots.values()))
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether a module was made by `torch.jit.script` or `torch.jit.trace`."""
+    return isinstance(module, getattr(torch.jit, "ScriptModule", ()))
 
 
 def unknown_leaves(outputs: Iterable[Node | None], known: Iterable[Tensor]) -> list[Tensor]:
@@ -153,68 +135,3 @@ def unknown_leaves(outputs: Iterable[Node | None], known: Iterable[Tensor]) -> l
             found[id(leaf)] = leaf
         ahead += [before for before, _ in node.next_functions]
     return list(found.values())
-
-
-def _may_read(value: Any) -> bool:
-    """Whether a module may read tensors from what an attribute of it holds.
-
-    Not from what is neither a container nor can be called, such as the trainer that holds a module
-    and, with it, a whole program.
-    """
-    held = (MutableMapping, MutableSequence, tuple)
-    return _may_hold(value) and (isinstance(value, held) or callable(value))
-
-
-def _may_hold(value: Any) -> bool:
-    """Whether to look inside: not into libraries, nor into what is a number or a text."""
-    if isinstance(value, (nn.Module, torch.Generator)):
-        return True
-    if isinstance(value, (types.ModuleType, type, str, bytes, int, float, complex)):
-        return False
-    library = (getattr(value, "__module__", None) or "").split(".")[0]
-    return library not in ("torch", "builtins")
-
-
-def _places(value: Any) -> Iterator[Place]:
-    """Where a value keeps others, and they can be replaced."""
-    if isinstance(value, nn.Module):
-        for part in value.modules():
-            if not type(part).__module__.startswith("torch."):
-                yield from (Place(vars(part), key) for key in vars(part) if key not in _OF_TORCH)
-    elif isinstance(value, types.FunctionType):
-        yield from (Place(cell, None) for cell in value.__closure__ or ())
-        names = global_names(value.__code__)
-        yield from (Place(value.__globals__, n) for n in names if n in value.__globals__)
-    elif isinstance(value, (MutableMapping, MutableSequence)):
-        # A long one is data, and the function is looked at in every call.
-        if len(value) <= _LONGEST:
-            keys = value if isinstance(value, MutableMapping) else range(len(value))
-            yield from (Place(value, key) for key in keys)
-    elif not isinstance(value, (functools.partial, types.MethodType, tuple)):
-        attributes = getattr(value, "__dict__", None)
-        if isinstance(attributes, dict):
-            yield from (Place(attributes, key) for key in attributes if key != KEPT)
-
-
-def global_names(code: types.CodeType) -> set[str]:
-    """Names that a function, or one inside it, may look up among the globals."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if inspect.iscode(constant):
-            names |= global_names(constant)
-    return names
-
-
-def _constants(value: Any) -> list[Any]:
-    """What else a value holds, where nothing can be replaced."""
-    if isinstance(value, functools.partial):
-        return [value.func, value.keywords, *filter(_may_hold, value.args)]
-    if isinstance(value, types.MethodType):
-        return [value.__self__, value.__func__]
-    if isinstance(value, types.FunctionType):
-        return list(filter(_may_hold, (value.__defaults__ or ())))
-    if isinstance(value, tuple):
-        return list(filter(_may_hold, value))
-    if isinstance(value, nn.Module):
-        return []
-    return [type(value).__call__] if callable(value) else []

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..aliases import Slots, make_alias
 from ..context import Autocast, Generators, OneKernel, Recomputing
 from ..errors import ExecutionError
+from .attributes import Found
 from .carried import Carried
 from .closure import Closure
 
@@ -19,14 +20,22 @@ from .closure import Closure
 class Environment:
     """What f found in the forward pass, found again when it is run again."""
 
-    def __init__(self, closure: Closure, tensors: Sequence[Tensor], like: Tensor) -> None:
+    def __init__(
+        self,
+        closure: Closure,
+        tensors: Sequence[Tensor],
+        like: Tensor,
+        found: Found | None = None,
+    ) -> None:
         """Note everything.
 
         Args:
             closure: What f reads.
             tensors: What of it is to get gradients, or what else is.
             like: The state.
+            found: What the forward pass left f with; None before it.
         """
+        self._found = found
         self._closure, self._slots = closure, Slots(closure.modules)
         self._modes = [(m, m.training) for root in closure.modules for m in root.modules()]
         self._autocast = self._outer = Autocast.take(like.device)
@@ -53,6 +62,8 @@ class Environment:
         Raises:
             ExecutionError: A parameter was changed in place.
         """
+        if self._found is not None:
+            self._found.look()
         for tensor, version in zip(self._watched, self._versions, strict=True):
             if tensor._version != version:
                 raise ExecutionError(
@@ -83,6 +94,7 @@ class Environment:
                 self._autocast.again(),
                 OneKernel(),
                 Recomputing(),
+                nullcontext() if self._found is None else self._found.again(),
                 self._slots.parameters_replaced(bound),
                 self._closure.replaced([instead.get(id(a), a) for a in self._stand_ins]),
                 self._slots.buffers_replaced(clones),

@@ -8,8 +8,9 @@ from collections.abc import Callable, Hashable
 from typing import Any, ClassVar, final
 
 from ..program import Lock
-from .closure import KEPT, Closure
+from .closure import Closure
 from .fingerprint import Identity, fingerprint
+from .places import KEPT
 
 _MOST = 32
 

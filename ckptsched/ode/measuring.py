@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 from ..context import Autocast, Generators
 from ..errors import ExecutionError, ProfileError
 from ..memory import Measurement, ProfilerMeter, default_meter
+from .attributes import Attributes
 from .carried import Carried, Moment
 from .closure import Closure
 from .embedded import Step, end_slope
@@ -30,7 +31,7 @@ from .integration import (
 from .kept import Kept
 from .parts import identity_of_norm
 from .problem import Problem, Record, RightHandSide
-from .replay import Sums, TapedStep, add_rates, replayed
+from .replay import Sums, TapedStep, add_rates, check_leaves, replayed
 
 T = TypeVar("T")
 
@@ -156,11 +157,14 @@ class Trial:
         """Run something that leaves no trace."""
         environment = Environment(self._closure, self._wanted, self._z0)
         random = Generators(self._z0.device, self._carried.own)
+        # What f comes to keep when it is first evaluated, it makes anew each time: it counts.
+        attributes = Attributes(self._problem.func)
         try:
             with environment.again(self._carried), torch.no_grad():
                 return work(environment, *given)
         finally:
             random.restore()
+            attributes.put_back()
 
     def _check(self, environment: Environment) -> bool:
         """Refuse f where it gives another slope when it is evaluated again; whether it draws."""
@@ -310,6 +314,7 @@ class Trial:
                 rates = torch.zeros(2, dtype=torch.float64)
                 add_rates(rates, f, record, probe, 0, z0, outputs, every=every)
             tape = TapedStep(f, record, probe, 0, z0, every)
+            check_leaves(tape, [*environment.known, *wanted])
             with environment.going_back():
                 back, found = tape.backward(gradient, outputs, wanted)
             del tape

@@ -18,6 +18,7 @@ from ..plans import Plan
 from ..profiler import profile
 from ..structure import training_mode
 from ..workload import Chain
+from .attributes import Attributes, Found
 from .closure import Closure
 from .fingerprint import Identity
 from .grid import Grid
@@ -56,6 +57,7 @@ def solve_planned(
         ExecutionError: The steps refuse what func does, also while they are measured.
         ProfileError: The loss is none of the outputs.
     """
+    closure.check_compiled()
     count = 1 + sum(solve.counts)
     kept, which = kept_with(func, closure)
     key = (which, identity_of_loss(loss), *_key(solve, y0, grid, closure, budget, solver))
@@ -75,6 +77,7 @@ def solve_planned(
         del result  # the call gives it away
         try:
             last = model(y0, call, *tensors)
+            call.found = Found(func)
         except PlanMismatchError:
             # Something changed that the key does not tell, such as a frozen parameter.
             kept.drop(key)
@@ -119,19 +122,22 @@ def _plan(
     count = 1 + sum(solve.counts)
     sample = Call.to_measure(func, grid, closure, y0)
     raised = None
+    attributes = Attributes(func)
     try:
         chain = profile(solve, y0, sample, *tensors, loss=_loss)
     except ProfileError as error:
         raised = error.__cause__
         if raised is None:
             raise
+    finally:
+        beside = attributes.put_back()  # as func will come to keep again
     if raised is not None:  # by the steps, or by func: by the same error as without a budget
         raise raised
     outputs_bytes = count * y0.nbytes
     # The gradient of the outputs is among what lives from the start to the end.
     overhead = max(chain.loss_overhead_bytes, needs.peak_bytes - outputs_bytes)
     chain = replace(chain, loss_overhead_bytes=overhead)
-    beside = 2 * outputs_bytes + needs.held_bytes
+    beside += 2 * outputs_bytes + needs.held_bytes
     if solve.shapes is not None:
         beside += y0.nbytes  # the parts of the state as one tensor
     if grid.clock is not None:

@@ -269,7 +269,7 @@ class Sweep:
                 tape = TapedStep(self._f, self._record, self._problem, i - 1, z0, every)
                 del z0
                 if i == len(self._record):
-                    self._check_leaves(tape, [*self._environment.known, *wanted])
+                    check_leaves(tape, [*self._environment.known, *wanted])
             elif code == Code.BACKWARD:
                 assert tape is not None
                 with self._environment.going_back():
@@ -301,14 +301,24 @@ class Sweep:
             z1 = replayed(self._f, self._record, self._problem, i - 1, z0, every=every).z1
         states[i] = Checkpoint.of(z1, self._carried.take())
 
-    def _check_leaves(self, tape: TapedStep, known: Sequence[Tensor]) -> None:
-        found = tape.unknown_leaves(known)
-        if found:
-            raise ExecutionError(
-                f"f uses a tensor of shape {tuple(found[0].shape)} that requires a gradient and is "
-                "not among its parameters, so its gradient would be lost; register it in the "
-                "module, give it among the parameters, or detach it"
-            )
+
+def check_leaves(tape: TapedStep, known: Sequence[Tensor]) -> None:
+    """Refuse a step that depends on a tensor whose gradient would be lost.
+
+    Args:
+        tape: The step.
+        known: Tensors whose gradients are taken care of.
+
+    Raises:
+        ExecutionError: There is one.
+    """
+    found = tape.unknown_leaves(known)
+    if found:
+        raise ExecutionError(
+            f"f uses a tensor of shape {tuple(found[0].shape)} that requires a gradient and is "
+            "not among its parameters, so its gradient would be lost; register it in the "
+            "module, give it among the parameters, or detach it"
+        )
 
 
 def add_rates(

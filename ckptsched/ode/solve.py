@@ -7,6 +7,7 @@ given to every stage, as a `Call`. So one plan serves all calls of one shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..context import is_recomputing
 from ..errors import ExecutionError, IntegrationError
 from ..tracing import StageCall, StagedModule
+from .attributes import Found
 from .closure import Closure
 from .grid import Grid
 from .integrators import Integrator, RungeKutta, UserStep, as_time, join, split
@@ -51,6 +53,8 @@ class Call:
         self._first = first
         self.sampling = False
         """Whether every step is to do what the dearest does, because it is measured."""
+        self.found: Found | None = None
+        """What the forward pass left func with, once it is over."""
 
     @classmethod
     def to_measure(cls, func: Callable[..., Any], grid: Grid, closure: Closure, y0: Tensor) -> Call:
@@ -83,6 +87,10 @@ class Call:
         """Write an output, in the first run of its step."""
         if self.result is not None and not is_recomputing():
             self.result[j].copy_(output)
+
+    def again(self) -> AbstractContextManager[None]:
+        """Around an evaluation of func: in a backward it finds what the forward pass left."""
+        return nullcontext() if self.found is None else self.found.again()
 
     def gradient(self, j: int) -> Tensor | None:
         """The gradient that came to an output; the first one is asked for last."""
@@ -161,6 +169,8 @@ class Outputs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Give the last state its gradient; the others are asked for."""
+        if ctx.call.found is not None:
+            ctx.call.found.look()
         ctx.call.arrived(grads[0])
         return grads[0][-1], None
 
@@ -271,7 +281,7 @@ class Solve(StagedModule):
         if index == 0:
             z = call.emit(0, z, z)
         try:
-            with call.closure.replaced(tensors):
+            with call.again(), call.closure.replaced(tensors):
                 after = self.integrator.step(self.slope_of(call), start, end - start, z)
         except IntegrationError as error:
             error.step = index
@@ -299,7 +309,7 @@ class Solve(StagedModule):
         if index == 0 and part == 0:
             state = call.emit(0, state, state)
         tableau = self.integrator.tableau
-        with call.closure.replaced(tensors):
+        with call.again(), call.closure.replaced(tensors):
             after = slope_step(self.slope_of(call), tableau, start, end - start, part, state)
         if part < self.parts - 1:
             return after

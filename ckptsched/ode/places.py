@@ -1,0 +1,277 @@
+"""Where a function keeps what it reads: cells, globals, defaults, attributes, items; and a walk."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+LONGEST = 1000
+"""Items of a list that is looked at; a longer one is data."""
+KEPT = "_ckptsched_solves"
+"""Attribute of a right-hand side that holds plans, and is nothing that it reads."""
+NOT_READ = frozenset({*vars(nn.Module()), KEPT})
+"""Attributes of a module that are torch's, or ours."""
+_PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
+
+Owned = set[int] | None
+"""The parameters, by id, of the module that something was found in; None outside of one."""
+
+
+@final
+@dataclass(frozen=True)
+class Place:
+    """Where a function keeps something that it reads, so that another can be put there.
+
+    An item of a tuple has the place of the tuple as its container: another tuple is put there.
+    """
+
+    container: Any
+    key: Any
+
+    def get(self) -> Any:
+        """What is there now.
+
+        Raises:
+            ValueError, LookupError, AttributeError: Nothing is.
+        """
+        container = self.container
+        if type(container) is dict:
+            return container[self.key]
+        if isinstance(container, types.CellType):
+            return container.cell_contents
+        if isinstance(container, Place):
+            return container.get()[self.key]
+        if isinstance(container, (MutableMapping, MutableSequence)):
+            return container[self.key]
+        return getattr(container, self.key)
+
+    def look(self, missing: Any = None) -> Any:
+        """What is there now, or what is given where nothing is."""
+        try:
+            return self.get()
+        except (ValueError, LookupError, AttributeError):
+            return missing
+
+    def put(self, value: Any) -> None:
+        """Put something else there."""
+        container, key = self.container, self.key
+        if isinstance(container, types.CellType):
+            container.cell_contents = value
+        elif isinstance(container, Place):
+            before = container.get()
+            # Not by its own constructor, which may take anything: a named tuple takes its parts.
+            items = (*before[:key], value, *before[key + 1 :])
+            container.put(tuple.__new__(type(before), items))
+        elif isinstance(container, (MutableMapping, MutableSequence)):
+            container[key] = value
+        elif isinstance(container, functools.partial):
+            # Its attributes are read-only; this is how it is unpickled.
+            container.__setstate__(  # type: ignore[attr-defined]
+                (container.func, value, container.keywords, vars(container) or None)
+            )
+        elif isinstance(container, type):
+            setattr(container, key, value)
+        else:  # also where the class forbids it, as a frozen one does
+            object.__setattr__(container, key, value)
+
+    def empty(self) -> None:
+        """Leave nothing there."""
+        container, key = self.container, self.key
+        if isinstance(container, types.CellType):
+            del container.cell_contents
+        elif isinstance(container, MutableMapping):
+            container.pop(key, None)
+        elif not isinstance(container, (Place, MutableSequence)):
+            object.__delattr__(container, key)
+
+    @property
+    def root(self) -> Place:
+        """The place that changes when something is put here: of an item of a tuple, the tuple's."""
+        place = self
+        while isinstance(place.container, Place):
+            place = place.container
+        return place
+
+
+@final
+@dataclass(frozen=True)
+class Visit:
+    """One thing on the way, and the places in it."""
+
+    value: Any
+    owned: Owned
+    places: tuple[Place, ...]
+
+
+def walk(func: Callable[..., Any]) -> Iterator[Visit]:
+    """Come to everything that a function may read, each thing once.
+
+    Args:
+        func: A module, a function, a method, a partial, or an object that can be called.
+    """
+    seen: set[int] = set()
+    ahead: list[tuple[Any, Owned, Place | None]] = [(func, None, None)]
+    while ahead:
+        value, owned, here = ahead.pop()
+        value = _behind(value)
+        # A tuple is looked at wherever it is: each place of it has to be known.
+        if id(value) in seen:
+            continue
+        if type(value) is not tuple:
+            seen.add(id(value))
+        if isinstance(value, nn.Module):
+            parts = list(value.modules())
+            owned = {id(p) for part in parts for p in part._parameters.values()}
+            places, constants = _of_module(parts)
+        else:
+            places, constants = tuple(_places(value, here)), _constants(value)
+        yield Visit(value, owned, places)
+        for place in places:
+            inner = place.look()
+            if not isinstance(inner, Tensor) and (
+                _may_hold(inner) if owned is None else _may_read(inner)
+            ):
+                ahead.append((inner, owned, place))
+        ahead += [(inner, owned, None) for inner in constants]
+
+
+def global_names(code: types.CodeType) -> set[str]:
+    """Names that a function, or one inside it, may look up among the globals."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if inspect.iscode(constant):
+            names |= global_names(constant)
+    return names
+
+
+def _behind(value: Any) -> Any:
+    """What a weak reference leads to, and a proxy of a module stands for."""
+    if isinstance(value, weakref.ReferenceType):
+        return value()
+    if type(value) in _PROXIES and isinstance(value, nn.Module):
+        return value.parameters.__self__  # type: ignore[attr-defined]  # of a bound method
+    return value
+
+
+def _may_read(value: Any) -> bool:
+    """Whether a module may read tensors from what an attribute of it holds.
+
+    Not from what is neither a container nor can be called, such as the trainer that holds a module
+    and, with it, a whole program.
+    """
+    held = (MutableMapping, MutableSequence, set, tuple, types.SimpleNamespace)
+    return _may_hold(value) and (isinstance(value, held) or callable(value))
+
+
+def _may_hold(value: Any) -> bool:
+    """Whether to look inside: not into libraries, nor into what is a number or a text."""
+    if isinstance(value, (nn.Module, torch.Generator)):
+        return True
+    if isinstance(value, (types.ModuleType, type, str, bytes, int, float, complex, type(None))):
+        return False
+    library = (getattr(value, "__module__", None) or "").split(".")[0]
+    return library not in ("torch", "builtins")
+
+
+def _of_module(parts: list[nn.Module]) -> tuple[tuple[Place, ...], list[Any]]:
+    """Where the parts of a module keep others, and what their methods are."""
+    users = [part for part in parts if not type(part).__module__.startswith("torch.")]
+    places = [Place(vars(part), key) for part in users for key in vars(part) if key not in NOT_READ]
+    functions: list[Any] = []
+    for kind in {type(part): None for part in users}:
+        own, of_class = _methods(kind, "forward")
+        functions += own
+        places += of_class
+    return tuple(places), functions
+
+
+def _places(value: Any, here: Place | None) -> Iterator[Place]:
+    """Where a value keeps others, and they can be replaced."""
+    if isinstance(value, types.FunctionType):
+        yield from (Place(cell, None) for cell in value.__closure__ or ())
+        names = global_names(value.__code__)
+        yield from (Place(value.__globals__, n) for n in names if n in value.__globals__)
+        yield from (Place(vars(value), key) for key in vars(value) if key != KEPT)
+        yield Place(value, "__defaults__")
+        yield Place(value, "__kwdefaults__")
+    elif isinstance(value, (MutableMapping, MutableSequence)):
+        # A long one is data, and the function is looked at in every call.
+        if len(value) <= LONGEST:
+            keys = value if isinstance(value, MutableMapping) else range(len(value))
+            yield from (Place(value, key) for key in keys)
+    elif isinstance(value, tuple):
+        if here is not None and len(value) <= LONGEST:
+            yield from (Place(here, key) for key in range(len(value)))
+    elif isinstance(value, functools.partial):
+        yield Place(value, "args")
+        yield Place(value, "keywords")
+    elif isinstance(value, types.MethodType):
+        yield from _methods(type(value.__self__), value.__func__.__name__)[1]
+    else:
+        yield from _attributes(value)
+        if callable(value):
+            yield from _methods(type(value), "__call__")[1]
+
+
+def _attributes(value: Any) -> Iterator[Place]:
+    """The attributes of an object, also those without a dictionary."""
+    attributes = getattr(value, "__dict__", None)
+    if isinstance(attributes, dict):
+        yield from (Place(attributes, key) for key in attributes if key != KEPT)
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ()) if _is_users(kind) else ()
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__"):
+                private = name.startswith("__") and not name.endswith("__")
+                yield Place(value, f"_{kind.__name__.lstrip('_')}{name}" if private else name)
+
+
+def _constants(value: Any) -> list[Any]:
+    """What else a value leads to, where nothing can be replaced."""
+    if isinstance(value, functools.partial):
+        return [value.func]
+    if isinstance(value, types.MethodType):
+        own = _methods(type(value.__self__), value.__func__.__name__)[0]
+        return [value.__self__, value.__func__, *own]
+    if isinstance(value, (set, frozenset)):
+        return list(filter(_may_hold, value)) if len(value) <= LONGEST else []
+    if isinstance(value, (types.FunctionType, tuple, MutableMapping, MutableSequence)):
+        return []
+    return _methods(type(value), "__call__")[0] if callable(value) else []
+
+
+def _methods(kind: type, entry: str) -> tuple[list[types.FunctionType], list[Place]]:
+    """The methods that one of a class may call, and where the class keeps what these read.
+
+    By the names that their code uses, so that there may be some too many.
+    """
+    functions: list[types.FunctionType] = []
+    places: list[Place] = []
+    own = [k for k in kind.__mro__ if _is_users(k)]
+    ahead, seen = [entry], set[str]()
+    while ahead and own:
+        name = ahead.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for k in own:
+            value = vars(k).get(name)
+            function = getattr(value, "__func__", getattr(value, "fget", value))
+            if isinstance(function, types.FunctionType):
+                functions.append(function)
+                ahead += global_names(function.__code__)
+            elif isinstance(value, Tensor) or _may_hold(value):
+                places.append(Place(k, name))
+    return functions, places
+
+
+def _is_users(kind: type) -> bool:
+    return kind.__module__.split(".")[0] not in ("torch", "builtins", "functools", "typing", "abc")
