@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -214,12 +215,15 @@ class Scaled(nn.Module):
             "nested": {"inner": [scale]},
             "function": lambda y: y * scale,
             "tuple": (scale,),
+            "iterator": itertools.repeat(scale),  # in C
         }[kept_in]
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         y = self.net(y)
         if self.kept_in == "function":
             return self.kept(y)  # type: ignore[no-any-return]
+        if self.kept_in == "iterator":
+            return y * next(self.kept)
         kept = self.kept["inner"] if self.kept_in == "nested" else self.kept
         return y * (kept if self.kept_in == "attribute" else kept[0])
 
@@ -241,7 +245,7 @@ def scaled_gradients(f: nn.Module, trained: Tensor, **options: Any) -> list[Tens
     )
 
 
-@pytest.mark.parametrize("kept_in", ["attribute", "list", "nested", "function"])
+@pytest.mark.parametrize("kept_in", ["attribute", "list", "nested", "function", "tuple"])
 def test_tensors_that_a_module_keeps_besides_its_parameters_get_gradients(kept_in: str) -> None:
     trained, scale = scale_of("leaf")
     f = Scaled(scale, kept_in)
@@ -252,7 +256,7 @@ def test_tensors_that_a_module_keeps_besides_its_parameters_get_gradients(kept_i
 
 
 @pytest.mark.parametrize(
-    ("kept_in", "kind"), [("tuple", "leaf"), ("attribute", "made"), ("list", "made")]
+    ("kept_in", "kind"), [("iterator", "leaf"), ("attribute", "made"), ("list", "made")]
 )
 def test_backsolve_never_leaves_out_a_gradient_silently(kept_in: str, kind: str) -> None:
     trained, scale = scale_of(kind)

@@ -1,12 +1,12 @@
 """What a function keeps for itself besides parameters and buffers: attributes, cells, items.
 
 Such as noise that it draws when it is first evaluated. Measuring a function leaves these as they
-were, and a run in the backward finds what the forward pass left.
+were, and a run in the backward finds what the forward pass left. Whole numbers are left alone: most
+are counters of evaluations, and each is one.
 """
 
 from __future__ import annotations
 
-import operator
 import random
 import types
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
@@ -78,7 +78,7 @@ class Attributes:
                 if key not in NOT_READ and not (_LIBRARY in then and str(key).startswith("_")):
                     del dictionary[key]
             for key, value in then.items():
-                if key is not _LIBRARY and dictionary.get(key, _NOTHING) is not value:
+                if key is not _LIBRARY and not _as_it_was(dictionary.get(key, _NOTHING), value):
                     dictionary[key] = value
         for items, first, length in self._lists:
             while len(items) > length:
@@ -111,10 +111,7 @@ def _own(module: nn.Module) -> dict[Any, Any]:
 
 @final
 class Found:
-    """What a function was left with by the forward pass.
-
-    But for whole numbers, which are often counters of evaluations.
-    """
+    """What a function was left with by the forward pass."""
 
     def __init__(self, func: Callable[..., Any]) -> None:
         """Take down what is there now.
@@ -141,7 +138,9 @@ class Found:
     def look(self) -> None:
         """See what of it is another by now; called once before a backward."""
         self._changed = [
-            (place, value) for place, value in self._places if place.look(_NOTHING) is not value
+            (place, value)
+            for place, value in self._places
+            if not _as_it_was(place.look(_NOTHING), value)
         ]
         self._longer = [(items, then) for items, then in self._lists if not _same(items, then)]
 
@@ -165,7 +164,12 @@ class Found:
 def _decides(value: Any) -> bool:
     if isinstance(value, Tensor):
         return not value.requires_grad  # those that do have stand-ins
-    return type(value) is not int and value is not _NOTHING
+    return value is not _NOTHING
+
+
+def _as_it_was(now: Any, then: Any) -> bool:
+    """Whether nothing is to be put back: a whole number that changes counts evaluations."""
+    return now is then or int in (type(now), type(then))
 
 
 def _on_library(value: Any) -> Iterator[Place]:
@@ -178,7 +182,7 @@ def _on_library(value: Any) -> Iterator[Place]:
 
 
 def _same(items: MutableSequence[Any], then: list[Any]) -> bool:
-    return len(items) == len(then) and all(map(operator.is_, items, then))
+    return len(items) == len(then) and all(map(_as_it_was, items, then))
 
 
 def _fill(lists: list[tuple[MutableSequence[Any], list[Any]]]) -> None:
@@ -190,7 +194,7 @@ def _fill(lists: list[tuple[MutableSequence[Any], list[Any]]]) -> None:
 def _put(values: list[tuple[Place, Any]]) -> None:
     for place, value in values:
         now = place.look(_NOTHING)
-        if now is value:
+        if _as_it_was(now, value):
             continue
         if value is _NOTHING:
             place.empty()
