@@ -5,20 +5,194 @@ would fire once a step and `torch.autograd.grad` would pollute their `.grad`. So
 stage runs, its modules hold aliases that share the parameters' storage, and gradients
 collect in the aliases. Likewise a stage that runs again holds clones of its buffers, so that
 running statistics move once a training step.
+
+Only the thread that runs the stages finds them. Others that look at the model meanwhile, to save
+it, average it or clear its gradients, find the parameters and buffers themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import abc
+import copy
+import threading
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from contextlib import contextmanager
-from typing import TypeAlias, final
+from threading import get_ident
+from typing import Any, Literal, TypeAlias, cast, final
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from .turns import in_engine, in_forked_process, is_first, waits
+
+Held: TypeAlias = dict[str, Tensor | None]
+"""Parameters or buffers of a module, by name."""
 
 Place: TypeAlias = tuple[nn.Module, str]
 """A module, and the name under which it keeps a buffer."""
 
+Kind: TypeAlias = Literal["_parameters", "_buffers"]
+"""Where a module keeps them."""
+
 _PLAIN = nn.Module.__setattr__
+
+
+class StandIns(Held, abc.ABC):
+    """What one thread finds where a module keeps its parameters or buffers; others find those.
+
+    Reading is on the way of every stage, so what the thread finds is in the dictionary itself.
+    """
+
+    __slots__ = ("below", "thread")
+
+    below: Held
+    """What the module has without these: its own, or stand-ins that were there already."""
+    thread: int
+    """Who finds these."""
+
+    def _found(self) -> Held:
+        """What the calling thread finds; `dict`'s own methods read it."""
+        thread, held = get_ident(), cast(Held, self)
+        waiting = None
+        while isinstance(held, StandIns):
+            if held.thread == thread:
+                return held
+            if waiting is None and waits(held.thread):
+                waiting = held
+            held = held.below
+        # A thread of autograd's engine works for a thread that waits for it.
+        return held if waiting is None or not in_engine() else waiting
+
+    def get(self, name: str, default: Any = None) -> Any:  # noqa: D102 - as of every dict
+        return dict.get(self._found(), name, default)
+
+    def items(self) -> ItemsView[str, Tensor | None]:  # type: ignore[override]  # noqa: D102
+        return dict.items(self._found())
+
+    def values(self) -> ValuesView[Tensor | None]:  # type: ignore[override]  # noqa: D102
+        return dict.values(self._found())
+
+    def __setitem__(self, name: str, tensor: Tensor | None) -> None:
+        dict.__setitem__(self._found(), name, tensor)
+
+    def __delitem__(self, name: str) -> None:
+        dict.__delitem__(self._found(), name)
+
+    def pop(self, name: str, *default: Any) -> Any:  # noqa: D102
+        return dict.pop(self._found(), name, *default)
+
+    def update(self, *others: Any, **named: Any) -> None:  # noqa: D102
+        dict.update(self._found(), *others, **named)
+
+    def copy(self) -> Held:
+        """Those that the calling thread finds, in a dict of their own."""
+        return dict(dict.items(self._found()))
+
+    def __copy__(self) -> Held:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Held:
+        return copy.deepcopy(self.copy(), memo)
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        return dict, (self.copy(),)
+
+
+@final
+class _Alone(StandIns):
+    """Where no other thread is: a single tensor that is asked for is found by all, at no cost.
+
+    A thread that a stage starts belongs to the step in that.
+    """
+
+    __slots__ = ()
+
+
+@final
+class _AmongThreads(StandIns):
+    """Where other threads are, which ask for single tensors, too."""
+
+    __slots__ = ()
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        # What is compiled is looked through by the thread that runs it, which cannot ask.
+        if is_compiling() or self.thread == get_ident():
+            return dict.__getitem__(self, name)
+        return dict.__getitem__(self._found(), name)
+
+
+@final
+class _Placed:
+    """Stand-ins in some modules, from when they are put there to when they are taken out."""
+
+    __slots__ = ("_kind", "_pairs", "thread")
+
+    def __init__(self, kind: Kind) -> None:
+        self._kind = kind
+        self._pairs: list[tuple[nn.Module, StandIns]] = []
+        self.thread = get_ident()
+
+    def put(self, modules: Iterable[tuple[nn.Module, Iterable[tuple[str, Tensor | None]]]]) -> None:
+        """Let the calling thread find other tensors.
+
+        Args:
+            modules: Each with the tensors by name.
+        """
+        kind, thread, placing = self._kind, self.thread, _PLACING
+        made_of = _Alone if threading.active_count() == 1 else _AmongThreads
+        with placing.lock:
+            placing.placed.add(self)
+            for module, instead in modules:
+                own = module.__dict__
+                below = own[kind]
+                made = made_of(below if type(below) is dict else below.items())
+                made.below, made.thread = below, thread
+                dict.update(made, instead)
+                self._pairs.append((module, made))
+                own[kind] = made
+
+    def take_out(self) -> None:
+        """Take them out, from under those that other threads have put there since as well."""
+        with _PLACING.lock:
+            for module, stand_ins in self._pairs:
+                stand_ins.thread = 0  # nobody's, in a shallow copy of the module that has them too
+                held = module.__dict__[self._kind]
+                if held is stand_ins:
+                    module.__dict__[self._kind] = stand_ins.below
+                    continue
+                while isinstance(held, StandIns):
+                    if held.below is stand_ins:
+                        held.below = stand_ins.below
+                        break
+                    held = held.below
+            _PLACING.placed.discard(self)
+
+
+class _Placing:
+    """What is placed, and the lock of who changes that."""
+
+    def __init__(self) -> None:
+        # One that the same thread may take again: garbage may be collected meanwhile.
+        self.lock = threading.RLock()
+        self.placed: set[_Placed] = set()
+
+    def keep_own(self) -> None:
+        """In a forked process: take out what threads have placed that are not there."""
+        self.lock, thread = threading.RLock(), get_ident()
+        for placed in [placed for placed in self.placed if placed.thread != thread]:
+            placed.take_out()
+
+
+_PLACING = _Placing()
+in_forked_process(_PLACING.keep_own)
+
+
+def take_out_what_was_left() -> None:
+    """Where no step of the calling thread runs: take out what one left that was interrupted."""
+    if _PLACING.placed and is_first():
+        thread = get_ident()
+        for placed in [placed for placed in list(_PLACING.placed) if placed.thread == thread]:
+            placed.take_out()
 
 
 @final
@@ -39,6 +213,8 @@ class Slots:
         # is no public way to put a tensor that is not a new parameter into a module.
         self._parameters = [(m, name) for m in seen.values() for name in m._parameters]
         self._buffers = [(m, name) for m in seen.values() for name in m._buffers]
+        self._with_parameters = [(m, tuple(m._parameters)) for m in seen.values() if m._parameters]
+        self._with_buffers = [(m, tuple(m._buffers)) for m in seen.values() if m._buffers]
         self.modules = tuple(seen.values())
         """All modules, each once."""
 
@@ -94,21 +270,25 @@ class Slots:
         Args:
             bound: What `bind` returned.
         """
-        before = self.in_place()
+        placed, tensors = _Placed("_parameters"), iter(bound)
+        listing = [
+            (module, names)
+            for module, names in self._with_parameters
+            if type(module).__setattr__ is not _PLAIN
+        ]
         try:
-            self._put(bound)
+            # Each zip stops at the end of its names, and takes no tensor more.
+            placed.put(
+                (module, zip(names, tensors, strict=False))
+                for module, names in self._with_parameters
+            )
+            for module, names in listing:
+                _list_anew(module, names)
             yield
         finally:
-            self._put(before)
-
-    def _put(self, tensors: Sequence[Tensor | None]) -> None:
-        for (module, name), tensor in zip(self._parameters, tensors, strict=True):
-            # nn.RNNBase keeps a second list of its parameters that only its own __setattr__
-            # updates. It takes parameters only; what else is there, functional_call has put there.
-            if type(module).__setattr__ is _PLAIN or not isinstance(tensor, nn.Parameter):
-                module._parameters[name] = tensor  # type: ignore[assignment]
-            elif module._parameters[name] is not tensor:
-                setattr(module, name, tensor)
+            placed.take_out()
+            for module, names in listing:
+                _list_anew(module, names)
 
     @contextmanager
     def buffers_replaced(
@@ -120,15 +300,30 @@ class Slots:
             clones: The clone of each buffer, by the buffer's id; others stay.
             held: The buffer of each place; those that are there now if None.
         """
-        before = self.buffers_in_place()
+        placed, buffers = _Placed("_buffers"), iter(held or self.buffers_in_place())
         try:
-            for (module, name), buffer in zip(self._buffers, held or before, strict=True):
-                if id(buffer) in clones:
-                    module._buffers[name] = clones[id(buffer)]
+            placed.put(
+                (module, [(name, clones[id(b)]) for name, b in held if id(b) in clones])
+                for module, held in (
+                    (module, zip(names, buffers, strict=False))
+                    for module, names in self._with_buffers
+                )
+            )
             yield
         finally:
-            for (module, name), buffer in zip(self._buffers, before, strict=True):
-                module._buffers[name] = buffer
+            placed.take_out()
+
+
+def _list_anew(module: nn.Module, names: Iterable[str]) -> None:
+    """Let a module know of the parameters that it has now, if it keeps a list of its own.
+
+    nn.RNNBase does, and only its own __setattr__ updates it. That takes parameters only; what else
+    is there, functional_call has put there.
+    """
+    for name in names:
+        parameter = module._parameters.get(name)
+        if isinstance(parameter, nn.Parameter):
+            setattr(module, name, parameter)
 
 
 def make_alias(parameter: Tensor) -> nn.Parameter:

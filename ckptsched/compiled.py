@@ -9,6 +9,7 @@ compute wrong numbers, in this run and in all later ones.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +22,23 @@ try:
 except ImportError:  # Windows: as numba does it
     fcntl = None  # type: ignore[assignment]
 
+_compiler: Any = None
+with contextlib.suppress(ImportError):  # it is not public
+    from numba.core.compiler_lock import global_compiler_lock as _compiler
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _LOCK = ".ckptsched.lock"
 _PATIENCE_SECONDS, _POLL_SECONDS = 10.0, 0.005
+
+
+# A process is forked while nothing is compiled: in the child nobody would end it.
+if _compiler is not None and hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_compiler.acquire,
+        after_in_parent=_compiler.release,
+        after_in_child=_compiler.release,
+    )
 
 
 def compiled(function: _Function) -> _Function:

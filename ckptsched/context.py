@@ -8,10 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
+
+from .turns import Turn, in_forked_process
 
 _AS_IT_IS = nullcontext()
 
@@ -123,7 +126,7 @@ def _same_states(some: Sequence[tuple[Any, Tensor]], others: Sequence[tuple[Any,
 class Generators:
     """Copies of random generators: a state that is kept without a tensor."""
 
-    turn: ClassVar[AbstractContextManager[object]] = threading.RLock()
+    turn: ClassVar[Turn] = Turn()
     """Held by who draws random numbers that must come again: all threads share a generator."""
 
     def __init__(self, device: torch.device, own: Iterable[torch.Generator] = ()) -> None:
@@ -215,7 +218,8 @@ class OneKernel:
     """
 
     _turn: ClassVar[threading.Lock] = threading.Lock()
-    _inside: ClassVar[int] = 0
+    _inside: ClassVar[list[int]] = []
+    """The threads that are inside, each as often as it has come in."""
     _before: ClassVar[bool] = True
 
     def __enter__(self) -> None:
@@ -224,14 +228,26 @@ class OneKernel:
             if not cls._inside:
                 cls._before = torch.backends.mha.get_fastpath_enabled()
                 torch.backends.mha.set_fastpath_enabled(False)
-            cls._inside += 1
+            cls._inside.append(get_ident())
 
     def __exit__(self, *exception: object) -> None:
         cls = type(self)
         with cls._turn:
-            cls._inside -= 1
+            cls._inside.remove(get_ident())
             if not cls._inside:
                 torch.backends.mha.set_fastpath_enabled(cls._before)
+
+    @classmethod
+    def keep_own(cls) -> None:
+        """In a forked process: forget the threads that are not there."""
+        cls._turn = threading.Lock()
+        if cls._inside:
+            cls._inside[:] = [thread for thread in cls._inside if thread == get_ident()]
+            if not cls._inside:
+                torch.backends.mha.set_fastpath_enabled(cls._before)
+
+
+in_forked_process(OneKernel.keep_own)
 
 
 def now(device: torch.device) -> float:

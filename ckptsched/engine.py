@@ -2,17 +2,21 @@
 
 `torch.autograd.backward` looks at its arguments in Python before it calls the engine, which
 takes as long as the backward of a tiny stage. Here they are known to be right. The engine's own
-method is not public, so it is tried once; where it is not as expected, the public way is taken.
+method is not public, so it is tried once, when it is first needed: the engine starts threads, which
+a process forked later would miss. Where it is not as expected, the public way is taken.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from .turns import Lent
 
 Root: TypeAlias = Tensor | GradientEdge
 
@@ -66,5 +70,19 @@ def choose(engine: Any) -> _Backward:
 # What is not there matches nothing that it should not: every edge is then asked of torch.
 _PYTHON_NODE: type = getattr(torch._C, "_FunctionBase", object)
 
-go_back: _Backward = choose(getattr(torch.autograd.Variable, "_execution_engine", None))
-"""Go back from some roots to all leaves; one gradient a root, of its shape and dtype."""
+
+@functools.cache
+def _way() -> _Backward:
+    return choose(getattr(torch.autograd.Variable, "_execution_engine", None))
+
+
+def go_back(roots: tuple[Root, ...], gradients: tuple[Tensor, ...]) -> None:
+    """Go back from some roots to all leaves, and let nodes that need it have the turn meanwhile.
+
+    Args:
+        roots: Where to begin.
+        gradients: One a root, of its shape and dtype.
+    """
+    way = _way()
+    with Lent():
+        way(roots, gradients)

@@ -17,12 +17,13 @@ from typing import Any, Literal, cast, final
 import torch
 from torch import Tensor, nn
 
+from .aliases import take_out_what_was_left
 from .context import is_recomputing
 from .errors import BudgetWarning, ExecutionError, PlanMismatchError
 from .gathering import TOKEN
 from .higher import Gradients
 from .plans import Plan
-from .program import Lock, Program
+from .program import Program
 from .run import Run
 from .sharding import call_as_forward, is_sharded
 from .transforms import (
@@ -32,6 +33,7 @@ from .transforms import (
     transform_at_work,
 )
 from .trees import Extras, State
+from .turns import Turn
 from .wrappers import StandsFor, plain_model
 
 _HIGHER = "_ckptsched_gradients"  # attribute of a token
@@ -79,7 +81,7 @@ class Checkpointed(StandsFor):
         """The plan that is followed."""
         return cast(Program, self.__dict__["_program"]).plan
 
-    def share_lock(self, lock: Lock) -> None:
+    def share_lock(self, lock: Turn) -> None:
         """Run in turn with other models that hold the lock, as they have modules in common.
 
         Args:
@@ -187,9 +189,11 @@ def _apart(x: Any, extras: Extras) -> tuple[State, State]:
 
 def _step(program: Program, inputs: State, given: State) -> Any:
     """One forward pass whose backward follows the schedule."""
+    take_out_what_was_left()
+    within = program.made_within()
     with program.alone():
         program.check_batch(inputs, given)
-        run = Run(program, inputs, given)
+        run = Run(program, inputs, given, within)
         entry = inputs.leaves
         if run.gathering is not None:
             entry = run.gathering.run(partial(_run_block, run), run.state_before, entry)

@@ -23,6 +23,7 @@ from torch import Tensor
 from ckptsched.errors import ProfileError
 from ckptsched.memory_allocator import counting_allocator
 from ckptsched.memory_trace import DEVICE_TYPES, recording
+from ckptsched.turns import in_forked_process
 
 T = TypeVar("T")
 
@@ -132,17 +133,35 @@ class Meter(abc.ABC):
         return result, window.measurement
 
 
-@contextlib.contextmanager
-def _one_at_a_time(lock: threading.Lock, name: str) -> Iterator[None]:
-    if not lock.acquire(blocking=False):
-        raise ProfileError(
-            f"a window of the {name} meter was asked for while another is open, around it or in "
-            "another thread; close that one first, or divide it by Window.mark()"
-        )
-    try:
-        yield
-    finally:
-        lock.release()
+@final
+class _Window:
+    """Whether a kind of meter has a window open, and in which thread."""
+
+    def __init__(self, close: Callable[[], object] = lambda: None) -> None:
+        self._lock = threading.Lock()
+        self._close = close
+        self._thread = 0
+        in_forked_process(self._renew)
+
+    @contextlib.contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Have the only window, or say that there is one."""
+        if not self._lock.acquire(blocking=False):
+            raise ProfileError(
+                f"a window of the {name} meter was asked for while another is open, around it or "
+                "in another thread; close that one first, or divide it by Window.mark()"
+            )
+        try:
+            self._thread = threading.get_ident()
+            yield
+        finally:
+            self._lock.release()
+
+    def _renew(self) -> None:
+        """In a forked process: close what a thread has open that is not there."""
+        if self._lock.locked() and self._thread != threading.get_ident():
+            self._lock = threading.Lock()
+            self._close()
 
 
 # ---- the counting allocator ----------------------------------------------------------------------
@@ -165,7 +184,7 @@ class AllocatorMeter(Meter):
     """
 
     name: ClassVar[str] = "allocator"
-    _turn: ClassVar[threading.Lock] = threading.Lock()
+    _only: ClassVar[_Window] = _Window(lambda: counting_allocator().close())
 
     def __init__(self, *, own_thread: bool = False) -> None:
         self.own_thread = own_thread
@@ -189,7 +208,7 @@ class AllocatorMeter(Meter):
     @contextlib.contextmanager
     def window(self) -> Iterator[Window]:  # noqa: D102 - inherited
         readings: list[_Reading] = []
-        with _one_at_a_time(self._turn, self.name):
+        with self._only.alone(self.name):
             window = Window(lambda: readings.append(self._allocator.read()))
             self._allocator.open(own_thread=self.own_thread)
             try:
@@ -226,7 +245,7 @@ class ProfilerMeter(Meter):
     """
 
     name: ClassVar[str] = "profiler"
-    _turn: ClassVar[threading.Lock] = threading.Lock()
+    _only: ClassVar[_Window] = _Window()
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -238,7 +257,7 @@ class ProfilerMeter(Meter):
 
     @contextlib.contextmanager
     def window(self) -> Iterator[Window]:  # noqa: D102 - inherited
-        with _one_at_a_time(self._turn, self.name):
+        with self._only.alone(self.name):
             with recording(self.device) as seen:
                 window = Window(seen.mark)
                 yield window
@@ -268,7 +287,7 @@ class CudaMeter(Meter):
     """
 
     name: ClassVar[str] = "cuda"
-    _turn: ClassVar[threading.Lock] = threading.Lock()
+    _only: ClassVar[_Window] = _Window()
 
     def __init__(self, device: torch.device | str = "cuda", *, requested: bool = False) -> None:
         self.device = torch.device(device)
@@ -283,7 +302,7 @@ class CudaMeter(Meter):
     @contextlib.contextmanager
     def window(self) -> Iterator[Window]:  # noqa: D102 - inherited
         readings: list[_Reading] = []
-        with _one_at_a_time(self._turn, self.name):
+        with self._only.alone(self.name):
             base, _ = self._read()
 
             def mark() -> None:

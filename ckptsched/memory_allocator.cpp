@@ -6,6 +6,7 @@
 // the deleter is exchanged; the size of a block is kept beside it, in a table.
 
 #include <c10/core/Allocator.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
@@ -102,6 +103,15 @@ CountingAllocator& counting_allocator() {
   return *only;
 }
 
+// A process is forked while nobody has the lock: in the child nobody would ever let go of it.
+void before_fork() {
+  counter().lock.lock();
+}
+
+void after_fork() {
+  counter().lock.unlock();
+}
+
 }  // namespace
 
 #define CKPTSCHED_EXPORT extern "C" __attribute__((visibility("default")))
@@ -114,7 +124,7 @@ CKPTSCHED_EXPORT int ckptsched_install(void* (*thread_state)()) {
   }
   wrapped = c10::GetAllocator(c10::DeviceType::CPU);
   wrapped_deleter = wrapped->raw_deleter();
-  if (wrapped_deleter == nullptr) {
+  if (wrapped_deleter == nullptr || pthread_atfork(&before_fork, &after_fork, &after_fork) != 0) {
     return 1;
   }
   c10::SetAllocator(c10::DeviceType::CPU, &counting_allocator(), /*priority=*/255);

@@ -26,6 +26,7 @@ import torch
 
 from .cache_folder import cache_folder, private_folder
 from .errors import ProfileError
+from .turns import in_forked_process
 
 _SOURCE = Path(__file__).with_name("memory_allocator.cpp")
 _COMPILER_SECONDS = 120
@@ -86,6 +87,14 @@ class CountingAllocator:
 
 
 _ONE_BUILDER = threading.Lock()
+
+
+def _renew() -> None:
+    global _ONE_BUILDER
+    _ONE_BUILDER = threading.Lock()
+
+
+in_forked_process(_renew)
 
 
 def counting_allocator() -> CountingAllocator:

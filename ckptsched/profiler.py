@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .advice import about_value
-from .aliases import Slots, make_alias
+from .aliases import Slots, make_alias, take_out_what_was_left
 from .assembly import assemble
 from .bar import progress_bar
 from .context import Autocast, Generators, OneKernel, RandomState, Recomputing
@@ -31,6 +31,7 @@ from .survey import Kind, Loss, note_unfit, sides_held, survey_backward, survey_
 from .timing import ROUNDS, time_stages
 from .tracing import count_frozen, taken_apart, trace
 from .trees import Extras, State
+from .turns import InTurn
 from .weighing import go_back, weigh, weigh_loss
 from .workload import Chain
 from .wrappers import plain_model
@@ -101,6 +102,7 @@ def profile(
             result; the message names it.
     """
     model = plain_model(model, "profile", ProfileError)
+    take_out_what_was_left()
     sharded = sharded_part(model)
     if sharded is not None:
         raise ProfileError(
@@ -129,7 +131,7 @@ def profile(
     blocks = trace(model, frozen=frozen) if frozen else blocks
     generators = own_generators(model.modules(), given.constants())
     with (
-        Generators.turn,  # one thread at a time: measuring draws, and counts bytes
+        InTurn((Generators.turn,)),  # one thread at a time: measuring draws, and counts bytes
         left_as_it_was(model, RandomState.take(device, generators)) as (state, _),
         _reason_first(state),
         _aliased(model),

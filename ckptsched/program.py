@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, NoReturn, final
 
@@ -34,20 +33,9 @@ from .structure import (
 )
 from .tracing import StageCall, StagedModule, has_hooks, taken_apart, trace
 from .trees import State
+from .turns import InTurn, Stay, Turn
 from .usage import Usage
 from .workload import Chain
-
-
-@final
-class Lock:
-    """A lock that a copied or unpickled model gets anew."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-
-    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
-        return Lock, ()
-
 
 # Parameters may be kept in another dtype than they are planned for if FSDP casts them to these.
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -76,7 +64,7 @@ class Program:
         signature = plan.chain.signature
         self.blocks = trace(model, frozen=signature.frozen if signature else 0)
         self.stages: list[StageCall] = [stage for block in self.blocks for stage in block.stages]
-        self.lock = Lock()
+        self.lock = Turn()
         if not isinstance(plan.chain, Chain):
             raise PlanMismatchError(
                 "the plan is for a graph, and models are run as chains; profile the model and "
@@ -287,15 +275,21 @@ class Program:
         blocks = (slots for k, slots in enumerate(self.slots) if k in sharding)
         return {id(p) for slots in blocks for p in slots.parameters()}
 
-    def alone(self) -> AbstractContextManager[object]:
-        """Keep other threads from the model, and from drawing random numbers if it draws some."""
-        return self._in_turn() if self.random else self.lock.lock
+    def alone(self, within: Sequence[Stay] = ()) -> AbstractContextManager[None]:
+        """Keep other threads from the model, and from drawing random numbers if it draws some.
 
-    @contextmanager
-    def _in_turn(self) -> Iterator[None]:
+        Args:
+            within: What `made_within` gave when what runs now was made.
+        """
+        return InTurn(self._turns(), within)
+
+    def made_within(self) -> tuple[Stay, ...]:
+        """The turns during which the calling thread begins a step: those of a model around it."""
+        return tuple([stay for turn in self._turns() for stay in turn.mine()])
+
+    def _turns(self) -> tuple[Turn, ...]:
         # In this order: a model inside another's stage asks for its own lock after both.
-        with Generators.turn, self.lock.lock:
-            yield
+        return (Generators.turn, self.lock) if self.random else (self.lock,)
 
     def wants_gradient(self, inputs: State, given: State) -> bool:
         """Whether a backward is possible at all."""

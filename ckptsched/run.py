@@ -28,6 +28,7 @@ from .stretches import between
 from .surroundings import Snapshot, Surroundings
 from .tape import Tape, record, run_alone, run_stage, run_under, sources_of
 from .trees import State
+from .turns import Stay
 from .usage import Uses
 
 # Plain numbers: members of an enum are slow to look up, and there is one operation a step or more.
@@ -83,17 +84,20 @@ class _Kept:
 class Run:
     """One call of the model: what is stored, and where in the schedule it stands."""
 
-    def __init__(self, program: Program, inputs: State, given: State) -> None:
+    def __init__(
+        self, program: Program, inputs: State, given: State, within: Sequence[Stay] = ()
+    ) -> None:
         """Begin a step.
 
         Args:
             program: The model and its plan.
             inputs: The input as the caller gave it, taken apart.
             given: What every stage is given besides, taken apart.
+            within: The turns during which the step was begun.
         """
         self.program = program
         self.device = inputs.leaves[0].device
-        self.seen = Surroundings(program, self.device, given)
+        self.seen = Surroundings(program, self.device, given, within)
         sharding = program.sharding()
         self.gathering = None if sharding is None else Gathering(sharding, self.seen)
         self.parameters_by_block = self._assign()

@@ -21,6 +21,7 @@ from .errors import ExecutionError
 from .hidden import Values
 from .program import Program
 from .trees import NO_EXTRAS, Extras, State
+from .turns import Stay
 
 _NOTHING = NO_EXTRAS.apart()
 
@@ -29,14 +30,22 @@ _NOTHING = NO_EXTRAS.apart()
 class Surroundings:
     """What one forward pass found, and how to go back to it."""
 
-    def __init__(self, program: Program, device: torch.device, given: State) -> None:
+    def __init__(
+        self,
+        program: Program,
+        device: torch.device,
+        given: State,
+        within: Sequence[Stay] = (),
+    ) -> None:
         """Note everything.
 
         Args:
             program: The model and its plan.
             device: Where the stages run.
             given: What every stage is given besides the state, taken apart.
+            within: The turns during which the step was begun.
         """
+        self._within = within
         self.program, self.device = program, device
         self.autocast, self._outer = Autocast.take(device), cast(Autocast | None, None)
         self.parameters = program.all_slots.parameters()
@@ -279,7 +288,7 @@ class Surroundings:
         """Keep other threads out, and run under the autocast of the forward pass."""
         outer = Autocast.take(self.device)
         self._outer = None if outer == self.autocast else outer
-        with self.program.alone(), self.autocast.again(), OneKernel():
+        with self.program.alone(self._within), self.autocast.again(), OneKernel():
             yield
 
     def going_back(self) -> AbstractContextManager[None]:

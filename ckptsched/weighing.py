@@ -15,6 +15,7 @@ from .memory import Meter, storage_bytes
 from .stages import StageLedger, StageParts, backward_variant
 from .survey import Kind, Loss, LossWeight
 from .trees import State, storages
+from .turns import Lent
 
 _MOST_STORAGES = 4  # whose combinations are measured one by one
 
@@ -341,7 +342,7 @@ def go_back(
         raise ProfileError(f"the loss must return one number, found {found}")
     if not value.requires_grad:
         raise ProfileError("the loss does not depend on the output: no gradient comes back")
-    with Autocast.off(value.device).again():
+    with Autocast.off(value.device).again(), Lent():
         value.backward()  # type: ignore[no-untyped-call]
     if not box:
         raise ProfileError("the loss does not depend on the output: no gradient comes back")

@@ -23,6 +23,7 @@ from ..budget import Budget, parse_budget
 from ..context import Generators
 from ..errors import BudgetSyntaxError, BudgetWarning, WorkloadError
 from ..transforms import outside_of_compiled_code, transform_at_work
+from ..turns import InTurn
 from .bounded import BoundedSolve, Turns
 from .carried import Carried
 from .closure import Closure, find_closure
@@ -209,7 +210,7 @@ def solve_problem(
         WorkloadError: A gradient of times that steps are to meet.
     """
     kept, which = kept_with(func, closure)
-    with kept.lock.lock:  # else another thread may have stand-ins in their places
+    with InTurn((kept.lock,)):  # else another thread may have stand-ins in their places
         given = closure.parameters if given is None else given
     wanted = list({id(p): p for p in given if p.requires_grad}.values())
     if problem.meet and t.requires_grad:
@@ -243,7 +244,7 @@ def solve_problem(
     if bounds.budget_bytes is not None and found.footprint is not None:
         statistics.footprint = found.footprint
         room = found.footprint.room(bounds.budget_bytes)
-    turns = Turns(kept.lock.lock, Generators.turn if found.draws else None)
+    turns = Turns(*((Generators.turn,) if found.draws else ()), kept.lock)
     states = BoundedSolve(problem, closure, wanted, room, turns, statistics).run(y0, t)
     return AdaptiveSolution(states, statistics)
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
@@ -21,6 +20,7 @@ from ..context import Autocast, OneKernel
 from ..errors import BudgetWarning, ExecutionError
 from ..solvers.online import OnlinePlacement
 from ..transforms import outside_of_compiled_code
+from ..turns import InTurn, Lent, Turn
 from .attributes import Found
 from .carried import Carried, Moment
 from .closure import Closure
@@ -33,19 +33,21 @@ from .statistics import Statistics
 
 
 @final
-@dataclass(frozen=True, slots=True)
 class Turns:
-    """Locks of who evaluates f while others might have stand-ins in its modules, or draw."""
+    """Turns of who evaluates f while others might have stand-ins in its modules, or draw."""
 
-    lock: AbstractContextManager[object]
-    random: AbstractContextManager[object] | None
-    """Where f draws random numbers; taken first, as everywhere."""
+    def __init__(self, *turns: Turn) -> None:
+        """Note within whose turn the solve begins.
 
-    @contextmanager
-    def mine(self) -> Iterator[None]:
-        """Wait for the turn, and have it."""
-        with self.random or nullcontext(), self.lock:
-            yield
+        Args:
+            turns: Of random numbers if f draws some, first, as everywhere; then of f itself.
+        """
+        self._turns = turns
+        self._within = tuple([stay for turn in turns for stay in turn.mine()])
+
+    def mine(self) -> InTurn:
+        """A `with` block that waits for the turn, and has it."""
+        return InTurn(self._turns, self._within)
 
 
 @final
@@ -195,9 +197,11 @@ class BoundedSolve:
             wanted, states = [x for x in starts if x.requires_grad], torch.stack(outputs)
             if not states.requires_grad:  # f reads nothing of what is wanted
                 return [None] * len(starts)
-            found = iter(
-                torch.autograd.grad(states, wanted, gradients, create_graph=True, allow_unused=True)
-            )
+            with Lent():
+                back = torch.autograd.grad(
+                    states, wanted, gradients, create_graph=True, allow_unused=True
+                )
+            found = iter(back)
         return [next(found) if x.requires_grad else None for x in starts]
 
 

@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Hashable
 from typing import Any, ClassVar, final
 
-from ..program import Lock
+from ..turns import Turn
 from .closure import Closure
 from .fingerprint import Identity, fingerprint
 from .places import KEPT
@@ -25,7 +25,7 @@ class Kept:
 
     def __init__(self) -> None:
         self.found: dict[Hashable, Any] = {}
-        self.lock = Lock()
+        self.lock = Turn()
         """Of who runs steps again: they replace what the same modules and functions read."""
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:

@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 from ..context import Autocast, Generators
 from ..errors import ExecutionError, ProfileError
 from ..memory import Measurement, ProfilerMeter, default_meter
+from ..turns import InTurn, Lent
 from .attributes import Attributes
 from .carried import Carried, Moment
 from .closure import Closure
@@ -116,7 +117,7 @@ class Trial:
         """
         key = ("adaptive", which, self._key())
         # Who draws random numbers waits meanwhile, and who has stand-ins in modules.
-        with Generators.turn, kept.lock.lock:
+        with InTurn((Generators.turn, kept.lock)):
             found: Findings | None = kept.find(key)
             if found is None:
                 found = Findings(self._apart(self._check))
@@ -273,7 +274,8 @@ class Trial:
             held.clear()
             del integration
             if edges:
-                torch.autograd.grad(edges, wanted, [gradient] * len(edges), allow_unused=True)
+                with Lent():
+                    torch.autograd.grad(edges, wanted, [gradient] * len(edges), allow_unused=True)
             return evaluations
 
         with torch.enable_grad():

@@ -17,6 +17,7 @@ from ..planner import plan
 from ..plans import Plan
 from ..profiler import profile
 from ..structure import training_mode
+from ..turns import InTurn
 from ..workload import Chain
 from .attributes import Attributes, Found
 from .closure import Closure
@@ -63,7 +64,7 @@ def solve_planned(
     key = (which, identity_of_loss(loss), *_key(solve, y0, grid, closure, budget, solver))
     for attempt in range(2):
         # Who draws random numbers waits meanwhile: measuring draws, and puts the generator back.
-        with Generators.turn, kept.lock.lock:
+        with InTurn((Generators.turn, kept.lock)):
             # Nor does another thread have stand-ins in their places.
             tensors = (() if grid.clock is None else (grid.clock,)) + closure.tensors
             model: Checkpointed | None = kept.find(key)

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ..errors import ExecutionError
 from ..schedule import Code
 from ..solvers.online import Operation, reversal
+from ..turns import Lent
 from .carried import Carried, Moment
 from .closure import unknown_leaves
 from .embedded import Slopes, combined, end_slope, inside_rates, inside_slopes, inside_weights
@@ -94,7 +95,8 @@ class TapedStep:
         direct = _added(None, outputs, [j for j, _ in self._inside])
         if not roots:
             return direct, [None] * len(wanted)
-        found = torch.autograd.grad(roots, [self._z0, *wanted], given, allow_unused=True)
+        with Lent():
+            found = torch.autograd.grad(roots, [self._z0, *wanted], given, allow_unused=True)
         first = found[0]
         if first is not None and direct is not None:
             first = first + direct

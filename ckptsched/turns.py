@@ -1,0 +1,253 @@
+"""Whose turn it is: locks for one thread at a time, lent while autograd's engine works for it.
+
+Autograd runs the nodes of a graph in threads of its own where they are on a GPU. A thread that
+holds a lock and calls the engine waits for those threads, and a node that asks for the same lock
+would wait for ever: one of a planned model inside the stage that is gone back through, or one that
+another thread has the same engine's thread run. So who calls the engine lends its locks. While it
+waits, nodes come in one after the other, and it goes on once the last of them has left. What they
+do leaves no trace, so it finds everything as it was.
+
+A process that is forked has one thread. What the others held there, nobody would ever let go, so
+in a forked process it is free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from threading import get_ident
+from typing import Any, final
+
+import torch
+
+_POLL_SECONDS = 0.005  # between two looks whether a lock that is held is lent
+
+# Not public, though torch's own checkpoint asks it: without, nothing is lent.
+_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
+def in_engine() -> bool:
+    """Whether the calling thread runs a node of a graph for autograd's engine."""
+    return _graph_task() != -1
+
+
+def in_forked_process(renew: Callable[[], None]) -> None:
+    """Have something called in each process that is forked, in its one thread.
+
+    Args:
+        renew: Called there before anything else goes on.
+    """
+    if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+        os.register_at_fork(after_in_child=renew)
+
+
+@final
+class Stay:
+    """What one thread has of a turn from when it comes in to when it leaves."""
+
+    __slots__ = ("above", "below", "depth", "ended", "lent", "lock", "thread")
+
+    def __init__(self, thread: int) -> None:
+        self.thread = thread
+        self.depth = 1
+        self.lent = self.ended = False
+        self.above = threading.RLock()
+        """For who comes in while it is lent."""
+        self.lock: Any = None
+        """What it holds: the turn's lock, or `above` of the stay below."""
+        self.below: Stay | None = None
+
+    def lets_in(self, within: Iterable[Stay]) -> bool:
+        """Whether the calling thread may come in on top of it."""
+        return (self.lent and (self.thread == get_ident() or in_engine())) or self in within
+
+
+class _Mine(threading.local):
+    """The stays of one thread, in the order in which they began."""
+
+    def __init__(self) -> None:
+        self.stays: list[Stay] = []
+
+
+_mine = _Mine()
+_turns: weakref.WeakSet[Turn] = weakref.WeakSet()
+_waiting: set[int] = set()
+
+
+@final
+class Turn:
+    """A lock that its holder may take again, and lends to nodes of the engine that it calls.
+
+    A copy is a lock of its own.
+    """
+
+    __slots__ = ("__weakref__", "_last", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._last: Stay | None = None
+        _turns.add(self)
+
+    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
+        return Turn, ()
+
+    def __enter__(self) -> None:
+        self.enter((), [])
+
+    def __exit__(self, *exception: object) -> None:
+        stay = self._last
+        assert stay is not None
+        self.leave(stay, stay.depth - 1)
+
+    def mine(self) -> tuple[Stay, ...]:
+        """The stay of the calling thread, if it is its turn."""
+        last = self._last
+        return () if last is None or last.thread != get_ident() else (last,)
+
+    def enter(self, within: Sequence[Stay], entered: list[tuple[Turn, Stay, int]]) -> None:
+        """Wait for the turn, and have it.
+
+        Args:
+            within: Stays during which what asks now was made: who made it waits for it, in another
+                thread maybe, so it need not wait for them.
+            entered: Gets what to leave with, before anything else: an interrupt may come any time.
+        """
+        thread, last = get_ident(), self._last
+        if last is not None and last.thread == thread and not last.lent:
+            entered.append((self, last, last.depth))
+            last.depth += 1
+            return
+        stay = Stay(thread)
+        entered.append((self, stay, 0))
+        while not self._comes_in(stay, within):
+            pass
+
+    def _comes_in(self, stay: Stay, within: Sequence[Stay]) -> bool:
+        last = self._last
+        below = last if last is None or last.lets_in(within) else last.below
+        stay.below, stay.lock = below, self._lock if below is None else below.above
+        if not stay.lock.acquire(timeout=_POLL_SECONDS):
+            return False
+        if self._last is below and (below is None or below.lets_in(within)):
+            self._last = stay
+            _mine.stays.append(stay)
+            return True
+        stay.lock.release()
+        return False
+
+    def leave(self, stay: Stay, depth: int) -> None:
+        """End what `enter` has begun, if only just; once more does no harm.
+
+        Args:
+            stay: What `enter` gave.
+            depth: Likewise.
+        """
+        stay.depth = depth
+        if not depth:
+            with stay.above:  # once those have left who came in on top
+                self._end(stay)
+
+    def _end(self, stay: Stay) -> None:
+        stay.ended = True
+        while self._last is not None and self._last.ended:
+            self._last = self._last.below
+        if stay in _mine.stays:
+            _mine.stays.remove(stay)
+        with contextlib.suppress(RuntimeError, AttributeError):  # not taken, or let go already
+            stay.lock.release()
+
+    def keep_own(self) -> None:
+        """In a forked process: free what threads hold that are not there."""
+        thread, stay = get_ident(), self._last
+        own = []
+        while stay is not None:
+            if stay.thread == thread:
+                own.append(stay)
+            stay = stay.below
+        self._lock, self._last = threading.RLock(), None
+        for stay in reversed(own):
+            stay.below, stay.lock = self._last, self._last.above if self._last else self._lock
+            stay.lock.acquire()
+            stay.above, self._last = threading.RLock(), stay
+
+
+@final
+class InTurn:
+    """A `with` block in which some turns are those of the calling thread."""
+
+    __slots__ = ("_entered", "_turns", "_within")
+
+    def __init__(self, turns: Sequence[Turn], within: Sequence[Stay] = ()) -> None:
+        """Say which.
+
+        Args:
+            turns: In the order in which everybody asks for them.
+            within: As for `Turn.enter`.
+        """
+        self._turns, self._within = turns, within
+        self._entered: list[tuple[Turn, Stay, int]] = []
+
+    def __enter__(self) -> None:
+        try:
+            for turn in self._turns:
+                turn.enter(self._within, self._entered)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *exception: object) -> None:
+        while self._entered:
+            turn, stay, depth = self._entered[-1]
+            turn.leave(stay, depth)
+            del self._entered[-1]
+
+    # Of a block that an interrupt ends just as it is entered or left.
+    __del__ = __exit__
+
+
+def is_first() -> bool:
+    """Whether the calling thread has no turn at all."""
+    return not _mine.stays
+
+
+def waits(thread: int) -> bool:
+    """Whether a thread is waiting for the engine, and has lent its turns.
+
+    Args:
+        thread: Its identity.
+    """
+    return thread in _waiting
+
+
+@final
+class Lent:
+    """A `with` block around a call of the engine: the thread's turns are lent meanwhile."""
+
+    __slots__ = ("_first", "_stays")
+
+    def __enter__(self) -> None:
+        self._stays = [stay for stay in _mine.stays if not stay.lent]
+        for stay in self._stays:
+            stay.lent = True
+        thread = get_ident()
+        self._first = thread not in _waiting
+        _waiting.add(thread)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._first:
+            _waiting.discard(get_ident())
+        for stay in self._stays:  # in the order in which all ask for them
+            with stay.above:
+                stay.lent = False
+
+
+def _after_fork() -> None:
+    for turn in list(_turns):
+        turn.keep_own()
+    _waiting.intersection_update({get_ident()})
+
+
+in_forked_process(_after_fork)
