@@ -20,6 +20,7 @@ from .aliases import Slots, make_alias, take_out_what_was_left
 from .assembly import assemble
 from .bar import progress_bar
 from .context import Autocast, Generators, OneKernel, RandomState, Recomputing
+from .devices import KNOWN, what_is_wrong
 from .errors import CkptschedError, ProfileError
 from .estimate import estimate
 from .hidden import own_generators
@@ -116,11 +117,20 @@ def profile(
             "batch, under torch.no_grad(), before it is profiled"
         )
     inputs, given = _apart(sample, kwargs or {})
+    wrong = what_is_wrong(model, inputs, given)
+    if wrong:
+        raise ProfileError(wrong)
     if fake:
         with Recomputing():
             return estimate(model, inputs, given, loss or default_loss)
     device = inputs.leaves[0].device
     meter = meter or default_meter(device, own_thread=True)
+    if device.type not in KNOWN:
+        raise ProfileError(
+            f"the model is on {str(device)!r}, and the random state of such a device cannot be put "
+            f"back when stages run again: it trains on {' and '.join(KNOWN)} (fake=True estimates "
+            "for others)"
+        )
     blocks = trace(model)
     if Extras.of(given) and any(isinstance(m, nn.Sequential) for m in taken_apart(model)):
         raise ProfileError(

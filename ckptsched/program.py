@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .aliases import Place, Slots
 from .budget import Tier
 from .context import Autocast, Generators
+from .devices import named_tensors, several_devices
 from .errors import PlanMismatchError
 from .hidden import HiddenBuffers, is_write_only, own_generators
 from .inventory import Inventory
@@ -72,6 +73,12 @@ class Program:
             )
         self.chain, chain, schedule = plan.chain, plan.chain, plan.schedule
         self.computed_in: torch.dtype | None = self._check_model()
+        where = several_devices(named_tensors(model))
+        if where:
+            raise PlanMismatchError(
+                f"the model is on more than one device ({where}), and a plan is for one: put all "
+                "of it there (model.to(device))"
+            )
         self.codes, self.numbers = schedule.codes, schedule.stages
         self.kinds = schedule.kinds
         liveness = analyse(schedule, len(chain))
@@ -355,6 +362,12 @@ class Program:
             raise PlanMismatchError(
                 f"the plan is for inputs on {signature.device}, found {first.device.type}; move "
                 "them, or profile and plan there"
+            )
+        where = several_devices(("the batch", leaf) for leaf in (*inputs.leaves, *given.leaves))
+        if where:
+            raise PlanMismatchError(
+                f"the call has tensors on more than one device ({where}), and a plan is for one: "
+                "move them there"
             )
         if first.device.type == "cpu" and torch.get_num_threads() != signature.threads:
             raise PlanMismatchError(

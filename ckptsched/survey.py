@@ -19,6 +19,7 @@ from torch import Tensor
 from .advice import about_state
 from .aliases import Place, Slots
 from .context import Autocast, RandomState
+from .devices import drawn_elsewhere, matters
 from .errors import CkptschedError, ProfileError
 from .hidden import Watch, is_write_only, own_generators
 from .memory import storage_bytes
@@ -231,6 +232,7 @@ def survey_forward(
                 kind = known[key] = _examine(block, call, state, extras, carries, standing, whole)
             kind.count += 1
             order.append(kind)
+            _check_device(kind, x.leaves[0].device)
             state, carries = kind.output, kind.carries
     order[-1].is_last = True
     _find_readers(known.values(), watch)
@@ -280,6 +282,18 @@ def sides_held(order: Sequence[Kind]) -> Iterator[list[Tensor]]:
             kind.left.clear()
         for tensor in held:
             tensor.requires_grad_(False)
+
+
+def _check_device(kind: Kind, device: torch.device) -> None:
+    """Refuse a stage that hands a state to another device."""
+    for leaf in kind.output.leaves:
+        if leaf.device != device and matters(leaf):
+            name = kind.call.name or type(kind.call.module).__name__
+            raise ProfileError(
+                f"stage {name!r} returns a tensor on {leaf.device}, and the sample is on "
+                f"{device}: bytes are counted and random states kept on one device; leave all of "
+                "the model and its states on one"
+            )
 
 
 def survey_backward(order: list[Kind], gradients: tuple[Tensor | None, ...]) -> list[Kind]:
@@ -469,6 +483,7 @@ class _Probe:
 
     def _run_first(self) -> State:
         given, others = self.extras.apart(), _other_generators()
+        elsewhere = drawn_elsewhere(self.x.leaves[0].device)
         versions = self.x.versions(), given.versions()
         output = run_stage(self.call, self.x, self.extras).detached()
         self.draws = self._random_now() != self._random
@@ -478,6 +493,11 @@ class _Probe:
             raise ProfileError(
                 f"stage {self.name!r} changes {what} in place, so it cannot be run again; use an "
                 "operation that is not in place, or make it one module with the stage before it"
+            )
+        if drawn_elsewhere(self.x.leaves[0].device) != elsewhere:
+            raise ProfileError(
+                f"stage {self.name!r} draws random numbers on another device than its input is on, "
+                "whose random state is not put back when it runs again; draw where the input is"
             )
         if _other_generators() != others:
             raise ProfileError(

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..budget import Budget, parse_budget
 from ..context import Generators
-from ..errors import BudgetSyntaxError, BudgetWarning, WorkloadError
+from ..devices import KNOWN, several_devices
+from ..errors import BudgetSyntaxError, BudgetWarning, ExecutionError, WorkloadError
 from ..transforms import outside_of_compiled_code, transform_at_work
 from ..turns import InTurn
 from .bounded import BoundedSolve, Turns
@@ -222,6 +223,13 @@ def solve_problem(
     bounded = bounds.budget_bytes is not None or bounds.checkpoints is not None
     if not (bounded and tracked and len(problem.times) > 1):
         return _solve_plainly(problem, closure, y0, t, tracked=tracked)
+    where = several_devices((f"a tensor of shape {tuple(x.shape)}", x) for x in (y0, *wanted))
+    if where or y0.device.type not in KNOWN:
+        raise ExecutionError(
+            f"checkpoints are for one device of type {' or '.join(KNOWN)}, whose random state is "
+            f"put back when steps run again; found {where or y0.device}: move all there, or solve "
+            "without a budget and checkpoints"
+        )
     transform = transform_at_work(everything)
     if transform:
         warnings.warn(
