@@ -115,7 +115,7 @@ def test_many_outputs_need_themselves_and_their_gradient(method: str) -> None:
             odeint(f, y0, t, method=method, budget=1, loss=loss)
         least[name] = (caught.value.least_budget_bytes or 0) / y0.nbytes
     assert 2 * 129 < least["unnamed"] < 2.4 * 129
-    assert 4 * 129 < least["named"]  # the loss takes it, and is measured
+    assert least["named"] > 4 * 129  # the loss takes it, and is measured
 
 
 class Head(nn.Module):
