@@ -549,3 +549,38 @@ def test_plans_with_side_outputs_are_saved_and_loaded(tmp_path: Any) -> None:
     plain, plain_step = fresh("list")
     expected = run_steps(plain, plain, plain_step)
     assert all(map(equal, expected, run_steps(model, cs.checkpointed(model, loaded), step)))
+
+
+class Regularised(nn.Module):
+    """A right-hand side that leaves a penalty of its last evaluation."""
+
+    def __init__(self, *, detached: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head, self.detached = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, 2),
+            detached,
+        )
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        penalty = self.head(y).square().mean()
+        self.penalty = penalty.detach() if self.detached else penalty
+        return torch.tanh(self.inner(y))
+
+
+def solved(f: Regularised, **options: Any) -> list[Tensor | None]:
+    y = cs.odeint(f, X, torch.tensor([0.0, 1.0]), **options)
+    (y[-1].square().mean() + f.penalty).backward()
+    return gradients(f)
+
+
+def test_right_hand_sides_leave_penalties_on_grids_and_are_refused_in_adaptive_solves() -> None:
+    grid: dict[str, Any] = {"method": "rk4", "options": {"step_size": 0.2}}
+    expected = solved(Regularised(), **grid)
+    assert all(map(equal, expected, solved(Regularised(), budget="70%", **grid)))
+    with pytest.raises(cs.ExecutionError, match=r"f leaves .*attribute 'penalty'.*detach"):
+        solved(Regularised(), method="dopri5", budget=10**7)
+    expected = solved(Regularised(detached=True), method="dopri5")
+    found = solved(Regularised(detached=True), method="dopri5", budget=10**7)
+    assert all(map(equal, expected, found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar, final
 
 import torch
@@ -13,6 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from ..context import Autocast, Generators
 from ..errors import ExecutionError, ProfileError
 from ..memory import Measurement, ProfilerMeter, default_meter
+from ..side_search import is_in_a_graph, still, whereabouts
 from ..turns import InTurn, Lent
 from .attributes import Attributes
 from .carried import Carried, Moment
@@ -188,7 +190,29 @@ class Trial:
                 "not found; keep the state in a buffer (register_buffer), the generator as an "
                 "attribute of a module, or solve without a budget"
             )
+        self._check_left(environment)
         return carried.draws
+
+    def _check_left(self, environment: Environment) -> None:
+        """Refuse f where it leaves a tensor with a graph besides its slope."""
+        leaf = self._z0.detach().requires_grad_()
+        # The caller may have used a tensor that no stand-in is for elsewhere.
+        watched = [leaf, *(t for t in environment.known if not is_in_a_graph(t))]
+        f = RightHandSide(self._problem.func, leaf)
+        with torch.enable_grad():
+            slope = f(self._problem.times[0], leaf)
+        del slope
+        self.evaluations += f.evaluations
+        held = [t for t in watched if is_in_a_graph(t)]
+        if any(still(partial(is_in_a_graph, t)) for t in held):
+            places = [p for root in self._closure.modules for p in whereabouts(root)]
+            raise ExecutionError(
+                "f leaves a tensor with a graph besides its slope "
+                f"({', '.join(places) or 'in a list, a closure or a hook'}), and an adaptive solve "
+                "that runs steps again cannot find it again, so its gradient would be lost: make "
+                "it part of the state, let f leave it without its graph (tensor.detach()), or "
+                "solve on a fixed grid or without a budget"
+            )
 
     def _measure(self, environment: Environment) -> Footprint:
         step, forward = self._forward()
