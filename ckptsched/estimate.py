@@ -25,8 +25,7 @@ from .errors import ProfileError
 from .memory import storage_bytes
 from .model_state import ModelState
 from .stages import StageLedger
-from .survey import Kind, Loss, LossWeight, survey_backward, survey_forward
-from .tracing import count_frozen, trace
+from .survey import Kind, Loss, LossWeight, survey_backward, survey_model
 from .trees import Extras, State
 from .weighing import go_back
 from .workload import Chain
@@ -89,12 +88,9 @@ def estimate(model: nn.Module, inputs: State, given: State, loss: Loss) -> Chain
     try:
         fake, extras = _fakes(inputs), Extras.of(_fakes(given))
         bare = _without_data(model)
-        blocks = trace(bare)
-        frozen = count_frozen(blocks, [*inputs.leaves, *given.leaves])
-        blocks = trace(bare, frozen=frozen) if frozen else blocks
         # What stages make without naming a device must lie where their input lies.
         with torch.device("meta"), torch.enable_grad():
-            order = survey_forward(blocks, fake, extras, ModelState(bare))
+            blocks, _, order = survey_model(bare, fake, extras, ModelState(bare))
             lost = _assess_loss(loss, order[-1])
             for kind in survey_backward(order, lost.gradients):
                 _assess(kind)

@@ -112,7 +112,7 @@ class Checkpointed(StandsFor):
         program = cast(Program, self.__dict__["_program"])
         inputs, given = _apart(x, Extras(extras, options))
         tensors = [*inputs.leaves, *given.leaves, *program.all_slots.parameters()]
-        trained = any(tensor.requires_grad for tensor in tensors)
+        trained = program.asks or any(tensor.requires_grad for tensor in tensors)
         if not trained and not program.trains_something_new():
             return _without_graph(self.model(x, *extras, **options))
         transform = transform_at_work(tensors)
@@ -194,6 +194,7 @@ def _step(program: Program, inputs: State, given: State) -> Any:
     with program.alone():
         program.check_batch(inputs, given)
         run = Run(program, inputs, given, within)
+        run.let_ask(inputs)
         entry = inputs.leaves
         if run.gathering is not None:
             entry = run.gathering.run(partial(_run_block, run), run.state_before, entry)

@@ -28,9 +28,10 @@ from .memory import Meter, default_meter
 from .model_state import ModelState, left_as_it_was
 from .sharding import sharded_part
 from .structure import sign
-from .survey import Kind, Loss, note_unfit, sides_held, survey_backward, survey_forward
+from .survey import Kind, Loss, note_unfit, sides_held, survey_backward, survey_model
+from .tape import as_asked
 from .timing import ROUNDS, time_stages
-from .tracing import count_frozen, taken_apart, trace
+from .tracing import taken_apart
 from .trees import Extras, State
 from .turns import InTurn
 from .weighing import go_back, weigh, weigh_loss
@@ -131,14 +132,11 @@ def profile(
             f"back when stages run again: it trains on {' and '.join(KNOWN)} (fake=True estimates "
             "for others)"
         )
-    blocks = trace(model)
     if Extras.of(given) and any(isinstance(m, nn.Sequential) for m in taken_apart(model)):
         raise ProfileError(
             "an nn.Sequential takes one argument, so its parts cannot be given more; derive the "
             "model from ckptsched.StagedModule, and list its parts in stages()"
         )
-    frozen = count_frozen(blocks, [*inputs.leaves, *given.leaves])
-    blocks = trace(model, frozen=frozen) if frozen else blocks
     generators = own_generators(model.modules(), given.constants())
     with (
         InTurn((Generators.turn,)),  # one thread at a time: measuring draws, and counts bytes
@@ -151,21 +149,22 @@ def profile(
         extras = Extras.of(
             given.replaced(make_alias(t) if t.requires_grad else t.detach() for t in given.leaves)
         )
-        order = survey_forward(blocks, inputs, extras, state)
+        blocks, frozen, order = survey_model(model, inputs, extras, state)
         carries = [order[0].wanted, *(kind.carries for kind in order)]
         ending = loss or default_loss, order[-1].output, carries[-1]
-        with sides_held(order) as sides:
-            provided = _default_loss_with(sides) if loss is None and sides else ending[0]
-            lost = weigh_loss(provided, *ending[1:], meter, sides)
+        with sides_held(order) as held:
+            provided = _default_loss_with(held) if loss is None and held else ending[0]
+            lost = weigh_loss(provided, *ending[1:], meter, held)
         kinds = survey_backward(order, lost.gradients)
         seconds, spread = _measure(kinds, lambda: go_back(*ending), meter, progress)
         note_unfit(state, state, "a stage that has run several times")
         lost = replace(lost, seconds=seconds)
         chain = assemble(blocks, order, lost, device, inputs.leaves, generators)
-    needs = [kind.needs_tape for kind in order]
+    alone, own_leaves = [kind.alone for kind in order], [kind.own_leaves for kind in order]
     hidden = {place for kind in order for place in kind.hidden}
-    leaves = [bool(kind.sides) for kind in order]
-    signature = sign(model, blocks, inputs, given, carries, needs, leaves, hidden, frozen)
+    sides = [bool(kind.sides) for kind in order]
+    asked = as_asked(inputs, carries[0])
+    signature = sign(model, blocks, asked, given, carries, alone, own_leaves, sides, hidden, frozen)
     signature = replace(signature, unfit=state.unfit)
     return replace(chain, signature=signature, seconds_spread=spread)
 

@@ -32,6 +32,7 @@ from .structure import (
     read_carries,
     structure_digest,
 )
+from .tape import Carries, as_asked
 from .tracing import StageCall, StagedModule, has_hooks, taken_apart, trace
 from .trees import State
 from .turns import InTurn, Stay, Turn
@@ -115,15 +116,17 @@ class Program:
             for segment in (*self.segments.forward, *self.segments.backward)
         }
         self.trained = self._trained()
+        self.own_leaves = bytes(flags[0] for flags in self._flags("own_leaves", len(chain)))
         self.first_trained = self._first_trained()
         self.inventory = Inventory(model)
         self.taken_apart = tuple(taken_apart(model))
         self._listed = self._lists()
         self.tensors = self._tensors()
         self.carries = self._flags("carries", len(chain) + 1)
+        self.asks = Carries.ASKED in self.carries[0]
         self.usage = Usage(self.stages, self.carries[:-1])
         self._sharding: tuple[tuple[nn.Module, ...], Sharding | None] = ((), None)
-        self.needs_tape = bytes(flags[0] for flags in self._flags("need_tapes", len(chain)))
+        self.run_alone = bytes(flags[0] for flags in self._flags("need_tapes", len(chain)))
         self.sides = bytes(flags[0] for flags in self._flags("sides", len(chain)))
         self.has_sides = any(self.sides)
 
@@ -170,8 +173,8 @@ class Program:
         return computed_in
 
     def _flags(
-        self, what: Literal["carries", "need_tapes", "sides"], count: int
-    ) -> list[tuple[bool, ...]]:
+        self, what: Literal["carries", "need_tapes", "own_leaves", "sides"], count: int
+    ) -> list[tuple[int, ...]]:
         """What the signature says of each tensor of each state, or of each stage."""
         assert self.chain.signature is not None
         unsaid = int(what == "carries")
@@ -263,14 +266,18 @@ class Program:
         return [p.requires_grad for p in self.all_slots.parameters()]
 
     def _first_trained(self) -> int:
-        """The first stage with trained parameters; one more than there are stages if none has."""
+        """The first stage with trained parameters, or whose output carries a gradient without any.
+
+        Returns:
+            Its number; one more than there are stages if there is none.
+        """
         known: dict[int, bool] = {}
         for i, stage in enumerate(self.stages, 1):
             module = stage.module
             trained = known.get(id(module))
             if trained is None:
                 trained = known[id(module)] = any(p.requires_grad for p in module.parameters())
-            if trained:
+            if trained or self.own_leaves[i - 1]:
                 return i
         return len(self.stages) + 1
 
@@ -334,6 +341,19 @@ class Program:
         owners = (s.name for s in self.stages if module in set(s.module.modules()))
         return f"parameter {f'{path}.{name}'.strip('.')!r} of stage {next(owners, '')!r}"
 
+    def input_carries(self, inputs: State) -> tuple[int, ...]:
+        """What the first stage finds of each tensor of the input, one of `Carries`.
+
+        Args:
+            inputs: The model's first argument, taken apart, as the caller gave it.
+        """
+        if not self.asks:
+            return tuple(map(Carries.of, inputs.leaves))
+        return tuple(
+            Carries.of(leaf) or (planned if planned == Carries.ASKED else 0)
+            for leaf, planned in zip(inputs.leaves, self.carries[0], strict=True)
+        )
+
     def check_batch(self, inputs: State, given: State) -> None:
         """Refuse a batch, a mode or a choice of trained parameters that was not planned.
 
@@ -348,6 +368,8 @@ class Program:
                 "the batch was made under torch.inference_mode, so autograd cannot keep it; give a "
                 "clone made outside (x.clone())"
             )
+        if self.asks and len(inputs.leaves) == len(self.carries[0]):
+            inputs = as_asked(inputs, self.input_carries(inputs))
         found = describe_inputs(inputs, given)
         if found != signature.inputs:
             expected, actual = (text or "one tensor" for text in (signature.inputs, found))

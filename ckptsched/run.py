@@ -26,7 +26,7 @@ from .side_outputs import Look, Place, SideOutputs
 from .side_search import is_in_a_graph, still, whereabouts
 from .stretches import between
 from .surroundings import Snapshot, Surroundings
-from .tape import Tape, record, run_alone, run_stage, run_under, sources_of
+from .tape import Carries, Tape, are_leaves, run_alone, run_stage, run_under, sources_of
 from .trees import State
 from .turns import Stay
 from .usage import Uses
@@ -101,8 +101,8 @@ class Run:
         sharding = program.sharding()
         self.gathering = None if sharding is None else Gathering(sharding, self.seen)
         self.parameters_by_block = self._assign()
-        self.inputs_wanted = tuple([leaf.requires_grad for leaf in inputs.leaves])
-        self.first_trained = self._first_trained(inputs, given)
+        self.inputs_wanted = program.input_carries(inputs)
+        self.first_trained = self._first_trained(given)
         self.states: dict[int, _Stored] = {}
         self.tapes: dict[int, _Kept] = {}
         self.gradients: tuple[Tensor | None, ...] = ()
@@ -131,9 +131,15 @@ class Run:
             assigned.append(mine)
         return assigned
 
-    def _first_trained(self, inputs: State, given: State) -> int:
+    def let_ask(self, inputs: State) -> None:
+        """Let those tensors of the input require a gradient that the first stage would let."""
+        if Carries.ASKED in self.inputs_wanted:
+            for leaf, wants in zip(inputs.leaves, self.inputs_wanted, strict=True):
+                leaf.requires_grad_(leaf.requires_grad or wants == Carries.ASKED)
+
+    def _first_trained(self, given: State) -> int:
         """The first stage whose output may need a gradient; 0 where an input does."""
-        if any(leaf.requires_grad for leaf in (*inputs.leaves, *given.leaves)):
+        if any(self.inputs_wanted) or any(leaf.requires_grad for leaf in given.leaves):
             return 0
         return self.program.first_trained
 
@@ -439,6 +445,9 @@ class Run:
         """Whether the stages have been seen, one by one, and depend on something trained."""
         if first == 1 or first - 1 < self.first_trained:
             return False
+        # The gradient of such a leaf stays with the tape, and is let go with it.
+        if self.program.own_leaves.find(1, first - 1, last) >= 0:
+            return False
         return self.program.usage.knows(first, last)
 
     def _input(self, p: int, i: int) -> _Stored:
@@ -468,23 +477,25 @@ class Run:
         again = self._repeating or p > self.program.segments.turn
         return Recomputing() if again else _FIRST
 
-    def _wanted(self, i: int) -> tuple[bool, ...]:
-        """For each tensor of state i whether its gradient is wanted."""
+    def _wanted(self, i: int) -> tuple[int, ...]:
+        """For each tensor of state i what the stage after it finds, one of `Carries`."""
         if i == 0:
             return self.inputs_wanted
         carries = self.program.carries[i]
-        return carries if i >= self.first_trained else (False,) * len(carries)
+        return carries if i >= self.first_trained else (0,) * len(carries)
 
     def _forward(self, p: int, i: int) -> None:
         program, stored = self.program, self._input(p, i)
         stage, extras = program.stages[i - 1], self.seen.extras
-        if program.sides[i - 1]:
+        how = program.run_alone[i - 1]
+        if how or program.sides[i - 1]:
             wanted = self._wanted(i - 1)
-            with self.sides.looking(i, stage.module) as look:
-                output = run_alone(stage, stored.state, wanted=wanted, extras=extras, look=look)
-            self._take_sides([(i, look)])
-        elif program.needs_tape[i - 1]:
-            output = record(stage, stored.state, wanted=self._wanted(i - 1), extras=extras)[1]
+            with self._looking(i) as look:
+                output = run_alone(
+                    stage, stored.state, wanted=wanted, extras=extras, how=how, look=look
+                )
+            if look is not None:
+                self._take_sides([(i, look)])
         else:
             output = run_stage(stage, stored.state, extras).without_graph()
         self._check_input(stored.state, stored.versions, i)
@@ -507,7 +518,7 @@ class Run:
             tape.sides = self._take_sides([(i, look)])
         # As in `_shares_a_tape`; other inputs are kinds of their own.
         key = program.usage.key(i, None if i > 1 and i > self.first_trained else wanted)
-        uses = program.usage.get(key) or program.usage.learn(key, self._uses(stage.name, tape))
+        uses = program.usage.get(key) or program.usage.learn(key, self._uses(i, tape))
         fed = program.usage.fed(key, uses, i)
         if fed:
             with self._gradients_on:
@@ -565,16 +576,20 @@ class Run:
             kept = _Stored(made.detached(), snapshot)
         self.tapes[last] = _Kept(tape, kept, first)
 
-    def _uses(self, name: str, tape: Tape) -> Uses:
+    def _uses(self, i: int, tape: Tape) -> Uses:
         """Which aliases a stage uses; asked once, as it takes a walk of the tape."""
-        uses, aliases = tape.uses(), self.seen.aliases
-        if not uses.keys() <= {id(alias) for alias in aliases}:
+        leaves, aliases = tape.leaves(), self.seen.aliases
+        unknown = [leaves[key][0] for key in leaves.keys() - {id(alias) for alias in aliases}]
+        # Those that a stage makes itself come with each run; nothing is known of their ids.
+        if unknown and not (self.program.own_leaves[i - 1] and are_leaves(unknown)):
             raise ExecutionError(
-                f"stage {name!r} uses a tensor that requires a gradient and is neither a parameter "
-                "of the model nor an argument of the call that ckptsched sees, so its gradient "
-                "would be lost; register it, or give it to the model as an argument by itself"
+                f"stage {self.program.stages[i - 1].name!r} uses a tensor that requires a gradient "
+                "and is neither a parameter of the model nor an argument of the call that "
+                "ckptsched sees, so its gradient would be lost; register it, or give it to the "
+                "model as an argument by itself; if the stage makes it anew in every run, profile "
+                "and plan again"
             )
-        return Uses.counted([uses.get(id(alias), 0) for alias in aliases])
+        return Uses.counted([leaves.get(id(alias), (None, 0))[1] for alias in aliases])
 
     def _check_input(self, x: State, versions: tuple[int, ...], i: int) -> None:
         if x.versions() != versions:

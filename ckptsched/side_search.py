@@ -40,7 +40,7 @@ def find_side_outputs(
     stage: Callable[..., Any],
     x: State,
     *,
-    wanted: Sequence[bool],
+    wanted: Sequence[int],
     extras: Extras,
     aliases: Iterable[Tensor],
     module: nn.Module,
@@ -51,7 +51,7 @@ def find_side_outputs(
         name: Of the stage, for messages.
         stage: The stage, its parameters replaced by aliases.
         x: Its input, without a graph.
-        wanted: For each tensor of the input whether its gradient is wanted.
+        wanted: As for `sources_of`.
         extras: What else every stage is given.
         aliases: Those of its parameters, and what else collects gradients.
         module: The module that the stage runs.
@@ -65,7 +65,7 @@ def find_side_outputs(
     def look() -> list[Tensor]:
         look = Look()
         with _all_young():
-            tape, _ = record(stage, x, wanted=wanted, extras=extras, look=look)
+            tape, _ = record(stage, x, wanted=wanted, extras=extras, look=look, keeps=False)
             lives = tape.watch()
             del tape
             found = look.take()

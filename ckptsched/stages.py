@@ -218,9 +218,13 @@ class Signature:
     inputs: str = ""
     """Structure and layout of all arguments where they are more than one tensor."""
     carries: str = ""
-    """Which tensors of each state carry a gradient, such as "1x0 9x1"; empty: all do."""
+    """Which tensors of each state carry a gradient, such as "1x0 9x1"; empty: all do. 2 and 3
+    stand for leaves (see `tape.Carries`)."""
     need_tapes: str = ""
-    """Which stages give the same bits only with their tape, such as "3x0 1x1"; empty: none."""
+    """How each stage runs without a tape, such as "3x0 1x1", by the numbers of `tape.Alone`; empty:
+    all without gradients."""
+    own_leaves: str = ""
+    """Which stages make leaves that require gradients, such as "3x0 1x1"; empty: none."""
     sides: str = ""
     """Which stages leave tensors with a graph by another way than their output, such as "3x0 1x1";
     empty: none."""

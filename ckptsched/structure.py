@@ -19,6 +19,7 @@ from .stages import Signature
 from .tracing import Block
 from .trees import NO_EXTRAS, State
 
+_DIGITS = "0123"
 _INDEX = re.compile(r"\[\d+\]$")
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+\b")
 
@@ -119,31 +120,31 @@ def _layout(tensor: Tensor) -> str:
     return f"{text} with gradient" if tensor.requires_grad else text
 
 
-def write_carries(carries: Iterable[tuple[bool, ...]]) -> str:
+def write_carries(carries: Iterable[Sequence[int]]) -> str:
     """Which tensors of each state carry a gradient, as text such as "1x0 9x1 1x11".
 
     Args:
-        carries: For each state, from the input on, a flag for each of its tensors.
+        carries: For each state, from the input on, a digit up to 3 for each of its tensors.
     """
-    words = ("".join("01"[flag] for flag in flags) for flags in carries)
+    words = ("".join(_DIGITS[flag] for flag in flags) for flags in carries)
     return " ".join(f"{len(list(same))}x{word}" for word, same in itertools.groupby(words))
 
 
-def read_carries(text: str) -> list[tuple[bool, ...]]:
+def read_carries(text: str) -> list[tuple[int, ...]]:
     """What `write_carries` wrote; equal states share one tuple.
 
     Raises:
         PlanMismatchError: The text is none of that kind.
     """
-    found: list[tuple[bool, ...]] = []
+    found: list[tuple[int, ...]] = []
     for part in text.split():
         count, _, word = part.partition("x")
-        if not count.isdecimal() or not word or set(word) - {"0", "1"}:
+        if not count.isdecimal() or not word or set(word) - set(_DIGITS):
             raise PlanMismatchError(
                 f"the plan says {part!r} of which states carry a gradient; its file is damaged, "
                 "so plan again"
             )
-        found += [tuple(digit == "1" for digit in word)] * int(count)
+        found += [tuple(map(int, word))] * int(count)
     return found
 
 
@@ -152,8 +153,9 @@ def sign(
     blocks: Iterable[Block],
     inputs: State,
     given: State,
-    carries: Iterable[tuple[bool, ...]],
-    need_tapes: Sequence[bool] = (),
+    carries: Iterable[Sequence[int]],
+    need_tapes: Sequence[int] = (),
+    own_leaves: Sequence[bool] = (),
     sides: Sequence[bool] = (),
     hidden: Iterable[Place] = (),
     frozen: int = 0,
@@ -166,7 +168,8 @@ def sign(
         inputs: Its first argument, taken apart.
         given: Its further arguments, taken apart.
         carries: For each state, from the input on, which of its tensors carry a gradient.
-        need_tapes: For each stage whether it gives the same bits only with its tape.
+        need_tapes: For each stage how it runs without a tape.
+        own_leaves: For each stage whether it makes leaves that require gradients.
         sides: For each stage whether it has side outputs.
         hidden: Places of buffers that stages read and change.
         frozen: How many leading stages are run as one.
@@ -189,6 +192,7 @@ def sign(
         inputs=describe_inputs(inputs, given),
         carries=write_carries(carries),
         need_tapes=write_carries((flag,) for flag in need_tapes) if any(need_tapes) else "",
+        own_leaves=write_carries((flag,) for flag in own_leaves) if any(own_leaves) else "",
         sides=write_carries((flag,) for flag in sides) if any(sides) else "",
         hidden=_names(model, hidden),
         frozen=frozen,

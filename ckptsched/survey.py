@@ -6,6 +6,7 @@ the gradient that comes back to it, since these decide what PyTorch allocates.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias, final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .advice import about_state
 from .aliases import Place, Slots
@@ -28,8 +29,8 @@ from .side_outputs import Look, cut_all, edges_of
 from .side_search import Found, find_side_outputs, rewritten_weights
 from .stages import StageLedger
 from .structure import stage_label
-from .tape import Tape, record, run_alone, run_stage
-from .tracing import Block, StageCall
+from .tape import Alone, Carries, Tape, record, run_alone, run_under, sources_of
+from .tracing import Block, StageCall, count_frozen, trace
 from .trees import Extras, State, storages
 
 Loss: TypeAlias = Callable[[Any], Tensor]
@@ -92,9 +93,9 @@ class Kind:
     """What every stage is given besides."""
     output: State
     """What it made of them."""
-    wanted: tuple[bool, ...]
+    wanted: tuple[Carries, ...]
     """For each tensor of its input whether the gradient is wanted."""
-    carries: tuple[bool, ...]
+    carries: tuple[Carries, ...]
     """For each tensor of its output whether it carries a gradient."""
     aliases: list[Tensor]
     """The aliases of its trained parameters, and of what else collects gradients."""
@@ -104,8 +105,10 @@ class Kind:
     """Whether it draws random numbers."""
     standing: Standing
     """Storages that are there before it runs and after."""
-    needs_tape: bool = False
-    """Whether it gives the same bits only where it runs with its tape."""
+    alone: Alone = Alone.PLAIN
+    """How it runs where no tape is kept."""
+    own_leaves: bool = False
+    """Whether it makes leaves that require gradients, which nobody else is to see."""
     hidden: tuple[Place, ...] = ()
     """Buffers that hold what it, or another stage, reads and changes."""
     sides: tuple[Tensor, ...] = ()
@@ -142,7 +145,7 @@ class Kind:
             self.x,
             wanted=self.wanted,
             extras=self.extras,
-            needs_tape=self.needs_tape,
+            how=self.alone,
             look=look,
         )
         if look is not None:
@@ -199,6 +202,34 @@ def _layout_of_gradients(gradients: tuple[Tensor | None, ...]) -> tuple[Any, ...
     return flags, layout(gradient for gradient in gradients if gradient is not None)
 
 
+def survey_model(
+    model: nn.Module, x: State, extras: Extras, whole: ModelState
+) -> tuple[tuple[Block, ...], int, list[Kind]]:
+    """Trace a model and run every distinct stage of it forward.
+
+    Args:
+        model: The model, its parameters replaced by aliases.
+        x: The sample.
+        extras: What every stage is given besides, leaves where gradients are wanted.
+        whole: What the model was when nothing had run.
+
+    Returns:
+        Its blocks, how many leading stages are run as one as they need no gradient, and the kind
+        of each stage.
+
+    Raises:
+        ProfileError: A stage fails, or cannot be run again with the same result.
+    """
+    blocks = trace(model)
+    frozen = count_frozen(blocks, [*x.leaves, *extras.apart().leaves])
+    if frozen:
+        joined = trace(model, frozen=frozen)
+        kinds = survey_forward(joined, x, extras, whole)
+        if not any(kinds[0].carries):  # as it does where a hook lets an output require a gradient
+            return joined, frozen, kinds
+    return blocks, 0, survey_forward(blocks, x, extras, whole)
+
+
 def survey_forward(
     blocks: tuple[Block, ...], x: State, extras: Extras, whole: ModelState
 ) -> list[Kind]:
@@ -217,8 +248,8 @@ def survey_forward(
         ProfileError: A stage fails, or cannot be run again with the same result.
     """
     known: dict[Hashable, Kind] = {}
-    order = []
-    carries = tuple(leaf.requires_grad for leaf in x.leaves)
+    order: list[Kind] = []
+    carries = tuple(map(Carries.of, x.leaves))
     state = x.detached()
     standing = Standing.of(blocks, extras)
     watch = Watch(Slots(block.module for block in blocks))
@@ -229,7 +260,9 @@ def survey_forward(
             key = (call.key, layout(state.leaves), fixed, structure, carries)
             kind = known.get(key)
             if kind is None:
-                kind = known[key] = _examine(block, call, state, extras, carries, standing, whole)
+                kind = known[key] = _examine(
+                    block, call, state, extras, carries, standing, whole, may_ask=not order
+                )
             kind.count += 1
             order.append(kind)
             _check_device(kind, x.leaves[0].device)
@@ -323,65 +356,86 @@ def _examine(
     call: StageCall,
     x: State,
     extras: Extras,
-    wanted: tuple[bool, ...],
+    wanted: tuple[Carries, ...],
     standing: Standing,
     whole: ModelState,
+    *,
+    may_ask: bool,
 ) -> Kind:
     name = call.name or type(call.module).__name__
+    given = [leaf for leaf in extras.apart().leaves if leaf.requires_grad]
+    collecting = [*Slots([call.module]).parameters(), *given]
     with _failures_named(f"stage {name!r}", x):
-        probe = _Probe(name, call, x, extras, whole)
+        probe = _Probe(name, call, x, extras, whole, wanted)
         output = probe.run_twice()
-        probe.begin_again()
-        given = [leaf for leaf in extras.apart().leaves if leaf.requires_grad]
-        collecting = [*Slots([call.module]).parameters(), *given]
-        found = Found()
-        if not x.leaves[0].is_meta:
-            found = find_side_outputs(
-                name,
-                call,
-                x,
-                wanted=wanted,
-                extras=extras,
-                aliases=collecting,
-                module=call.module,
-            )
-            probe.begin_again()
+        if may_ask:  # the caller sees what becomes of the input
+            probe.wanted = wanted = probe.asked()
+        found = Found() if x.leaves[0].is_meta else probe.side_outputs(collecting)
         look = Look() if found.tensors else None
-        tape, taped = record(call, x, wanted=wanted, extras=extras, look=look)
+        tape, taped = probe.record(look)
         left = take_sides(tape, look)
         for tensor in found.tensors:
             tensor.requires_grad_(False)
         probe.look()
-    # Some kernels round otherwise without gradients, such as those of oneDNN's LSTM.
-    needs_tape = not all(map(_equal, output.leaves, taped.leaves))
+        _check_gradients(name, tape, collecting)
+        own_leaves = _makes_leaves(probe, tape, collecting)
+        alone = probe.find_way(output, taped, saves=not found.tensors)
     leaves = tape.repeated_leaves()
-    if not tape.uses().keys() <= {id(leaf) for leaf in collecting}:
-        raise ProfileError(
-            f"stage {name!r} uses a parameter that its module does not own, or a tensor that "
-            "another stage left in an attribute or a list, so its gradient would be lost; register "
-            "the parameter, or the module that owns it, in the stage, or give the tensor to the "
-            "model as a further argument; let a stage return what a later one needs"
-        )
     aliases = list({id(leaf): leaf for leaf in collecting if leaf.requires_grad}.values())
     return Kind(
         name=stage_label(block, call.name),
         call=call,
         x=x,
         extras=extras,
-        output=taped if needs_tape else output,
+        output=taped if alone else output,
         wanted=wanted,
         carries=tape.carries,
         aliases=aliases,
         repeated=[alias for alias in aliases if id(alias) in leaves],
         draws=probe.draws,
         standing=standing,
-        needs_tape=needs_tape,
+        alone=alone,
+        own_leaves=own_leaves,
         hidden=probe.hidden,
         sides=tuple([torch.zeros_like(tensor, requires_grad=False) for tensor in found.tensors]),
         left=[t.requires_grad_() for t in left if id(t) not in rewritten_weights(call.module)],
         piles_up=found.piles_up,
         left_bytes=(probe.replaced_bytes + probe.cached_bytes + _held_of_input(x, found.tensors)),
     )
+
+
+def _check_gradients(name: str, tape: Tape, collecting: Iterable[Tensor]) -> None:
+    """Refuse a stage whose forward went back to what collects gradients."""
+    if tape.is_used or any(leaf.grad is not None for leaf in collecting):
+        raise ProfileError(
+            f"stage {name!r} calls backward() in its forward, which adds to the .grad of "
+            "parameters and inputs each time that it runs; use torch.autograd.grad, which does not"
+        )
+
+
+def _makes_leaves(probe: _Probe, tape: Tape, collecting: Iterable[Tensor]) -> bool:
+    """Whether a stage uses leaves that it makes itself, anew in every run.
+
+    Raises:
+        ProfileError: It uses others, whose gradients would be lost.
+    """
+    known = {id(leaf) for leaf in collecting}
+    unknown = {key: leaf for key, (leaf, _) in tape.leaves().items() if key not in known}
+    if not unknown:
+        return False
+    again, _ = probe.record()
+    for key in again.leaves().keys() & unknown.keys():
+        leaf = unknown[key]
+        kind = "parameter" if isinstance(leaf, nn.Parameter) else "tensor"
+        what = f": {_shape(leaf)}, which requires a gradient" if isinstance(leaf, Tensor) else ""
+        raise ProfileError(
+            f"stage {probe.name!r} uses a {kind} that its module does not own, or a tensor that "
+            f"another stage left in an attribute or a list{what}, so its gradient would be lost; "
+            "register the parameter, or the module that owns it, in the stage, or give the tensor "
+            "to the model as a further argument that requires a gradient; let a stage return what "
+            "a later one needs"
+        )
+    return True
 
 
 def _held_of_input(x: State, sides: Iterable[Tensor]) -> int:
@@ -411,13 +465,25 @@ def _failures_named(what: str, x: State) -> Iterator[None]:
         ) from error
 
 
+class _AsksForGradients(Exception):
+    """A stage without gradients let its input require one."""
+
+
 class _Probe:
     """Runs a stage from where it began, to see what it depends on."""
 
     def __init__(
-        self, name: str, call: StageCall, x: State, extras: Extras, whole: ModelState
+        self,
+        name: str,
+        call: StageCall,
+        x: State,
+        extras: Extras,
+        whole: ModelState,
+        wanted: tuple[Carries, ...],
     ) -> None:
         self.name, self.call, self.x, self.extras = name, call, x, extras
+        self.wanted = wanted
+        self._alone = Alone.PLAIN  # how it is run
         self._whole, self._found = whole, ModelState(call.module, whole=whole)
         self._writes = False  # to what is no buffer
         self.hidden: tuple[Place, ...] = ()
@@ -448,12 +514,88 @@ class _Probe:
     def run_twice(self) -> State:
         """Run the stage, and again from the same random state and hidden buffers.
 
+        Without gradients, or where it fails so, as a stage does that differentiates, with them.
+
         Returns:
             Its output.
 
         Raises:
             ProfileError: It gives another result, or does what cannot be done again.
         """
+        try:
+            return self._run_twice()
+        except CkptschedError:
+            raise
+        except Exception:
+            self._watch.put_back(self._watch.changed())
+            self.begin_again()
+            self._alone = Alone.DIFFERENTIATES
+            return self._run_twice()
+
+    def record(self, look: Look | None = None) -> tuple[Tape, State]:
+        """Run the stage with its tape, from where it began.
+
+        Args:
+            look: What finds its side outputs, if it has any.
+        """
+        self.begin_again()
+        return record(self.call, self.x, wanted=self.wanted, extras=self.extras, look=look)
+
+    def asked(self) -> tuple[Carries, ...]:
+        """What the tensors of the input carry once the stage has run."""
+        if self._alone is Alone.PLAIN:
+            return self.wanted
+        self.begin_again()
+        with torch.enable_grad():
+            _, source = sources_of(self.x, self.wanted)
+            run_under(None, self.call, source, self.extras)
+        return tuple(
+            Carries.ASKED if leaf.requires_grad and not carried else carried
+            for leaf, carried in zip(source.leaves, self.wanted, strict=True)
+        )
+
+    def side_outputs(self, collecting: Sequence[Tensor]) -> Found:
+        """What it leaves by another way than its output.
+
+        Args:
+            collecting: What collects its gradients.
+        """
+        self.begin_again()
+        return find_side_outputs(
+            self.name,
+            self.call,
+            self.x,
+            wanted=self.wanted,
+            extras=self.extras,
+            aliases=collecting,
+            module=self.call.module,
+        )
+
+    def find_way(self, output: State, taped: State, *, saves: bool) -> Alone:
+        """How the stage gives, without a tape, what it gives with one.
+
+        Args:
+            output: What `run_twice` returned.
+            taped: Its output with a tape.
+            saves: Whether it may run without gradients, as it leaves nothing that has some.
+
+        Raises:
+            ProfileError: It does not.
+        """
+        # Some kernels round otherwise without gradients, such as those of oneDNN's LSTM.
+        plain = self._alone is Alone.PLAIN and all(map(_equal, output.leaves, taped.leaves))
+        if not (plain and saves):
+            self._alone = Alone.FORGETS
+            try:
+                found = self._gives_again(taped, list(taped.leaves))
+            except Exception:  # it went back, or torch.func allows no hooks of ours
+                found = False
+            if not found:
+                self._alone = Alone.DIFFERENTIATES
+                self._check_same(self._gives_again(taped, list(taped.leaves)))
+        return Alone.PLAIN if plain and self._alone is not Alone.DIFFERENTIATES else self._alone
+
+    def _run_twice(self) -> State:
         output = self._run_first()
         changed, self.replaced_bytes = self._watch.changed(), self._watch.replaced_bytes()
         self.hidden = tuple([place for place in changed if not is_write_only(place)])
@@ -469,6 +611,10 @@ class _Probe:
         if not same and len(changed) > len(self.hidden):
             self.hidden = tuple(changed)
             same = self._gives_again(output, first)
+        self._check_same(same)
+        return output
+
+    def _check_same(self, same: bool) -> None:
         if not same:
             rebound = self._found.rebound()
             such = f" (it changes {', '.join(map(repr, rebound[:4]))})" if rebound else ""
@@ -479,13 +625,22 @@ class _Probe:
                 "no argument; keep the state in a buffer (register_buffer), the generator as an "
                 "attribute"
             )
+
+    def _run(self) -> State:
+        """Run the stage as it is run where no tape is kept."""
+        x = self.x.detached()
+        output = run_alone(
+            self.call, x, wanted=self.wanted, extras=self.extras, how=self._alone
+        ).detached()
+        if any(leaf.requires_grad for leaf in x.leaves):
+            raise _AsksForGradients
         return output
 
     def _run_first(self) -> State:
         given, others = self.extras.apart(), _other_generators()
         elsewhere = drawn_elsewhere(self.x.leaves[0].device)
         versions = self.x.versions(), given.versions()
-        output = run_stage(self.call, self.x, self.extras).detached()
+        output = self._run()
         self.draws = self._random_now() != self._random
         self.look()
         if (self.x.versions(), given.versions()) != versions:
@@ -544,7 +699,7 @@ class _Probe:
 
     def _gives_again(self, output: State, first: list[Tensor]) -> bool:
         self.begin_again()
-        again = run_stage(self.call, self.x, self.extras)
+        again = self._run()
         shapes = output.describe(_shape), again.describe(_shape)
         if shapes[0] != shapes[1]:
             raise ProfileError(
@@ -588,8 +743,22 @@ def _ignores(kind: Kind, places: set[Place], watch: Watch) -> bool:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     # CUDA kernels may add up in another order; on the CPU equal means equal.
-    tolerance = 0.0 if one.device.type == "cpu" else 1e-3
+    tolerance = 0.0 if one.device.type == "cpu" else tolerance_of(one.dtype)
     return one.is_meta or torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far two results may be apart where additions come in another order, relative or absolute.
+
+    At least four of the last bits, as bfloat16 has few; 0 for what is not rounded.
+
+    Args:
+        dtype: Of the results.
+    """
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return 0.0
+    last_bit = torch.finfo(dtype).eps
+    return max(4 * last_bit, min(1e-3, 3 * math.sqrt(last_bit)))
 
 
 def _other_generators() -> tuple[object, ...]:

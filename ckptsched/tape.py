@@ -8,10 +8,11 @@ the input to the caller.
 
 from __future__ import annotations
 
+import enum
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, cast, final
+from typing import Any, TypeAlias, cast, final
 
 import torch
 from torch import Tensor
@@ -28,10 +29,49 @@ _NO_SIDES: Mapping[Place, Tensor] = {}
 _ANCHOR = torch.empty(0, requires_grad=True)
 
 
+class Carries(enum.IntEnum):
+    """What a stage finds of a tensor's gradient, as plain autograd would have it."""
+
+    NOTHING = 0
+    """It requires none."""
+    GRAPH = 1
+    """It has a history."""
+    LEAF = 2
+    """It requires one and has no history, as a batch made by `requires_grad_()`."""
+    ASKED = 3
+    """It is a leaf that the stage itself lets require one."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Carries:
+        """What a tensor carries as it is."""
+        if not tensor.requires_grad:
+            return _NOTHING
+        return _LEAF if tensor.is_leaf else _GRAPH
+
+
+_NOTHING, _GRAPH, _LEAF, _ASKED = Carries
+
+
+class Alone(enum.IntEnum):
+    """How a stage is run where no tape is kept."""
+
+    PLAIN = 0
+    """Without gradients."""
+    FORGETS = 1
+    """With gradients on, as it gives the same bits only so; what it saves is let go at once."""
+    DIFFERENTIATES = 2
+    """With gradients on and all that it saves, as it goes back through a graph of its own."""
+
+
 class _Box(list[Tensor]):
     """Where a source puts a gradient; it lives as long as the graph that begins there."""
 
     __slots__ = ("__weakref__",)
+
+
+_Place: TypeAlias = _Box | Tensor | None
+"""Where the gradient of a tensor of the input comes out: a box that a node fills, or the `grad` of
+a leaf; None where none is wanted."""
 
 
 class _Source(torch.autograd.Function):
@@ -82,17 +122,16 @@ class Tape:
         *("carries", "shapes", "sides"),
     )
 
-    def __init__(self, boxes: list[_Box | None], outputs: Sequence[Tensor]) -> None:
+    def __init__(self, boxes: list[_Place], outputs: Sequence[Tensor]) -> None:
         """Take what a run made.
 
         Args:
-            boxes: Where sources put the gradients of the input's tensors; None for a tensor whose
-                gradient is not wanted.
+            boxes: Where sources put the gradients of the input's tensors.
             outputs: The output's tensors, with their graphs.
         """
         self._boxes = boxes
         self._edges = [edge_of(y) for y in outputs if y.requires_grad]
-        self.carries = tuple([y.requires_grad for y in outputs])
+        self.carries = tuple([Carries.of(y) for y in outputs])
         """Which tensors of the output depend on something that wants a gradient."""
         self.shapes = tuple([y.shape for y in outputs])
         """Of the output's tensors."""
@@ -109,19 +148,27 @@ class Tape:
 
     def uses(self) -> dict[int, int]:
         """How often the stage has used each leaf, by the leaf's id."""
-        uses: dict[int, int] = {}
+        return {leaf: count for leaf, (_, count) in self.leaves().items()}
+
+    def leaves(self) -> dict[int, tuple[object, int]]:
+        """Each leaf that the stage has used, its input apart, and how often; by the leaf's id.
+
+        What another stage left for this one counts as a leaf, and is none.
+        """
+        uses: dict[int, tuple[object, int]] = {}
+        own = {id(box) for box in self._boxes}
         seen: set[Node] = set()
         ahead: list[Node | None] = [edge.node for edge in (*self._edges, *self.sides.values())]
         while ahead:
             node = ahead.pop()
             leaf = getattr(node, "variable", None)
-            if node is None or leaf is _ANCHOR:
+            if node is None or leaf is _ANCHOR or (leaf is not None and id(leaf) in own):
                 continue
             box = getattr(node, "box", None)
-            if isinstance(box, _Box) and not any(box is mine for mine in self._boxes):
+            if isinstance(box, _Box) and id(box) not in own:
                 leaf = box  # of another tape, whose stage has left a tensor for this one
             if leaf is not None:
-                uses[id(leaf)] = uses.get(id(leaf), 0) + 1
+                uses[id(leaf)] = leaf, uses.get(id(leaf), (leaf, 0))[1] + 1
             elif node not in seen:
                 seen.add(node)
                 ahead += [before for before, _ in node.next_functions]
@@ -149,14 +196,14 @@ class Tape:
             A function that returns None then; None always where the input has no gradient.
         """
         for box in self._boxes:
-            if box is not None:
+            if isinstance(box, _Box):
                 return weakref.ref(box)
         return _nothing
 
     @property
     def is_used(self) -> bool:
         """Whether something has gone back through the graph."""
-        return any(self._boxes)
+        return any(box.grad is not None if isinstance(box, Tensor) else box for box in self._boxes)
 
     def backward(
         self, gradients: list[Tensor | None], further: Mapping[Place, Tensor] = _NO_SIDES
@@ -194,27 +241,56 @@ class Tape:
             roots.append(self.sides[place])
             given.append(gradient)
         go_back(tuple(roots), tuple(given))
-        return tuple([box.pop() if box else None for box in self._boxes])
+        return tuple([_taken_from(box) for box in self._boxes])
 
 
-def sources_of(x: State, wanted: Sequence[bool]) -> tuple[list[_Box | None], State]:
+def _taken_from(box: _Place) -> Tensor | None:
+    if isinstance(box, Tensor):
+        gradient, box.grad = box.grad, None
+        return gradient
+    return box.pop() if box else None
+
+
+def are_leaves(found: Sequence[object]) -> bool:
+    """Whether all of what `Tape.leaves` found are leaves, and none what another stage left."""
+    return all(isinstance(leaf, Tensor) for leaf in found)
+
+
+def as_asked(x: State, wanted: Sequence[int]) -> State:
+    """The input as plain autograd leaves it: where the first stage asks, a leaf with a gradient.
+
+    Args:
+        x: The input, which stays as it is.
+        wanted: For each of its tensors one of `Carries`.
+    """
+    if _ASKED not in wanted:
+        return x
+    return x.replaced(
+        leaf.detach().requires_grad_() if wants == _ASKED else leaf
+        for leaf, wants in zip(x.leaves, wanted, strict=True)
+    )
+
+
+def sources_of(x: State, wanted: Sequence[int]) -> tuple[list[_Place], State]:
     """Where a tape begins; gradients must be on.
 
     Args:
         x: The input, without a graph.
-        wanted: For each tensor of the input whether its gradient is wanted.
+        wanted: For each tensor of the input what the stage is to find, one of `Carries`.
 
     Returns:
         Where the gradients come out, None where none is wanted, and the input of the first stage.
     """
-    boxes: list[_Box | None] = []
+    boxes: list[_Place] = []
     sources = []
     for leaf, wants in zip(x.leaves, wanted, strict=True):
         source = leaf.detach()
-        box: _Box | None = None
-        if wants:
+        box: _Place = None
+        if wants == _GRAPH:
             box = _Box((source,))
             source = cast(Tensor, _Source.apply(_ANCHOR, box))
+        elif wants:
+            box = source.requires_grad_() if wants == _LEAF else source
         boxes.append(box)
         sources.append(source)
     return boxes, x.replaced(sources)
@@ -228,25 +304,27 @@ def record(
     stage: Callable[..., Any],
     x: State,
     *,
-    wanted: Sequence[bool],
+    wanted: Sequence[int],
     extras: Extras = NO_EXTRAS,
     look: Look | None = None,
+    keeps: bool = True,
 ) -> tuple[Tape, State]:
     """Run a stage with gradients on and keep its tape.
 
     Args:
         stage: The stage, its parameters replaced by aliases.
         x: Its input, without a graph.
-        wanted: For each tensor of the input whether its gradient is wanted.
+        wanted: As for `sources_of`.
         extras: What else every stage is given.
         look: What finds its side outputs, if it has any.
+        keeps: As for `run_under`.
 
     Returns:
         The tape, and the output without a graph, in the same storages.
     """
     with torch.enable_grad():
         boxes, source = sources_of(x, wanted)
-        output = run_under(look, stage, source, extras)
+        output = run_under(look, stage, source, extras, keeps=keeps)
     return Tape(boxes, output.leaves), output.detached()
 
 
@@ -265,7 +343,7 @@ def run_under(
         stage: The stage.
         x: Its input.
         extras: What else every stage is given.
-        keeps: Whether what it saves for a backward is kept.
+        keeps: Whether what it saves for a backward outlives the look for side outputs.
     """
     if look is None:
         return run_stage(stage, x, extras)
@@ -278,9 +356,9 @@ def run_alone(
     stage: Callable[..., Any],
     x: State,
     *,
-    wanted: Sequence[bool],
+    wanted: Sequence[int],
     extras: Extras = NO_EXTRAS,
-    needs_tape: bool = False,
+    how: int = Alone.PLAIN,
     look: Look | None = None,
 ) -> State:
     """Run a stage and keep no tape.
@@ -288,21 +366,25 @@ def run_alone(
     Args:
         stage: The stage, its parameters replaced by aliases.
         x: Its input, without a graph.
-        wanted: For each tensor of the input whether its gradient is wanted.
+        wanted: As for `sources_of`.
         extras: What else every stage is given.
-        needs_tape: Whether the stage gives the same bits only where it runs with gradients on.
-            What it saves for a backward is let go at once.
+        how: One of `Alone`.
         look: What finds its side outputs, if it has any; gradients are on then, too.
 
     Returns:
         The output without a graph: a stage that turns gradients on by itself returns one.
+
+    Raises:
+        ExecutionError: A stage that forgets what it saves has gone back through a graph of its own.
     """
-    if needs_tape or look is not None:
-        with torch.enable_grad(), saved_tensors_hooks(_forget, _recall):
-            source = sources_of(x, wanted)[1]
-            return run_under(look, stage, source, extras, keeps=False).detached()
-    with torch.no_grad():
-        return run_stage(stage, x, extras).without_graph()
+    if how == Alone.PLAIN and look is None:
+        with torch.no_grad():
+            return run_stage(stage, x, extras).without_graph()
+    keeps = how == Alone.DIFFERENTIATES
+    saving = nullcontext() if keeps else saved_tensors_hooks(_forget, _recall)
+    with torch.enable_grad(), saving:
+        source = sources_of(x, wanted)[1]
+        return run_under(look, stage, source, extras, keeps=False).detached()
 
 
 def _forget(tensor: Tensor) -> None:
@@ -310,7 +392,11 @@ def _forget(tensor: Tensor) -> None:
 
 
 def _recall(nothing: None) -> Tensor:
-    raise ExecutionError("a stage went back through a graph of its own in a run without tape")
+    raise ExecutionError(
+        "a stage called torch.autograd.grad, or went back through a graph of its own otherwise, "
+        "and did not when the model was profiled; profile and plan again, with a sample on which "
+        "it does"
+    )
 
 
 def run_stage(stage: Callable[..., Any], x: State, extras: Extras = NO_EXTRAS) -> State:

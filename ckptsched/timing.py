@@ -206,7 +206,7 @@ def _look(kind: Kind) -> Hashable:
         tuple([(name, layout([tensor]), tensor.requires_grad) for name, tensor in owned]),
         (layout(kind.x.leaves), kind.x.describe(lambda _: "tensor"), kind.wanted, kind.carries),
         tuple([None if g is None else layout([g]) for g in kind.gradients]),
-        kind.needs_tape,
+        (kind.alone, kind.own_leaves),
         kind.ledger,
     )
 

@@ -38,7 +38,7 @@ class Uses:
 class Usage:
     """What is known of the stages of a chain so far; it fills while they run."""
 
-    def __init__(self, stages: Sequence[StageCall], carries: Sequence[tuple[bool, ...]]) -> None:
+    def __init__(self, stages: Sequence[StageCall], carries: Sequence[tuple[int, ...]]) -> None:
         """Tell the kinds of stages apart, and know nothing of them yet.
 
         Args:
@@ -63,7 +63,7 @@ class Usage:
         """Whether anything is known."""
         return bool(self._uses)
 
-    def key(self, i: int, wanted: tuple[bool, ...] | None = None) -> Hashable:
+    def key(self, i: int, wanted: tuple[int, ...] | None = None) -> Hashable:
         """What stages have in common that use the same.
 
         Args:

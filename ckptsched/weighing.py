@@ -236,7 +236,7 @@ def _copy(state: State, fixed: Container[int]) -> State:
 def weigh_loss(
     loss: Loss,
     output: State,
-    carries: tuple[bool, ...],
+    carries: tuple[int, ...],
     meter: Meter,
     sides: Sequence[Tensor] = (),
 ) -> LossWeight:
@@ -298,7 +298,7 @@ class _Arrival(torch.autograd.Function):
 def go_back(
     loss: Loss,
     output: State,
-    carries: tuple[bool, ...],
+    carries: tuple[int, ...],
     arrived: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Run a loss and go back through it.

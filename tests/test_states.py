@@ -464,6 +464,6 @@ def test_which_tensors_carry_is_written_and_read() -> None:
     carries = [(False,), (True, False), (True, False), (True,)]
     assert write_carries(carries) == "1x0 2x10 1x1"
     assert read_carries(write_carries(carries)) == carries
-    for text in ("x1", "2x", "2x2", "ax1", "2"):
+    for text in ("x1", "2x", "2x4", "ax1", "2"):
         with pytest.raises(PlanMismatchError, match="its file is damaged"):
             read_carries(text)
