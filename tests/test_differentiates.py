@@ -390,6 +390,112 @@ def test_what_the_first_stage_asks_for_is_asked_of_the_caller_as_by_plain_autogr
     assert cs.verify(model, plan, batch()).ok
 
 
+# -- odeint
+
+
+class Timed(nn.Module):
+    """A right-hand side f(t, y) of a stage that differentiates."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.inner(z) * torch.cos(t) - z
+
+
+class ByTime(Energy):
+    """Differentiates in time, too, which is a tensor of its own in every evaluation."""
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            t.requires_grad_()
+            (rate,) = torch.autograd.grad(self.energy(z) * t**2, t, create_graph=True)
+        return self.h(z) * rate - z
+
+
+def solved(f: nn.Module, x: Tensor, options: dict[str, Any]) -> tuple[list[Any], int]:
+    """All that a step through a solve changes, and its peak in bytes."""
+    x = x.detach().clone().requires_grad_(x.requires_grad)
+    f.zero_grad()
+    torch.manual_seed(5)
+    times = torch.linspace(0.0, 1.0, 7)
+
+    def run() -> None:
+        cs.odeint(f, x, times, **options).square().mean().backward()
+
+    if "budget" in options:  # what is measured of it is measured in the first call
+        cs.odeint(f, x.detach().clone().requires_grad_(x.requires_grad), times, **options)
+        torch.manual_seed(5)
+    _, measured = default_meter("cpu").measure(run)
+    return [*(p.grad for p in f.parameters()), x.grad, x.requires_grad], measured.peak_bytes
+
+
+RIGHT_HAND_SIDES: dict[str, Callable[[], nn.Module]] = {
+    "asking": lambda: Timed(Asking()),
+    "own leaf": lambda: Timed(OwnLeaf()),
+    "func grad": lambda: Timed(Functional("grad")),
+    "divergence": lambda: Timed(Divergence()),
+    "time": ByTime,
+}
+
+
+@pytest.mark.parametrize("wanted", [False, True], ids=["data", "leaf"])
+@pytest.mark.parametrize("name", RIGHT_HAND_SIDES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "rk4"},
+        {"method": "implicit_euler"},
+        {"method": "bosh3", "rtol": 1e-3, "atol": 1e-3},
+    ],
+    ids=["rk4", "implicit", "adaptive"],
+)
+def test_right_hand_sides_that_differentiate(
+    name: str, options: dict[str, Any], wanted: bool
+) -> None:
+    torch.manual_seed(0)
+    f, x = RIGHT_HAND_SIDES[name](), X.clone().requires_grad_(wanted)
+    if (name, options["method"]) == ("divergence", "implicit_euler"):
+        return  # noise leaves nothing to iterate to
+    expected, peak = solved(copy.deepcopy(f), x, options)
+    for budget in (2**24, peak, peak // 2):
+        try:
+            found, measured = solved(copy.deepcopy(f), x, {**options, "budget": budget})
+        except cs.InfeasibleBudgetError as error:
+            budget = error.least_budget_bytes or 0
+            found, measured = solved(copy.deepcopy(f), x, {**options, "budget": budget})
+        assert measured <= budget
+        if budget == 2**24 or options["method"] != "bosh3":
+            assert all(map(same, found, expected))
+        assert found[-1] is expected[-1]
+        for one, other in zip(found[:-1], expected[:-1], strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_adaptive_steps_by_checkpoints_tell_own_leaves_from_others() -> None:
+    torch.manual_seed(0)
+    times = torch.linspace(0.0, 1.0, 3)
+    for f, works in ((Timed(OwnLeaf()), True), (Timed(Cached()), False)):
+        loss = cs.ode.solve_adaptive(f, X, times, "bosh3", checkpoints=2).states.square().mean()
+        if works:
+            loss.backward()
+            continue
+        with pytest.raises(
+            cs.ExecutionError, match=r"shape \(4,\).*makes anew in every"
+        ):
+            loss.backward()
+
+
+def test_backsolve_lets_a_function_make_leaves() -> None:
+    torch.manual_seed(0)
+    f, times = Timed(OwnLeaf()), torch.linspace(0.0, 1.0, 3)
+    states = cs.odeint(f, X, times, method="rk4", gradient="backsolve")
+    states.square().mean().backward()
+    assert f.inner.h[0].weight.grad is not None
+
+
 # -- second backwards
 
 

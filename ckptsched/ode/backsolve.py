@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExecutionError
-from .closure import unknown_leaves
+from .closure import outlive, unknown_leaves
 
 Solve: TypeAlias = Callable[[Callable[..., Any], Any, Tensor], Any]
 """From a right-hand side, an initial state and times to the states there, without gradients."""
@@ -123,17 +123,21 @@ class _Adjoint:
         if not slope.requires_grad:
             return (slope, *(torch.zeros_like(x) for x in inputs))
         if self._to_look_at:
-            self._look(slope, inputs, t)
+            self._to_look_at = False
+            lost = unknown_leaves([slope.grad_fn], inputs)
+            if lost:  # made by func itself, they go with the slope
+                del slope
+                self._look(lost, t)
+                return self(t, state)
         found = torch.autograd.grad(slope, inputs, -adjoint, allow_unused=True)
         rates = (
             torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)
         )
         return (slope.detach(), *rates)
 
-    def _look(self, slope: Tensor, inputs: Sequence[Tensor], t: Tensor) -> None:
+    def _look(self, unknown: list[Tensor], t: Tensor) -> None:
         """Refuse a func that reads a tensor whose gradient would be lost; once a backward."""
-        self._to_look_at = False
-        lost = unknown_leaves([slope.grad_fn], inputs)
+        lost = outlive(unknown)
         if lost:
             raise ExecutionError(
                 f"at time {float(t):g} func reads a tensor of shape {tuple(lost[0].shape)} that "

@@ -229,7 +229,10 @@ class _Forward:
             self.integration = Integration(problem, y0, carried, shift)
         else:
             with self._no_tapes():
-                self.integration = Integration(problem, y0.detach(), carried)
+                z = y0.detach()
+                self.integration = Integration(problem, z, carried)
+                if z.requires_grad:  # f has let it, and so would have the caller's
+                    y0.requires_grad_()
 
     @property
     def tapes(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,3 +137,16 @@ def unknown_leaves(outputs: Iterable[Node | None], known: Iterable[Tensor]) -> l
             found[id(leaf)] = leaf
         ahead += [before for before, _ in node.next_functions]
     return list(found.values())
+
+
+def outlive(leaves: list[Tensor]) -> list[Tensor]:
+    """Those of some leaves that others hold, too: a function that makes leaves lets go of them.
+
+    Args:
+        leaves: All that is known of them here, graphs that lead to them included; emptied.
+    """
+    references = [weakref.ref(leaf) for leaf in leaves]
+    leaves.clear()
+    if any(reference() is not None for reference in references):
+        gc.collect()  # it may be a circle that holds one
+    return [leaf for leaf in (reference() for reference in references) if leaf is not None]

@@ -15,6 +15,7 @@ from ..context import Autocast, Generators
 from ..errors import ExecutionError, ProfileError
 from ..memory import Measurement, ProfilerMeter, default_meter
 from ..side_search import is_in_a_graph, still, whereabouts
+from ..survey import tolerance_of
 from ..turns import InTurn, Lent
 from .attributes import Attributes
 from .carried import Carried, Moment
@@ -34,7 +35,7 @@ from .integration import (
 from .kept import Kept
 from .parts import identity_of_norm
 from .problem import Problem, Record, RightHandSide
-from .replay import Sums, TapedStep, add_rates, check_leaves, replayed
+from .replay import Sums, TapedStep, add_rates, checked, replayed
 
 T = TypeVar("T")
 
@@ -181,7 +182,7 @@ class Trial:
         again = f(t0, z0)
         self.evaluations += f.evaluations
         # CUDA kernels may add up in another order; on the CPU equal means equal.
-        near = 0.0 if z0.device.type == "cpu" else 1e-3
+        near = 0.0 if z0.device.type == "cpu" else tolerance_of(z0.dtype)
         if not torch.allclose(first, again, rtol=near, atol=near, equal_nan=True):
             raise ExecutionError(
                 f"f gives another slope when it is evaluated again at time {t0:g} on the same "
@@ -339,8 +340,8 @@ class Trial:
             if with_time:
                 rates = torch.zeros(2, dtype=torch.float64)
                 add_rates(rates, f, record, probe, 0, z0, outputs, every=every)
-            tape = TapedStep(f, record, probe, 0, z0, every)
-            check_leaves(tape, [*environment.known, *wanted])
+            make = partial(TapedStep, f, record, probe, 0, z0, every)
+            tape = checked(make, [*environment.known, *wanted])
             with environment.going_back():
                 back, found = tape.backward(gradient, outputs, wanted)
             del tape

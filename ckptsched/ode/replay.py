@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
@@ -15,7 +16,7 @@ from ..schedule import Code
 from ..solvers.online import Operation, reversal
 from ..turns import Lent
 from .carried import Carried, Moment
-from .closure import unknown_leaves
+from .closure import outlive, unknown_leaves
 from .embedded import Slopes, combined, end_slope, inside_rates, inside_slopes, inside_weights
 from .embedded import run_step as run_embedded_step
 from .environment import Environment
@@ -267,11 +268,9 @@ class Sweep:
                         rates, self._f, self._record, self._problem, i - 1, z0, gradients,
                         every=every,
                     )  # fmt: skip
-                z0 = self._input(states, i)
-                tape = TapedStep(self._f, self._record, self._problem, i - 1, z0, every)
-                del z0
-                if i == len(self._record):
-                    check_leaves(tape, [*self._environment.known, *wanted])
+                make = partial(self._taped, states, i)
+                known = [*self._environment.known, *wanted]
+                tape = checked(make, known) if i == len(self._record) else make()
             elif code == Code.BACKWARD:
                 assert tape is not None
                 with self._environment.going_back():
@@ -282,6 +281,11 @@ class Sweep:
             else:
                 del states[i]
         return back
+
+    def _taped(self, states: dict[int, Checkpoint], i: int) -> TapedStep:
+        z0 = self._input(states, i)
+        every = self._carried.matters
+        return TapedStep(self._f, self._record, self._problem, i - 1, z0, every)
 
     def _input(self, states: dict[int, Checkpoint], i: int) -> Tensor:
         found = states[i - 1]
@@ -304,23 +308,32 @@ class Sweep:
         states[i] = Checkpoint.of(z1, self._carried.take())
 
 
-def check_leaves(tape: TapedStep, known: Sequence[Tensor]) -> None:
-    """Refuse a step that depends on a tensor whose gradient would be lost.
+def checked(make: Callable[[], TapedStep], known: Sequence[Tensor]) -> TapedStep:
+    """A step that depends on no tensor whose gradient would be lost.
+
+    Leaves that f makes itself are gone with the step, which is then made once more.
 
     Args:
-        tape: The step.
+        make: Makes the step.
         known: Tensors whose gradients are taken care of.
 
     Raises:
-        ExecutionError: There is one.
+        ExecutionError: There is such a tensor.
     """
-    found = tape.unknown_leaves(known)
+    tape = make()
+    unknown = tape.unknown_leaves(known)
+    if not unknown:
+        return tape
+    del tape
+    found = outlive(unknown)
     if found:
         raise ExecutionError(
             f"f uses a tensor of shape {tuple(found[0].shape)} that requires a gradient and is "
             "not among its parameters, so its gradient would be lost; register it in the "
-            "module, give it among the parameters, or detach it"
+            "module, give it among the parameters, or detach it; one that f makes anew in every "
+            "evaluation it must not keep"
         )
+    return make()
 
 
 def add_rates(
