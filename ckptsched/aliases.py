@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeAlias, cast, final
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from .tensor_types import is_subclass
 from .turns import in_engine, in_forked_process, is_first, waits
 
 Held: TypeAlias = dict[str, Tensor | None]
@@ -328,6 +329,14 @@ def _list_anew(module: nn.Module, names: Iterable[str]) -> None:
 
 def make_alias(parameter: Tensor) -> nn.Parameter:
     """A leaf that shares the parameter's storage, with a gradient of its own."""
-    # nn.Parameter detaches what is one already; of other kinds it may keep what they are.
-    data = parameter if type(parameter) is nn.Parameter else parameter.detach()
-    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+    if type(parameter) is nn.Parameter:  # which nn.Parameter detaches itself
+        alias = nn.Parameter(parameter, requires_grad=parameter.requires_grad)
+    elif is_subclass(parameter):
+        alias = cast(nn.Parameter, parameter.detach().as_subclass(type(parameter)))
+        alias.requires_grad_(parameter.requires_grad)
+    else:  # of other kinds nn.Parameter may keep what they are
+        return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    attributes = vars(parameter)
+    if attributes:  # stages may read what is noted on a parameter
+        vars(alias).update(attributes)
+    return alias

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import ExecutionError
+from .tensor_types import all_parts
 
 
 @final
@@ -51,7 +52,7 @@ def checksum(tensors: Iterable[Tensor]) -> bytes:
         tensors: Dense tensors; those on another device are copied to the CPU one by one.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
+    for tensor in all_parts(tensors):
         strides = tensor.stride()
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype} {strides}".encode())
         order = sorted(range(tensor.dim()), key=lambda d: -strides[d])

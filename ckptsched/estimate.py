@@ -26,6 +26,7 @@ from .memory import storage_bytes
 from .model_state import ModelState
 from .stages import StageLedger
 from .survey import Kind, Loss, LossWeight, survey_backward, survey_model
+from .tensor_types import all_parts
 from .trees import Extras, State
 from .weighing import go_back
 from .workload import Chain
@@ -225,7 +226,7 @@ def _count(run: Callable[[], object]) -> tuple[int, bool]:
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
     """The distinct storages behind tensors, by an identity that holds as long as the dict."""
-    found = [tensor.untyped_storage() for tensor in tensors]
+    found = [tensor.untyped_storage() for tensor in all_parts(tensors)]
     return {id(storage): storage for storage in found}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .aliases import Place, Slots
 from .sharding import class_before
+from .tensor_types import dense_parts
 
 # In training they give what they give whatever their running statistics are. Exact types: what a
 # subclass does is not known.
@@ -178,7 +179,10 @@ class Watch:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one, other) or torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+    return all(
+        torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+        for a, b in zip(dense_parts(one), dense_parts(other), strict=True)
+    )
 
 
 def own_generators(

@@ -23,6 +23,7 @@ from torch import Tensor
 from ckptsched.errors import ProfileError
 from ckptsched.memory_allocator import counting_allocator
 from ckptsched.memory_trace import DEVICE_TYPES, recording
+from ckptsched.tensor_types import all_parts
 from ckptsched.turns import in_forked_process
 
 T = TypeVar("T")
@@ -380,7 +381,7 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     # Keyed by identity, as storages without memory have no address. The references kept here make
     # PyTorch give the same object for the same storage.
     storages: dict[int, torch.UntypedStorage] = {}
-    for tensor in tensors:
+    for tensor in all_parts(tensors):
         if tensor.layout is not torch.strided:
             raise ProfileError(
                 f"storage_bytes was given a tensor of layout {tensor.layout}; it counts dense "

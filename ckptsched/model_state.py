@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .context import RandomState
+from .tensor_types import cannot_be_followed, dense_parts
+from .trees import storages
 
 _PARAMETER, _BUFFER, _ATTRIBUTE = "parameter", "buffer", "tensor"
 _KINDS = {"_parameters": _PARAMETER, "_buffers": _BUFFER}
@@ -92,17 +94,22 @@ def _same(tensor: Tensor, value: Tensor) -> bool:
     if tensor.is_meta:
         return True
     here = tensor if tensor.device == value.device else tensor.to(value.device)
+    pairs = zip(dense_parts(here), dense_parts(value), strict=True)
     try:
-        if torch.equal(here, value):
-            return True
-        return torch.allclose(here, value, rtol=0.0, atol=0.0, equal_nan=True)
+        return all(
+            torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+            for a, b in pairs
+        )
     except (RuntimeError, NotImplementedError):  # of a kind that cannot be compared
         return False
 
 
 def _same_place(one: Tensor, other: Tensor) -> bool:
     try:
-        return one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+        return all(
+            a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+            for a, b in zip(dense_parts(one), dense_parts(other), strict=True)
+        )
     except (RuntimeError, NotImplementedError):  # of a kind without storage
         return True
 
@@ -224,7 +231,9 @@ class ModelState:
     def attribute_storages(self) -> dict[int, int]:
         """Bytes of the storages of plain tensors, by an identity that holds while they live."""
         plain = [n.data for n in self._tensors.values() if n.kind == _ATTRIBUTE]
-        return {s._cdata: s.nbytes() for s in (tensor.untyped_storage() for tensor in plain)}
+        counted = (t for t in plain if not cannot_be_followed(t, without_data=True))
+        found = storages(counted).items()
+        return {home: parts[0].untyped_storage().nbytes() for home, parts in found}
 
     # -- putting back
 

@@ -28,7 +28,15 @@ from .memory import Meter, default_meter
 from .model_state import ModelState, left_as_it_was
 from .sharding import sharded_part
 from .structure import sign
-from .survey import Kind, Loss, note_unfit, sides_held, survey_backward, survey_model
+from .survey import (
+    Kind,
+    Loss,
+    note_unfit,
+    refuse_tensors,
+    sides_held,
+    survey_backward,
+    survey_model,
+)
 from .tape import as_asked
 from .timing import ROUNDS, time_stages
 from .tracing import taken_apart
@@ -118,6 +126,7 @@ def profile(
             "batch, under torch.no_grad(), before it is profiled"
         )
     inputs, given = _apart(sample, kwargs or {})
+    _refuse_tensors(model, inputs, given, fake=fake)
     wrong = what_is_wrong(model, inputs, given)
     if wrong:
         raise ProfileError(wrong)
@@ -189,6 +198,16 @@ def _apart(sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[State, S
 def _named(value: Any) -> str:
     advice = about_value(value)
     return advice and f"a {type(value).__name__} without tensors; {advice}"
+
+
+def _refuse_tensors(model: nn.Module, inputs: State, given: State, *, fake: bool) -> None:
+    """Refuse tensors whose storages cannot be asked for, before anything does."""
+    refuse_tensors("the sample", inputs.leaves, without_data=fake)
+    refuse_tensors("a further argument", given.leaves, without_data=fake)
+    for name, parameter in model.named_parameters():
+        refuse_tensors(f"parameter {name!r}", [parameter], without_data=fake)
+    for name, buffer in model.named_buffers():
+        refuse_tensors(f"buffer {name!r}", [buffer], without_data=fake)
 
 
 @contextmanager

@@ -33,8 +33,9 @@ from .structure import (
     structure_digest,
 )
 from .tape import Carries, as_asked
+from .tensor_types import cannot_be_followed
 from .tracing import StageCall, StagedModule, has_hooks, taken_apart, trace
-from .trees import State
+from .trees import State, storages
 from .turns import InTurn, Stay, Turn
 from .usage import Usage
 from .workload import Chain
@@ -327,10 +328,10 @@ class Program:
         Args:
             parameter: It, or a stand-in that shares its memory.
         """
-        home = parameter.untyped_storage()._cdata
+        home = storages([parameter]).keys()
         for module in self.inventory.modules:
             for name, p in module._parameters.items():
-                if p is not None and p.untyped_storage()._cdata == home:
+                if p is not None and storages([p]).keys() == home:
                     return self.owner_of_place((module, name))
         return "a parameter"
 
@@ -368,6 +369,10 @@ class Program:
                 "the batch was made under torch.inference_mode, so autograd cannot keep it; give a "
                 "clone made outside (x.clone())"
             )
+        for leaf in (*inputs.leaves, *given.leaves):
+            reason = cannot_be_followed(leaf)
+            if reason:
+                raise PlanMismatchError(f"a tensor that the model is called with {reason}")
         if self.asks and len(inputs.leaves) == len(self.carries[0]):
             inputs = as_asked(inputs, self.input_carries(inputs))
         found = describe_inputs(inputs, given)

@@ -16,6 +16,7 @@ from .context import Autocast
 from .errors import PlanMismatchError
 from .sharding import class_before, is_sharded
 from .stages import Signature
+from .tensor_types import is_plain, type_name
 from .tracing import Block
 from .trees import NO_EXTRAS, State
 
@@ -96,7 +97,7 @@ def describe_modes(flags: Sequence[bool]) -> str:
 
 
 def describe_inputs(inputs: State, given: State) -> str:
-    """The structure and layout of a call's arguments; empty for one tensor and nothing else.
+    """The structure and layout of a call's arguments; empty for one plain tensor, nothing else.
 
     Such as "float32[2, 3]; tuple(), dict('mask': bool[3])": the state, then further arguments by
     position and by name.
@@ -105,7 +106,7 @@ def describe_inputs(inputs: State, given: State) -> str:
         inputs: The first argument, taken apart.
         given: The further ones, taken apart, as `Extras.apart` gives them.
     """
-    if inputs.is_tensor and given.tree == NO_EXTRAS.apart().tree:
+    if inputs.is_tensor and is_plain(inputs.leaves[0]) and given.tree == NO_EXTRAS.apart().tree:
         return ""
     further = given.describe(_layout).removeprefix("tuple(").removesuffix(")")
     return f"{inputs.describe(_layout)}; {further}"
@@ -113,6 +114,9 @@ def describe_inputs(inputs: State, given: State) -> str:
 
 def _layout(tensor: Tensor) -> str:
     text = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+    if not is_plain(tensor):
+        text = f"{type_name(tensor)} of {text}" if type_name(tensor) else text
+        text += " conjugated" * tensor.is_conj() + " negated" * tensor.is_neg()
     if not tensor.is_contiguous():
         text += f" strides {list(tensor.stride())}"
     if tensor.device.type != "cpu":

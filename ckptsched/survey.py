@@ -30,6 +30,7 @@ from .side_search import Found, find_side_outputs, rewritten_weights
 from .stages import StageLedger
 from .structure import stage_label
 from .tape import Alone, Carries, Tape, record, run_alone, run_under, sources_of
+from .tensor_types import all_parts, cannot_be_followed, dense_parts, type_name
 from .tracing import Block, StageCall, count_frozen, trace
 from .trees import Extras, State, storages
 
@@ -76,7 +77,7 @@ class Standing:
     def bytes_of(self, leaves: Iterable[Tensor]) -> int:
         """Bytes of the storages of some tensors, without those that no step pays for."""
         return storage_bytes(
-            leaf for leaf in leaves if leaf.untyped_storage()._cdata not in self.fixed
+            leaf for leaf in all_parts(leaves) if leaf.untyped_storage()._cdata not in self.fixed
         )
 
 
@@ -188,12 +189,15 @@ def take_sides(tape: Tape, look: Look | None) -> list[Tensor]:
 def layout(leaves: Iterable[Tensor]) -> tuple[Any, ...]:
     """What of tensors decides the bytes that operations on them take."""
     homes: dict[int, int] = {}
-    found = []
-    for tensor in leaves:
-        storage = tensor.untyped_storage()
-        home = homes.setdefault(storage._cdata, len(homes))
-        place = tensor.stride(), tensor.storage_offset(), storage.nbytes(), home
-        found.append((tuple(tensor.shape), tensor.dtype, *place))
+    found: list[Any] = []
+    for leaf in leaves:
+        found.append((type_name(leaf), tuple(leaf.shape)))
+        for tensor in dense_parts(leaf):
+            storage = tensor.untyped_storage()
+            home = homes.setdefault(storage._cdata, len(homes))
+            place = tensor.stride(), tensor.storage_offset(), storage.nbytes(), home
+            lazy = tensor.is_conj(), tensor.is_neg()
+            found.append((tuple(tensor.shape), tensor.dtype, *place, *lazy))
     return tuple(found)
 
 
@@ -441,7 +445,8 @@ def _makes_leaves(probe: _Probe, tape: Tape, collecting: Iterable[Tensor]) -> bo
 def _held_of_input(x: State, sides: Iterable[Tensor]) -> int:
     """Bytes of the input that stay after the run as side outputs lie in them."""
     homes = storages(sides).keys()
-    return storage_bytes(leaf for leaf in x.leaves if leaf.untyped_storage()._cdata in homes)
+    mine = storages(x.leaves)
+    return storage_bytes(part for home in mine.keys() & homes for part in mine[home])
 
 
 def _shape(tensor: Tensor) -> str:
@@ -602,7 +607,7 @@ class _Probe:
         self._check_output(output)
         # Where it lies in a buffer, the second run may change it: a copy is compared.
         first = [
-            leaf.clone() if leaf.untyped_storage()._cdata in self._buffers else leaf
+            leaf.clone() if self._buffers.keys() & storages([leaf]).keys() else leaf
             for leaf in output.leaves
         ]
         kept = self._plain_tensors()
@@ -639,8 +644,12 @@ class _Probe:
     def _run_first(self) -> State:
         given, others = self.extras.apart(), _other_generators()
         elsewhere = drawn_elsewhere(self.x.leaves[0].device)
+        without_data = self.x.leaves[0].is_meta
         versions = self.x.versions(), given.versions()
         output = self._run()
+        refuse_tensors(
+            f"the output of stage {self.name!r}", output.leaves, without_data=without_data
+        )
         self.draws = self._random_now() != self._random
         self.look()
         if (self.x.versions(), given.versions()) != versions:
@@ -744,7 +753,28 @@ def _ignores(kind: Kind, places: set[Place], watch: Watch) -> bool:
 def _equal(one: Tensor, other: Tensor) -> bool:
     # CUDA kernels may add up in another order; on the CPU equal means equal.
     tolerance = 0.0 if one.device.type == "cpu" else tolerance_of(one.dtype)
-    return one.is_meta or torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+    pairs = zip(dense_parts(one), dense_parts(other), strict=True)
+    return all(
+        a.is_meta or torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+        for a, b in pairs
+    )
+
+
+def refuse_tensors(what: str, tensors: Iterable[Tensor], *, without_data: bool) -> None:
+    """Refuse tensors that cannot be followed.
+
+    Args:
+        what: They are, in words.
+        tensors: Any.
+        without_data: Whether all is on the meta device.
+
+    Raises:
+        ProfileError: One of them cannot be counted, or holds no data.
+    """
+    for tensor in tensors:
+        reason = cannot_be_followed(tensor, without_data=without_data)
+        if reason:
+            raise ProfileError(f"{what} {reason}")
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
@@ -781,15 +811,17 @@ def _for_gradient(found: Kind, gradients: tuple[Tensor | None, ...], *, is_last:
         tape, _ = kind.record(kind.x)
         kind.input_gradients = kind.go_back(tape)
         for alias in kind.aliases:
-            if alias.grad is not None and alias.grad.layout is not torch.strided:
+            if alias.grad is None:
+                continue
+            if alias.grad.layout in (torch.sparse_coo, torch.sparse_csr):
                 raise ProfileError(
                     f"stage {name!r} makes gradients of layout {alias.grad.layout}; ckptsched "
                     "counts dense ones: turn sparse gradients off (nn.Embedding(sparse=False))"
                 )
+            made = f"a gradient that stage {name!r} makes"
+            refuse_tensors(made, [alias.grad], without_data=kind.x.leaves[0].is_meta)
     kind.gradient_bytes = {
-        id(alias): alias.grad.untyped_storage().nbytes()
-        for alias in kind.aliases
-        if alias.grad is not None
+        id(alias): storage_bytes([alias.grad]) for alias in kind.aliases if alias.grad is not None
     }
     kind.set_gradients(first=True)
     return kind

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import ExecutionError
+from .tensor_types import all_parts
 
 # What holds no tensor, and so may pass through as it is.
 _PLAIN = (
@@ -175,9 +176,12 @@ NO_EXTRAS = Extras()
 
 
 def storages(leaves: Iterable[Tensor]) -> dict[int, list[Tensor]]:
-    """Tensors by the storage that they lie in, in order of first appearance."""
+    """Tensors by the storage that they lie in, in order of first appearance.
+
+    Of tensors that wrap others these are those that lie in storages.
+    """
     found: dict[int, list[Tensor]] = {}
-    for leaf in leaves:
+    for leaf in all_parts(leaves):
         found.setdefault(leaf.untyped_storage()._cdata, []).append(leaf)
     return found
 

@@ -14,6 +14,7 @@ from .errors import ProfileError
 from .memory import Meter, storage_bytes
 from .stages import StageLedger, StageParts, backward_variant
 from .survey import Kind, Loss, LossWeight
+from .tensor_types import dense_parts, rebuilt
 from .trees import State, storages
 from .turns import Lent
 
@@ -218,19 +219,26 @@ def _drop(groups: list[Any], which: Iterable[int]) -> None:
 def _copy(state: State, fixed: Container[int]) -> State:
     """A copy with storages of its own, but for fixed ones, and the same layout, gaps included."""
     fresh: dict[int, Tensor] = {}
-    leaves = []
-    for leaf in state.leaves:
-        storage = leaf.untyped_storage()
-        if storage._cdata in fixed:
-            leaves.append(leaf.detach())
-            continue
-        if storage._cdata not in fresh:
-            whole = torch.empty(0, dtype=torch.uint8, device=leaf.device).set_(storage)
-            fresh[storage._cdata] = whole.clone()
-        made = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
-        home = fresh[storage._cdata].untyped_storage()
-        leaves.append(made.set_(home, leaf.storage_offset(), leaf.shape, leaf.stride()))
-    return state.replaced(leaves)
+    return state.replaced(
+        rebuilt(leaf, iter([_copy_of(part, fixed, fresh) for part in dense_parts(leaf)]))
+        for leaf in state.leaves
+    )
+
+
+def _copy_of(tensor: Tensor, fixed: Container[int], fresh: dict[int, Tensor]) -> Tensor:
+    """A copy of a dense tensor in a copy of its storage, each made once."""
+    storage = tensor.untyped_storage()
+    if storage._cdata in fixed:
+        return tensor.detach()
+    if storage._cdata not in fresh:
+        whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        fresh[storage._cdata] = whole.clone()
+    made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    home = fresh[storage._cdata].untyped_storage()
+    made = made.set_(home, tensor.storage_offset(), tensor.shape, tensor.stride())
+    made = made.conj() if tensor.is_conj() else made
+    negated = getattr(made, "_neg_view", None) if tensor.is_neg() else None
+    return made if negated is None else negated()
 
 
 def weigh_loss(

@@ -401,7 +401,8 @@ class Timed(nn.Module):
         self.inner = inner
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return self.inner(z) * torch.cos(t) - z
+        with torch.enable_grad():  # the first size of a step is found without gradients
+            return self.inner(z) * torch.cos(t) - z
 
 
 class ByTime(Energy):
@@ -482,9 +483,7 @@ def test_adaptive_steps_by_checkpoints_tell_own_leaves_from_others() -> None:
         if works:
             loss.backward()
             continue
-        with pytest.raises(
-            cs.ExecutionError, match=r"shape \(4,\).*makes anew in every"
-        ):
+        with pytest.raises(cs.ExecutionError, match=r"shape \(4,\).*makes anew in every"):
             loss.backward()
 
 
@@ -558,7 +557,7 @@ class GoingBackToItsInput(nn.Module):
     [
         (
             Cached,
-            r"stage '1' uses a tensor that its module does not own: shape \(4,\), torch.float32",
+            r"stage '1' uses a tensor that its module does not own.*: shape \(4,\), torch.float32",
         ),
         (GoingBack, r"stage '1' calls backward\(\) in its forward.*use torch.autograd.grad"),
         (GoingBackToItsInput, r"stage '1' calls backward\(\) in its forward"),
