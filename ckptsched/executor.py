@@ -30,6 +30,7 @@ from .transforms import (
     hidden_from_torch_checkpoint,
     inside_backward,
     outside_of_compiled_code,
+    refuse_batched_gradients,
     transform_at_work,
 )
 from .trees import Extras, State
@@ -300,6 +301,7 @@ class _OutputNode(torch.autograd.Function):
     @outside_of_compiled_code
     def backward(ctx: Any, *grads: Any) -> Any:
         count = len(ctx.run.program.carries[-1])
+        refuse_batched_gradients(grads)
         higher = ctx.run.start_backward(grads[:count], lambda: _saved(ctx), grads[count:])
         return None, _token(ctx.run, higher), None
 

@@ -6,12 +6,16 @@ Some names here are private to torch. Each has a way out where it is missing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from .errors import ExecutionError, WorkloadError
+
+_AS_IT_IS = nullcontext()
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,6 +49,90 @@ def transform_at_work(tensors: Iterable[Tensor]) -> str:
     if _forward_mode(tensors):
         return "forward-mode differentiation"
     return ""
+
+
+def under_transform() -> bool:
+    """Whether any transform of torch.func, or forward-mode differentiation, is at work."""
+    level = _forward_level()
+    return _functorch_level() is not None or (level is not None and level >= 0)
+
+
+def untransformed() -> AbstractContextManager[object]:
+    """Around the handling of tensors that are nobody's data, such as the state of a generator.
+
+    Where torch has no such switch nothing is switched off, and torch raises an error of its own.
+    """
+    if _functorch_level() is None:
+        return _AS_IT_IS
+    switch: Any = getattr(torch._C, "_DisableFuncTorch", nullcontext)
+    found: AbstractContextManager[object] = switch()
+    return found
+
+
+def has_gradient(tensor: Tensor) -> bool:
+    """Whether a derivative with respect to a tensor may be asked for.
+
+    Args:
+        tensor: It; where a transform is at work, which hides what it follows, any may be.
+    """
+    return (torch.is_grad_enabled() and tensor.requires_grad) or under_transform()
+
+
+def as_number(value: Tensor) -> float:
+    """Read a tensor of one entry.
+
+    Args:
+        value: It.
+
+    Raises:
+        WorkloadError: Under vmap it is a number a sample.
+    """
+    try:
+        return float(value.detach())
+    except RuntimeError as error:
+        if _functorch_level() is None:
+            raise
+        raise WorkloadError(
+            "torch.func.vmap is at work, under which no value can be read that differs from sample "
+            "to sample; times, and the sizes of adaptive steps, are such: put the batch into y0 as "
+            "a dimension, or take a fixed grid of the same times for all samples"
+        ) from error
+
+
+def as_numbers(values: Tensor) -> list[float]:
+    """Read a tensor of one dimension, also where a transform is at work.
+
+    Args:
+        values: It.
+
+    Raises:
+        WorkloadError: As `as_number`.
+    """
+    if _functorch_level() is None:
+        found: list[float] = values.tolist()
+        return found
+    return [as_number(value) for value in values.unbind()]
+
+
+def refuse_batched_gradients(gradients: Iterable[Tensor | None]) -> None:
+    """Refuse several gradients at once, to be called where a backward begins.
+
+    Args:
+        gradients: What came to the node.
+
+    Raises:
+        ExecutionError: A transform of torch.func is at work around the backward, or the older one
+            of `is_grads_batched=True`.
+    """
+    functorch: Any = getattr(torch._C, "_functorch", None)
+    # Where torch has no such function it refuses our operations itself, by an error of its own.
+    batched: Any = getattr(functorch, "is_legacy_batchedtensor", lambda gradient: False)
+    if _functorch_level() is not None or any(batched(g) for g in gradients if g is not None):
+        raise ExecutionError(
+            "several gradients are asked for at once (is_grads_batched=True, vectorize=True, or a "
+            "backward under torch.func.vmap), which a backward that runs steps again cannot give: "
+            "ask for one after the other, or run without a budget"
+        )
 
 
 def _functorch_level() -> int | None:

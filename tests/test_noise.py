@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ckptsched import odeint
+from ckptsched.errors import ProfileError
 from ckptsched.memory import default_meter
 
 DOUBLE = torch.float64
@@ -169,8 +170,10 @@ def solves(kind: Callable[[], Noisy], options: dict[str, Any], budget: int | Non
     return found
 
 
-@pytest.mark.parametrize("solve", SOLVES)
-@pytest.mark.parametrize("kind", KINDS)
+BOTH = [(kind, solve) for kind in KINDS for solve in SOLVES if (kind, solve) != (Flagged, "rk4")]
+
+
+@pytest.mark.parametrize(("kind", "solve"), BOTH)
 def test_the_random_stream_is_that_of_plain_autograd(kind: Any, solve: str) -> None:
     options, budgets = SOLVES[solve]
     expected = solves(kind, options, None)
@@ -182,8 +185,7 @@ def test_the_random_stream_is_that_of_plain_autograd(kind: Any, solve: str) -> N
             torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("solve", SOLVES)
-@pytest.mark.parametrize("kind", KINDS[:-2])
+@pytest.mark.parametrize(("kind", "solve"), [b for b in BOTH if b[0] not in (Always, Dropping)])
 def test_a_backward_finds_the_noise_of_its_own_solve(kind: Any, solve: str) -> None:
     options, budgets = SOLVES[solve]
 
@@ -204,6 +206,12 @@ def test_a_backward_finds_the_noise_of_its_own_solve(kind: Any, solve: str) -> N
     expected = interleaved(None)
     for budget in budgets:
         torch.testing.assert_close(interleaved(budget), expected, rtol=1e-11, atol=1e-13)
+
+
+def test_noise_in_place_of_a_tensor_that_is_no_buffer_is_refused_on_a_grid() -> None:
+    """Such a tensor is put back while stages are measured, and not what says that it is drawn."""
+    with pytest.raises(ProfileError, match=r"keeps a state of its own .*drawn"):
+        solves(Flagged, {"method": "rk4"}, 1 << 20)
 
 
 @pytest.mark.parametrize("solve", SOLVES)
@@ -228,18 +236,17 @@ def test_noise_that_a_solve_draws_counts(solve: str) -> None:
 
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])
 def test_measuring_leaves_what_func_keeps_as_it_was(method: str) -> None:
-    """Lists hold what the evaluations of the solve appended; counters count all of them."""
+    """Lists hold what the evaluations of the solve appended."""
 
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.net = nn.Linear(4, 4)
-            self.calls, self.times = 0, list[float]()
+            self.times: list[float] = []
             self.by_name: dict[str, float] = {}
             self.seen: set[float] = set()
 
         def forward(self, t: Tensor, y: Tensor) -> Tensor:
-            self.calls += 1
             self.times.append(float(t))
             self.by_name[str(float(t))] = float(t)
             self.seen.add(float(t))
@@ -254,4 +261,3 @@ def test_measuring_leaves_what_func_keeps_as_it_was(method: str) -> None:
     f.by_name, f.seen = {}, set()
     odeint(f, y0, t, method=method, rtol=1e-3, atol=1e-3, budget="1MiB")
     assert (f.times, f.by_name, f.seen) == expected
-    assert f.calls > 2 * len(expected[0])

@@ -23,7 +23,7 @@ from ..budget import Budget, parse_budget
 from ..context import Generators
 from ..devices import KNOWN, several_devices
 from ..errors import BudgetSyntaxError, BudgetWarning, ExecutionError, WorkloadError
-from ..transforms import outside_of_compiled_code, transform_at_work
+from ..transforms import as_numbers, has_gradient, outside_of_compiled_code, transform_at_work
 from ..turns import InTurn
 from .bounded import BoundedSolve, Turns
 from .carried import Carried
@@ -214,12 +214,12 @@ def solve_problem(
     with InTurn((kept.lock,)):  # else another thread may have stand-ins in their places
         given = closure.parameters if given is None else given
     wanted = list({id(p): p for p in given if p.requires_grad}.values())
-    if problem.meet and t.requires_grad:
+    if problem.meet and (t.requires_grad or has_gradient(t)):
         raise WorkloadError(
             "the gradient of t is that of states inside steps; leave out meet_times, or detach t"
         )
     everything = (y0, t, *wanted)
-    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in everything)
+    tracked = any(map(has_gradient, everything))
     bounded = bounds.budget_bytes is not None or bounds.checkpoints is not None
     if not (bounded and tracked and len(problem.times) > 1):
         return _solve_plainly(problem, closure, y0, t, tracked=tracked)
@@ -297,7 +297,7 @@ def make_problem(
             f"t has shape {tuple(t.shape)} and {t.dtype}; give a tensor of one dimension, of "
             "floating point, with at least one time"
         )
-    times = tuple(map(float, t.detach().tolist()))
+    times = tuple(as_numbers(t.detach()))
     check_times(times)
     control = StepControl() if control is None else control
     control.check_order(tableau.order)
@@ -311,7 +311,7 @@ def _solve_plainly(
     problem: Problem, closure: Closure, y0: Tensor, times: Tensor, *, tracked: bool
 ) -> AdaptiveSolution:
     """All tapes are kept: plain autograd through the accepted steps."""
-    t = times if tracked and times.requires_grad else None
+    t = times if tracked and has_gradient(times) else None
     shift = None if t is None else time_shift(t, y0)
     integration = Integration(problem, y0, Carried(closure, y0.device), shift)
     states = [y0]

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..context import Autocast, OneKernel
 from ..errors import BudgetWarning, ExecutionError
 from ..solvers.online import OnlinePlacement
-from ..transforms import outside_of_compiled_code
+from ..transforms import outside_of_compiled_code, refuse_batched_gradients
 from ..turns import InTurn, Lent, Turn
 from .attributes import Found
 from .carried import Carried, Moment
@@ -345,6 +345,8 @@ class _Node(torch.autograd.Function):
             ) from error
         if torch.is_grad_enabled():
             return None, None, *ctx.solve.differentiable(head, t, grads[0])
+        if ctx.needs_input_grad[3]:
+            refuse_batched_gradients(grads)  # the gradient of time is made of numbers
         back, others, times = ctx.solve.backward(grads[0], with_time=ctx.needs_input_grad[3])
         if times is not None:
             times = times.to(device=t.device, dtype=t.dtype)

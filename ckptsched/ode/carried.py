@@ -19,6 +19,7 @@ from ..aliases import Place, Slots
 from ..context import Generators, RandomState
 from ..errors import ExecutionError
 from ..hidden import HiddenBuffers, Values, Watch, is_write_only, own_generators
+from ..transforms import untransformed
 from .closure import Closure, is_scripted
 
 
@@ -34,7 +35,8 @@ class Moment:
     def restore(self) -> None:
         """Put the generators back, and the values into what is in the buffers' places now."""
         if self.random is not None:
-            self.random.restore()
+            with untransformed():
+                self.random.restore()
         self.hidden.put(self.values)
 
 
@@ -90,7 +92,8 @@ class Carried:
         """What f carries now; None where that is nothing."""
         if not self.matters:
             return None
-        random = Generators(self._device, self.own) if self.draws else None
+        with untransformed():
+            random = Generators(self._device, self.own) if self.draws else None
         return Moment(random, self._hidden, self._hidden.take(0))
 
     def check(self) -> None:
@@ -116,7 +119,8 @@ class Carried:
                 )
 
     def _random(self) -> bytes:
-        return RandomState.take(self._device, self.own).to_bytes()
+        with untransformed():
+            return RandomState.take(self._device, self.own).to_bytes()
 
     def _steady(self) -> list[tuple[Place, Tensor | None, int]]:
         """Buffers that are not hidden state, with their versions."""

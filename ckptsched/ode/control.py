@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WorkloadError
+from ..transforms import as_number
 
 Norm = Callable[[Tensor], Tensor]
 """Size of a tensor of errors, each in units of its tolerance: a tensor of no dimensions."""
@@ -154,9 +155,9 @@ def error_ratio(
         The ratio; infinite where the error or the new state is not finite.
     """
     scale = torch.maximum(z0.abs(), z1.abs()).mul_(rtol).add_(atol)
-    ratio = float(norm(torch.div(error, scale)))
+    ratio = as_number(norm(torch.div(error, scale)))
     # A state that is infinite allows any error.
-    if not math.isfinite(ratio) or not bool(torch.isfinite(scale).all()):
+    if not math.isfinite(ratio) or not as_number(torch.isfinite(scale).all()):
         return math.inf
     return ratio
 
@@ -194,11 +195,11 @@ def first_step_size(
         starting step size.
     """
     scale = z0.abs().mul_(rtol).add_(atol)
-    d0, d1 = float(norm(z0 / scale)), float(norm(f0 / scale))
+    d0, d1 = as_number(norm(z0 / scale)), as_number(norm(f0 / scale))
     h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
     z1 = torch.add(z0, f0, alpha=direction * h0)
     difference = f(t0 + direction * h0, z1) - f0
-    d2 = float(norm(difference / scale)) / h0
+    d2 = as_number(norm(difference / scale)) / h0
     if d1 <= 1e-15 and d2 <= 1e-15:
         h1 = max(1e-6, h0 * 1e-3)
     else:

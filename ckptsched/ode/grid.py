@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WorkloadError
+from ..transforms import as_number, as_numbers
 
 FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "perturb", "norm")
 """What options a fixed grid takes; the last two change nothing, and are taken at their default."""
@@ -57,7 +58,7 @@ def check_times(t: Any) -> Tensor:
             f"t is {found}; give the times as a one-dimensional floating-point tensor, the first "
             "that of y0"
         )
-    values = t.tolist()
+    values = as_numbers(t)
     if len(values) < 2:
         raise WorkloadError(
             f"t holds {len(values)} times; give at least two: that of y0 and one to solve to"
@@ -108,7 +109,7 @@ def make_grid(
             f"found options {dict(options)!r}; for more, let the steps end at the times wanted"
         )
     tensor = _lay(func, y0, t, options)
-    times, wanted = [float(x) for x in tensor.tolist()], t.tolist()
+    times, wanted = as_numbers(tensor), as_numbers(t)
     if len(times) < 2 or (times[0], times[-1]) != (wanted[0], wanted[-1]):
         raise WorkloadError(
             f"the grid has {len(times)} times"
@@ -144,9 +145,9 @@ def _lay(func: Callable[..., Any], y0: Any, t: Tensor, options: Mapping[str, Any
         )
     start, end = t[0], t[-1]
     # In the dtype of t, and one more less one, as torchdiffeq counts: rounding decides alike.
-    count = int(torch.ceil((end - start).detach().abs() / size + 1)) - 1
+    count = int(as_number(torch.ceil((end - start).detach().abs() / size + 1))) - 1
     inner = torch.arange(0, max(count, 1), dtype=t.dtype, device=t.device)
-    sign = 1.0 if float(end.detach()) > float(start.detach()) else -1.0
+    sign = 1.0 if as_number(end) > as_number(start) else -1.0
     inner = inner * (sign * size) + start
     beyond = sign * (inner - end).detach() > 0  # by rounding
     return torch.cat([inner[~beyond], end[None]])

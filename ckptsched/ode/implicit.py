@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExecutionError, IntegrationError
+from ..transforms import refuse_batched_gradients
 from .krylov import gmres
 from .steps import Slope, Time, add, number, slope_at
 
@@ -77,6 +78,7 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        refuse_batched_gradients(grads)
         if torch.is_grad_enabled():
             raise ExecutionError(
                 "the gradient of an implicit step cannot be differentiated again "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import IntegrationError
+from ..transforms import as_number, under_transform
 from .carried import Carried, Moment
 from .control import error_ratio, first_step_size
 from .embedded import (
@@ -79,10 +80,10 @@ class Integration:
 
     def _first_size(self, first: Tensor) -> float:
         problem = self.problem
-        if not bool(torch.isfinite(self.z).all()):
+        if not as_number(torch.isfinite(self.z).all()):
             raise self._failed("the initial state is not finite", "give a finite state")
         with torch.no_grad():
-            finite = bool(torch.isfinite(first).all())
+            finite = bool(as_number(torch.isfinite(first).all()))
             size = problem.control.first_step if finite else math.nan
             if size is None:
                 size = first_step_size(
@@ -300,6 +301,12 @@ def moving(
         rates.append(combined(None, 1.0, weights, slopes.k))
     shift = (t[j] - t[0]) - (t[j] - t[0]).detach()
     shift = shift.to(device=state.device, dtype=state.dtype.to_real())
+    if under_transform():  # which follow torch's own operations only
+        weight: float | Tensor = 1.0
+        for k, rate in enumerate(rates, 1):
+            weight = weight * shift / k
+            state = state + rate * weight
+        return state
     moved: Tensor = _Moving.apply(state, shift, *rates)
     return moved
 

@@ -12,12 +12,17 @@ from torch import Tensor
 from ..budget import Budget
 from ..context import Recomputing
 from ..errors import BudgetWarning, IntegrationError, WorkloadError
-from ..transforms import outside_of_compiled_code, transform_at_work
+from ..transforms import (
+    has_gradient,
+    outside_of_compiled_code,
+    transform_at_work,
+    under_transform,
+)
 from .adaptively import solve_adaptively
 from .backsolve import backsolve
 from .closure import Closure, find_closure
 from .grid import Grid, check_times, make_grid
-from .integrators import Integrator, RungeKutta, find_integrator, join, split
+from .integrators import Implicit, Integrator, RungeKutta, find_integrator, join, split
 from .parts import flat_state
 from .planned import solve_planned
 from .slopes import slope_count
@@ -123,6 +128,13 @@ def odeint(
     given = dict(options or {})
     integrator = find_integrator("dopri5" if method is None else method, shapes)
     closure = find_closure(func)
+    if under_transform() and (gradient == "backsolve" or isinstance(integrator, Implicit)):
+        raise WorkloadError(
+            "a transform of torch.func, or forward-mode differentiation, is at work, which can "
+            "follow neither implicit steps nor gradient='backsolve', as their gradients are made "
+            "otherwise than by torch's own operations; take an explicit method with "
+            "gradient='exact', or torch.autograd"
+        )
     if gradient == "backsolve":
         trained = closure.parameters if params is None else tuple(params)
         trained = tuple(p for p in trained if p.requires_grad)
@@ -148,8 +160,7 @@ def odeint(
             func, flat, t, tableau, shapes, closure, (rtol, atol), given, budget, loss
         )
         return split(states, shapes, leading=1)
-    wanted = torch.is_grad_enabled()
-    grid = make_grid(func, y0, t, given, timed=wanted and t.requires_grad)
+    grid = make_grid(func, y0, t, given, timed=has_gradient(t))
     counts = tuple(map(len, grid.outputs))
     solve = Solve(closure, integrator, shapes, counts, _parts(integrator, granularity))
     outputs = _run(solve, func, flat, grid, closure, budget, solver, loss)
