@@ -9,11 +9,12 @@ JOBS       ?= --numprocesses auto --maxprocesses 4
 BIN        := $(VENV)/bin
 USER_STAMP := $(VENV)/.ready-user
 DEV_STAMP  := $(VENV)/.ready-dev
-SOURCES    := ckptsched models examples benchmarks tests
+SOURCES    := ckptsched models examples benchmarks tests tooling
 USER_EXTRAS := test,plot,examples
+comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo demo-small bench test test-fast lint format types hooks ci clean distclean
+.PHONY: help setup setup-dev demo demo-small bench test test-fast test-oldest lint format types hooks ci clean distclean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*## /\t/' | expand -t 14
@@ -37,6 +38,10 @@ test: $(USER_STAMP) ## Run all tests; ARGS="-k budget" picks some
 test-fast: $(USER_STAMP) ## Run the tests that are not marked slow
 	$(BIN)/python -m pytest $(JOBS) -m "not slow" $(ARGS)
 
+test-oldest: ## Run all tests on the oldest versions that pyproject.toml admits, in .venv-oldest
+	$(MAKE) VENV=.venv-oldest PYTHON=$(or $(PYTHON),python3.11) .venv-oldest/.ready-oldest
+	.venv-oldest/bin/python -m pytest $(JOBS) $(ARGS)
+
 lint: $(DEV_STAMP) ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,9 +64,10 @@ clean: ## Remove caches and build outputs
 	find $(SOURCES) -type d -name __pycache__ -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean ## Remove .venv as well
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-oldest
 
-# $(call install,EXTRAS): one pip call into .venv, which is made where there is none that works.
+# $(call install,EXTRAS): one pip call into .venv, which is made where there is none that works. With
+# CONSTRAINTS, a file of pip's, versions are held to those.
 define install
 	@set -e; start=$$(date +%s); \
 	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
@@ -80,7 +86,8 @@ define install
 	      'python3-venv)' >&2; exit 1; }; \
 	fi; \
 	echo 'Installing (PyTorch is several GB; this happens once)'; \
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(1)]'; \
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(1)]' \
+	  $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)); \
 	echo "Set up in $$(( $$(date +%s) - start )) s"
 endef
 
@@ -91,3 +98,12 @@ $(USER_STAMP): pyproject.toml
 $(DEV_STAMP): pyproject.toml
 	$(call install,dev)
 	@touch $@ $(USER_STAMP)
+
+# The oldest versions, each with its newest bug fixes.
+$(VENV)/.ready-oldest: CONSTRAINTS = $(VENV)/oldest.txt
+$(VENV)/.ready-oldest: pyproject.toml tooling/oldest.py
+	@mkdir -p $(VENV)
+	$(if $(wildcard $(BIN)/python),,$(PYTHON) -m venv $(VENV))
+	$(BIN)/python tooling/oldest.py $(subst $(comma), ,$(USER_EXTRAS)) > $(CONSTRAINTS)
+	$(call install,$(USER_EXTRAS))
+	@touch $@

@@ -78,10 +78,15 @@ def recording(device: torch.device) -> Iterator[Recording]:
     with _without_chatter(), tempfile.TemporaryDirectory(prefix="ckptsched-") as folder:
         # torch.profiler.profile would add 0.3 ms to a window and nothing that is needed here.
         profiler = torch.autograd.profiler.profile(use_kineto=True, profile_memory=True)
-        with profiler:
-            yield result
-            # Exporting a trace that another profiler has cancelled ends the process.
-            cancelled = not _profiling(unknown=True)
+        cancelled = False
+        try:
+            with profiler:
+                yield result
+                # Exporting a trace that another profiler has cancelled ends the process.
+                cancelled = not _profiling(unknown=True)
+        except RuntimeError:  # torch 2.9 does not stop a cancelled profiler
+            if not cancelled:
+                raise
         if cancelled:
             raise _lost()
         path = Path(folder) / "trace.json"

@@ -364,6 +364,7 @@ def check_hooks_and_faults() -> int:
 
     plan = sent(rerun_all(chain_of()))
     expected = train(plain(hooked()))
+    once = len(calls)
     calls.clear()
     pair = plan_first(hooked(), plan)
     reset = getattr(pair[0], "reset_iter_state", None)
@@ -373,8 +374,9 @@ def check_hooks_and_faults() -> int:
             mse_loss(pair[0](x), target).backward()
         reset()
         faults[0] = False
+    calls.clear()
     assert same(train(pair), expected)
-    assert len(calls) > 4
+    assert len(calls) == 2 * once  # each run again fires it once more
     return 1
 
 
@@ -382,6 +384,7 @@ def check_fsdp() -> int:
     """All of these."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", cs.TimingWarning)  # verdicts depend on no clock
         return (
             check_blocks()
             + check_one_process()
