@@ -44,6 +44,7 @@ def find_side_outputs(
     extras: Extras,
     aliases: Iterable[Tensor],
     module: nn.Module,
+    keeps: bool = True,
 ) -> Found:
     """Run a stage with its tape, and see what it leaves.
 
@@ -55,6 +56,7 @@ def find_side_outputs(
         extras: What else every stage is given.
         aliases: Those of its parameters, and what else collects gradients.
         module: The module that the stage runs.
+        keeps: As for `tape.run_under`; without, what is found can be refused only.
 
     Raises:
         ProfileError: It leaves a graph that cannot be found again when it runs again, or keeps one
@@ -65,7 +67,7 @@ def find_side_outputs(
     def look() -> list[Tensor]:
         look = Look()
         with _all_young():
-            tape, _ = record(stage, x, wanted=wanted, extras=extras, look=look, keeps=False)
+            tape, _ = record(stage, x, wanted=wanted, extras=extras, look=look, keeps=keeps)
             lives = tape.watch()
             del tape
             found = look.take()

@@ -375,15 +375,15 @@ def _examine(
         if may_ask:  # the caller sees what becomes of the input
             probe.wanted = wanted = probe.asked()
         found = Found() if x.leaves[0].is_meta else probe.side_outputs(collecting)
-        look = Look() if found.tensors else None
-        tape, taped = probe.record(look)
-        left = take_sides(tape, look)
+        tape, taped, left = probe.record()
+        _check_gradients(name, tape, collecting)
+        own_leaves = _makes_leaves(probe, tape, collecting, [*found.tensors, *left])
+        alone = probe.find_way(output, taped)
+        if found.tensors:  # those of the latest run are there
+            tape, taped, left = probe.record()
         for tensor in found.tensors:
             tensor.requires_grad_(False)
         probe.look()
-        _check_gradients(name, tape, collecting)
-        own_leaves = _makes_leaves(probe, tape, collecting)
-        alone = probe.find_way(output, taped, saves=not found.tensors)
     leaves = tape.repeated_leaves()
     aliases = list({id(leaf): leaf for leaf in collecting if leaf.requires_grad}.values())
     return Kind(
@@ -417,8 +417,16 @@ def _check_gradients(name: str, tape: Tape, collecting: Iterable[Tensor]) -> Non
         )
 
 
-def _makes_leaves(probe: _Probe, tape: Tape, collecting: Iterable[Tensor]) -> bool:
+def _makes_leaves(
+    probe: _Probe, tape: Tape, collecting: Iterable[Tensor], left: Iterable[Tensor]
+) -> bool:
     """Whether a stage uses leaves that it makes itself, anew in every run.
+
+    Args:
+        probe: It runs the stage again.
+        tape: Of a run.
+        collecting: What collects gradients.
+        left: What runs so far have left besides their outputs; a later one may read that.
 
     Raises:
         ProfileError: It uses others, whose gradients would be lost.
@@ -427,9 +435,11 @@ def _makes_leaves(probe: _Probe, tape: Tape, collecting: Iterable[Tensor]) -> bo
     unknown = {key: leaf for key, (leaf, _) in tape.leaves().items() if key not in known}
     if not unknown:
         return False
-    again, _ = probe.record()
-    for key in again.leaves().keys() & unknown.keys():
-        leaf = unknown[key]
+    again, *_ = probe.record()
+    others = {id(tensor): tensor for tensor in left}
+    strange = (unknown.keys() & others.keys()) | (again.leaves().keys() & (unknown | others).keys())
+    for key in strange:
+        leaf = (unknown | others)[key]
         kind = "parameter" if isinstance(leaf, nn.Parameter) else "tensor"
         what = f": {_shape(leaf)}, which requires a gradient" if isinstance(leaf, Tensor) else ""
         raise ProfileError(
@@ -489,6 +499,7 @@ class _Probe:
         self.name, self.call, self.x, self.extras = name, call, x, extras
         self.wanted = wanted
         self._alone = Alone.PLAIN  # how it is run
+        self._leaves_sides = False
         self._whole, self._found = whole, ModelState(call.module, whole=whole)
         self._writes = False  # to what is no buffer
         self.hidden: tuple[Place, ...] = ()
@@ -537,14 +548,19 @@ class _Probe:
             self._alone = Alone.DIFFERENTIATES
             return self._run_twice()
 
-    def record(self, look: Look | None = None) -> tuple[Tape, State]:
+    def record(self) -> tuple[Tape, State, list[Tensor]]:
         """Run the stage with its tape, from where it began.
 
-        Args:
-            look: What finds its side outputs, if it has any.
+        Returns:
+            The tape, its output, and its side outputs without their graphs.
         """
         self.begin_again()
-        return record(self.call, self.x, wanted=self.wanted, extras=self.extras, look=look)
+        look = self._looking()
+        tape, output = record(self.call, self.x, wanted=self.wanted, extras=self.extras, look=look)
+        return tape, output, take_sides(tape, look)
+
+    def _looking(self) -> Look | None:
+        return Look() if self._leaves_sides else None
 
     def asked(self) -> tuple[Carries, ...]:
         """What the tensors of the input carry once the stage has run."""
@@ -564,32 +580,52 @@ class _Probe:
 
         Args:
             collecting: What collects its gradients.
-        """
-        self.begin_again()
-        return find_side_outputs(
-            self.name,
-            self.call,
-            self.x,
-            wanted=self.wanted,
-            extras=self.extras,
-            aliases=collecting,
-            module=self.call.module,
-        )
 
-    def find_way(self, output: State, taped: State, *, saves: bool) -> Alone:
+        Raises:
+            ProfileError: It cannot be followed there.
+        """
+
+        def find(*, keeps: bool = True) -> Found:
+            self.begin_again()
+            return find_side_outputs(
+                self.name,
+                self.call,
+                self.x,
+                wanted=self.wanted,
+                extras=self.extras,
+                aliases=collecting,
+                module=self.call.module,
+                keeps=keeps,
+            )
+
+        try:
+            found = find()
+        except CkptschedError:
+            raise
+        except Exception as error:  # torch.func allows no hooks of what is saved
+            found = find(keeps=False)
+            if found.tensors:
+                raise ProfileError(
+                    f"stage {self.name!r} leaves a tensor with a graph by another way than its "
+                    f"output, where it cannot be found again ({error}); let it return the tensor"
+                ) from error
+        self._leaves_sides = bool(found.tensors)
+        return found
+
+    def find_way(self, output: State, taped: State) -> Alone:
         """How the stage gives, without a tape, what it gives with one.
 
         Args:
             output: What `run_twice` returned.
             taped: Its output with a tape.
-            saves: Whether it may run without gradients, as it leaves nothing that has some.
 
         Raises:
             ProfileError: It does not.
         """
         # Some kernels round otherwise without gradients, such as those of oneDNN's LSTM.
         plain = self._alone is Alone.PLAIN and all(map(_equal, output.leaves, taped.leaves))
-        if not (plain and saves):
+        # With side outputs it runs with gradients on in any case.
+        if not plain or self._leaves_sides:
             self._alone = Alone.FORGETS
             try:
                 found = self._gives_again(taped, list(taped.leaves))
@@ -634,9 +670,12 @@ class _Probe:
     def _run(self) -> State:
         """Run the stage as it is run where no tape is kept."""
         x = self.x.detached()
+        look = self._looking()
         output = run_alone(
-            self.call, x, wanted=self.wanted, extras=self.extras, how=self._alone
+            self.call, x, wanted=self.wanted, extras=self.extras, how=self._alone, look=look
         ).detached()
+        if look is not None:
+            cut_all(look.take())
         if any(leaf.requires_grad for leaf in x.leaves):
             raise _AsksForGradients
         return output
