@@ -28,7 +28,7 @@ X = torch.randn(3, 8)
         ([np.zeros(3), np.zeros(3)], r"torch\.from_numpy"),
         ((3, 8), r"torch\.randn\(3, 8\)"),
     ],
-    ids=str,
+    ids=["list", "tuple", "dict", "numpy", "list of numpy", "shape"],
 )
 def test_samples_that_people_give_by_mistake(sample: Any, words: str) -> None:
     for act in (cs.profile, lambda *args: cs.fit(*args, budget="100%")):
