@@ -71,7 +71,7 @@ def assemble(
                 kind, fresh, partly, gradient_bytes, snapshots[i], buffers, extra, last
             )
         stages.append(cache[key])
-        gradient_bytes = _bytes(kind.input_gradients)
+        gradient_bytes = _sent_bytes(kind)
     # What the output shares with the input or a parameter is there anyway.
     theirs = storages(inputs).keys() | order[-1].standing.fixed
     output_bytes = storage_bytes(
@@ -106,20 +106,28 @@ def _left(order: Iterable[Kind]) -> int:
 def _with_copies(kind: Kind, inputs: Sequence[Tensor], fresh: int) -> StageLedger:
     """Charge the copies that autograd makes where leaves want gradients in another layout."""
     ledger = cast(StageLedger, kind.ledger)
-    copies = sum(
-        leaf.nbytes
-        for leaf, gradient in zip(inputs, kind.input_gradients, strict=bool(inputs))
-        if leaf.is_leaf and gradient is not None and gradient.stride() != leaf.stride()
+    copies = max(
+        sum(
+            leaf.nbytes
+            for leaf, gradient in zip(inputs, sent, strict=bool(inputs))
+            if leaf.is_leaf and gradient is not None and gradient.stride() != leaf.stride()
+        )
+        for sent in kind.sends_back
     )
     if not copies:
         return ledger
-    peak = fresh + _bytes(kind.input_gradients) + copies
+    peak = fresh + _sent_bytes(kind) + copies
     peaks = tuple(max(value, peak) for value in ledger.backward_peak_bytes)
     ledger = replace(ledger, backward_peak_bytes=peaks)
     if ledger.parts is None:
         return ledger
     exact = tuple(max(value, peak) for value in ledger.parts.backward_peak_bytes)
     return replace(ledger, parts=replace(ledger.parts, backward_peak_bytes=exact))
+
+
+def _sent_bytes(kind: Kind) -> int:
+    """The most that a stage sends back."""
+    return max(map(_bytes, kind.sends_back))
 
 
 def _bytes(tensors: Iterable[Tensor | None]) -> int:
@@ -169,7 +177,7 @@ def _stage(
     else:
         half = len(parts.backward_peak_bytes) // 2
         highest = max(parts.backward_peak_bytes[half:] if fresh else parts.backward_peak_bytes)
-    backward = max(0, highest - _bytes(kind.input_gradients) - fresh)
+    backward = max(0, highest - _sent_bytes(kind) - fresh)
     return Stage(
         name=kind.name,
         forward_seconds=kind.forward_seconds,

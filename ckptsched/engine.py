@@ -86,3 +86,26 @@ def go_back(roots: tuple[Root, ...], gradients: tuple[Tensor, ...]) -> None:
     way = _way()
     with Lent():
         way(roots, gradients)
+
+
+def counter(count: Any) -> Callable[[], int] | None:
+    """What tells how many nodes of graphs the calling thread has made; None if nothing does.
+
+    Args:
+        count: What should tell; None where torch has nothing under the name that is known.
+    """
+    try:
+        leaf = torch.zeros(1, requires_grad=True)
+        with torch.enable_grad():
+            before = count()
+            made = leaf * 2
+            right = count() == before + 1
+            right = right and made.grad_fn is not None and made.grad_fn._sequence_nr() == before
+    except (AttributeError, TypeError, RuntimeError):
+        right = False
+    return cast("Callable[[], int]", count) if right else None
+
+
+nodes_made = counter(getattr(torch._C._autograd, "_get_sequence_nr", None))
+"""How many nodes the calling thread has made so far: two runs of a stage that differ in it have
+not computed the same. None where torch does not tell."""

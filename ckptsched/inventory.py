@@ -23,6 +23,8 @@ _hooks_of = attrgetter(
 )
 _forward_of = methodcaller("get", "forward")  # of what a module itself holds
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What an attribute may be that decides what a module computes: how many experts, which layers.
+_PLAIN = frozenset({bool, int, float, str, bytes, type(None)})
 
 
 @final
@@ -46,6 +48,9 @@ class Inventory:
         self._forwards = list(map(_forward_of, map(vars, self.modules)))
         self._hooks = self._own_hooks()
         self._passed: object = None
+        # torch's own compute the same whatever their attributes are set to.
+        mine = [m for m in self.modules if type(m).__module__.partition(".")[0] != "torch"]
+        self._settings = [_settings(module) for module in mine]
 
     def changed(self) -> str:
         """What was replaced, added, moved or taken out since; empty where nothing was."""
@@ -95,6 +100,26 @@ class Inventory:
         """All but what was found last, which tells hooks of one process."""
         return {**self.__dict__, "_passed": None}
 
+    def changed_settings(self) -> list[nn.Module]:
+        """The modules with a number or a text among their attributes that is another since.
+
+        Since the inventory was taken, or since the last call.
+        """
+        found = []
+        for k, (module, size, names, values) in enumerate(self._settings):
+            own = module.__dict__
+            if len(own) != size or [own.get(name) for name in names] != values:
+                self._settings[k] = _settings(module)
+                found.append(module)
+        return found
+
     def training(self) -> list[bool]:
         """Which of the modules train, in their order."""
         return [module.training for module in self.modules]
+
+
+def _settings(module: nn.Module) -> tuple[nn.Module, int, list[str], list[Any]]:
+    """A module, how many attributes it has, and those that are numbers or texts."""
+    own = module.__dict__
+    names = [name for name, x in own.items() if type(x) in _PLAIN and name != "training"]
+    return module, len(own), names, [own[name] for name in names]

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +31,19 @@ from .structure import sign
 from .survey import (
     Kind,
     Loss,
+    LossWeight,
     note_unfit,
     refuse_tensors,
     sides_held,
     survey_backward,
     survey_model,
 )
-from .tape import as_asked
+from .tape import Carries, as_asked
 from .timing import ROUNDS, time_stages
-from .tracing import taken_apart
+from .tracing import Block, taken_apart
 from .trees import Extras, State
 from .turns import InTurn
+from .variations import Variations
 from .weighing import go_back, weigh, weigh_loss
 from .workload import Chain
 from .wrappers import plain_model
@@ -158,12 +160,9 @@ def profile(
         extras = Extras.of(
             given.replaced(make_alias(t) if t.requires_grad else t.detach() for t in given.leaves)
         )
-        blocks, frozen, order = survey_model(model, inputs, extras, state)
+        surveyed = _surveyed(model, inputs, extras, state, loss, meter)
+        (blocks, frozen, order), ending, lost = surveyed
         carries = [order[0].wanted, *(kind.carries for kind in order)]
-        ending = loss or default_loss, order[-1].output, carries[-1]
-        with sides_held(order) as held:
-            provided = _default_loss_with(held) if loss is None and held else ending[0]
-            lost = weigh_loss(provided, *ending[1:], meter, held)
         kinds = survey_backward(order, lost.gradients)
         seconds, spread = _measure(kinds, lambda: go_back(*ending), meter, progress)
         note_unfit(state, state, "a stage that has run several times")
@@ -235,6 +234,42 @@ def _aliased(model: nn.Module) -> Iterator[None]:
         Recomputing(),
     ):
         yield
+
+
+_Surveyed: TypeAlias = tuple[
+    tuple[tuple[Block, ...], int, list[Kind]],
+    tuple[Loss, State, tuple[Carries, ...]],
+    LossWeight,
+]
+
+
+def _surveyed(
+    model: nn.Module,
+    inputs: State,
+    extras: Extras,
+    state: ModelState,
+    loss: Loss | None,
+    meter: Meter,
+) -> _Surveyed:
+    """What `survey_model` returns, what the loss is called with, and what it takes."""
+
+    def surveyed(variations: Variations) -> _Surveyed:
+        found = survey_model(model, inputs, extras, state, variations)
+        order = found[2]
+        last = order[-1]
+        ending = loss or default_loss, last.hands_on or last.output, last.carries
+        with sides_held(order) as held:
+            provided = _default_loss_with(held) if loss is None and held else ending[0]
+            return found, ending, weigh_loss(provided, *ending[1:], meter, held)
+
+    variations = Variations()
+    try:
+        return surveyed(variations)
+    except Exception:
+        if not variations.grown:
+            raise
+    # A loss that has targets for the sample alone: what comes after takes what the sample asks for.
+    return surveyed(Variations(grow=False))
 
 
 def _measure(

@@ -15,10 +15,12 @@ from .aliases import Place, Slots
 from .budget import Tier
 from .context import Autocast, Generators
 from .devices import named_tensors, several_devices
+from .engine import nodes_made
 from .errors import PlanMismatchError
 from .hidden import HiddenBuffers, is_write_only, own_generators
 from .inventory import Inventory
 from .liveness import Liveness, Segment, analyse, cut
+from .overruns import Overruns
 from .plans import Plan
 from .schedule import Code
 from .sharding import Sharding, sharded_of
@@ -126,6 +128,8 @@ class Program:
         self.carries = self._flags("carries", len(chain) + 1)
         self.asks = Carries.ASKED in self.carries[0]
         self.usage = Usage(self.stages, self.carries[:-1])
+        self.overruns = Overruns(chain)
+        self.varies = self._varies()
         self._sharding: tuple[tuple[nn.Module, ...], Sharding | None] = ((), None)
         self.run_alone = bytes(flags[0] for flags in self._flags("need_tapes", len(chain)))
         self.sides = bytes(flags[0] for flags in self._flags("sides", len(chain)))
@@ -186,6 +190,13 @@ class Program:
                 f"{count}: its file is damaged; plan again"
             )
         return found
+
+    def _varies(self) -> bytes:
+        """For each stage whether the tape of each run is looked at."""
+        if nodes_made is None:  # nothing tells whether tapes are alike
+            return bytes([1]) * len(self.chain)
+        bounds = (stage.ledger and stage.ledger.bounds for stage in self.chain.stages)
+        return bytes([bool(b and b.varies) for b in bounds])
 
     def _touched(self, segment: Segment, liveness: Liveness) -> Touched:
         part = slice(segment.start, segment.stop)
@@ -439,6 +450,9 @@ class Program:
                 "other parameters require gradients than when the model was made to follow the "
                 "plan; plan again after freezing or unfreezing"
             )
+        changed_settings = self.inventory.changed_settings()
+        if changed_settings:
+            self.usage.look_again(changed_settings)
 
     def _refuse_tensors(self) -> NoReturn:
         if self.computed_in is not None:

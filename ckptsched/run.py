@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import NoReturn, final
+from typing import NamedTuple, NoReturn, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -15,10 +16,12 @@ from torch.autograd.graph import GradientEdge
 
 from .checksums import Checksums
 from .context import Recomputing
+from .engine import nodes_made
 from .errors import BudgetWarning, ExecutionError
 from .gathering import Gathering
 from .higher import Gradients, differentiable_gradients
 from .liveness import Segment
+from .overruns import storage_sizes
 from .program import FREES_INPUT, KEEPS_OUTPUT, RESTORES, SNAPSHOTS, Program
 from .schedule import Code, Kind
 from .sharding import fsdp_is_there
@@ -27,9 +30,10 @@ from .side_search import is_in_a_graph, still, whereabouts
 from .stretches import between
 from .surroundings import Snapshot, Surroundings
 from .tape import Carries, Tape, are_leaves, run_alone, run_stage, run_under, sources_of
-from .trees import State
+from .tape_walk import Contents
+from .trees import State, storages
 from .turns import Stay
-from .usage import Uses
+from .usage import Path, Uses
 
 # Plain numbers: members of an enum are slow to look up, and there is one operation a step or more.
 _FORWARD, _TAPED_FORWARD, _BACKWARD, _DROP = map(
@@ -43,6 +47,8 @@ _NOT_SEEN = (
     "such tensors, or let it take them without their graph (tensor.detach())"
 )
 _FIRST = nullcontext()  # surrounds the first run of a stage
+_count = nodes_made or (lambda: 0)
+_UNUSED = None, 0
 
 
 def _is_there(what: Callable[[], object]) -> bool:
@@ -72,12 +78,32 @@ class _Stored:
 class _Kept:
     """A stored tape, and its output as long as a later run reads it from here."""
 
-    __slots__ = ("first", "output", "tape")
+    __slots__ = ("first", "output", "tape", "used", "version")
 
-    def __init__(self, tape: Tape, output: _Stored | None, first: int) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        output: _Stored | None,
+        first: int,
+        used: tuple[Uses, tuple[int, ...]],
+        version: int,
+    ) -> None:
         self.tape = tape
         self.output = output
         self.first = first  # the first of the stages whose tape it is
+        self.used = used  # which aliases the tape uses, and which it was given the sums of
+        self.version = version  # of what was known of the stages then
+
+
+_JointPath: TypeAlias = tuple[tuple[int, ...], tuple[torch.Size, ...]]
+
+
+class _Run(NamedTuple):
+    """A run with tape of one stage."""
+
+    i: int
+    key: Hashable
+    path: Path
 
 
 @final
@@ -443,7 +469,7 @@ class Run:
 
     def _shares_a_tape(self, first: int, last: int) -> bool:
         """Whether the stages have been seen, one by one, and depend on something trained."""
-        if first == 1 or first - 1 < self.first_trained:
+        if first == 1 or first - 1 < self.first_trained or nodes_made is None:
             return False
         # The gradient of such a leaf stays with the tape, and is let go with it.
         if self.program.own_leaves.find(1, first - 1, last) >= 0:
@@ -509,21 +535,28 @@ class Run:
         wanted = self._wanted(i - 1)
         with self._gradients_on, self._marked(p), self._looking(i) as look:
             boxes, source = sources_of(stored.state, wanted)
+            nodes = _count()
             made = run_under(look, stage, source, self.seen.extras)
+            nodes = _count() - nodes
         self._check_input(stored.state, stored.versions, i)
         self._check_output(i, made)
         tape = Tape(boxes, made.leaves)
+        path = nodes, tape.shapes
         if look is not None:
             made, source = made.detached(), stored.state
             tape.sides = self._take_sides([(i, look)])
         # As in `_shares_a_tape`; other inputs are kinds of their own.
         key = program.usage.key(i, None if i > 1 and i > self.first_trained else wanted)
-        uses = program.usage.get(key) or program.usage.learn(key, self._uses(i, tape))
-        fed = program.usage.fed(key, uses, i)
+        uses = None if program.varies[i - 1] else program.usage.get(key, path)
+        if uses is None:
+            (uses,) = self._look(
+                tape, [_Run(i, key, path)], (0,), storage_sizes(source.leaves), made.leaves
+            )
+        fed = program.usage.fed(uses, i)
         if fed:
             with self._gradients_on:
                 tape.feed_back([self.seen.aliases[k] for k in fed])
-        self._keep(p, i, i, tape, made)
+        self._keep(p, i, i, tape, made, (uses, fed))
 
     def _taped_together(self, p: int, first: int, last: int) -> None:
         """One tape for several stages."""
@@ -533,7 +566,9 @@ class Run:
         with self._gradients_on, self._marked(p):
             boxes, state = sources_of(stored.state, self._wanted(first - 1))
             versions = state.versions()
+            entered = storage_sizes(state.leaves)
             del stored
+            marks = [_count()]
             for i in range(first, last + 1):
                 with self._looking(i) as look:
                     made = run_under(look, stages[i - 1], state, extras)
@@ -542,17 +577,68 @@ class Run:
                 self._check_input(state, versions, i)
                 self._check_output(i, made)
                 state, versions = made, made.versions()
+                marks.append(_count())
             del made
         tape = Tape(boxes, state.leaves)
-        sums = [self.seen.aliases[k] for k in program.usage.sums(first, last)]
+        path = tuple([mark - marks[0] for mark in marks]), tape.shapes
+        uses = self._known(first, last, path)
+        if uses is None and not looks:
+            uses = self._look_together(tape, first, marks, path, entered, state)
+        # Side outputs are taken once the outputs have been let go, and a walk must see them: until
+        # then the tape may use anything.
+        every = tuple(range(len(self.seen.aliases)))
+        fed = every if uses is None else program.usage.fed(uses, last)
         carriers = [leaf for leaf in state.leaves if leaf.requires_grad]
         with self._gradients_on:
-            tape.feed_back(sums, carriers)
+            tape.feed_back([self.seen.aliases[k] for k in fed], carriers)
         state = state.detached()
         del carriers
         if looks:
             tape.sides = self._take_sides(looks)
-        self._keep(p + last - first, first, last, tape, state)
+        if uses is None:
+            uses = self._look_together(tape, first, marks, path, entered, state)
+        self._keep(p + last - first, first, last, tape, state, (uses, fed))
+
+    def _known(self, first: int, last: int, path: _JointPath) -> Uses | None:
+        """What stages use that have one tape together; None where it is to be looked at."""
+        usage = self.program.usage
+        if any(self.program.varies[first - 1 : last]):
+            return None
+        uses = usage.of_tape(first, last, path)
+        if uses is not None:
+            return uses
+        found = []
+        for i, (before, after) in enumerate(itertools.pairwise(path[0]), first):
+            uses = usage.get(usage.key(i), (after - before, ()))
+            if uses is None:
+                return None
+            found.append(uses)
+        return usage.join(first, last, path, found)
+
+    def _look_together(
+        self,
+        tape: Tape,
+        first: int,
+        marks: Sequence[int],
+        path: _JointPath,
+        inputs: Mapping[int, int],
+        output: State,
+    ) -> Uses:
+        """Look at a tape of several stages.
+
+        Args:
+            tape: The tape.
+            first: The first of the stages.
+            marks: How many nodes there were before each of them, and at the end.
+            path: The same from 0 on, and the shapes of the output.
+            inputs: The storages of the first one's input.
+            output: Of the last of them.
+        """
+        usage = self.program.usage
+        counts = enumerate(itertools.pairwise(marks), first)
+        runs = [_Run(i, usage.key(i), (after - before, ())) for i, (before, after) in counts]
+        found = self._look(tape, runs, marks[:-1], inputs, output.leaves)
+        return usage.join(first, runs[-1].i, path, found)
 
     def _looking(self, i: int) -> AbstractContextManager[Look | None]:
         """What stage i runs under if it has side outputs."""
@@ -568,18 +654,60 @@ class Run:
             names = " or ".join(repr(self.program.stages[i - 1].name) for i, _ in looks)
             raise ExecutionError(f"stage {names} {error}") from error
 
-    def _keep(self, p: int, first: int, last: int, tape: Tape, made: State) -> None:
+    def _keep(
+        self,
+        p: int,
+        first: int,
+        last: int,
+        tape: Tape,
+        made: State,
+        used: tuple[Uses, tuple[int, ...]],
+    ) -> None:
         """Store a tape, made by an operation that ran last, and its output where that is read."""
         kept = None
         if self.program.facts[p] & KEEPS_OUTPUT:
             snapshot = self._snapshot(last, self.program.facts[p] & SNAPSHOTS)
             kept = _Stored(made.detached(), snapshot)
-        self.tapes[last] = _Kept(tape, kept, first)
+        self.tapes[last] = _Kept(tape, kept, first, used, self.program.usage.version)
 
-    def _uses(self, i: int, tape: Tape) -> Uses:
-        """Which aliases a stage uses; asked once, as it takes a walk of the tape."""
-        leaves, aliases = tape.leaves(), self.seen.aliases
-        unknown = [leaves[key][0] for key in leaves.keys() - {id(alias) for alias in aliases}]
+    def _look(
+        self,
+        tape: Tape,
+        runs: Sequence[_Run],
+        marks: Sequence[int],
+        inputs: Mapping[int, int],
+        output: Sequence[Tensor],
+    ) -> list[Uses]:
+        """What each stage of a tape uses, and whether the tape takes more than was projected.
+
+        Args:
+            tape: The tape.
+            runs: The runs that have made it.
+            marks: How many nodes there were before each.
+            inputs: The storages of the first one's input.
+            output: The tensors of the last one's output.
+        """
+        program, aliases = self.program, self.seen.aliases
+        found = tape.contents(marks)
+        theirs = set(storages(self.seen.given.leaves))
+        for block in {int(program.owner[run.i]) for run in runs}:
+            slots = program.slots[block]
+            theirs |= storages([*slots.parameters(), *slots.buffers()]).keys()
+        for run, contents in zip(runs, found, strict=True):
+            self._check_leaves(run.i, contents)
+        program.overruns.look([run.i for run in runs], found, inputs, output, theirs, aliases)
+        return [
+            program.usage.learn(
+                run.key, run.path, [c.leaves.get(id(a), _UNUSED)[1] for a in aliases]
+            )
+            for run, c in zip(runs, found, strict=True)
+        ]
+
+    def _check_leaves(self, i: int, contents: Contents) -> None:
+        """Refuse a stage whose tape would lose a gradient."""
+        leaves = contents.leaves
+        known = {id(alias) for alias in self.seen.aliases}
+        unknown = [leaves[key][0] for key in leaves.keys() - known]
         # Those that a stage makes itself come with each run; nothing is known of their ids.
         if unknown and not (self.program.own_leaves[i - 1] and are_leaves(unknown)):
             raise ExecutionError(
@@ -589,7 +717,6 @@ class Run:
                 "model as an argument by itself; if the stage makes it anew in every run, profile "
                 "and plan again"
             )
-        return Uses.counted([leaves.get(id(alias), (None, 0))[1] for alias in aliases])
 
     def _check_input(self, x: State, versions: tuple[int, ...], i: int) -> None:
         if x.versions() != versions:
@@ -623,6 +750,8 @@ class Run:
         i = last
         while i >= first:
             kept = self.tapes.pop(i)
+            if kept.version != self.program.usage.version:
+                self._feed_again(i, kept)
             gradients = list(self.take_gradients())
             start, tape = kept.first, kept.tape
             del kept
@@ -646,6 +775,14 @@ class Run:
             f"stage {names} left a tensor with a graph by another way than its output "
             f"({found or 'in a list, a closure or a hook'}), {_NOT_SEEN}"
         )
+
+    def _feed_again(self, i: int, kept: _Kept) -> None:
+        """Let sums come first that stages after a tape turned out to share only since."""
+        uses, fed = kept.used
+        more = [k for k in self.program.usage.fed(uses, i) if k not in fed]
+        if more:
+            with self._gradients_on:
+                kept.tape.feed_more([self.seen.aliases[k] for k in more])
 
     def _check_gradients(
         self, i: int, gradients: Sequence[Tensor | None], shapes: Sequence[torch.Size]

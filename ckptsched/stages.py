@@ -66,6 +66,22 @@ class StageParts:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TapeBounds:
+    """What a tape of a stage is compared with while it runs: the most that the profile saw."""
+
+    saved_bytes: int
+    """Storages that a walk of the tape finds besides input, output, parameters and buffers."""
+    largest_bytes: int
+    """The largest of these storages: what operations take for a while goes by it."""
+    used_bytes: int
+    """Bytes of the parameters that it uses."""
+    varies: bool = False
+    """Whether the stage reads data or draws to decide what it computes: two tapes that look alike
+    may then take other bytes."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageLedger:
     """Exact bytes of one stage, as a run of the stage alone shows them."""
 
@@ -90,6 +106,8 @@ class StageLedger:
     parts: StageParts | None = None
     """The storages one by one where input or output have several; the figures above then bound
     them from below."""
+    bounds: TapeBounds | None = None
+    """What tapes are compared with while the stage runs; None in chains that do not say."""
 
 
 def backward_variant(*, input_held: bool, output_held: bool, first: bool) -> int:
@@ -306,4 +324,12 @@ def _check_ledger(what: str, ledger: StageLedger) -> None:
         if not isinstance(getattr(ledger, name), bool):
             raise WorkloadError(
                 f"{name} of {what} must be true or false, found {getattr(ledger, name)!r}"
+            )
+    if ledger.bounds is not None:
+        check_size(f"saved_bytes of {what}", ledger.bounds.saved_bytes)
+        check_size(f"largest_bytes of {what}", ledger.bounds.largest_bytes)
+        check_size(f"used_bytes of {what}", ledger.bounds.used_bytes)
+        if not isinstance(ledger.bounds.varies, bool):
+            raise WorkloadError(
+                f"varies of {what} must be true or false, found {ledger.bounds.varies!r}"
             )

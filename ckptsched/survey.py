@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, final
 
@@ -35,6 +35,10 @@ from .tracing import Block, StageCall, count_frozen, trace
 from .trees import Extras, State, storages
 
 Loss: TypeAlias = Callable[[Any], Tensor]
+Gradients: TypeAlias = tuple[Tensor | None, ...]
+"""With respect to the tensors of a state; None where none comes."""
+
+_MOST_GRADIENTS = 4  # layouts of a state's gradient that are weighed
 
 WITHOUT_DATA = (
     "with fake=True tensors hold no data, and not every operation can do without: "
@@ -137,6 +141,28 @@ class Kind:
     """Of a run without tape, once timed."""
     backward_seconds: float = 0.0
     """Of a backward, and what the run with tape takes longer than the one without."""
+    varies: bool = False
+    """Whether it reads data or draws to decide what it computes."""
+    begins_with: RandomState | None = None
+    """The random state with which its runs begin; None: as they find it."""
+    others: list[Kind] = field(default_factory=list)
+    """The same stage on other paths, or with a gradient of another layout: the ledger bounds all.
+    This one takes the most of them, and its seconds are the stage's."""
+    hands_on: State | None = None
+    """What the next stage is given, where that is not the output."""
+    sends_back: list[Gradients] = field(default_factory=list)
+    """What may come back to the stage before, one a layout."""
+    saved_bytes: int = 0
+    """Storages that a walk of its tape finds besides input, output, parameters and buffers."""
+    largest_bytes: int = 0
+    """The largest of these."""
+    used_bytes: int = 0
+    """Bytes of the parameters that its tape uses."""
+
+    def begin(self) -> None:
+        """Let the next run take this path."""
+        if self.begins_with is not None:
+            self.begins_with.restore()
 
     def run(self) -> State:
         """Run the stage and keep no tape, as the executor does."""
@@ -170,11 +196,32 @@ class Kind:
                 list(self.gradients), dict(zip(tape.sides, self.sides, strict=True))
             )
 
+    def note_contents(self, tape: Tape, output: State) -> None:
+        """Note what a walk of a tape finds."""
+        (contents,) = tape.contents()
+        theirs = set(storages((*self.x.leaves, *output.leaves)))
+        theirs |= self.standing.fixed | self.standing.buffers
+        saved = [size for home, size in contents.saved.items() if home not in theirs]
+        self.saved_bytes, self.largest_bytes = sum(saved), max(saved, default=0)
+        self.used_bytes = sum(a.nbytes for a in self.aliases if id(a) in contents.leaves)
+
     def set_gradients(self, *, first: bool) -> None:
         """Let the parameters have no gradients yet, or let them all have some already."""
         for alias in self.aliases:
             given = not first and id(alias) in self.gradient_bytes
             alias.grad = torch.zeros_like(alias) if given else None
+
+
+def leave_sides(kind: Kind) -> None:
+    """Run a stage that has side outputs as `_examine` did: for a loss to find those of this run."""
+    for tensor in kind.left:
+        tensor.requires_grad_(False)
+    look = Look()
+    kind.begin()
+    tape, _ = record(kind.call, kind.x, wanted=kind.wanted, extras=kind.extras, look=look)
+    kept = rewritten_weights(kind.call.module)
+    left = take_sides(tape, look)
+    kind.left = [tensor.requires_grad_() for tensor in left if id(tensor) not in kept]
 
 
 def take_sides(tape: Tape, look: Look | None) -> list[Tensor]:
@@ -201,13 +248,17 @@ def layout(leaves: Iterable[Tensor]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _layout_of_gradients(gradients: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+def _layout_of_gradients(gradients: Gradients) -> tuple[Any, ...]:
     flags = tuple(gradient is not None for gradient in gradients)
     return flags, layout(gradient for gradient in gradients if gradient is not None)
 
 
 def survey_model(
-    model: nn.Module, x: State, extras: Extras, whole: ModelState
+    model: nn.Module,
+    x: State,
+    extras: Extras,
+    whole: ModelState,
+    vary: Callable[[Kind, Sequence[StageCall]], None] | None = None,
 ) -> tuple[tuple[Block, ...], int, list[Kind]]:
     """Trace a model and run every distinct stage of it forward.
 
@@ -216,6 +267,7 @@ def survey_model(
         x: The sample.
         extras: What every stage is given besides, leaves where gradients are wanted.
         whole: What the model was when nothing had run.
+        vary: As `survey_forward` has it.
 
     Returns:
         Its blocks, how many leading stages are run as one as they need no gradient, and the kind
@@ -228,14 +280,18 @@ def survey_model(
     frozen = count_frozen(blocks, [*x.leaves, *extras.apart().leaves])
     if frozen:
         joined = trace(model, frozen=frozen)
-        kinds = survey_forward(joined, x, extras, whole)
+        kinds = survey_forward(joined, x, extras, whole, vary)
         if not any(kinds[0].carries):  # as it does where a hook lets an output require a gradient
             return joined, frozen, kinds
-    return blocks, 0, survey_forward(blocks, x, extras, whole)
+    return blocks, 0, survey_forward(blocks, x, extras, whole, vary)
 
 
 def survey_forward(
-    blocks: tuple[Block, ...], x: State, extras: Extras, whole: ModelState
+    blocks: tuple[Block, ...],
+    x: State,
+    extras: Extras,
+    whole: ModelState,
+    vary: Callable[[Kind, Sequence[StageCall]], None] | None = None,
 ) -> list[Kind]:
     """Run every distinct stage on what the stage before it made.
 
@@ -244,6 +300,7 @@ def survey_forward(
         x: The sample; on the meta device there are no results to compare.
         extras: What every stage is given besides, leaves where gradients are wanted.
         whole: What the model was when nothing had run.
+        vary: Looks at a new kind of stage, and the calls that are of this kind, for other paths.
 
     Returns:
         The kind of each stage, in order; equal stages share one.
@@ -257,6 +314,10 @@ def survey_forward(
     state = x.detached()
     standing = Standing.of(blocks, extras)
     watch = Watch(Slots(block.module for block in blocks))
+    calls: dict[Hashable, list[StageCall]] = {}
+    for block in blocks if vary else ():
+        for call in block.stages:
+            calls.setdefault(call.key, []).append(call)
     for block in blocks:
         for call in block.stages:
             structure = state.describe(lambda tensor: "tensor")
@@ -267,10 +328,12 @@ def survey_forward(
                 kind = known[key] = _examine(
                     block, call, state, extras, carries, standing, whole, may_ask=not order
                 )
+                if vary:
+                    vary(kind, calls[call.key])
             kind.count += 1
             order.append(kind)
             _check_device(kind, x.leaves[0].device)
-            state, carries = kind.output, kind.carries
+            state, carries = kind.hands_on or kind.output, kind.carries
     order[-1].is_last = True
     _find_readers(known.values(), watch)
     note_unfit(whole, whole, "a stage")
@@ -333,7 +396,7 @@ def _check_device(kind: Kind, device: torch.device) -> None:
             )
 
 
-def survey_backward(order: list[Kind], gradients: tuple[Tensor | None, ...]) -> list[Kind]:
+def survey_backward(order: list[Kind], gradients: Gradients) -> list[Kind]:
     """Send a gradient back through every distinct stage.
 
     Args:
@@ -344,14 +407,15 @@ def survey_backward(order: list[Kind], gradients: tuple[Tensor | None, ...]) -> 
         The distinct kinds.
     """
     known: dict[Hashable, Kind] = {}
+    arriving = [gradients]
     for i in reversed(range(len(order))):
         found = order[i]
-        key = (id(found), _layout_of_gradients(gradients))
+        key = (id(found), *map(_layout_of_gradients, arriving))
         kind = known.get(key)
         if kind is None:
-            kind = known[key] = _for_gradient(found, gradients, is_last=i == len(order) - 1)
+            kind = known[key] = _for_gradients(found, arriving, is_last=i == len(order) - 1)
         order[i] = kind
-        gradients = kind.input_gradients
+        arriving = kind.sends_back
     return list(known.values())
 
 
@@ -432,12 +496,15 @@ def _makes_leaves(
         ProfileError: It uses others, whose gradients would be lost.
     """
     known = {id(leaf) for leaf in collecting}
-    unknown = {key: leaf for key, (leaf, _) in tape.leaves().items() if key not in known}
+    unknown = {
+        key: leaf for key, (leaf, _) in tape.contents()[0].leaves.items() if key not in known
+    }
     if not unknown:
         return False
     again, *_ = probe.record()
     others = {id(tensor): tensor for tensor in left}
-    strange = (unknown.keys() & others.keys()) | (again.leaves().keys() & (unknown | others).keys())
+    once_more = again.contents()[0].leaves.keys()
+    strange = (unknown.keys() & others.keys()) | (once_more & (unknown | others).keys())
     for key in strange:
         leaf = (unknown | others)[key]
         kind = "parameter" if isinstance(leaf, nn.Parameter) else "tensor"
@@ -836,18 +903,54 @@ def _other_generators() -> tuple[object, ...]:
     return random.getstate(), kind, np.asarray(keys).tobytes(), *rest
 
 
-def _for_gradient(found: Kind, gradients: tuple[Tensor | None, ...], *, is_last: bool) -> Kind:
+def _for_gradients(found: Kind, arriving: list[Gradients], *, is_last: bool) -> Kind:
+    """The kind for gradients of these layouts, on each of its paths, after going back once."""
+    first = _for_gradient(found, arriving[0], is_last=is_last)
+    rest = []
+    for gradients in arriving:
+        for path in found.others if gradients is arriving[0] else (found, *found.others):
+            # A path that was found on another input may have no backward: it is none to plan for.
+            with suppress(ProfileError):
+                rest.append(_for_gradient(path, _fitted(gradients, path), is_last=is_last))
+    first.others = rest
+    if rest or found.varies:
+        # What one path does not use another may, one that no draw has shown among them.
+        unseen = {id(alias): alias.nbytes for alias in found.aliases} if found.varies else {}
+        for kind in rest:
+            for alias, size in kind.gradient_bytes.items():
+                first.gradient_bytes[alias] = max(size, first.gradient_bytes.get(alias, 0))
+        first.gradient_bytes = unseen | first.gradient_bytes
+        for kind in rest:
+            kind.gradient_bytes = first.gradient_bytes
+    layouts = {_layout_of_gradients(k.input_gradients): k.input_gradients for k in (first, *rest)}
+    first.sends_back = list(layouts.values())[:_MOST_GRADIENTS]
+    return first
+
+
+def _fitted(gradients: Gradients, path: Kind) -> Gradients:
+    """These gradients, where they have the shapes that the output has on a path."""
+    pairs = zip(gradients, path.output.leaves, strict=True)
+    return tuple(
+        [g if g is None or g.shape == leaf.shape else torch.ones_like(leaf) for g, leaf in pairs]
+    )
+
+
+def _for_gradient(found: Kind, gradients: Gradients, *, is_last: bool) -> Kind:
     """The kind for gradients of this layout, after going back once."""
     kind = replace(
         found,
         is_last=is_last,
         gradients=gradients,
         gradient_bytes={},
+        others=[],
     )
     kind.set_gradients(first=True)
+    kind.begin()
     name = kind.call.name or type(kind.call.module).__name__
     with _failures_named(f"the backward of stage {name!r}", kind.x):
-        tape, _ = kind.record(kind.x)
+        tape, output = kind.record(kind.x)
+        kind.note_contents(tape, output)
+        del output
         kind.input_gradients = kind.go_back(tape)
         for alias in kind.aliases:
             if alias.grad is None:

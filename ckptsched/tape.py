@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge, Node, saved_tensors_hooks
 from .engine import Root, edge_of, go_back
 from .errors import ExecutionError
 from .side_outputs import Look, Place
+from .tape_walk import NOTHING, Contents, walk
 from .trees import NO_EXTRAS, Extras, State
 
 _NO_SIDES: Mapping[Place, Tensor] = {}
@@ -118,7 +119,7 @@ class Tape:
     """What one run of a stage, or of several, leaves for its backward."""
 
     __slots__ = (
-        *("_box", "_boxes", "_edges", "_fed", "_hands_on", "_token"),
+        *("_box", "_boxes", "_edges", "_fed", "_hands_on", "_more", "_token"),
         *("carries", "shapes", "sides"),
     )
 
@@ -141,38 +142,31 @@ class Tape:
         self._fed: Sequence[Tensor] = ()
         self._token: Tensor | None = None
         self._hands_on = False
+        self._more: tuple[Tensor, list[Tensor | None], Sequence[Tensor]] | None = None
 
     def repeated_leaves(self) -> set[int]:
         """Ids of the leaves that the stage has used more than once."""
-        return {leaf for leaf, count in self.uses().items() if count > 1}
+        return {leaf for leaf, (_, count) in self.contents()[0].leaves.items() if count > 1}
 
-    def uses(self) -> dict[int, int]:
-        """How often the stage has used each leaf, by the leaf's id."""
-        return {leaf: count for leaf, (_, count) in self.leaves().items()}
-
-    def leaves(self) -> dict[int, tuple[object, int]]:
-        """Each leaf that the stage has used, its input apart, and how often; by the leaf's id.
+    def contents(self, marks: Sequence[int] = (0,)) -> list[Contents]:
+        """What the tape holds, its input apart, by stage; it takes a walk of the graph.
 
         What another stage left for this one counts as a leaf, and is none.
+
+        Args:
+            marks: What `nodes_made` said before each of the stages; one stage if not given.
         """
-        uses: dict[int, tuple[object, int]] = {}
         own = {id(box) for box in self._boxes}
-        seen: set[Node] = set()
-        ahead: list[Node | None] = [edge.node for edge in (*self._edges, *self.sides.values())]
-        while ahead:
-            node = ahead.pop()
+
+        def leaf_of(node: Node) -> object:
             leaf = getattr(node, "variable", None)
-            if node is None or leaf is _ANCHOR or (leaf is not None and id(leaf) in own):
-                continue
-            box = getattr(node, "box", None)
-            if isinstance(box, _Box) and id(box) not in own:
-                leaf = box  # of another tape, whose stage has left a tensor for this one
             if leaf is not None:
-                uses[id(leaf)] = leaf, uses.get(id(leaf), (leaf, 0))[1] + 1
-            elif node not in seen:
-                seen.add(node)
-                ahead += [before for before, _ in node.next_functions]
-        return uses
+                return NOTHING if leaf is _ANCHOR or id(leaf) in own else leaf
+            box = getattr(node, "box", None)
+            return box if isinstance(box, _Box) and id(box) not in own else None
+
+        edges = (*self._edges, *self.sides.values())
+        return walk([edge.node for edge in edges], leaf_of, marks)
 
     def feed_back(self, aliases: Sequence[Tensor], outputs: Sequence[Tensor] = ()) -> None:
         """Let the sums of these aliases' gradients so far come first in the backward.
@@ -188,6 +182,15 @@ class Tape:
         self._token = cast(Tensor, _Handing.apply(self._box, *aliases, *outputs))
         self._fed = aliases
         self._hands_on = bool(outputs)
+
+    def feed_more(self, aliases: Sequence[Tensor]) -> None:
+        """The same for further aliases, after `feed_back`, just before the backward.
+
+        Args:
+            aliases: Leaves that `feed_back` was not given.
+        """
+        box: list[Tensor | None] = []
+        self._more = cast(Tensor, _Handing.apply(box, *aliases)), box, aliases
 
     def watch(self) -> Callable[[], object]:
         """Gives what shows, once the tape has been let go, whether something else holds its graph.
@@ -230,6 +233,13 @@ class Tape:
             for alias in self._fed:
                 self._box.append(alias.grad)
                 alias.grad = None
+        if self._more is not None:
+            token, box, aliases = self._more
+            roots.append(token)
+            given.append(token.detach())
+            for alias in aliases:
+                box.append(alias.grad)
+                alias.grad = None
         if self._hands_on:
             self._box += arrived
             arrived.clear()
@@ -252,7 +262,7 @@ def _taken_from(box: _Place) -> Tensor | None:
 
 
 def are_leaves(found: Sequence[object]) -> bool:
-    """Whether all of what `Tape.leaves` found are leaves, and none what another stage left."""
+    """Whether all of what `Tape.contents` found are leaves, and none what another stage left."""
     return all(isinstance(leaf, Tensor) for leaf in found)
 
 

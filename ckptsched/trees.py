@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import EllipsisType, MappingProxyType, NoneType
 from typing import Any, TypeAlias, final
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import ExecutionError
-from .tensor_types import all_parts
+from .tensor_types import all_parts, dense_parts, rebuilt
 
 # What holds no tensor, and so may pass through as it is.
 _PLAIN = (
@@ -184,6 +184,36 @@ def storages(leaves: Iterable[Tensor]) -> dict[int, list[Tensor]]:
     for leaf in all_parts(leaves):
         found.setdefault(leaf.untyped_storage()._cdata, []).append(leaf)
     return found
+
+
+def copied(state: State, fixed: Container[int] = ()) -> State:
+    """A copy with storages of its own, and the same layout, gaps included.
+
+    Args:
+        state: What to copy.
+        fixed: Storages, by identity, that are not copied.
+    """
+    fresh: dict[int, Tensor] = {}
+    return state.replaced(
+        rebuilt(leaf, iter([_copy_of(part, fixed, fresh) for part in dense_parts(leaf)]))
+        for leaf in state.leaves
+    )
+
+
+def _copy_of(tensor: Tensor, fixed: Container[int], fresh: dict[int, Tensor]) -> Tensor:
+    """A copy of a dense tensor in a copy of its storage, each made once."""
+    storage = tensor.untyped_storage()
+    if storage._cdata in fixed:
+        return tensor.detach()
+    if storage._cdata not in fresh:
+        whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        fresh[storage._cdata] = whole.clone()
+    made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    home = fresh[storage._cdata].untyped_storage()
+    made = made.set_(home, tensor.storage_offset(), tensor.shape, tensor.stride())
+    made = made.conj() if tensor.is_conj() else made
+    negated = getattr(made, "_neg_view", None) if tensor.is_neg() else None
+    return made if negated is None else negated()
 
 
 def can_carry(tensor: Tensor) -> bool:

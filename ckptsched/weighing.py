@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .context import Autocast
 from .errors import ProfileError
+from .ledger_bound import Variant, bound
 from .memory import Meter, storage_bytes
-from .stages import StageLedger, StageParts, backward_variant
+from .stages import StageLedger, StageParts, TapeBounds, backward_variant
 from .survey import Kind, Loss, LossWeight
-from .tensor_types import dense_parts, rebuilt
-from .trees import State, storages
+from .trees import State, copied, storages
 from .turns import Lent
 
 _MOST_STORAGES = 4  # whose combinations are measured one by one
@@ -45,12 +45,42 @@ class _Held:
 
 
 def weigh(kind: Kind, meter: Meter) -> StageLedger:
-    """Measure the exact bytes of a kind of stage.
+    """Measure the exact bytes of a kind of stage, or what bounds them on all of its paths.
 
     Args:
         kind: The stage, with a gradient that comes back to it.
         meter: What counts bytes.
     """
+    paths = (kind, *kind.others)
+    variants = [_variant(path, _weigh_path(path, meter)) for path in paths]
+    ledger = bound(variants, _inputs(kind), reserve=kind.varies)
+    kind.left_bytes = max(path.left_bytes for path in paths)
+    bounds = TapeBounds(
+        saved_bytes=max(path.saved_bytes for path in paths),
+        largest_bytes=max(path.largest_bytes for path in paths),
+        used_bytes=max(path.used_bytes for path in paths),
+        varies=kind.varies,
+    )
+    return replace(ledger, bounds=bounds)
+
+
+def _inputs(kind: Kind) -> int:
+    return len(storages(kind.x.leaves))
+
+
+def _variant(kind: Kind, ledger: StageLedger) -> Variant:
+    outputs = storages(kind.output.leaves)
+    places = list(outputs)
+    return Variant(
+        ledger=ledger,
+        homes=tuple([places.index(y.untyped_storage()._cdata) for y in kind.output.leaves]),
+        sizes=tuple([kind.standing.bytes_of(leaves) for leaves in outputs.values()]),
+        sources=_sources(kind),
+    )
+
+
+def _weigh_path(kind: Kind, meter: Meter) -> StageLedger:
+    kind.begin()
     with meter.window() as window:
         output = kind.run()
         window.mark()
@@ -59,7 +89,7 @@ def weigh(kind: Kind, meter: Meter) -> StageLedger:
     left = window.phases[1].final_bytes
     kind.left_bytes += left
     lone = _weigh_backward(kind, meter, _Held(), first=True)
-    simple = len(storages(kind.x.leaves)) == len(storages(kind.output.leaves)) == 1
+    simple = _inputs(kind) == len(storages(kind.output.leaves)) == 1
     ledger = StageLedger(
         state_bytes=kind.standing.bytes_of(kind.output.leaves),
         output_is_view=simple and _sources(kind) == (0,),
@@ -124,7 +154,7 @@ def _with_parts(kind: Kind, meter: Meter, lone: _Weight, ledger: StageLedger) ->
             weight = lone if same else _weigh_backward(kind, meter, held, first=first)
             peaks.setdefault(first, []).append(weight.backward_peak)
     parts = StageParts(
-        inputs=len(storages(kind.x.leaves)),
+        inputs=_inputs(kind),
         output_bytes=tuple(kind.standing.bytes_of(leaves) for leaves in outputs.values()),
         output_sources=sources,
         saved_inputs=lone.saved_inputs,
@@ -165,9 +195,10 @@ def _all_variants(peaks: dict[tuple[bool, bool, bool], int], output_bytes: int) 
 def _weigh_backward(kind: Kind, meter: Meter, held: _Held, *, first: bool) -> _Weight:
     """Run a stage with tape and go back, with its input born inside the window."""
     kind.set_gradients(first=first)
+    kind.begin()
     sources = _sources(kind)
     with meter.window() as window:
-        x = _copy(kind.x, kind.standing.fixed)
+        x = copied(kind.x, kind.standing.fixed)
         window.mark()
         tape, made = kind.record(x)
         inputs: list[Any] = list(storages(x.leaves).values())
@@ -214,31 +245,6 @@ def _weigh_backward(kind: Kind, meter: Meter, held: _Held, *, first: bool) -> _W
 def _drop(groups: list[Any], which: Iterable[int]) -> None:
     for k in which:
         groups[k] = None
-
-
-def _copy(state: State, fixed: Container[int]) -> State:
-    """A copy with storages of its own, but for fixed ones, and the same layout, gaps included."""
-    fresh: dict[int, Tensor] = {}
-    return state.replaced(
-        rebuilt(leaf, iter([_copy_of(part, fixed, fresh) for part in dense_parts(leaf)]))
-        for leaf in state.leaves
-    )
-
-
-def _copy_of(tensor: Tensor, fixed: Container[int], fresh: dict[int, Tensor]) -> Tensor:
-    """A copy of a dense tensor in a copy of its storage, each made once."""
-    storage = tensor.untyped_storage()
-    if storage._cdata in fixed:
-        return tensor.detach()
-    if storage._cdata not in fresh:
-        whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-        fresh[storage._cdata] = whole.clone()
-    made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    home = fresh[storage._cdata].untyped_storage()
-    made = made.set_(home, tensor.storage_offset(), tensor.shape, tensor.stride())
-    made = made.conj() if tensor.is_conj() else made
-    negated = getattr(made, "_neg_view", None) if tensor.is_neg() else None
-    return made if negated is None else negated()
 
 
 def weigh_loss(

@@ -22,6 +22,7 @@ from .stages import (
     Stage,
     StageLedger,
     StageParts,
+    TapeBounds,
     TapeOption,
     check_size,
     check_stage,
@@ -450,8 +451,11 @@ def _read_ledger(data: Mapping[str, Any] | None) -> StageLedger | None:
             key: tuple(x) if isinstance(x, list) else x for key, x in parts.items()
         }
         parts = StageParts(**lists)
+    bounds = data.get("bounds")
+    if bounds is not None:
+        bounds = TapeBounds(**bounds)
     peaks = tuple(data["backward_peak_bytes"])
-    return StageLedger(**{**data, "backward_peak_bytes": peaks, "parts": parts})
+    return StageLedger(**{**data, "backward_peak_bytes": peaks, "parts": parts, "bounds": bounds})
 
 
 def _read_signature(data: Mapping[str, Any] | None) -> Signature | None:
