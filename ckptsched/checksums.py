@@ -1,7 +1,8 @@
-"""Whether a stage that runs again gives what it gave: checksums of outputs, bit by bit."""
+"""Whether a stage that runs again gives what it gave: checksums of outputs, or a look at them."""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Iterable
 from typing import final
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from .errors import ExecutionError
 from .tensor_types import all_parts
+
+_GLANCE = 32  # bytes at each place
 
 
 @final
@@ -33,14 +36,77 @@ class Checksums:
         """
         found = checksum(output)
         if self._first.setdefault(i, found) != found:
-            raise ExecutionError(
-                f"stage {name!r} gave another result when it ran again on the same input: it has a "
-                "state of its own, depends on something that changed since (a number, a mode, a "
-                "generator that is not torch's default), or its kernels differ from run to run "
-                "(torch.use_deterministic_algorithms(True) helps) or with and without gradients; "
-                "let it depend on its input, parameters and buffers only, or plan with "
-                "solver='store_all', which runs nothing again"
-            )
+            raise _another_result(name)
+
+
+@final
+class Glances:
+    """The same of a few bytes of each output, which costs next to nothing.
+
+    What changes a stage from outside, such as a flag of another library, nearly always changes
+    all of its output. Only tensors on the CPU are looked at.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[int, tuple[int, int]] = {}
+
+    def see(self, i: int, name: str, output: Iterable[Tensor]) -> None:
+        """Note and compare, as `Checksums.see` does; not where there is more or less of it.
+
+        Args:
+            i: The stage, counted from 1.
+            name: Its name, for the message.
+            output: The tensors that it returned.
+
+        Raises:
+            ExecutionError: It returned something else before.
+        """
+        found = glance(output)
+        first = self._first.setdefault(i, found)
+        if first != found and first[0] == found[0]:
+            raise _another_result(name)
+
+
+def glance(tensors: Iterable[Tensor]) -> tuple[int, int]:
+    """How many bytes there are, and a number that depends on a few of them.
+
+    They are read at the start, in the middle and at the end of each tensor.
+
+    Args:
+        tensors: Those that are not dense tensors on the CPU are passed over, and of those with gaps
+            in their memory only the first element is read.
+    """
+    seen, total = [], 0
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or type(tensor) is not Tensor or not _is_dense(tensor):
+            continue
+        start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        if not start or not size:
+            continue
+        total += size
+        if not tensor.is_contiguous():
+            size = tensor.element_size()
+        seen.append(ctypes.string_at(start, min(size, _GLANCE)))
+        if size > _GLANCE:
+            seen.append(ctypes.string_at(start + size // 2, min(size - size // 2, _GLANCE)))
+            seen.append(ctypes.string_at(start + size - _GLANCE, _GLANCE))
+    return total, hash(tuple(seen))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided
+
+
+def _another_result(name: str) -> ExecutionError:
+    return ExecutionError(
+        f"stage {name!r} gave another result when it ran again on the same input: it has a "
+        "state of its own, depends on something that changed since (a number, a mode, a "
+        "generator that is not torch's default), or its kernels differ from run to run "
+        "(torch.use_deterministic_algorithms(True) helps) or with and without gradients; "
+        "let it depend on its input, parameters and buffers only, give what a library keeps "
+        "for itself by checkpointed(..., context_fn=), or plan with solver='store_all', which "
+        "runs nothing again"
+    )
 
 
 def checksum(tensors: Iterable[Tensor]) -> bytes:

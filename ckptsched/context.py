@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from threading import get_ident
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, TypeAlias, final
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
+from .errors import ExecutionError
 from .turns import Turn, in_forked_process
 
 _AS_IT_IS = nullcontext()
@@ -57,6 +59,32 @@ class Recomputing:
 
     def __exit__(self, *exception: object) -> None:
         _recomputing.reset(self._token)
+
+
+ContextFn: TypeAlias = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+"""Gives what is around the first run of stages, and what is around those that run again."""
+
+
+def contexts(context_fn: ContextFn) -> tuple[AbstractContextManager[Any], ...]:
+    """The two contexts that a user's function gives, made anew.
+
+    Args:
+        context_fn: The function.
+
+    Raises:
+        ExecutionError: It gives something else.
+    """
+    found = context_fn()
+    if (
+        isinstance(found, tuple | list)
+        and len(found) == 2
+        and all(hasattr(type(c), "__enter__") and hasattr(type(c), "__exit__") for c in found)
+    ):
+        return tuple(found)
+    raise ExecutionError(
+        "context_fn must return two context managers, one for the first run of stages and one for "
+        f"running them again; found {found!r}"
+    )
 
 
 @final
@@ -209,18 +237,27 @@ class Autocast:
 
 
 @final
-class OneKernel:
-    """A `with` block that keeps attention to the kernels that it takes under gradients.
+class OneWay:
+    """A `with` block in which a stage computes one way, with its tape and without, each time.
 
-    Without gradients, in eval mode, torch's transformer layers take a fused path that rounds
-    differently; a stage would then give one result with its tape and another without. torch has
-    one switch for all threads: the first one in turns it, the last one out turns it back.
+    Attention keeps to the kernels that it takes under gradients. Without gradients, in eval mode,
+    torch's transformer layers take a fused path that rounds differently; a stage would then give
+    one result with its tape and another without. torch has one switch for all threads: the first
+    one in turns it, the last one out turns it back.
+
+    Parametrized weights are computed where they are read, also under `parametrize.cached()`: what
+    a run without tape, or with stand-ins for parameters, left in torch's cache would be taken by
+    others, who would lose gradients; and what others left there leads out of a stage's tape.
     """
 
     _turn: ClassVar[threading.Lock] = threading.Lock()
     _inside: ClassVar[list[int]] = []
     """The threads that are inside, each as often as it has come in."""
     _before: ClassVar[bool] = True
+
+    __slots__ = ("_cached",)
+
+    _cached: tuple[int, Any]
 
     def __enter__(self) -> None:
         cls = type(self)
@@ -229,9 +266,17 @@ class OneKernel:
                 cls._before = torch.backends.mha.get_fastpath_enabled()
                 torch.backends.mha.set_fastpath_enabled(False)
             cls._inside.append(get_ident())
+        self._cached = (depth := caching()), parametrize._cache if depth else None
+        if depth:
+            parametrize._cache_enabled, parametrize._cache = 0, {}
 
     def __exit__(self, *exception: object) -> None:
         cls = type(self)
+        depth, cache = self._cached
+        if depth:
+            # Others may have come or gone meanwhile: who was last to go has emptied the cache.
+            parametrize._cache_enabled += depth
+            parametrize._cache = cache if parametrize._cache_enabled else {}
         with cls._turn:
             cls._inside.remove(get_ident())
             if not cls._inside:
@@ -247,7 +292,16 @@ class OneKernel:
                 torch.backends.mha.set_fastpath_enabled(cls._before)
 
 
-in_forked_process(OneKernel.keep_own)
+in_forked_process(OneWay.keep_own)
+
+
+def caching() -> int:
+    """How many `torch.nn.utils.parametrize.cached()` are in force, for all threads.
+
+    torch's names for it are private: where it has them no more, the answer is 0.
+    """
+    found: int = getattr(parametrize, "_cache_enabled", 0)
+    return found if hasattr(parametrize, "_cache") else 0
 
 
 def now(device: torch.device) -> float:

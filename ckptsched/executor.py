@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
-from typing import Any, Literal, cast, final
+from typing import Any, cast, final, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .aliases import take_out_what_was_left
-from .context import is_recomputing
+from .ambient import Ambient
+from .context import ContextFn, is_recomputing
 from .errors import BudgetWarning, ExecutionError, PlanMismatchError
 from .gathering import TOKEN
 from .higher import Gradients
 from .plans import Plan
-from .program import Program
+from .program import Check, Program
 from .run import Run
+from .saved_hooks import no_hooks
 from .sharding import call_as_forward, is_sharded
 from .transforms import (
     hidden_from_torch_checkpoint,
@@ -41,17 +43,31 @@ _HIGHER = "_ckptsched_gradients"  # attribute of a token
 
 
 def checkpointed(
-    model: nn.Module, plan: Plan, *, check: Literal["none", "outputs"] = "none"
+    model: nn.Module,
+    plan: Plan,
+    *,
+    check: Check = "glance",
+    context_fn: ContextFn | None = None,
 ) -> Checkpointed:
     """Make a model train by a plan.
 
     Args:
         model: The model that the plan was made for.
         plan: The plan.
-        check: With "outputs" every stage that runs again must give, bit by bit, what it gave
-            first, or the backward ends with an error that names the stage. It costs time, about
-            a second for 1 GB of outputs, and keeps 16 bytes a stage; an output with gaps in its
-            memory is copied for the moment.
+        check: What a stage that runs again must give as it gave it first, or the backward ends
+            with an error that names the stage. With "glance" a few bytes of its output, if that
+            is on the CPU, where they are the same each time, and of equal steps for the first and
+            the last: it costs microseconds, and shows what changes a stage from outside. With
+            "outputs" all of it, bit by bit, which takes about a second for 1 GB of outputs, and
+            keeps 16 bytes a stage; an output with gaps in its memory is copied for the moment.
+            With "none" nothing is compared.
+        context_fn: For what a library keeps where torch does not see it, such as a recipe for
+            FP8: a function without arguments that returns two context managers, as that of
+            `torch.utils.checkpoint`. The first is around a forward pass of the model, also one by
+            plain autograd or without gradients; the second around stages that run again, in the
+            backward, as often as they do. The function is called anew each time, so what it
+            returns is entered once, and may not rely on a pair belonging together. None leaves
+            the contexts of `model` if that follows a plan already.
 
     Returns:
         A module with the same parameters, buffers and `state_dict` keys. It shares them with
@@ -60,27 +76,45 @@ def checkpointed(
 
     Raises:
         PlanMismatchError: The plan was made for another model, or by hand.
-        ExecutionError: There is no such check.
+        ExecutionError: There is no such check, or context_fn is no function.
     """
-    if check not in ("none", "outputs"):
-        raise ExecutionError(f"check is {check!r}; give 'none' or 'outputs'")
+    if check not in get_args(Check):
+        raise ExecutionError(f"check is {check!r}; give 'none', 'glance' or 'outputs'")
+    if context_fn is not None and not callable(context_fn):
+        raise ExecutionError(
+            f"context_fn is {context_fn!r}; give a function that returns two context managers"
+        )
+    if isinstance(model, Checkpointed):
+        context_fn = context_fn or model.context_fn
     model = plain_model(model, "checkpointed", PlanMismatchError)
-    return Checkpointed(model, plan, check_outputs=check == "outputs")
+    return Checkpointed(model, plan, check=check, context_fn=context_fn)
 
 
 @final
 class Checkpointed(StandsFor):
     """A model that trains by a plan; see `checkpointed`."""
 
-    def __init__(self, model: nn.Module, plan: Plan, *, check_outputs: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        *,
+        check: Check = "glance",
+        context_fn: ContextFn | None = None,
+    ) -> None:
         """Share everything that the model owns, and check that the plan is for it."""
         super().__init__(model)
-        self.__dict__["_program"] = Program(model, plan, check_outputs=check_outputs)
+        self.__dict__["_program"] = Program(model, plan, check=check, context_fn=context_fn)
 
     @property
     def plan(self) -> Plan:
         """The plan that is followed."""
         return cast(Program, self.__dict__["_program"]).plan
+
+    @property
+    def context_fn(self) -> ContextFn | None:
+        """What gives the contexts of first runs and of those again; see `checkpointed`."""
+        return cast(Program, self.__dict__["_program"]).context_fn
 
     def share_lock(self, lock: Turn) -> None:
         """Run in turn with other models that hold the lock, as they have modules in common.
@@ -104,8 +138,19 @@ class Checkpointed(StandsFor):
             ExecutionError: A stage cannot be run again with the same result.
         """
         if not torch.is_grad_enabled():
-            return self.model(x, *extras, **options)
+            return self.plainly(x, *extras, **options)
         return self._follow_plan(x, extras, options)
+
+    def plainly(self, x: Any, *extras: Any, **options: Any) -> Any:
+        """Run the model as it is, in the context of a first run.
+
+        Args:
+            x: A batch.
+            extras: What every stage is given besides.
+            options: The same by name.
+        """
+        with cast(Program, self.__dict__["_program"]).first_context():
+            return self.model(x, *extras, **options)
 
     @outside_of_compiled_code
     def _follow_plan(self, x: Any, extras: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -115,7 +160,7 @@ class Checkpointed(StandsFor):
         tensors = [*inputs.leaves, *given.leaves, *program.all_slots.parameters()]
         trained = program.asks or any(tensor.requires_grad for tensor in tensors)
         if not trained and not program.trains_something_new():
-            return _without_graph(self.model(x, *extras, **options))
+            return _without_graph(self.plainly(x, *extras, **options))
         transform = transform_at_work(tensors)
         if transform:
             warnings.warn(
@@ -124,7 +169,7 @@ class Checkpointed(StandsFor):
                 BudgetWarning,
                 stacklevel=2,
             )
-            return self.model(x, *extras, **options)
+            return self.plainly(x, *extras, **options)
         if is_sharded(self.model):
             if is_sharded(self):
                 raise PlanMismatchError(
@@ -192,9 +237,14 @@ def _step(program: Program, inputs: State, given: State) -> Any:
     """One forward pass whose backward follows the schedule."""
     take_out_what_was_left()
     within = program.made_within()
-    with program.alone():
+    device = inputs.leaves[0].device
+    ambient, inside = Ambient.take(device), None
+    with program.alone(), program.first_context():
+        if program.context_fn is not None:
+            inside = Ambient.take(device)
         program.check_batch(inputs, given)
-        run = Run(program, inputs, given, within)
+        program.expected.check(inside or ambient, program.inventory)
+        run = Run(program, inputs, given, ambient, inside, within)
         run.let_ask(inputs)
         entry = inputs.leaves
         if run.gathering is not None:
@@ -204,7 +254,8 @@ def _step(program: Program, inputs: State, given: State) -> Any:
                 entry = _run_block(run, k, entry)
         # Inside a tuple: the output node keeps the inputs for one more backward, and is no way to
         # them.
-        output = _OutputNode.apply(run, *entry, (inputs, given))
+        with no_hooks():
+            output = _OutputNode.apply(run, *entry, (inputs, given))
     leaves = output if isinstance(output, tuple) else (output,)
     if run.program.has_sides:
         count = len(run.program.carries[-1])
@@ -234,7 +285,8 @@ class _BlockNode(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.run, ctx.k, ctx.entries = run, k, entries
         run.forward(run.program.segments.forward[k])
-        dtype = None if run.gathering is None else TOKEN
+        # Whatever the default dtype is then and now: a token that must be cast is copied.
+        dtype = torch.float32 if run.gathering is None else TOKEN
         return torch.empty(0, dtype=dtype, device=run.device)
 
     @staticmethod
@@ -264,7 +316,8 @@ def _token(run: Run, higher: Gradients | None) -> Tensor:
     The run must not hold those: they lead to the output, and the output to the run, a circle that
     nothing would ever collect. Here they are gone with the backward, however it ends.
     """
-    token = torch.empty(0, device=run.device)
+    dtype = torch.float32 if run.gathering is None else TOKEN
+    token = torch.empty(0, dtype=dtype, device=run.device)
     if higher is not None:
         setattr(token, _HIGHER, higher)
     return token

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
 
 from .budget import Budget
+from .context import ContextFn, contexts
 from .executor import Checkpointed, checkpointed
 from .planner import plan
 from .profiler import profile
@@ -21,6 +23,7 @@ def fit(
     budget: int | float | str | Budget,
     solver: str = "auto",
     loss: Loss | None = None,
+    context_fn: ContextFn | None = None,
 ) -> Checkpointed:
     """Fit the training of a model into a budget.
 
@@ -31,6 +34,8 @@ def fit(
         budget: Bytes, text such as "256MiB", or a share such as "40%".
         solver: Name of a solver, or "auto".
         loss: From the output to a scalar, so that its bytes are counted exactly.
+        context_fn: Gives what is around the first run of stages, in which the model is measured,
+            and what is around those that run again; see `checkpointed`.
 
     Returns:
         A module with the same parameters and `state_dict` keys; its plan is `.plan`.
@@ -40,6 +45,7 @@ def fit(
         InfeasibleBudgetError: Nothing fits; the message names the least budget that works.
         ProfileError: The model cannot be measured.
     """
-    return checkpointed(
-        model, plan(profile(model, *sample, kwargs=kwargs, loss=loss), budget=budget, solver=solver)
-    )
+    with nullcontext() if context_fn is None else contexts(context_fn)[0]:
+        chain = profile(model, *sample, kwargs=kwargs, loss=loss)
+    made = plan(chain, budget=budget, solver=solver)
+    return checkpointed(model, made, context_fn=context_fn)

@@ -8,12 +8,14 @@ torch calls BatchNorm and InstanceNorm move buffers in training, too, but do not
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias, final
+from typing import Any, TypeAlias, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .aliases import Place, Slots
+from .context import Generators, RandomState
 from .sharding import class_before
 from .tensor_types import dense_parts
 
@@ -206,3 +208,41 @@ def own_generators(
             inside = value.values() if isinstance(value, dict) else value
             found |= {id(part): part for part in inside if isinstance(part, torch.Generator)}
     return tuple(g for g in found.values() if g is not torch.default_generator)
+
+
+def unsteady_weight(modules: Iterable[nn.Module], device: torch.device) -> str:
+    """A parametrized weight that is not the same each time it is computed.
+
+    Such as one with spectral normalisation in training, which moves a vector each time. Everything
+    is left as it was.
+
+    Args:
+        modules: Looked at without their submodules.
+        device: Whose random generator to put back besides the CPU's.
+
+    Returns:
+        Such as "'weight' of a Linear"; empty where there is none.
+    """
+    for module in modules:
+        if not parametrize.is_parametrized(module):
+            continue
+        for name, computed in cast(nn.ModuleDict, module.parametrizations).items():
+            if not _is_steady(computed, device):
+                kind = parametrize.type_before_parametrizations(module)
+                return f"{name!r} of a {kind.__name__}"
+    return ""
+
+
+@torch.no_grad()
+def _is_steady(computed: nn.Module, device: torch.device) -> bool:
+    watch, own = Watch(Slots([computed])), own_generators(computed.modules())
+    # Within a step: what is kept of the generators is no tensor, whose bytes would count.
+    random, before = Generators(device, own), RandomState.take(device, own).to_bytes()
+    try:
+        first = computed()
+        if watch.changed() or RandomState.take(device, own).to_bytes() != before:
+            return False
+        return _same(first, computed())
+    finally:
+        watch.put_back(watch.changed())
+        random.restore()

@@ -14,7 +14,6 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .context import Recomputing
 from .side_outputs import SideOutputs
 from .surroundings import Surroundings
 from .tape import run_stage
@@ -66,7 +65,7 @@ def differentiable_gradients(
         seen.modes(blocks),
         seen.parameters_replaced(blocks, bound),
         seen.traceless(blocks),
-        Recomputing(),
+        seen.again(),
     ):
         seen.begin_again()
         output = inputs.replaced(sources)

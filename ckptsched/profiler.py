@@ -19,7 +19,7 @@ from .advice import about_value
 from .aliases import Slots, make_alias, take_out_what_was_left
 from .assembly import assemble
 from .bar import progress_bar
-from .context import Autocast, Generators, OneKernel, RandomState, Recomputing
+from .context import Autocast, Generators, OneWay, RandomState, Recomputing
 from .devices import KNOWN, what_is_wrong
 from .errors import CkptschedError, ProfileError
 from .estimate import estimate
@@ -155,7 +155,7 @@ def profile(
         _reason_first(state),
         _aliased(model),
         Autocast.take(device).again(),
-        OneKernel(),
+        OneWay(),
     ):
         extras = Extras.of(
             given.replaced(make_alias(t) if t.requires_grad else t.detach() for t in given.leaves)

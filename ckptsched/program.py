@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, NoReturn, final
+from typing import Any, Literal, NoReturn, TypeAlias, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .aliases import Place, Slots
+from .ambient_check import Expected
 from .budget import Tier
-from .context import Autocast, Generators
+from .context import ContextFn, Generators, contexts
 from .devices import named_tensors, several_devices
 from .engine import nodes_made
 from .errors import PlanMismatchError
@@ -45,6 +46,9 @@ from .workload import Chain
 # Parameters may be kept in another dtype than they are planned for if FSDP casts them to these.
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
+Check: TypeAlias = Literal["none", "glance", "outputs"]
+"""What of the output of a stage that runs again is compared with that of its first run."""
+
 # What `Liveness` says of an operation, as bits of one number: there are many, and each is asked.
 KEEPS_OUTPUT, FREES_INPUT, RESTORES, SNAPSHOTS = 1, 2, 4, 8
 
@@ -63,9 +67,17 @@ class Touched:
 class Program:
     """What a model and a plan have in common, made once: the schedule, cut and annotated."""
 
-    def __init__(self, model: nn.Module, plan: Plan, *, check_outputs: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        *,
+        check: Check = "glance",
+        context_fn: ContextFn | None = None,
+    ) -> None:
         self.model, self.plan = model, plan
-        self.check_outputs = check_outputs
+        self.check: Check = check
+        self.context_fn = context_fn
         signature = plan.chain.signature
         self.blocks = trace(model, frozen=signature.frozen if signature else 0)
         self.stages: list[StageCall] = [stage for block in self.blocks for stage in block.stages]
@@ -107,6 +119,7 @@ class Program:
         self.random, self.hidden = chain.draws, HiddenBuffers(self.slots, places)
         # Whether a run that does not simply go on begins with something put back.
         self.replays = self.random or bool(self.hidden)
+        self.glanced = self._to_glance_at(liveness)
         self.has_generators = bool(own_generators(model.modules()))
         self.may_change = self._changeable(places)
         self.all_slots = Slots([model])
@@ -122,6 +135,7 @@ class Program:
         self.own_leaves = bytes(flags[0] for flags in self._flags("own_leaves", len(chain)))
         self.first_trained = self._first_trained()
         self.inventory = Inventory(model)
+        self.expected = Expected(chain.signature, plan.peak_bytes)
         self.taken_apart = tuple(taken_apart(model))
         self._listed = self._lists()
         self.tensors = self._tensors()
@@ -203,6 +217,21 @@ class Program:
         numbers = self.numbers[part]
         again = numbers[liveness.repeats[part]]
         return Touched(*(tuple(np.unique(self.owner[x]).tolist()) for x in (numbers, again)))
+
+    def _to_glance_at(self, liveness: Liveness) -> bytes:
+        """For each stage whether to look if it gives the same when it runs again.
+
+        Of the stages of one module, such as the steps of an ODE, the first and the last that run
+        again are enough: what changes one changes all, as a rule.
+        """
+        chosen = np.zeros(len(self.chain), dtype=np.uint8)
+        latest: dict[int, int] = {}
+        for i in np.unique(self.numbers[liveness.repeats] - 1).tolist():
+            module = id(self.stages[i].module)
+            chosen[i] = module not in latest
+            latest[module] = i
+        chosen[list(latest.values())] = 1
+        return chosen.tobytes()
 
     def _collectors(self) -> Callable[[int], frozenset[int]]:
         """Gives what the backward of a stage may add gradients to, by identity."""
@@ -366,6 +395,10 @@ class Program:
             for leaf, planned in zip(inputs.leaves, self.carries[0], strict=True)
         )
 
+    def first_context(self) -> AbstractContextManager[Any]:
+        """What the user wants around the first run of stages."""
+        return nullcontext() if self.context_fn is None else contexts(self.context_fn)[0]
+
     def check_batch(self, inputs: State, given: State) -> None:
         """Refuse a batch, a mode or a choice of trained parameters that was not planned.
 
@@ -431,12 +464,6 @@ class Program:
                 f"{'model.eval()' if signature.training == 'eval' else 'model.train()'} as when it "
                 "was profiled, or profile and plan in the mode to train in (under torch.no_grad "
                 "any mode runs)"
-            )
-        autocast = str(Autocast.take(first.device))
-        if autocast != signature.autocast:
-            raise PlanMismatchError(
-                f"the plan is for autocast {signature.autocast}, found {autocast}; run the model "
-                "under the same, or profile under this one and plan again"
             )
         if self._lists() != self._listed:
             raise PlanMismatchError(

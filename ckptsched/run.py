@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .checksums import Checksums
-from .context import Recomputing
+from .ambient import Ambient
+from .checksums import Checksums, Glances
 from .engine import nodes_made
 from .errors import BudgetWarning, ExecutionError
 from .gathering import Gathering
@@ -31,6 +31,7 @@ from .stretches import between
 from .surroundings import Snapshot, Surroundings
 from .tape import Carries, Tape, are_leaves, run_alone, run_stage, run_under, sources_of
 from .tape_walk import Contents
+from .transforms import module_tracker_at_work
 from .trees import State, storages
 from .turns import Stay
 from .usage import Path, Uses
@@ -111,7 +112,13 @@ class Run:
     """One call of the model: what is stored, and where in the schedule it stands."""
 
     def __init__(
-        self, program: Program, inputs: State, given: State, within: Sequence[Stay] = ()
+        self,
+        program: Program,
+        inputs: State,
+        given: State,
+        ambient: Ambient,
+        inside: Ambient | None = None,
+        within: Sequence[Stay] = (),
     ) -> None:
         """Begin a step.
 
@@ -119,11 +126,13 @@ class Run:
             program: The model and its plan.
             inputs: The input as the caller gave it, taken apart.
             given: What every stage is given besides, taken apart.
+            ambient: What the caller has around.
+            inside: The same with the context of a first run; None where the user gives none.
             within: The turns during which the step was begun.
         """
         self.program = program
         self.device = inputs.leaves[0].device
-        self.seen = Surroundings(program, self.device, given, within)
+        self.seen = Surroundings(program, given, ambient, inside, within)
         sharding = program.sharding()
         self.gathering = None if sharding is None else Gathering(sharding, self.seen)
         self.parameters_by_block = self._assign()
@@ -137,7 +146,10 @@ class Run:
         self._gradients_on = torch.enable_grad()  # entered every step, and cheaper to keep
         self.output = State(())
         self.sides = SideOutputs()
-        self.checksums = Checksums() if program.check_outputs else None
+        self.checksums = Checksums() if program.check == "outputs" else None
+        # Kernels of other devices may differ in the last bit from run to run.
+        glancing = program.check == "glance" and self.device.type == "cpu"
+        self.glances = Glances() if glancing else None
         self._start(inputs)
 
     def _start(self, inputs: State) -> None:
@@ -244,6 +256,7 @@ class Run:
         first, self.phase = self.phase is _Phase.TURNED, _Phase.GOING_BACK
         with self._guard():
             self.seen.check()
+            self.seen.begin_backward()
             if self.gathering is not None:
                 self.gathering.check()
             if torch.is_grad_enabled():
@@ -501,7 +514,7 @@ class Run:
         """What tells the stages of a stretch whether they run again."""
         # A block's forward runs nothing again, and its backward nothing else.
         again = self._repeating or p > self.program.segments.turn
-        return Recomputing() if again else _FIRST
+        return self.seen.again() if again else _FIRST
 
     def _wanted(self, i: int) -> tuple[int, ...]:
         """For each tensor of state i what the stage after it finds, one of `Carries`."""
@@ -744,6 +757,8 @@ class Run:
                 )
         if self.checksums is not None:
             self.checksums.see(i, self.program.stages[i - 1].name, leaves)
+        elif self.glances is not None and self.program.glanced[i - 1]:
+            self.glances.see(i, self.program.stages[i - 1].name, leaves)
 
     def _backwards(self, last: int, first: int) -> None:
         """Backwards of stages that follow each other, by the tapes that there are."""
@@ -763,7 +778,8 @@ class Run:
             with self.seen.going_back():
                 self.gradients = tape.backward(gradients, further)
             del tape, further
-            if lives() is not None and still(partial(_is_there, lives)):
+            held = lives() is not None and not module_tracker_at_work()
+            if held and still(partial(_is_there, lives)):
                 self._refuse_left(start, i)
             i = start - 1
 

@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from torch.overrides import TorchFunctionMode
 
 from .errors import ExecutionError
+from .saved_hooks import Hooks, hooks_now
 
 Place: TypeAlias = tuple[int, int]
 """The stage that leaves a tensor, counted from 1, and its number among what the stage meets."""
@@ -46,6 +47,8 @@ class Look(TorchFunctionMode):
         self._order: list[weakref.ref[Tensor]] = []
         self._held: dict[int, Tensor] = {}
         self._paused = False
+        self.under: Hooks | None = None
+        """What packs for the user, in whose stead this does while a stage runs."""
         self._retaining: list[weakref.ref[Tensor]] = []
         self.retained: set[int] = set()
         """Numbers of what is to keep its gradient, once `take` has found them."""
@@ -86,27 +89,31 @@ class Look(TorchFunctionMode):
 
         What saves and gives back is no part of the stage, and meets nothing.
         """
+        self.under = hooks_now()
         return saved_tensors_hooks(self._keep, self._give_back)
 
-    def _keep(self, tensor: Tensor) -> tuple[Tensor, int]:
+    def _keep(self, tensor: Tensor) -> tuple[Any, int | None]:
         self._paused = True
         try:
-            return tensor.detach(), tensor._version
+            alias = tensor if isinstance(tensor, nn.Parameter) else tensor.detach()
+            if self.under is None:
+                return alias, tensor._version
+            return self.under[0](alias), None
         finally:
             self._paused = False
 
-    def _give_back(self, kept: tuple[Tensor, int]) -> Tensor:
-        tensor, version = kept
+    def _give_back(self, kept: tuple[Any, int | None]) -> Tensor:
         self._paused = True
         try:
+            tensor: Tensor = kept[0] if self.under is None else self.under[1](kept[0])
             found = tensor._version
         finally:
             self._paused = False
-        if found != version:
+        if kept[1] is not None and kept[1] != found:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an "
                 f"inplace operation: a tensor of shape {tuple(tensor.shape)} is at version "
-                f"{found}; expected version {version} instead"
+                f"{found}; expected version {kept[1]} instead"
             )
         return tensor
 

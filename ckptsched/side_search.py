@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .errors import ProfileError
 from .side_outputs import Look, cut_all
 from .tape import record
+from .transforms import module_tracker_at_work
 from .trees import Extras, State
 
 _PATIENCE = 5  # milliseconds
@@ -113,7 +114,7 @@ def _check_gone(
     name: str, lives: Callable[[], object], aliases: Iterable[Tensor], module: nn.Module
 ) -> None:
     """Refuse a stage whose graph is held by what was not found."""
-    if not _is_held(lives, aliases):
+    if not _is_held(lives, aliases) or module_tracker_at_work():
         return
     gc.collect()
     if not _is_held(lives, aliases):

@@ -252,6 +252,11 @@ class Signature:
     """How many leading stages, as traced, need no gradient and are run as one; 0 for none."""
     unfit: str = ""
     """Why the model can follow no plan; empty where it can."""
+    settings: tuple[str, ...] = ()
+    """torch's settings that decide which kernels run, such as "default dtype: torch.float32"; empty
+    in plans of older versions, which do not know them."""
+    hooks: str = ""
+    """What packed the tensors that autograd saves; empty: nothing did."""
 
 
 def check_size(what: str, value: object) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .aliases import Place
-from .context import Autocast
+from .ambient import Ambient
 from .errors import PlanMismatchError
+from .saved_hooks import describe_hooks
 from .sharding import class_before, is_sharded
 from .stages import Signature
 from .tensor_types import is_plain, type_name
@@ -182,6 +183,7 @@ def sign(
         PlanMismatchError: A hidden buffer belongs to a module that is none of the model's.
     """
     x = inputs.leaves[0]
+    ambient = Ambient.take(x.device)
     return Signature(
         structure=structure_digest(blocks),
         input_shape=tuple(x.shape),
@@ -191,7 +193,7 @@ def sign(
         device=x.device.type,
         threads=torch.get_num_threads(),
         training=training_mode(model),
-        autocast=str(Autocast.take(x.device)),
+        autocast=str(ambient.autocast),
         torch_version=str(torch.__version__),
         inputs=describe_inputs(inputs, given),
         carries=write_carries(carries),
@@ -200,6 +202,8 @@ def sign(
         sides=write_carries((flag,) for flag in sides) if any(sides) else "",
         hidden=_names(model, hidden),
         frozen=frozen,
+        settings=ambient.described(),
+        hooks=describe_hooks(ambient.hooks),
     )
 
 

@@ -1,8 +1,8 @@
 """What a forward pass found around its stages: its backward must find the same again.
 
-Parameters, buffers, training modes, autocast and the random state are noted when a forward
-begins. What runs again runs among these, and what has changed meanwhile in a way that would
-give wrong gradients is an error.
+Parameters, buffers, training modes, the random state, and torch's own settings and modes are
+noted when a forward begins. What runs again runs among these, and what has changed meanwhile in a
+way that would give wrong gradients is an error.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from operator import is_
-from typing import NoReturn, cast, final
+from typing import NoReturn, final
 
-import torch
 from torch import Tensor, nn
 
 from .aliases import make_alias
-from .context import Autocast, Generators, OneKernel, RandomState
+from .ambient import Ambient
+from .context import Autocast, Generators, OneWay, RandomState, Recomputing, contexts
 from .errors import ExecutionError
 from .hidden import Values
 from .program import Program
@@ -33,21 +33,25 @@ class Surroundings:
     def __init__(
         self,
         program: Program,
-        device: torch.device,
         given: State,
+        ambient: Ambient,
+        inside: Ambient | None = None,
         within: Sequence[Stay] = (),
     ) -> None:
         """Note everything.
 
         Args:
             program: The model and its plan.
-            device: Where the stages run.
             given: What every stage is given besides the state, taken apart.
+            ambient: What the caller has around.
+            inside: The same with the context of a first run; None where the user gives none.
             within: The turns during which the step was begun.
         """
         self._within = within
-        self.program, self.device = program, device
-        self.autocast, self._outer = Autocast.take(device), cast(Autocast | None, None)
+        self.program, self.device = program, ambient.device
+        self._ambient = ambient
+        # What stages are to find, and what is around; no backward is going on yet.
+        self._wanted = self._around = inside or ambient
         self.parameters = program.all_slots.parameters()
         later = program.sharded_parameters()
         self.waiting = [k for k, p in enumerate(self.parameters) if id(p) in later] if later else []
@@ -64,7 +68,7 @@ class Surroundings:
         self._modes = [[m.training for m in slots.modules] for slots in program.slots]
         # For one more backward; neither of the two is a tensor, whose bytes would count.
         own = self._generators_found
-        self._generators = Generators(device, own) if program.random else None
+        self._generators = Generators(self.device, own) if program.random else None
         self._untouched = b"" if program.random else self._random_state().to_bytes()
         self._hidden_at_first = program.hidden.take(0) if program.hidden else ()
         self._replaying = False
@@ -283,17 +287,40 @@ class Surroundings:
                 "began, so stages would run again with another; change a copy instead"
             )
 
+    def begin_backward(self) -> None:
+        """Look at what is around a backward, whose stages find what was around the forward."""
+        around = Ambient.take(self.device)
+        wanted = self._ambient.found_from(around)
+        self._wanted = self._around = around
+        if wanted != around:
+            self._wanted = wanted
+
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Keep other threads out, and run under the autocast of the forward pass."""
-        outer = Autocast.take(self.device)
-        self._outer = None if outer == self.autocast else outer
-        with self.program.alone(self._within), self.autocast.again(), OneKernel():
+        """Keep other threads out, and run among what the forward pass found."""
+        with self.program.alone(self._within), self._wanted.again(self._around), OneWay():
             yield
 
     def going_back(self) -> AbstractContextManager[None]:
-        """Run a backward under the autocast of who called it, as autograd does."""
-        return nullcontext() if self._outer is None else self._outer.again()
+        """Run a backward among what is around who called it, as autograd does."""
+        if self._around is self._wanted:
+            return nullcontext()
+        return self._around.again(self._wanted)
+
+    def again(self) -> AbstractContextManager[None]:
+        """Around stages that run again."""
+        return Recomputing() if self.program.context_fn is None else self._again_in_context()
+
+    @contextmanager
+    def _again_in_context(self) -> Iterator[None]:
+        assert self.program.context_fn is not None
+        # Autocast is looked at in there, and entered without its cache of cast weights.
+        with (
+            contexts(self.program.context_fn)[1],
+            Autocast.take(self.device).again(),
+            Recomputing(),
+        ):
+            yield
 
     def modes(self, blocks: Iterable[int]) -> AbstractContextManager[None]:
         """Let the modules of some blocks train, or not, as in the forward pass.

@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, Node, saved_tensors_hooks
 
 from .engine import Root, edge_of, go_back
 from .errors import ExecutionError
+from .saved_hooks import hooks_now
 from .side_outputs import Look, Place
 from .tape_walk import NOTHING, Contents, walk
 from .trees import NO_EXTRAS, Extras, State
@@ -27,7 +28,7 @@ from .trees import NO_EXTRAS, Extras, State
 _NO_SIDES: Mapping[Place, Tensor] = {}
 
 # Something that requires a gradient, so that a source does; it never receives one.
-_ANCHOR = torch.empty(0, requires_grad=True)
+_ANCHOR = torch.empty(0, requires_grad=True, device="cpu")
 
 
 class Carries(enum.IntEnum):
@@ -357,6 +358,8 @@ def run_under(
     """
     if look is None:
         return run_stage(stage, x, extras)
+    # A hook of the user's that gives back what it is given would keep a tensor alive by a cycle.
+    keeps = keeps or hooks_now() is not None
     with look, look.keeping_aliases() if keeps else nullcontext():
         look.meet(x.leaves)
         return run_stage(stage, x, extras)

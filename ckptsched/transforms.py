@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .errors import ExecutionError, WorkloadError
+from .saved_hooks import innermost_hooks, no_hooks
 
 _AS_IT_IS = nullcontext()
 
@@ -181,20 +182,23 @@ def hidden_from_torch_checkpoint() -> Iterator[None]:
     It would take away what is saved, a plan's tapes among it, and have all of it computed again
     at once. Where torch does not tell of it, nothing is kept from it.
     """
-    engine: Any = getattr(torch._C, "_autograd", None)
-    top: Any = getattr(engine, "_top_saved_tensors_default_hooks", None)
-    hooks = [] if top is None else [top(True)]
-    maker = getattr(hooks[0][0], "__qualname__", "") if hooks and hooks[0] else ""
+    hooks = innermost_hooks()
+    maker = "" if hooks is None else getattr(hooks[0], "__qualname__", "")
     if not maker.startswith(("_checkpoint_hook.", "_recomputation_hook.")):
         yield
         return
-    # Whatever lies under it does not see what is saved either, as in plain autograd.
-    engine._pop_saved_tensors_default_hooks()
-    while (under := top(True)) is not None:
-        hooks.append(under)
-        engine._pop_saved_tensors_default_hooks()
-    try:
+    with (
+        no_hooks()
+    ):  # whatever lies under it does not see what is saved either, as in plain autograd
         yield
-    finally:
-        for pack, unpack in reversed(hooks):
-            engine._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def module_tracker_at_work() -> bool:
+    """Whether `FlopCounterMode` or the like holds nodes of every graph, until it is left.
+
+    It hangs hooks on them to know which module a backward belongs to. What it holds takes no data.
+    Where torch does not tell of hooks on all modules, the answer is False.
+    """
+    hooks: Any = getattr(torch.nn.modules.module, "_global_forward_hooks", {})
+    owners = (type(getattr(hook, "__self__", None)) for hook in hooks.values())
+    return any(owner.__module__ == "torch.utils.module_tracker" for owner in owners)

@@ -171,7 +171,8 @@ def verify(
     Raises:
         PlanMismatchError: The plan does not belong to the model or the sample.
     """
-    planned = checkpointed(plain_model(model, "verify", PlanMismatchError), plan)
+    plain_model(model, "verify", PlanMismatchError)
+    planned = checkpointed(model, plan, check="none")  # what differs is measured
     call = _Call(sample, kwargs or {})
     plain = planned.model
     if not torch.is_grad_enabled():
@@ -193,7 +194,7 @@ def verify(
                 leaf.grad = None
 
         reset()
-        step = _Step(call, loss, autocast, cached)
+        step = _Step(call, loss, autocast, cached, planned)
         expected = _measure(plain, step, meter)
         reset()
         uncached = _measure(plain, replace(step, cached=False), meter) if cached else None
@@ -240,7 +241,7 @@ class _Call:
         self._constants = tuple(state.constants())
         self.device = self.leaves[0].device
 
-    def __call__(self, model: nn.Module) -> Any:
+    def __call__(self, model: Callable[..., Any]) -> Any:
         return model(*self._sample, **self._kwargs)
 
     def generators(self, model: nn.Module) -> tuple[torch.Generator, ...]:
@@ -265,11 +266,12 @@ class _Step:
     autocast: Autocast
     cached: bool
     """Whether with autocast's cache of cast weights."""
+    planned: Checkpointed
 
     def __call__(self, model: nn.Module) -> tuple[Any, Tensor]:
         torch.clear_autocast_cache()  # of runs before, whose graphs are gone
         with self.autocast.again(cached=self.cached):
-            output = self.call(model)
+            output = self.call(model if model is self.planned else self.planned.plainly)
             value = self.loss(output)
         value.backward()  # type: ignore[no-untyped-call]
         return output, value

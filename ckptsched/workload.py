@@ -462,7 +462,8 @@ def _read_signature(data: Mapping[str, Any] | None) -> Signature | None:
     if data is None:
         return None
     tuples = {key: tuple(data[key]) for key in ("input_shape", "input_stride")}
-    return Signature(**{**data, **tuples, "hidden": tuple(data.get("hidden", ()))})
+    tuples |= {key: tuple(data.get(key, ())) for key in ("hidden", "settings")}
+    return Signature(**{**data, **tuples})
 
 
 def _build_stages(

@@ -36,6 +36,7 @@ RANKS = {
     "memory_allocator": 1,
     "memory_trace": 1,
     "progress": 1,
+    "settings": 1,
     "sharding": 1,
     "side_outputs": 1,
     "transforms": 1,
@@ -50,6 +51,9 @@ RANKS = {
     "ode.tableaus": 1,
     "ode.methods": 1,
     "bar": 2,
+    "ambient": 2,
+    "saved_hooks": 0,
+    "ambient_check": 3,
     "hidden": 2,
     "ledger_bound": 2,
     "tape_walk": 2,
@@ -185,6 +189,9 @@ SOLVER_USERS = {"certify", "planner", "portfolio", "ode.replay", "ode.bounded"}
 # Who may import what comes from outside the standard library.
 TORCH_SIDE = {
     "advice",
+    "ambient",
+    "saved_hooks",
+    "settings",
     "aliases",
     "assembly",
     "checksums",

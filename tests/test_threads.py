@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.context import OneKernel
+from ckptsched.context import OneWay
 from tests.networks import planned
 
 
@@ -71,14 +71,14 @@ def test_the_switch_of_attention_is_as_it_was_when_all_are_out() -> None:
     entered, leave = threading.Event(), threading.Event()
 
     def inside() -> None:
-        with OneKernel():
+        with OneWay():
             entered.set()
             leave.wait()
 
     thread = threading.Thread(target=inside)
     thread.start()
     entered.wait()
-    with OneKernel():
+    with OneWay():
         leave.set()
         thread.join()
         assert not torch.backends.mha.get_fastpath_enabled()

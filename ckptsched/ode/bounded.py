@@ -16,8 +16,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..context import Autocast, OneKernel
+from ..context import Autocast, OneWay, caching
 from ..errors import BudgetWarning, ExecutionError
+from ..hidden import unsteady_weight
+from ..saved_hooks import no_hooks
 from ..solvers.online import OnlinePlacement
 from ..transforms import outside_of_compiled_code, refuse_batched_gradients
 from ..turns import InTurn, Lent, Turn
@@ -90,11 +92,24 @@ class BoundedSolve:
             are wanted.
         """
         try:
-            with self._turns.mine(), OneKernel():
-                return self._run(y0, t)
+            with self._turns.mine():
+                self._check_cached(y0.device)
+                with OneWay():
+                    return self._run(y0, t)
         except BaseException:
             self._states.clear()
             raise
+
+    def _check_cached(self, device: torch.device) -> None:
+        """Refuse weights that f would compute more often than `parametrize.cached()` does."""
+        modules = (m for root in self._closure.modules for m in root.modules())
+        unsteady = unsteady_weight(modules, device) if caching() else ""
+        if unsteady:
+            raise ExecutionError(
+                f"{unsteady} is another each time it is computed, which "
+                "torch.nn.utils.parametrize.cached() does once and a solve within a budget at each "
+                "evaluation; solve outside of cached(), or without a budget"
+            )
 
     def _run(self, y0: Tensor, t: Tensor) -> Tensor:
         carried = Carried(self._closure, y0.device)
@@ -113,7 +128,8 @@ class BoundedSolve:
         self._environment = Environment(self._closure, self._wanted, y0, Found(self._problem.func))
         own, others = outputs[: self._before], outputs[self._before :]
         del forward, integration, outputs
-        states: Tensor = _Node.apply(self, others, head, t, *self._wanted)
+        with no_hooks():  # what a further backward begins with is saved as it is
+            states: Tensor = _Node.apply(self, others, head, t, *self._wanted)
         return torch.cat([*(z.unsqueeze(0) for z in own), states]) if own else states
 
     def _count(self, integration: Integration, forward: _Forward) -> None:

@@ -9,7 +9,8 @@ from typing import final
 from torch import Tensor
 
 from ..aliases import Slots, make_alias
-from ..context import Autocast, Generators, OneKernel, Recomputing
+from ..ambient import Ambient
+from ..context import Generators, OneWay, Recomputing
 from ..errors import ExecutionError
 from .attributes import Found
 from .carried import Carried
@@ -38,7 +39,7 @@ class Environment:
         self._found = found
         self._closure, self._slots = closure, Slots(closure.modules)
         self._modes = [(m, m.training) for root in closure.modules for m in root.modules()]
-        self._autocast = self._outer = Autocast.take(like.device)
+        self._ambient = self._wanted = self._around = Ambient.take(like.device)
         self._device = like.device
         held = [*self._slots.parameters(), *closure.tensors]
         aliases = {id(p): make_alias(p) for p in held}
@@ -82,7 +83,10 @@ class Environment:
             stand_ins: What is read in place of some of `known`, by their id.
         """
         outer = Generators(self._device, carried.own) if carried.draws else None
-        self._outer = Autocast.take(self._device)
+        around = Ambient.take(self._device)
+        wanted = self._ambient.found_from(around)
+        self._around = around
+        self._wanted = around if wanted == around else wanted
         changed = [(m, m.training) for m, flag in self._modes if m.training != flag]
         clones = {id(b): b.clone() for b in self._slots.buffers()}
         instead = stand_ins or {}
@@ -91,8 +95,8 @@ class Environment:
             for module, now in changed:
                 module.training = not now
             with (
-                self._autocast.again(),
-                OneKernel(),
+                self._wanted.again(self._around),
+                OneWay(),
                 Recomputing(),
                 nullcontext() if self._found is None else self._found.again(),
                 self._slots.parameters_replaced(bound),
@@ -107,5 +111,7 @@ class Environment:
                 outer.restore()
 
     def going_back(self) -> AbstractContextManager[None]:
-        """Inside `again`: the autocast of who called the backward, as autograd has it."""
-        return nullcontext() if self._outer == self._autocast else self._outer.again()
+        """Inside `again`: what is around who called the backward, as autograd has it."""
+        if self._around is self._wanted:
+            return nullcontext()
+        return self._around.again(self._wanted)

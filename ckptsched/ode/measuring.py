@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from ..context import Autocast, Generators
+from ..ambient import Ambient
+from ..context import Generators
 from ..errors import ExecutionError, ProfileError
 from ..memory import Measurement, ProfilerMeter, default_meter
 from ..side_search import is_in_a_graph, still, whereabouts
@@ -89,7 +90,7 @@ class Trial:
         held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
         return (
             *(problem.tableau, problem.meet, identity_of_norm(problem.norm)),
-            *(_layout(y0), self._with_time, str(Autocast.take(y0.device))),
+            *(_layout(y0), self._with_time, *Ambient.take(y0.device).key()),
             tuple(map(Identity, self._closure.modules)),
             tuple((type(m), m.training) for m in modules),
             tuple(map(_layout, (*held, *self._closure.tensors, *self._wanted))),
@@ -275,7 +276,8 @@ class Trial:
         inside = (step.t0, step.t0 + _INSIDE * h, middle + _INSIDE * h)
         probe = replace(self._problem, times=inside, meet=False)
         leaf = self._z0.detach().requires_grad_(self._y0.requires_grad)
-        times = torch.tensor(probe.times, dtype=torch.float64).requires_grad_(self._with_time)
+        times = torch.tensor(probe.times, dtype=torch.float64, device="cpu")
+        times.requires_grad_(self._with_time)
         wanted = [x for x in (leaf, times, *environment.tensors) if x.requires_grad]
         gradient = torch.zeros_like(leaf)
         held: list[tuple[Tensor, Moment | None]] = []
@@ -338,7 +340,7 @@ class Trial:
             f = RightHandSide(problem.func, z0, shift)
             replayed(f, record, probe, 0, z0, every=every)
             if with_time:
-                rates = torch.zeros(2, dtype=torch.float64)
+                rates = torch.zeros(2, dtype=torch.float64, device="cpu")
                 add_rates(rates, f, record, probe, 0, z0, outputs, every=every)
             make = partial(TapedStep, f, record, probe, 0, z0, every)
             tape = checked(make, [*environment.known, *wanted])

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ambient import Ambient
 from ..budget import Budget, exact_bytes, format_bytes, parse_budget
-from ..context import Autocast, Generators
+from ..context import Generators
 from ..errors import InfeasibleBudgetError, PlanMismatchError, ProfileError
 from ..executor import Checkpointed, checkpointed
 from ..planner import plan
@@ -102,7 +103,7 @@ def _key(
     return (
         *(solve.integrator, solve.shapes, solve.counts, solve.parts, grid.clock is not None),
         *(tuple(y0.shape), y0.dtype, y0.stride(), str(y0.device), y0.requires_grad),
-        *(modes, str(Autocast.take(y0.device)), torch.get_num_threads(), str(budget), solver),
+        *(modes, *Ambient.take(y0.device).key(), torch.get_num_threads(), str(budget), solver),
     )
 
 

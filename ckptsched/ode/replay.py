@@ -226,7 +226,7 @@ class Sweep:
         sums = Sums([None] * len(wanted))
         rates = None
         if shift is not None:
-            rates = torch.zeros(len(self._problem.times), dtype=torch.float64)
+            rates = torch.zeros(len(self._problem.times), dtype=torch.float64, device="cpu")
         n = len(self._record) - self._first
         positions = [position - self._first for position in sorted(states)]
         if last_input and n > 1 and positions[-1] == n - 1:
