@@ -609,11 +609,29 @@ class _Probe:
             return self._run_twice()
         except CkptschedError:
             raise
-        except Exception:
-            self._watch.put_back(self._watch.changed())
-            self.begin_again()
+        except Exception as error:
+            if not self._fails_again():
+                raise ProfileError(
+                    f"stage {self.name!r} failed once, and not when it was run again: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
             self._alone = Alone.DIFFERENTIATES
             return self._run_twice()
+
+    def _fails_again(self) -> bool:
+        """Whether it cannot run without gradients; all is put back to where it began."""
+        try:
+            self._put_all_back()
+            self._run()
+        except Exception:
+            return True
+        finally:
+            self._put_all_back()
+        return False
+
+    def _put_all_back(self) -> None:
+        self._watch.put_back(self._watch.changed())
+        self.begin_again()
 
     def record(self) -> tuple[Tape, State, list[Tensor]]:
         """Run the stage with its tape, from where it began.
@@ -669,7 +687,7 @@ class _Probe:
             found = find()
         except CkptschedError:
             raise
-        except Exception as error:  # torch.func allows no hooks of what is saved
+        except RuntimeError as error:  # torch.func allows no hooks of what is saved
             found = find(keeps=False)
             if found.tensors:
                 raise ProfileError(
@@ -696,7 +714,7 @@ class _Probe:
             self._alone = Alone.FORGETS
             try:
                 found = self._gives_again(taped, list(taped.leaves))
-            except Exception:  # it went back, or torch.func allows no hooks of ours
+            except (CkptschedError, RuntimeError):  # it went back, or torch.func allows no hooks
                 found = False
             if not found:
                 self._alone = Alone.DIFFERENTIATES
