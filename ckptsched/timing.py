@@ -23,6 +23,7 @@ _AGREED = 0.03  # the disagreement, relative, with which they are good enough
 _MOST_SPREAD = 0.10  # the one from which on people are warned
 # A run in which the thread waited for longer than this was disturbed, or waits by itself.
 _WAITED_SHARE, _WAITED_SECONDS = 0.05, 20e-6
+_thread_seconds = time.thread_time
 _FEWEST = 3  # undisturbed runs that are taken by themselves
 
 ROUNDS = _MIN_ROUNDS
@@ -53,11 +54,11 @@ class _Watch:
 
     def start(self) -> None:
         """Begin."""
-        self._wall, self._busy = now(self.device), time.thread_time()
+        self._wall, self._busy = now(self.device), _thread_seconds()
 
     def lap(self) -> _Run:
         """The run since `start` or the last lap."""
-        wall, busy = now(self.device), time.thread_time()
+        wall, busy = now(self.device), _thread_seconds()
         seconds, worked = wall - self._wall, busy - self._busy
         self._wall, self._busy = wall, busy
         waited = seconds - worked > max(_WAITED_SHARE * seconds, _WAITED_SECONDS)

@@ -36,7 +36,7 @@ CHAINS = [uniform_chain(), mixed_chain(), uniform_chain(1)]
     [
         (-1, "-1 bytes is not positive"),
         (0, "0 bytes is not positive"),
-        (0.5, "0.5 bytes is not positive"),
+        (0.5, "0.5 bytes is less than one byte"),
         (math.nan, "nan bytes is not a finite number"),
         (math.inf, "inf bytes is not a finite number"),
         ("-3 MiB", "'-3 MiB' is not positive"),
