@@ -128,10 +128,11 @@ def profile(
             "batch, under torch.no_grad(), before it is profiled"
         )
     inputs, given = _apart(sample, kwargs or {})
-    _refuse_tensors(model, inputs, given, fake=fake)
+    # First, as a tensor on another device than the rest is no matter of that device alone.
     wrong = what_is_wrong(model, inputs, given)
     if wrong:
         raise ProfileError(wrong)
+    _refuse_tensors(model, inputs, given, fake=fake)
     if fake:
         with Recomputing():
             return estimate(model, inputs, given, loss or default_loss)
