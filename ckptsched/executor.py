@@ -11,6 +11,7 @@ data alive.
 from __future__ import annotations
 
 import warnings
+import weakref
 from functools import partial
 from typing import Any, cast, final, get_args
 
@@ -23,6 +24,7 @@ from .context import ContextFn, is_recomputing
 from .errors import BudgetWarning, ExecutionError, PlanMismatchError
 from .gathering import TOKEN
 from .higher import Gradients
+from .holds import Hold, keep
 from .plans import Plan
 from .program import Check, Program
 from .run import Run
@@ -246,16 +248,17 @@ def _step(program: Program, inputs: State, given: State) -> Any:
         program.expected.check(inside or ambient, program.inventory)
         run = Run(program, inputs, given, ambient, inside, within)
         run.let_ask(inputs)
+        hold = Hold(run)
         entry = inputs.leaves
         if run.gathering is not None:
-            entry = run.gathering.run(partial(_run_block, run), run.state_before, entry)
+            entry = run.gathering.run(partial(_run_block, hold), run.state_before, entry)
         else:
             for k in range(len(program.slots)):
-                entry = _run_block(run, k, entry)
+                entry = _run_block(hold, k, entry)
         # Inside a tuple: the output node keeps the inputs for one more backward, and is no way to
         # them.
         with no_hooks():
-            output = _OutputNode.apply(run, *entry, (inputs, given))
+            output = _OutputNode.apply(hold, *entry, (inputs, given))
     leaves = output if isinstance(output, tuple) else (output,)
     if run.program.has_sides:
         count = len(run.program.carries[-1])
@@ -268,22 +271,25 @@ def _step(program: Program, inputs: State, given: State) -> Any:
     return run.output.replaced(leaves).value()
 
 
-def _run_block(run: Run, k: int, entry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _run_block(hold: Hold, k: int, entry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The forward of one block, as a node of the outer graph."""
+    run: Run = hold.value
     run.begin(k)
-    return (_BlockNode.apply(run, k, len(entry), *entry, *run.tensors_of(k)),)
+    return (_BlockNode.apply(hold, k, len(entry), *entry, *run.tensors_of(k)),)
 
 
 class _BlockNode(torch.autograd.Function):
     """One block in the outer graph; its parameters are inputs, so gradients reach them.
 
-    The first block's node takes the tensors of the input, and those that every stage is given.
+    The first block's node takes the tensors of the input, and those that every stage is given. The
+    run is held by the output's node alone, without which no backward comes here.
     """
 
     @staticmethod
-    def forward(ctx: Any, run: Run, k: int, entries: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, hold: Hold, k: int, entries: int, *tensors: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.run, ctx.k, ctx.entries = run, k, entries
+        run: Run = hold.value
+        ctx.hold, ctx.k, ctx.entries = weakref.ref(hold), k, entries
         run.forward(run.program.segments.forward[k])
         # Whatever the default dtype is then and now: a token that must be cast is copied.
         dtype = torch.float32 if run.gathering is None else TOKEN
@@ -292,7 +298,12 @@ class _BlockNode(torch.autograd.Function):
     @staticmethod
     @outside_of_compiled_code
     def backward(ctx: Any, *grads: Any) -> Any:
-        run, k = ctx.run, ctx.k
+        hold, k = ctx.hold(), ctx.k
+        run: Run | None = None if hold is None else hold.value
+        if hold is None or run is None:
+            raise ExecutionError(
+                "this forward pass has been released: its backward was done; run the model again"
+            )
         wanted = ctx.needs_input_grad[3 : 3 + ctx.entries]
         higher = _handed_on(grads[0])
         if higher is None:
@@ -300,6 +311,8 @@ class _BlockNode(torch.autograd.Function):
             gradients = run.backward(run.program.segments.backward[-1 - k], lowest=lowest)
         else:
             gradients = run.differentiable(higher, k)
+        if k == 0 or not wanted[0]:
+            hold.end()
         before: tuple[Tensor | None, ...]
         if k > 0:
             before = (_token(run, higher) if wanted[0] else None,)
@@ -335,11 +348,15 @@ class _OutputNode(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, run: Run, token: Tensor, inputs: tuple[State, State]) -> Any:
+    def forward(ctx: Any, hold: Hold, token: Tensor, inputs: tuple[State, State]) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.run, ctx.inputs = run, [State((), state.tree) for state in inputs]
+        run: Run = hold.value
+        keep(ctx, hold)
+        if run.program.has_sides:  # which lead to this node, too
+            ctx.always = hold
+        run.trees = tuple([State((), state.tree) for state in inputs])
         ctx.count = len(inputs[0].leaves)
-        ctx.save_for_backward(*inputs[0].leaves, *inputs[1].leaves)
+        ctx.save_for_backward(*inputs[0].leaves, *inputs[1].leaves, hold.fuse())
         leaves = run.turn()
         carries = run.program.carries[-1]
         # The further ones, which stages have left by another way, carry a gradient.
@@ -353,21 +370,35 @@ class _OutputNode(torch.autograd.Function):
     @staticmethod
     @outside_of_compiled_code
     def backward(ctx: Any, *grads: Any) -> Any:
-        count = len(ctx.run.program.carries[-1])
+        hold = ctx.hold()
+        run: Run | None = None if hold is None else hold.value
+        if hold is None or run is None:
+            raise _second_backward("its graph is gone")
         refuse_batched_gradients(grads)
-        higher = ctx.run.start_backward(grads[:count], lambda: _saved(ctx), grads[count:])
-        return None, _token(ctx.run, higher), None
+        trees = run.trees
+        hold.begin()
+        try:
+            count = len(run.program.carries[-1])
+            higher = run.start_backward(grads[:count], lambda: _saved(ctx, trees), grads[count:])
+        except BaseException:
+            hold.end()
+            raise
+        return None, _token(run, higher), None
 
 
-def _saved(ctx: Any) -> tuple[State, State]:
+def _saved(ctx: Any, trees: tuple[State, ...]) -> tuple[State, State]:
     """What a node saved; autograd lets it go after a backward without `retain_graph`."""
     try:
-        leaves = ctx.saved_tensors
+        leaves = ctx.saved_tensors[:-1]
     except RuntimeError as error:
-        raise ExecutionError(
-            "a second backward through one forward pass: pass retain_graph=True to the first, so "
-            "that its input is kept (the forward then runs once more), or run the model again "
-            f"(torch: {error})"
-        ) from error
-    inputs, given = ctx.inputs
+        raise _second_backward(f"torch: {error}") from error
+    inputs, given = trees
     return inputs.replaced(leaves[: ctx.count]), given.replaced(leaves[ctx.count :])
+
+
+def _second_backward(why: str) -> ExecutionError:
+    return ExecutionError(
+        "a second backward through one forward pass: pass retain_graph=True to the first, so "
+        "that its input is kept (the forward then runs once more), or run the model again "
+        f"({why})"
+    )

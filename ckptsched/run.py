@@ -145,6 +145,8 @@ class Run:
         self._repeating = False
         self._gradients_on = torch.enable_grad()  # entered every step, and cheaper to keep
         self.output = State(())
+        self.trees: tuple[State, ...] = ()
+        """Of the input and of what every stage is given, without their tensors."""
         self.sides = SideOutputs()
         self.checksums = Checksums() if program.check == "outputs" else None
         # Kernels of other devices may differ in the last bit from run to run.

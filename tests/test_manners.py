@@ -398,7 +398,7 @@ def test_a_step_that_is_let_go_leaves_nothing(how: str) -> None:
 
     def step() -> weakref.ref[Any]:
         y = trained(x).sum()
-        run = weakref.ref(y.grad_fn.next_functions[0][0].run)
+        run = weakref.ref(y.grad_fn.next_functions[0][0].keeps.value)
         if how == "partial backward":
             torch.autograd.grad(y, parameters[-1])
         elif how == "retained":

@@ -31,7 +31,7 @@ from .closure import Closure, find_closure
 from .control import Norm, StepControl
 from .footprint import Room
 from .integration import Integration, reached_states, time_shift
-from .integrators import split
+from .integrators import parts_of
 from .kept import kept_with
 from .measuring import Trial
 from .methods import find_tableau
@@ -132,7 +132,7 @@ def solve_adaptive(
     solution = solve_problem(problem, closure, params, flat, t, bounds, func)
     if shapes is None:
         return solution
-    return AdaptiveSolution(split(solution.states, shapes, leading=1), solution.statistics)
+    return AdaptiveSolution(parts_of(solution.states, shapes), solution.statistics)
 
 
 @final

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExecutionError
+from ..holds import Hold, keep
 from .closure import outlive, unknown_leaves
 
 Solve: TypeAlias = Callable[[Callable[..., Any], Any, Tensor], Any]
@@ -66,8 +67,10 @@ class _Backsolve(torch.autograd.Function):
         *params: Tensor,
     ) -> Tensor:
         states: Tensor = solve(func, y0.detach(), t.detach())
-        ctx.solve, ctx.func, ctx.all_wanted = solve, func, all_wanted
-        ctx.save_for_backward(states, t, *params)
+        hold = Hold((solve, func))
+        keep(ctx, hold)
+        ctx.all_wanted = all_wanted
+        ctx.save_for_backward(states, t, hold.fuse(), *params)
         return states
 
     @staticmethod
@@ -77,23 +80,27 @@ class _Backsolve(torch.autograd.Function):
                 "the gradient of a backward solve cannot be differentiated again "
                 "(create_graph=True); take gradient='exact'"
             )
-        states, t, *params = ctx.saved_tensors
+        states, t, _, *params = ctx.saved_tensors
+        hold: Hold = ctx.hold()
+        solve, func = hold.value
+        hold.begin()
+        hold.end()  # which goes with what is saved, after this
         (gradient,) = grads
-        rates = _Adjoint(ctx.func, params, all_wanted=ctx.all_wanted)
+        rates = _Adjoint(func, params, all_wanted=ctx.all_wanted)
         times = torch.zeros_like(t)
         adjoint = gradient[-1]
         sums = [torch.zeros_like(p) for p in params]
         for j in range(len(t) - 1, 0, -1):
             if ctx.needs_input_grad[3]:
-                times[j] = _inner(gradient[j], ctx.func(t[j], states[j]))
+                times[j] = _inner(gradient[j], func(t[j], states[j]))
             ends = torch.stack([t[j], t[j - 1]]).detach()
             _, adjoint, *sums = (
-                part[-1] for part in ctx.solve(rates, (states[j], adjoint, *sums), ends)
+                part[-1] for part in solve(rates, (states[j], adjoint, *sums), ends)
             )
             adjoint = adjoint + gradient[j - 1]
         if ctx.needs_input_grad[3]:
             before = adjoint - gradient[0]
-            times[0] = -_inner(before, ctx.func(t[0], states[0]))
+            times[0] = -_inner(before, func(t[0], states[0]))
         return None, None, adjoint, times, None, *sums
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..context import Autocast, OneWay, caching
 from ..errors import BudgetWarning, ExecutionError
 from ..hidden import unsteady_weight
+from ..holds import Hold, joined, keep, take_over
 from ..saved_hooks import no_hooks
 from ..solvers.online import OnlinePlacement
 from ..transforms import outside_of_compiled_code, refuse_batched_gradients
@@ -129,8 +130,10 @@ class BoundedSolve:
         own, others = outputs[: self._before], outputs[self._before :]
         del forward, integration, outputs
         with no_hooks():  # what a further backward begins with is saved as it is
-            states: Tensor = _Node.apply(self, others, head, t, *self._wanted)
-        return torch.cat([*(z.unsqueeze(0) for z in own), states]) if own else states
+            states: Tensor = _Node.apply(Hold(self), others, head, t, *self._wanted)
+        if not own:
+            return states
+        return joined(take_over(states), *(z.unsqueeze(0) for z in own), states)
 
     def _count(self, integration: Integration, forward: _Forward) -> None:
         statistics = self._statistics
@@ -341,10 +344,10 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, solve: BoundedSolve, outputs: list[Tensor], head: Tensor, t: Tensor, *_: Tensor
+        ctx: Any, hold: Hold, outputs: list[Tensor], head: Tensor, t: Tensor, *_: Tensor
     ) -> Tensor:
-        ctx.solve = solve
-        ctx.save_for_backward(head, t)
+        keep(ctx, hold)
+        ctx.save_for_backward(head, t, hold.fuse())
         states = torch.stack(outputs)
         outputs.clear()
         return states
@@ -353,17 +356,21 @@ class _Node(torch.autograd.Function):
     @outside_of_compiled_code
     def backward(ctx: Any, *grads: Any) -> Any:
         try:
-            head, t = ctx.saved_tensors
+            head, t, _ = ctx.saved_tensors
         except RuntimeError as error:
             raise ExecutionError(
                 "a second backward through one solve: pass retain_graph=True to the first, or "
                 f"solve again (torch: {error})"
             ) from error
+        hold: Hold = ctx.hold()
+        solve: BoundedSolve = hold.value
+        hold.begin()
+        hold.end()  # which goes with what is saved, after this
         if torch.is_grad_enabled():
-            return None, None, *ctx.solve.differentiable(head, t, grads[0])
+            return None, None, *solve.differentiable(head, t, grads[0])
         if ctx.needs_input_grad[3]:
             refuse_batched_gradients(grads)  # the gradient of time is made of numbers
-        back, others, times = ctx.solve.backward(grads[0], with_time=ctx.needs_input_grad[3])
+        back, others, times = solve.backward(grads[0], with_time=ctx.needs_input_grad[3])
         if times is not None:
             times = times.to(device=t.device, dtype=t.dtype)
         return None, None, back if ctx.needs_input_grad[2] else None, times, *others

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WorkloadError
+from ..holds import handed, take_over
 from .implicit import theta_step
 from .methods import METHODS, find_tableau
 from .steps import Slope, Time, add, number, runge_kutta_step, slope_at
@@ -177,6 +178,18 @@ def split(y: Tensor, shapes: tuple[torch.Size, ...] | None, leading: int = 0) ->
         part.reshape((*y.shape[:leading], *shape))
         for part, shape in zip(parts, shapes, strict=True)
     )
+
+
+def parts_of(y: Tensor, shapes: tuple[torch.Size, ...] | None) -> Any:
+    """All states as the caller gets them; what y holds for its backward is held by the parts.
+
+    Args:
+        y: Flat states, along one leading dimension.
+        shapes: Of the parts; None hands y back.
+    """
+    if shapes is None:
+        return y
+    return handed(split(y, shapes, leading=1), take_over(y))
 
 
 # As torchdiffeq has them: its rk4 is the 3/8 rule, and heun2 is Heun's method.

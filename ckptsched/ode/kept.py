@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Hashable
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, final
+
+from torch import nn
 
 from ..turns import Turn
 from .closure import Closure
@@ -20,16 +23,34 @@ class Kept:
     """Findings by what they are for; a copy of what holds them begins anew."""
 
     anywhere: ClassVar[Kept]
-    """For functions that read no modules. These findings hold on to nothing of the user's
-    but a step function."""
+    """For functions that read no modules. These findings hold on to nothing of the user's."""
 
     def __init__(self) -> None:
         self.found: dict[Hashable, Any] = {}
+        self._owner: weakref.ref[Any] | None = None
         self.lock = Turn()
         """Of who runs steps again: they replace what the same modules and functions read."""
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
         return Kept, ()
+
+    def belongs_to(self, owner: Any) -> None:
+        """Note what holds this."""
+        try:
+            self._owner = weakref.ref(owner)
+        except TypeError:  # its kind cannot be referred to weakly
+            self._owner = None
+
+    def outlives(self, modules: Sequence[nn.Module]) -> bool:
+        """Whether modules live as long as this anyway, so that what is kept may hold them.
+
+        Args:
+            modules: Those that a right-hand side reads; parts of the module that holds this do, and
+                others would be kept alive by it.
+        """
+        owner = None if self._owner is None else self._owner()
+        parts = {id(m) for m in owner.modules()} if isinstance(owner, nn.Module) else set[int]()
+        return all(id(module) in parts for module in modules)
 
     def find(self, key: Hashable) -> Any:
         """What was found for a key, which is then the last to go; None where nothing was."""
@@ -75,4 +96,5 @@ def kept_with(func: Callable[..., Any], closure: Closure) -> tuple[Kept, Hashabl
     if not isinstance(attributes, dict):
         return Kept(), same
     found: Kept = attributes.setdefault(KEPT, Kept())
+    found.belongs_to(owner)
     return found, same

@@ -311,10 +311,12 @@ class Trial:
         begun, *steps, back = phases
         moment = self._carried.nbytes
         z = self._z0.nbytes + moment
+        # Each half reaches one output, whose derivatives in time are counted by the output.
+        rates = self._with_time * rates_inside(self._problem.tableau) * self._z0.nbytes
         return {
             "start_bytes": begun.final_bytes,
             # A tape is let go for a state, never the other way round.
-            "tape_bytes": max(z, *(x.final_bytes - x.start_bytes for x in steps)),
+            "tape_bytes": max(z, *(x.final_bytes - x.start_bytes - rates for x in steps)),
             # Before an attempt what f carries is taken down, here after it.
             "attempt_bytes": max(x.peak_bytes - x.start_bytes for x in steps) + moment,
             "return_bytes": back.peak_bytes - back.start_bytes,

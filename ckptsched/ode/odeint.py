@@ -12,6 +12,7 @@ from torch import Tensor
 from ..budget import Budget
 from ..context import Recomputing
 from ..errors import BudgetWarning, IntegrationError, WorkloadError
+from ..holds import Hold, joined
 from ..transforms import (
     has_gradient,
     outside_of_compiled_code,
@@ -22,7 +23,7 @@ from .adaptively import solve_adaptively
 from .backsolve import backsolve
 from .closure import Closure, find_closure
 from .grid import Grid, check_times, make_grid
-from .integrators import Implicit, Integrator, RungeKutta, find_integrator, join, split
+from .integrators import Implicit, Integrator, RungeKutta, find_integrator, join, parts_of, split
 from .parts import flat_state
 from .planned import solve_planned
 from .slopes import slope_count
@@ -147,11 +148,8 @@ def odeint(
             found: Tensor = join(func(time, split(y, shapes)), shapes)
             return found
 
-        return split(
-            backsolve(forward, slope, flat, t, trained, all_wanted=params is None),
-            shapes,
-            leading=1,
-        )
+        found = backsolve(forward, slope, flat, t, trained, all_wanted=params is None)
+        return parts_of(found, shapes)
     if params is not None:
         _check_params(tuple(params), closure, budget is not None)
     if _is_adaptive(integrator, given):
@@ -159,13 +157,13 @@ def odeint(
         states = solve_adaptively(
             func, flat, t, tableau, shapes, closure, (rtol, atol), given, budget, loss
         )
-        return split(states, shapes, leading=1)
+        return parts_of(states, shapes)
     grid = make_grid(func, y0, t, given, timed=has_gradient(t))
     counts = tuple(map(len, grid.outputs))
     solve = Solve(closure, integrator, shapes, counts, _parts(integrator, granularity))
-    outputs = _run(solve, func, flat, grid, closure, budget, solver, loss)
-    _check_finite(solve, Call(func, grid, closure), flat, outputs)
-    return split(outputs, shapes, leading=1)
+    outputs = _run(solve, integrator, func, flat, grid, closure, budget, solver, loss)
+    _check_finite(solve, Call(func, grid, closure, integrator), flat, outputs)
+    return parts_of(outputs, shapes)
 
 
 def _check_params(params: tuple[Tensor, ...], closure: Closure, planned: bool) -> None:
@@ -206,6 +204,7 @@ def _is_adaptive(integrator: Integrator, options: Mapping[str, Any]) -> bool:
 @outside_of_compiled_code
 def _run(
     solve: Solve,
+    integrator: Integrator,
     func: Callable[..., Any],
     y0: Tensor,
     grid: Grid,
@@ -220,18 +219,23 @@ def _run(
     if budget is not None and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         transform = transform_at_work(inputs)
         if not transform:
-            return solve_planned(solve, func, y0, grid, closure, budget, solver, loss)
+            return solve_planned(solve, integrator, func, y0, grid, closure, budget, solver, loss)
         warnings.warn(
             f"{transform} is at work, which a plan cannot follow: the solve runs by plain "
             "autograd, and takes its memory",
             BudgetWarning,
             stacklevel=3,
         )
-    call = Call(func, grid, closure)
+    call = Call(func, grid, closure, integrator)
     z = y0
     for index in range(grid.steps):
         z = solve.step(index, z, call, *clock)
-    return torch.stack([*call.kept, z])
+    states = [*call.kept, z]
+    call.kept = []
+    if isinstance(solve.integrator, Implicit) and z.requires_grad:
+        # Whose backward evaluates func, and refers to the call weakly.
+        return joined(Hold(call), *(state.unsqueeze(0) for state in states), fused=True)
+    return torch.stack(states)
 
 
 def _check_finite(solve: Solve, call: Call, y0: Tensor, outputs: Tensor) -> None:

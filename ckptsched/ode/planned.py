@@ -14,6 +14,7 @@ from ..budget import Budget, exact_bytes, format_bytes, parse_budget
 from ..context import Generators
 from ..errors import InfeasibleBudgetError, PlanMismatchError, ProfileError
 from ..executor import Checkpointed, checkpointed
+from ..holds import Hold, take_over
 from ..planner import plan
 from ..plans import Plan
 from ..profiler import profile
@@ -22,8 +23,9 @@ from ..turns import InTurn
 from ..workload import Chain
 from .attributes import Attributes, Found
 from .closure import Closure
-from .fingerprint import Identity
+from .fingerprint import Identity, fingerprint
 from .grid import Grid
+from .integrators import Integrator, UserStep
 from .kept import kept_with
 from .output_loss import Loss, LossNeeds, identity_of_loss, needs_of_loss
 from .solve import Call, Outputs, Solve
@@ -31,6 +33,7 @@ from .solve import Call, Outputs, Solve
 
 def solve_planned(
     solve: Solve,
+    integrator: Integrator,
     func: Callable[..., Any],
     y0: Tensor,
     grid: Grid,
@@ -43,6 +46,7 @@ def solve_planned(
 
     Args:
         solve: The steps.
+        integrator: The rule for one of them.
         func: The right-hand side.
         y0: Flat initial state.
         grid: Times of steps and outputs.
@@ -62,20 +66,25 @@ def solve_planned(
     closure.check_compiled()
     count = 1 + sum(solve.counts)
     kept, which = kept_with(func, closure)
-    key = (which, identity_of_loss(loss), *_key(solve, y0, grid, closure, budget, solver))
+    key = (
+        *(which, identity_of_loss(loss), _identity(integrator)),
+        *_key(solve, y0, grid, closure, budget, solver),
+    )
     for attempt in range(2):
         # Who draws random numbers waits meanwhile: measuring draws, and puts the generator back.
         with InTurn((Generators.turn, kept.lock)):
             # Nor does another thread have stand-ins in their places.
             tensors = (() if grid.clock is None else (grid.clock,)) + closure.tensors
-            model: Checkpointed | None = kept.find(key)
-            if model is None:
+            found: Plan | Checkpointed | None = kept.find(key)
+            if found is None:
                 needs = needs_of_loss(loss, y0, count, solve.shapes, kept)
-                model = _plan(solve, func, y0, grid, closure, tensors, budget, solver, needs)
-                model.share_lock(kept.lock)
-                kept.add(key, model)
+                sample = Call.to_measure(func, grid, closure, integrator, y0)
+                found = _plan(solve, sample, y0, tensors, budget, solver, needs)
+            model = checkpointed(solve, found) if isinstance(found, Plan) else found
+            model.share_lock(kept.lock)
+            kept.add(key, model if kept.outlives(closure.modules) else model.plan)
         result = torch.empty(count, *y0.shape, dtype=y0.dtype, device=y0.device)
-        call = Call(func, grid, closure, result, first=0 if y0.requires_grad else 1)
+        call = Call(func, grid, closure, integrator, result, first=0 if y0.requires_grad else 1)
         del result  # the call gives it away
         try:
             last = model(y0, call, *tensors)
@@ -86,7 +95,9 @@ def solve_planned(
             if attempt:
                 raise
             continue
-        outputs: Tensor = Outputs.apply(last, call)
+        hold = take_over(last) or Hold(None)
+        hold.besides = call
+        outputs: Tensor = Outputs.apply(last, call, hold)
         return outputs
     raise AssertionError("unreachable")
 
@@ -101,7 +112,7 @@ def _key(
 ) -> tuple[Hashable, ...]:
     modes = tuple((Identity(module), training_mode(module)) for module in closure.modules)
     return (
-        *(solve.integrator, solve.shapes, solve.counts, solve.parts, grid.clock is not None),
+        *(solve.shapes, solve.counts, solve.parts, grid.clock is not None),
         *(tuple(y0.shape), y0.dtype, y0.stride(), str(y0.device), y0.requires_grad),
         *(modes, *Ambient.take(y0.device).key(), torch.get_num_threads(), str(budget), solver),
     )
@@ -109,22 +120,19 @@ def _key(
 
 def _plan(
     solve: Solve,
-    func: Callable[..., Any],
+    sample: Call,
     y0: Tensor,
-    grid: Grid,
-    closure: Closure,
     tensors: tuple[Tensor, ...],
     budget: int | float | str | Budget,
     solver: str,
     needs: LossNeeds,
-) -> Checkpointed:
-    """Measure the chain, plan it with what outputs and their gradient leave, and wrap it."""
+) -> Plan:
+    """Measure the chain, and plan it with what outputs and their gradient leave."""
     parse_budget(budget)
     _set_modes(solve)
     count = 1 + sum(solve.counts)
-    sample = Call.to_measure(func, grid, closure, y0)
     raised = None
-    attributes = Attributes(func)
+    attributes = Attributes(sample.func)
     try:
         chain = profile(solve, y0, sample, *tensors, loss=_loss)
     except ProfileError as error:
@@ -142,9 +150,18 @@ def _plan(
     beside += 2 * outputs_bytes + needs.held_bytes
     if solve.shapes is not None:
         beside += y0.nbytes  # the parts of the state as one tensor
-    if grid.clock is not None:
-        beside += 2 * grid.clock.nbytes  # and what it was made from
-    return checkpointed(solve, plan_beside(chain, budget, beside, solver))
+    clock = sample.grid.clock
+    if clock is not None:
+        beside += 2 * clock.nbytes  # and what it was made from
+    return plan_beside(chain, budget, beside, solver)
+
+
+def _identity(integrator: Integrator) -> Hashable:
+    """What tells a rule from others, also where a step function is made anew for each solve."""
+    if isinstance(integrator, UserStep):
+        step = integrator.function
+        return "step", fingerprint(step) or Identity(step), integrator.shapes
+    return integrator
 
 
 def _set_modes(solve: Solve) -> None:

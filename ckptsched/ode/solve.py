@@ -6,6 +6,7 @@ given to every stage, as a `Call`. So one plan serves all calls of one shape.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..context import is_recomputing
 from ..errors import ExecutionError, IntegrationError
+from ..holds import Hold, keep
 from ..tracing import StageCall, StagedModule
 from .attributes import Found
 from .closure import Closure
@@ -33,6 +35,7 @@ class Call:
         func: Callable[..., Any],
         grid: Grid,
         closure: Closure,
+        integrator: Integrator,
         result: Tensor | None = None,
         first: int = 0,
     ) -> None:
@@ -42,11 +45,13 @@ class Call:
             func: The right-hand side, f(t, y).
             grid: Times of the steps and outputs.
             closure: What the right-hand side reads besides.
+            integrator: The rule for one step.
             result: Where outputs are written, along its first dimension. None collects them with
                 their graphs, for plain autograd.
             first: The first output whose gradient is asked for: 1 where y0 has none.
         """
         self.func, self.grid, self.closure, self.result = func, grid, closure, result
+        self.integrator = integrator
         self.collects = result is None
         self.kept: list[Tensor] = []
         self.gradients: Tensor | None = None
@@ -57,9 +62,16 @@ class Call:
         """What the forward pass left func with, once it is over."""
 
     @classmethod
-    def to_measure(cls, func: Callable[..., Any], grid: Grid, closure: Closure, y0: Tensor) -> Call:
+    def to_measure(
+        cls,
+        func: Callable[..., Any],
+        grid: Grid,
+        closure: Closure,
+        integrator: Integrator,
+        y0: Tensor,
+    ) -> Call:
         """A call for the profiler: outputs are not written, and gradients of them are zero."""
-        call = cls(func, grid, closure)
+        call = cls(func, grid, closure, integrator)
         call.collects, call.sampling = False, True
         zero = torch.zeros((), dtype=y0.dtype, device=y0.device)
         call.gradients = zero.expand(1 + sum(map(len, grid.outputs)), *y0.shape)
@@ -125,13 +137,15 @@ class _Emitted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, output: Tensor, call: Call, j: int) -> Tensor:
-        ctx.call, ctx.j = call, j
+        ctx.call, ctx.j = weakref.ref(call), j  # which the outputs' node keeps
         call.write(j, output)
         return z.view_as(z)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], ctx.call.gradient(ctx.j), None, None
+        call: Call | None = ctx.call()
+        assert call is not None
+        return grads[0], call.gradient(ctx.j), None, None
 
 
 class _Reaching(torch.autograd.Function):
@@ -158,9 +172,10 @@ class Outputs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, last: Tensor, call: Call) -> Tensor:
+    def forward(ctx: Any, last: Tensor, call: Call, hold: Hold) -> Tensor:
         """Take the last state, which is the last output."""
-        ctx.call = call
+        keep(ctx, hold)
+        ctx.call = weakref.ref(call)
         result, call.result = call.result, None
         assert result is not None
         result[-1].copy_(last)
@@ -169,10 +184,12 @@ class Outputs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Give the last state its gradient; the others are asked for."""
-        if ctx.call.found is not None:
-            ctx.call.found.look()
-        ctx.call.arrived(grads[0])
-        return grads[0][-1], None
+        call: Call | None = ctx.call()
+        if call is not None:  # else the node before refuses a second backward
+            if call.found is not None:
+                call.found.look()
+            call.arrived(grads[0])
+        return grads[0][-1], None, None
 
 
 @final
@@ -240,7 +257,8 @@ class Solve(StagedModule):
     ) -> None:
         super().__init__()
         self.owners = nn.ModuleList(closure.modules)
-        self.integrator = integrator
+        # A plan must not keep a function of the user's, and serves others like it.
+        self.integrator = None if isinstance(integrator, UserStep) else integrator
         self.shapes = shapes
         self.counts = counts
         self.parts = parts
@@ -282,11 +300,11 @@ class Solve(StagedModule):
             z = call.emit(0, z, z)
         try:
             with call.again(), call.closure.replaced(tensors):
-                after = self.integrator.step(self.slope_of(call), start, end - start, z)
+                after = call.integrator.step(self.slope_of(call), start, end - start, z)
         except IntegrationError as error:
             error.step = index
             raise
-        if isinstance(self.integrator, UserStep) and z.requires_grad and not call.collects:
+        if isinstance(call.integrator, UserStep) and z.requires_grad and not call.collects:
             after = _Reaching.apply(after, z)
         return self._emit(index, call, times, z, after)
 
@@ -337,32 +355,39 @@ class Solve(StagedModule):
         return after
 
     def slope_of(self, call: Call) -> Slope:
-        """The right-hand side of a call, on flat states."""
-        func, shapes = call.func, self.shapes
+        """The right-hand side of a call, on flat states; does not keep the call.
+
+        The graph of an implicit step evaluates it in its backward, and the caller's module may keep
+        what comes of that graph: a circle that is collected only where it leads through the node of
+        the outputs, which keeps the call.
+        """
+        reference, shapes = weakref.ref(call), self.shapes
 
         def slope(t: Time, z: Tensor) -> Tensor:
-            found = func(as_time(t, z), split(z, shapes))
+            here = reference()
+            assert here is not None
+            found = here.func(as_time(t, z), split(z, shapes))
             if shapes is not None:
-                self._check_parts(found, t)
+                _check_parts(found, shapes, t)
             return join(found, shapes)  # type: ignore[no-any-return]
 
         return slope
 
-    def _check_parts(self, slope: Any, t: Time) -> None:
-        """Flat, a part that is too long could make up for another that is too short."""
-        assert self.shapes is not None
-        found = (
-            tuple(tuple(part.shape) for part in slope)
-            if isinstance(slope, (tuple, list)) and all(isinstance(p, Tensor) for p in slope)
-            else type(slope).__name__
-        )
-        expected = tuple(map(tuple, self.shapes))
-        if found != expected:
-            raise ExecutionError(
-                f"at time {number(t):g} func returned {found} for a state of shapes {expected}; "
-                "let it return a tuple with the slope of each part"
-            )
-
     def extra_repr(self) -> str:
         """What a plan depends on besides modules and shapes."""
         return f"integrator={self.integrator!r}, steps={len(self.counts)}, parts={self.parts}"
+
+
+def _check_parts(slope: Any, shapes: tuple[torch.Size, ...], t: Time) -> None:
+    """Flat, a part that is too long could make up for another that is too short."""
+    found = (
+        tuple(tuple(part.shape) for part in slope)
+        if isinstance(slope, (tuple, list)) and all(isinstance(p, Tensor) for p in slope)
+        else type(slope).__name__
+    )
+    expected = tuple(map(tuple, shapes))
+    if found != expected:
+        raise ExecutionError(
+            f"at time {number(t):g} func returned {found} for a state of shapes {expected}; "
+            "let it return a tuple with the slope of each part"
+        )
