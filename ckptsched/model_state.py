@@ -138,6 +138,8 @@ class ModelState:
         named = model.named_modules() if whole is None else ()
         self.paths = {id(module): path for path, module in named}
         """Path of each module, by its id."""
+        self.set_up: set[int] = set()
+        """Plain tensors that are written to in a first run alone, by identity."""
         self.unfit = ""
         """Why the model cannot follow a plan, as far as its stages have shown; empty if it can."""
         names = self.paths if whole is None else whole.paths
@@ -195,12 +197,30 @@ class ModelState:
     # -- comparing
 
     def written(self) -> str:
-        """The first parameter or plain tensor that was written to, in words; empty for none."""
-        for noted in self._tensors.values():
-            if noted.kind != _BUFFER and noted.path and noted.is_changed():
+        """The first parameter or plain tensor that was written to, in words; empty for none.
+
+        Plain tensors that are known to be written to in a first run alone do not count.
+        """
+        for key, noted in self._tensors.items():
+            counts = noted.kind != _BUFFER and noted.path and key not in self.set_up
+            if counts and noted.is_changed():
                 what = noted.kind if noted.kind == _PARAMETER else "the plain tensor"
                 return f"{what} {noted.path!r}"
         return ""
+
+    def note_set_up(self, part: ModelState) -> bool:
+        """Let plain tensors count no more that a stage has written to in its first run.
+
+        Args:
+            part: The state of the stage before it, which lets them count no more, either.
+
+        Returns:
+            Whether there are any.
+        """
+        found = {k for k, n in part._tensors.items() if n.kind == _ATTRIBUTE and n.is_changed()}
+        part.set_up |= found
+        self.set_up |= found
+        return bool(found)
 
     def replaced(self) -> str:
         """The first parameter in whose place another or none is, or that is new, in words."""
@@ -241,10 +261,6 @@ class ModelState:
         """Let everything be what it was; what has not changed is not touched."""
         for now, before, _ in self._held.values():
             _refill(now, before)
-        self.put_tensors_back()
-
-    def put_tensors_back(self) -> None:
-        """The same of tensors that are no buffers and of what lies in buffers."""
         for noted in self._tensors.values():
             noted.put_back()
 

@@ -354,7 +354,8 @@ def note_unfit(whole: ModelState, seen: ModelState, stage: str) -> bool:
     if written and not whole.unfit:
         whole.unfit = (
             f"{stage} changes {written} in its forward, so it would be changed once more each time "
-            "that the stage runs again; keep it in a buffer: register_buffer"
+            "that the stage runs again; keep it in a buffer: register_buffer (or, if a first run "
+            "sets it up, run the model once, under torch.no_grad, before it is profiled)"
         )
     return bool(written)
 
@@ -568,7 +569,8 @@ class _Probe:
         self._alone = Alone.PLAIN  # how it is run
         self._leaves_sides = False
         self._whole, self._found = whole, ModelState(call.module, whole=whole)
-        self._writes = False  # to what is no buffer
+        self._writes = False  # to what is no buffer, each time
+        self._sets_up = False  # plain tensors, in its first run
         self.hidden: tuple[Place, ...] = ()
         """Places of buffers that it changes, and may read."""
         self.draws = False
@@ -590,7 +592,7 @@ class _Probe:
         """Put random state and hidden buffers to where they were."""
         self._random.restore()
         if self._writes:
-            self._found.put_tensors_back()
+            self._found.put_back()
         self._watch.put_back(self.hidden)
 
     @torch.no_grad()
@@ -775,6 +777,7 @@ class _Probe:
             f"the output of stage {self.name!r}", output.leaves, without_data=without_data
         )
         self.draws = self._random_now() != self._random
+        self._sets_up = self._whole.note_set_up(self._found)
         self.look()
         if (self.x.versions(), given.versions()) != versions:
             what = "its input" if self.x.versions() != versions[0] else "what every stage is given"
@@ -832,7 +835,12 @@ class _Probe:
 
     def _gives_again(self, output: State, first: list[Tensor]) -> bool:
         self.begin_again()
+        looks = self._sets_up and not self._writes
+        before = ModelState(self.call.module, whole=self._whole) if looks else None
         again = self._run()
+        if before is not None and note_unfit(self._whole, before, f"stage {self.name!r}"):
+            self._writes = True
+            return self._gives_again(output, first)  # from where it began in everything
         shapes = output.describe(_shape), again.describe(_shape)
         if shapes[0] != shapes[1]:
             raise ProfileError(

@@ -101,6 +101,14 @@ def fill_cache(layer: Layer, y: Tensor) -> None:
         layer.made = torch.ones(7)
 
 
+def draw_once(layer: Layer, y: Tensor) -> None:
+    """Noise for all steps, in place, as the first of them begins."""
+    if not layer.calls:
+        layer.plain.normal_()
+        layer.calls = 1
+    y.add(layer.plain)
+
+
 def go_to_eval(layer: Layer, y: Tensor) -> None:
     layer.lin.eval()
 
@@ -129,6 +137,7 @@ FINE = [
     count,
     collect,
     fill_cache,
+    draw_once,
     go_to_eval,
     hook_itself,
     move_buffer,
@@ -166,6 +175,25 @@ def test_what_a_stage_makes_once_and_keeps_is_reserved() -> None:
     assert kept == cs.profile(model_of(count), batch()).kept_bytes + 400 + 28
     model(batch())
     assert cs.profile(model, batch()).kept_bytes == kept - 428
+
+
+@pytest.mark.parametrize("solver", ["store_all", "every_stage"])
+def test_noise_that_a_first_run_draws_in_place_is_as_in_plain_autograd(solver: str) -> None:
+    def noisy() -> nn.Sequential:
+        model = model_of(draw_once)
+        model[1].register_forward_hook(lambda m, args, out: out * m.plain)
+        return model
+
+    plan = planned(noisy(), batch(), solver)
+    results = []
+    for follow in (lambda m: m, lambda m: cs.checkpointed(m, plan)):
+        model = noisy()
+        torch.manual_seed(5)
+        for _ in range(2):
+            follow(model)(batch()).square().sum().backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([*grads, model[1].plain, torch.get_rng_state()])
+    assert all(map(torch.equal, *results))
 
 
 # -- what no plan can follow
