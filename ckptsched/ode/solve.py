@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from ..context import is_recomputing
 from ..errors import ExecutionError, IntegrationError
 from ..tracing import StageCall, StagedModule
+from ..transforms import under_transform
 from .attributes import Found
 from .closure import Closure
 from .grid import Grid
-from .integrators import Integrator, RungeKutta, UserStep, as_time, join, split
+from .integrators import Integrator, Leapfrog, RungeKutta, UserStep, as_time, join, split
+from .separable import SeparableSlope
 from .slopes import slope_step, start_of
 from .steps import Slope, Time, add, number
 
@@ -282,13 +284,21 @@ class Solve(StagedModule):
             z = call.emit(0, z, z)
         try:
             with call.again(), call.closure.replaced(tensors):
-                after = self.integrator.step(self.slope_of(call), start, end - start, z)
+                slope = self.slope_of(call)
+                if isinstance(self.integrator, Leapfrog) and self._is_to_be_seen(index, call):
+                    slope = SeparableSlope(slope, call.closure)
+                after = self.integrator.step(slope, start, end - start, z)
         except IntegrationError as error:
             error.step = index
             raise
         if isinstance(self.integrator, UserStep) and z.requires_grad and not call.collects:
             after = _Reaching.apply(after, z)
         return self._emit(index, call, times, z, after)
+
+    def _is_to_be_seen(self, index: int, call: Call) -> bool:
+        """Whether to look at what func depends on: once a call, and where that is measured."""
+        first = index == 0 and not is_recomputing()
+        return (first or call.sampling) and not under_transform()
 
     def step_part(self, index: int, part: int, state: Any, call: Call, *tensors: Tensor) -> Any:
         """Do one slope of a step of a Runge-Kutta method.
