@@ -191,7 +191,7 @@ def _step(program: Program, inputs: State, given: State) -> Any:
     """One forward pass whose backward follows the schedule."""
     take_out_what_was_left()
     within = program.made_within()
-    with program.alone():
+    with program.alone(forward=True):
         program.check_batch(inputs, given)
         run = Run(program, inputs, given, within)
         run.let_ask(inputs)
