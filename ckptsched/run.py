@@ -495,7 +495,7 @@ class Run:
                     stage, stored.state, wanted=wanted, extras=extras, how=how, look=look
                 )
             if look is not None:
-                self._take_sides([(i, look)])
+                self._take_sides([(i, look)], taped=False)
         else:
             output = run_stage(stage, stored.state, extras).without_graph()
         self._check_input(stored.state, stored.versions, i)
@@ -560,10 +560,12 @@ class Run:
             return _NO_LOOK
         return self.sides.looking(i, self.program.stages[i - 1].module)
 
-    def _take_sides(self, looks: Sequence[tuple[int, Look]]) -> dict[Place, GradientEdge]:
+    def _take_sides(
+        self, looks: Sequence[tuple[int, Look]], *, taped: bool = True
+    ) -> dict[Place, GradientEdge]:
         """Note what runs have left, their outputs let go."""
         try:
-            return self.sides.take(looks)
+            return self.sides.take(looks, taped=taped)
         except ExecutionError as error:
             names = " or ".join(repr(self.program.stages[i - 1].name) for i, _ in looks)
             raise ExecutionError(f"stage {names} {error}") from error

@@ -176,11 +176,30 @@ def edges_of(i: int, found: Mapping[int, Tensor]) -> dict[Place, GradientEdge]:
     return {(i, k): get_gradient_edge(tensor) for k, tensor in found.items()}
 
 
-def cut_all(found: Mapping[int, Tensor]) -> list[Tensor]:
-    """Take the graphs from the side outputs of a run, and return them."""
+def cut_all(
+    found: dict[int, Tensor], like: Mapping[int, weakref.ref[Tensor]] | None = None
+) -> list[Tensor]:
+    """Take the graphs from the side outputs of a run.
+
+    Args:
+        found: By number; emptied.
+        like: For some a tensor of the same values whose storage they are to share.
+
+    Returns:
+        Them, in order.
+    """
     tensors = list(found.values())
-    for tensor in reversed(tensors):  # a view before what it is a view of
-        cut(tensor)
+    while found:
+        before, errors = len(found), list[ExecutionError]()
+        for k in reversed(list(found)):  # a view before what it is a view of
+            reference = like.get(k) if like is not None else None
+            try:
+                cut(found[k], None if reference is None else reference())
+                del found[k]
+            except ExecutionError as error:  # the graph of another may hold it
+                errors.append(error)
+        if len(found) == before:
+            raise errors[0]
     return tensors
 
 
@@ -246,11 +265,14 @@ class SideOutputs:
         with nullcontext() if first is None else attributes_kept(module.modules()):
             yield Look(first)
 
-    def take(self, looks: Sequence[tuple[int, Look]]) -> dict[Place, GradientEdge]:
+    def take(
+        self, looks: Sequence[tuple[int, Look]], *, taped: bool = True
+    ) -> dict[Place, GradientEdge]:
         """Note what runs that share a graph have left.
 
         Args:
             looks: By stage what it ran under; outputs and inputs have been let go.
+            taped: Whether the graph is kept; else nothing is to hold it from here on.
 
         Returns:
             Where the gradient of each side output enters the graph.
@@ -262,7 +284,8 @@ class SideOutputs:
         retained = {i: look.retained for i, look in looks}
         edges: dict[Place, GradientEdge] = {}
         for i, tensors in found.items():
-            edges |= edges_of(i, tensors)
+            if taped:
+                edges |= edges_of(i, tensors)
             for k, tensor in tensors.items():
                 if k in retained[i]:
                     # The graph of this run sees the whole gradient, the step's own a part of it.
@@ -272,18 +295,20 @@ class SideOutputs:
             first = self._first.get(i)
             if first is None:
                 fresh = {k: tensor for k, tensor in tensors.items() if id(tensor) not in seen}
+                if not taped:
+                    for tensor in cut_all(dict(fresh)):
+                        tensor.requires_grad_()
                 self._first[i] = {k: weakref.ref(tensor) for k, tensor in fresh.items()}
                 self._retaining |= {(i, k) for k in retained[i] & fresh.keys()}
                 seen |= {id(tensor) for tensor in fresh.values()}
-                continue
+                continue  # what only the graph of another held is gone with these
             if first.keys() - tensors.keys():
                 raise ExecutionError(
                     f"left {len(first)} tensors by another way than its output when it first ran, "
                     f"and {len(tensors)} of them when it ran again; a stage must depend on its "
                     "input and parameters only"
                 )
-            for k in reversed(list(tensors)):  # a view before what it is a view of
-                cut(tensors.pop(k), first[k]())
+            cut_all(tensors, first)
         return edges
 
     def outputs(self) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from .errors import ProfileError
+from .errors import ExecutionError, ProfileError
 from .side_outputs import Look, cut_all
 from .tape import record
 from .trees import Extras, State
@@ -62,25 +62,29 @@ def find_side_outputs(
     """
     aliases = list(aliases)
 
-    def look() -> list[Tensor]:
+    def look(*, keeps: bool) -> list[Tensor]:
         look = Look()
         with _all_young():
-            tape, _ = record(stage, x, wanted=wanted, extras=extras, look=look, keeps=False)
+            tape, _ = record(stage, x, wanted=wanted, extras=extras, look=look, keeps=keeps)
             lives = tape.watch()
             del tape
             found = look.take()
             if found and _only_by_cycle(found):
                 _refuse_cycle(name)
         tensors = cut_all(found)
-        found.clear()
         _check_gone(name, lives, aliases, module)
         # A later run that reads one shows it: it is a leaf of that run's tape.
         return [tensor.requires_grad_() for tensor in tensors]
 
-    first = [weakref.ref(tensor) for tensor in look()]
-    if not first:
-        return Found()
-    second = look()
+    try:
+        # Without hooks, which torch.func does not allow, what a side output's tape saves is found,
+        # too.
+        if not look(keeps=False):
+            return Found()
+    except ExecutionError:  # what it saves is held by what was not found
+        pass
+    first = [weakref.ref(tensor) for tensor in look(keeps=True)]
+    second = look(keeps=True)
     piled = [tensor.requires_grad_(False) for r in first if (tensor := r()) is not None]
     return Found(tuple(second), bool(piled))
 

@@ -377,13 +377,14 @@ def _examine(
         found = Found() if x.leaves[0].is_meta else probe.side_outputs(collecting)
         look = Look() if found.tensors else None
         tape, taped = probe.record(look)
-        left = take_sides(tape, look)
-        for tensor in found.tensors:
-            tensor.requires_grad_(False)
+        take_sides(tape, look)
         probe.look()
         _check_gradients(name, tape, collecting)
-        own_leaves = _makes_leaves(probe, tape, collecting)
+        own_leaves = _makes_leaves(probe, tape, collecting, found.tensors)
+        for tensor in found.tensors:
+            tensor.requires_grad_(False)
         alone = probe.find_way(output, taped, saves=not found.tensors)
+        left = probe.left() if found.tensors else []
     leaves = tape.repeated_leaves()
     aliases = list({id(leaf): leaf for leaf in collecting if leaf.requires_grad}.values())
     return Kind(
@@ -417,7 +418,9 @@ def _check_gradients(name: str, tape: Tape, collecting: Iterable[Tensor]) -> Non
         )
 
 
-def _makes_leaves(probe: _Probe, tape: Tape, collecting: Iterable[Tensor]) -> bool:
+def _makes_leaves(
+    probe: _Probe, tape: Tape, collecting: Iterable[Tensor], left: Iterable[Tensor]
+) -> bool:
     """Whether a stage uses leaves that it makes itself, anew in every run.
 
     Raises:
@@ -428,7 +431,8 @@ def _makes_leaves(probe: _Probe, tape: Tape, collecting: Iterable[Tensor]) -> bo
     if not unknown:
         return False
     again, _ = probe.record()
-    for key in again.leaves().keys() & unknown.keys():
+    # What the run before has left is another tensor each time, and no leaf of its own either.
+    for key in unknown.keys() & (again.leaves().keys() | {id(tensor) for tensor in left}):
         leaf = unknown[key]
         kind = "parameter" if isinstance(leaf, nn.Parameter) else "tensor"
         what = f": {_shape(leaf)}, which requires a gradient" if isinstance(leaf, Tensor) else ""
@@ -489,6 +493,7 @@ class _Probe:
         self.name, self.call, self.x, self.extras = name, call, x, extras
         self.wanted = wanted
         self._alone = Alone.PLAIN  # how it is run
+        self._leaves = False  # tensors with a graph besides its output
         self._whole, self._found = whole, ModelState(call.module, whole=whole)
         self._writes = False  # to what is no buffer
         self.hidden: tuple[Place, ...] = ()
@@ -566,7 +571,7 @@ class _Probe:
             collecting: What collects its gradients.
         """
         self.begin_again()
-        return find_side_outputs(
+        found = find_side_outputs(
             self.name,
             self.call,
             self.x,
@@ -575,6 +580,14 @@ class _Probe:
             aliases=collecting,
             module=self.call.module,
         )
+        self._leaves = bool(found.tensors)
+        return found
+
+    def left(self) -> list[Tensor]:
+        """The side outputs of one more run, in their places, without their graphs."""
+        look = Look()
+        tape, _ = self.record(look)
+        return take_sides(tape, look)
 
     def find_way(self, output: State, taped: State, *, saves: bool) -> Alone:
         """How the stage gives, without a tape, what it gives with one.
@@ -634,9 +647,13 @@ class _Probe:
     def _run(self) -> State:
         """Run the stage as it is run where no tape is kept."""
         x = self.x.detached()
+        # With gradients on, what it leaves must not keep its graph.
+        look = Look() if self._leaves or self._alone is not Alone.PLAIN else None
         output = run_alone(
-            self.call, x, wanted=self.wanted, extras=self.extras, how=self._alone
+            self.call, x, wanted=self.wanted, extras=self.extras, how=self._alone, look=look
         ).detached()
+        if look is not None:
+            cut_all(look.take())
         if any(leaf.requires_grad for leaf in x.leaves):
             raise _AsksForGradients
         return output
