@@ -73,7 +73,8 @@ class Ambient:
 
     def key(self) -> tuple[Hashable, ...]:
         """What kernels and bytes depend on, to find again what was measured among the same."""
-        return str(self.autocast), self.described(), describe_hooks(self.hooks)
+        modes = tuple([type(m) for m in (*self.functions, *self.operations) if not _passes(m)])
+        return str(self.autocast), self.described(), describe_hooks(self.hooks), modes
 
     def __eq__(self, other: object) -> bool:
         """Whether both are the same to what runs among them."""

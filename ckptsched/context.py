@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -302,6 +303,14 @@ def caching() -> int:
     """
     found: int = getattr(parametrize, "_cache_enabled", 0)
     return found if hasattr(parametrize, "_cache") else 0
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Let compiled code run as it is written, to be seen by a mode: torch gives it up for good else."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to import it takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def now(device: torch.device) -> float:

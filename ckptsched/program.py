@@ -414,7 +414,7 @@ class Program:
                 "clone made outside (x.clone())"
             )
         for leaf in (*inputs.leaves, *given.leaves):
-            reason = cannot_be_followed(leaf)
+            reason = cannot_be_followed(leaf, without_data=True)
             if reason:
                 raise PlanMismatchError(f"a tensor that the model is called with {reason}")
         if self.asks and len(inputs.leaves) == len(self.carries[0]):

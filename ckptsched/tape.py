@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, saved_tensors_hooks
 
+from .context import uncompiled
 from .engine import Root, edge_of, go_back
 from .errors import ExecutionError
 from .saved_hooks import hooks_now
@@ -360,7 +361,7 @@ def run_under(
         return run_stage(stage, x, extras)
     # A hook of the user's that gives back what it is given would keep a tensor alive by a cycle.
     keeps = keeps or hooks_now() is not None
-    with look, look.keeping_aliases() if keeps else nullcontext():
+    with uncompiled(), look, look.keeping_aliases() if keeps else nullcontext():
         look.meet(x.leaves)
         return run_stage(stage, x, extras)
 

@@ -12,7 +12,6 @@ the look at tapes while the model trains (`overruns`).
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .aliases import Slots
-from .context import RandomState
+from .context import RandomState, uncompiled
 from .errors import CkptschedError
 from .hidden import Watch, is_write_only, own_generators
 from .memory import storage_bytes
@@ -242,14 +241,6 @@ class _Paths:
         return [self.found[path] for path in _most(self.found)]
 
 
-def _uncompiled() -> AbstractContextManager[object]:
-    """Let compiled code run as it is written: it is not compiled anew for a mode, and is seen."""
-    if "torch._dynamo" not in sys.modules:  # which takes seconds to import
-        return nullcontext()
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
 def _holds_compiled(kind: Kind) -> bool:
     """Whether modules of a stage are compiled: a mode would have them compiled anew."""
     return any(
@@ -261,7 +252,7 @@ def _holds_compiled(kind: Kind) -> bool:
 def _reads_values(kind: Kind) -> tuple[bool, int]:
     """Whether a stage reads values, and how many operations a run of it has."""
     operations, functions = _Operations(), _Functions()
-    with torch.no_grad(), _uncompiled(), functions, operations:
+    with torch.no_grad(), uncompiled(), functions, operations:
         try:
             kind.run()
         except Exception:  # not every extension runs among modes: nothing is known then

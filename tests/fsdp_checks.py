@@ -192,10 +192,11 @@ def in_half(model: nn.Module) -> nn.Module:
 
 
 @functools.cache
-def chain_of(*, half: bool = False) -> cs.Chain:
-    """What the model costs."""
+def chain_of(model: nn.Module | None = None, *, half: bool = False) -> cs.Chain:
+    """What the model costs, or another one."""
     x, _ = batch()
-    return cs.profile(in_half(make()), x.bfloat16()) if half else cs.profile(make(), x)
+    model = make() if model is None else model
+    return cs.profile(in_half(model), x.bfloat16()) if half else cs.profile(model, x)
 
 
 def shard_parts(model: nn.Module, **options: Any) -> None:
@@ -362,7 +363,8 @@ def check_hooks_and_faults() -> int:
         model[4].register_forward_hook(hook)
         return model
 
-    plan = sent(rerun_all(chain_of()))
+    plan = sent(rerun_all(chain_of(hooked())))
+    calls.clear()
     expected = train(plain(hooked()))
     once = len(calls)
     calls.clear()

@@ -36,7 +36,11 @@ from tests.surroundings import (
     sample,
 )
 
+# Modes that keep a product for the backward take bytes that were not planned for.
+more_bytes = pytest.mark.filterwarnings("ignore:stage '.' has a tape:ckptsched.BudgetWarning")
 
+
+@more_bytes
 @pytest.mark.parametrize("name", FREE)
 def test_what_was_around_the_forward_alone_is_found_again(name: str) -> None:
     model, x, around = chain_of(Stage), sample(Stage), FREE[name]
@@ -47,6 +51,16 @@ def test_what_was_around_the_forward_alone_is_found_again(name: str) -> None:
         found = gradients(trained, model, x, around)
         assert equal(found, expected), solver
         assert Ambient.take(CPU) == Ambient.take(CPU)
+
+
+def test_a_mode_that_takes_bytes_says_so_unless_it_was_planned_for() -> None:
+    model, x = chain_of(Stage), sample(Stage)
+    plan = planned(model, x, "every_2")
+    with pytest.warns(cs.BudgetWarning, match=r"stage '\d' has a tape and an output of 208 bytes"):
+        gradients(cs.checkpointed(model, plan), model, x, Doubling)
+    with Doubling():
+        plan = planned(model, x, "every_2")
+    gradients(cs.checkpointed(model, plan), model, x, Doubling)
 
 
 @pytest.mark.parametrize("name", FREE)
@@ -98,6 +112,7 @@ def test_attention_matters() -> None:
     assert not equal(math, flash)
 
 
+@more_bytes
 def test_plans_of_older_versions_know_no_settings() -> None:
     model, x = chain_of(Attention), sample(Attention)
     plan = planned(model, x, "every_2")
@@ -145,6 +160,7 @@ def test_two_models_among_different_things() -> None:
     pair = [cs.checkpointed(m, planned(m, x, "every_stage")) for m in (one, two)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "stage '.' has a tape", cs.BudgetWarning)
         assert equal(step(*_with_inputs(pair, one, two)), expected)
 
 
@@ -154,6 +170,7 @@ def _with_inputs(pair: list[cs.Checkpointed], one: nn.Module, two: nn.Module) ->
     return pair[0], cs.checkpointed(two, planned(two, x, "every_stage"))
 
 
+@more_bytes
 def test_backward_in_another_thread() -> None:
     model, x = chain_of(Stage), sample(Stage)
     around = all_of(FREE["both kinds"], FREE["context variable"])

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ckptsched import odeint
-from ckptsched.errors import ProfileError
 from ckptsched.memory import default_meter
 
 DOUBLE = torch.float64
@@ -150,7 +149,7 @@ KINDS = [
     *(Noisy, Listed, Cleared, Mapped, New, OnAnother, Flagged, Cell, Before, Always, Dropping),
 ]
 SOLVES: dict[str, tuple[dict[str, Any], list[int]]] = {
-    "rk4": ({"method": "rk4"}, [1 << 20, 18_600]),
+    "rk4": ({"method": "rk4"}, [1 << 20, 19_200]),
     "dopri5": ({"rtol": 1e-4, "atol": 1e-4}, [1 << 20, 16_000]),
 }
 
@@ -170,7 +169,7 @@ def solves(kind: Callable[[], Noisy], options: dict[str, Any], budget: int | Non
     return found
 
 
-BOTH = [(kind, solve) for kind in KINDS for solve in SOLVES if (kind, solve) != (Flagged, "rk4")]
+BOTH = [(kind, solve) for kind in KINDS for solve in SOLVES]
 
 
 @pytest.mark.parametrize(("kind", "solve"), BOTH)
@@ -206,12 +205,6 @@ def test_a_backward_finds_the_noise_of_its_own_solve(kind: Any, solve: str) -> N
     expected = interleaved(None)
     for budget in budgets:
         torch.testing.assert_close(interleaved(budget), expected, rtol=1e-11, atol=1e-13)
-
-
-def test_noise_in_place_of_a_tensor_that_is_no_buffer_is_refused_on_a_grid() -> None:
-    """Such a tensor is put back while stages are measured, and not what says that it is drawn."""
-    with pytest.raises(ProfileError, match=r"keeps a state of its own .*drawn"):
-        solves(Flagged, {"method": "rk4"}, 1 << 20)
 
 
 @pytest.mark.parametrize("solve", SOLVES)

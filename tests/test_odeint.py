@@ -462,7 +462,7 @@ def test_a_parameter_that_was_not_found_is_named() -> None:
     with pytest.raises(WorkloadError, match=r"params\[1\] was not found"):
         odeint(f, y0, t, method="euler", params=[f.up.weight, stranger], budget="90%")
     hidden = itertools.repeat(torch.ones(6, dtype=DOUBLE, requires_grad=True))  # in C
-    with pytest.raises(ProfileError, match="parameter that its module does not own"):
+    with pytest.raises(ProfileError, match="a tensor that its module does not own"):
         odeint(lambda t, y: y * next(hidden), y0, t, method="euler", budget="90%")
 
 

@@ -38,6 +38,11 @@ class Grid:
         """Number of steps."""
         return len(self.times) - 1
 
+    @property
+    def between(self) -> bool:
+        """Whether any output lies within a step, where a line is drawn."""
+        return any(share != 1.0 for outputs in self.outputs for _, share in outputs)
+
 
 def check_times(t: Any) -> Tensor:
     """Refuse what is no sequence of times.

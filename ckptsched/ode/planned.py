@@ -112,7 +112,7 @@ def _key(
 ) -> tuple[Hashable, ...]:
     modes = tuple((Identity(module), training_mode(module)) for module in closure.modules)
     return (
-        *(solve.shapes, solve.counts, solve.parts, grid.clock is not None),
+        *(solve.shapes, solve.counts, solve.parts, grid.clock is not None, grid.between),
         *(tuple(y0.shape), y0.dtype, y0.stride(), str(y0.device), y0.requires_grad),
         *(modes, *Ambient.take(y0.device).key(), torch.get_num_threads(), str(budget), solver),
     )

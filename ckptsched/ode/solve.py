@@ -230,7 +230,8 @@ class SolveStage(StageCall):
         """Equal for steps that give equally many outputs; those that give none count as one.
 
         So equal steps make one long run, whichever of them give outputs: planned for all to do
-        so, which takes at most a state more than some of them need.
+        so, between their ends if any is there, which takes at most two states more than some of
+        them need.
         """
         return ("step", id(self.module), self.part, max(1, self.module.counts[self.index]))
 
@@ -342,7 +343,11 @@ class Solve(StagedModule):
     def _emit(self, index: int, call: Call, times: Any, z: Tensor, after: Tensor) -> Tensor:
         """Let the outputs of a step leave, which led from z to after."""
         start, end = times[index], times[index + 1]
-        for j, share in call.grid.outputs[index] or ((1, 1.0),) * call.sampling:
+        outputs = call.grid.outputs[index]
+        if call.sampling:
+            dearest = 0.5 if call.grid.between else 1.0
+            outputs = tuple([(j, dearest) for j, _ in outputs or ((1, 1.0),)])
+        for j, share in outputs:
             if index == len(self.counts) - 1 and share == 1.0 and not call.sampling:
                 break  # the last output is what the chain returns
             output = after
