@@ -306,7 +306,7 @@ def caching() -> int:
 
 
 def uncompiled() -> AbstractContextManager[object]:
-    """Let compiled code run as it is written, to be seen by a mode: torch gives it up for good else."""
+    """Let compiled code run as it is written: among modes torch would give it up for good."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to import it takes seconds
         return nullcontext()
     stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")

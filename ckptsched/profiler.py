@@ -195,6 +195,22 @@ def _apart(sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[State, S
     return inputs, Extras(sample[1:], kwargs).apart()
 
 
+@contextmanager
+def _default_named(loss: Loss | None) -> Iterator[None]:
+    """Say which loss failed, where the caller named none."""
+    try:
+        yield
+    except CkptschedError:
+        raise
+    except Exception as error:
+        if loss is not None:
+            raise
+        raise ProfileError(
+            f"the default loss failed on the model's output ({type(error).__name__}: {error}); "
+            "give profile a loss that takes it"
+        ) from error
+
+
 def _named(value: Any) -> str:
     advice = about_value(value)
     return advice and f"a {type(value).__name__} without tensors; {advice}"
@@ -261,7 +277,8 @@ def _surveyed(
         ending = loss or default_loss, last.hands_on or last.output, last.carries
         with sides_held(order) as held:
             provided = _default_loss_with(held) if loss is None and held else ending[0]
-            return found, ending, weigh_loss(provided, *ending[1:], meter, held)
+            with _default_named(loss):
+                return found, ending, weigh_loss(provided, *ending[1:], meter, held)
 
     variations = Variations()
     try:

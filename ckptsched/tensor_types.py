@@ -47,8 +47,9 @@ def rebuilt(tensor: Tensor, parts: Iterator[Tensor]) -> Tensor:
         made.__dict__.update(vars(tensor))
         return made
     kind: Any = type(tensor)
-    inner = {name: rebuilt(part, parts) for name, part in _inner(tensor).items()}
-    _, context = kind.__tensor_flatten__(tensor)
+    names, context = kind.__tensor_flatten__(tensor)
+    inner = {name: getattr(tensor, name) for name in names}
+    inner |= {name: rebuilt(part, parts) for name, part in _inner(tensor).items()}
     made = kind.__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
     return made  # type: ignore[no-any-return]
 
@@ -129,8 +130,10 @@ def _flattens(tensor: Tensor) -> bool:
 
 
 def _inner(tensor: Any) -> dict[str, Tensor]:
+    """The tensors that it wraps; it may name other objects besides, such as a mesh of devices."""
     names, _ = tensor.__tensor_flatten__()
-    return {name: getattr(tensor, name) for name in names}
+    parts = ((name, getattr(tensor, name)) for name in names)
+    return {name: part for name, part in parts if isinstance(part, Tensor)}
 
 
 def _of_transform(tensor: Tensor) -> bool:

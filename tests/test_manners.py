@@ -264,7 +264,7 @@ def test_without_torchs_own_name_a_transform_is_refused(
 ) -> None:
     trained, _, x = both("input_gradient_mlp", "every_2")
     monkeypatch.setattr("ckptsched.transforms._functorch_level", lambda: None)
-    with pytest.raises(cs.PlanMismatchError, match="belongs to a transform of torch.func"):
+    with pytest.raises(cs.PlanMismatchError, match=r"belongs to a transform of torch\.func"):
         torch.func.grad(lambda z: trained(z).sum())(x.detach())
 
 

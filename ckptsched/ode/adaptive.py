@@ -36,7 +36,7 @@ from .kept import kept_with
 from .measuring import Trial
 from .methods import find_tableau
 from .output_loss import Loss, needs_of_loss
-from .parts import flat_state, norm_of_parts, on_flat_states
+from .parts import check_plain, flat_state, norm_of_parts, on_flat_states
 from .problem import Problem, check_times
 from .statistics import Statistics
 from .tableaus import ButcherTableau
@@ -223,6 +223,7 @@ def solve_problem(
     bounded = bounds.budget_bytes is not None or bounds.checkpoints is not None
     if not (bounded and tracked and len(problem.times) > 1):
         return _solve_plainly(problem, closure, y0, t, tracked=tracked)
+    check_plain(y0)
     where = several_devices((f"a tensor of shape {tuple(x.shape)}", x) for x in (y0, *wanted))
     if where or y0.device.type not in KNOWN:
         raise ExecutionError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import IntegrationError, WorkloadError
+from ..tensor_types import cannot_be_followed, type_name
 from .control import Norm, rms_norm
 from .fingerprint import fingerprint
 from .integrators import join, split
@@ -45,6 +46,25 @@ def flat_state(y0: Any) -> tuple[Tensor, tuple[torch.Size, ...] | None]:
         )
     shapes = tuple(part.shape for part in parts)
     return join(y0, shapes), shapes
+
+
+def check_plain(y0: Tensor) -> None:
+    """Refuse a state of another type: outputs within a budget are written into a plain tensor.
+
+    Args:
+        y0: The flat initial state.
+
+    Raises:
+        WorkloadError: It is a wrapper, of another layout, or of a type of its own.
+    """
+    reason = cannot_be_followed(y0)
+    if not reason and type_name(y0):
+        reason = (
+            f"is a {type_name(y0)}; within a budget odeint solves plain tensors: give "
+            "y0.as_subclass(torch.Tensor), or what the tensor wraps"
+        )
+    if reason:
+        raise WorkloadError(f"y0 {reason}")
 
 
 def on_flat_states(

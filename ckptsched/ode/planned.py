@@ -28,6 +28,7 @@ from .grid import Grid
 from .integrators import Integrator, UserStep
 from .kept import kept_with
 from .output_loss import Loss, LossNeeds, identity_of_loss, needs_of_loss
+from .parts import check_plain
 from .solve import Call, Outputs, Solve
 
 
@@ -62,8 +63,10 @@ def solve_planned(
         InfeasibleBudgetError: Nothing fits; the message names the least budget that does.
         ExecutionError: The steps refuse what func does, also while they are measured.
         ProfileError: The loss is none of the outputs.
+        WorkloadError: The state is no plain tensor.
     """
     closure.check_compiled()
+    check_plain(y0)
     count = 1 + sum(solve.counts)
     kept, which = kept_with(func, closure)
     key = (
