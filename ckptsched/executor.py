@@ -241,7 +241,7 @@ def _step(program: Program, inputs: State, given: State) -> Any:
     within = program.made_within()
     device = inputs.leaves[0].device
     ambient, inside = Ambient.take(device), None
-    with program.alone(), program.first_context():
+    with program.alone(forward=True), program.first_context():
         if program.context_fn is not None:
             inside = Ambient.take(device)
         program.check_batch(inputs, given)

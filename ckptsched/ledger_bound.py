@@ -31,7 +31,7 @@ class Variant:
 
     ledger: StageLedger
     homes: tuple[int, ...]
-    """For each tensor of the output the storage of the output in which it lies, from 0."""
+    """For each dense tensor of the output the storage of it in which that lies, from 0."""
     sizes: tuple[int, ...]
     """Bytes of each storage of the output, the input's among them."""
     sources: tuple[int, ...]

@@ -330,21 +330,23 @@ class Program:
         blocks = (slots for k, slots in enumerate(self.slots) if k in sharding)
         return {id(p) for slots in blocks for p in slots.parameters()}
 
-    def alone(self, within: Sequence[Stay] = ()) -> AbstractContextManager[None]:
+    def alone(
+        self, within: Sequence[Stay] = (), *, forward: bool = False
+    ) -> AbstractContextManager[None]:
         """Keep other threads from the model, and from drawing random numbers if it draws some.
 
         Args:
             within: What `made_within` gave when what runs now was made.
+            forward: Whether this is a forward pass: one of a model that draws none ends with a look
+                whether it did, which others that draw by turns would confuse.
         """
-        return InTurn(self._turns(), within)
+        draws = self.random or (forward and Generators.turn.is_wanted_elsewhere())
+        # In this order: a model inside another's stage asks for its own lock after both.
+        return InTurn((Generators.turn, self.lock) if draws else (self.lock,), within)
 
     def made_within(self) -> tuple[Stay, ...]:
         """The turns during which the calling thread begins a step: those of a model around it."""
-        return tuple([stay for turn in self._turns() for stay in turn.mine()])
-
-    def _turns(self) -> tuple[Turn, ...]:
-        # In this order: a model inside another's stage asks for its own lock after both.
-        return (Generators.turn, self.lock) if self.random else (self.lock,)
+        return (*Generators.turn.mine(), *self.lock.mine())
 
     def wants_gradient(self, inputs: State, given: State) -> bool:
         """Whether a backward is possible at all."""

@@ -156,7 +156,8 @@ class Surroundings:
             raise ExecutionError(
                 "a stage drew random numbers, and none did when the model was profiled: it would "
                 "draw others when it runs again; profile and plan again, with a sample on which it "
-                "draws"
+                "draws; or another thread drew from torch's generator meanwhile: give that one a "
+                "torch.Generator of its own"
             )
         self.check_parameters("the forward pass")
         now = self._versions_of_buffers()

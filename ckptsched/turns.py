@@ -84,11 +84,12 @@ class Turn:
     A copy is a lock of its own.
     """
 
-    __slots__ = ("__weakref__", "_last", "_lock")
+    __slots__ = ("__weakref__", "_last", "_lock", "_threads")
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._last: Stay | None = None
+        self._threads: set[int] = set()
         _turns.add(self)
 
     def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
@@ -106,6 +107,10 @@ class Turn:
         """The stay of the calling thread, if it is its turn."""
         last = self._last
         return () if last is None or last.thread != get_ident() else (last,)
+
+    def is_wanted_elsewhere(self) -> bool:
+        """Whether other threads have had it already, and may ask for it again."""
+        return bool(self._threads - {get_ident()})
 
     def enter(self, within: Sequence[Stay], entered: list[tuple[Turn, Stay, int]]) -> None:
         """Wait for the turn, and have it.
@@ -134,6 +139,7 @@ class Turn:
         if self._last is below and (below is None or below.lets_in(within)):
             self._last = stay
             _mine.stays.append(stay)
+            self._threads.add(stay.thread)
             return True
         stay.lock.release()
         return False
@@ -168,6 +174,7 @@ class Turn:
                 own.append(stay)
             stay = stay.below
         self._lock, self._last = threading.RLock(), None
+        self._threads &= {thread}
         for stay in reversed(own):
             stay.below, stay.lock = self._last, self._last.above if self._last else self._lock
             stay.lock.acquire()

@@ -15,6 +15,7 @@ from .ledger_bound import Variant, bound
 from .memory import Meter, storage_bytes
 from .stages import StageLedger, StageParts, TapeBounds, backward_variant
 from .survey import Kind, Loss, LossWeight
+from .tensor_types import all_parts
 from .trees import State, copied, storages
 from .turns import Lent
 
@@ -73,7 +74,9 @@ def _variant(kind: Kind, ledger: StageLedger) -> Variant:
     places = list(outputs)
     return Variant(
         ledger=ledger,
-        homes=tuple([places.index(y.untyped_storage()._cdata) for y in kind.output.leaves]),
+        homes=tuple(
+            [places.index(y.untyped_storage()._cdata) for y in all_parts(kind.output.leaves)]
+        ),
         sizes=tuple([kind.standing.bytes_of(leaves) for leaves in outputs.values()]),
         sources=_sources(kind),
     )

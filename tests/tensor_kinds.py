@@ -63,6 +63,9 @@ class Telling(Bare):
 class Named(Tensor):
     """Lies in a storage, as plain ones do."""
 
+    def __deepcopy__(self, memo: Any) -> Named:  # torch's own knows no such type
+        return self.detach().clone().requires_grad_(self.requires_grad)
+
 
 class Tagged(Tensor):
     """Has an attribute that torch's functions lose."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import pickle
 import subprocess
@@ -265,7 +266,7 @@ class Gate(nn.Module):
     armed = False
     def forward(self, x):
         x = x * 1.0
-        if self.armed and cs.is_recomputing() == (where != "forward"):
+        if self.armed and cs.is_recomputing() == (where in ("backward", "profile")):
             self.armed = False
             if own_thread:
                 child()
@@ -273,6 +274,14 @@ class Gate(nn.Module):
                 came.set()
                 leave.wait()
         return x
+
+class Steps(torch.utils.data.Dataset):
+    # Takes a step of its own for each item, in a worker of the loader.
+    def __len__(self):
+        return 4
+    def __getitem__(self, i):
+        gate.armed = False
+        return torch.cat([g.flatten() for g in step(trained_other, i)])
 
 gate = Gate()
 parts = [m for _ in range(2) for m in (nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.2))]
@@ -288,9 +297,9 @@ def wrapped(model):
 trained, trained_other = wrapped(net), wrapped(other)
 own = [*net.parameters(), *net.buffers()]
 
-def step(model):
+def step(model, seed=1):
     model.zero_grad()
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     with torch.enable_grad():  # a fork inside a stage may be where they are off
         model(x).square().sum().backward()
     return [p.grad for p in model.parameters()]
@@ -331,7 +340,18 @@ else:
     thread = threading.Thread(target=work)
     thread.start()
     came.wait()
-    child()
+    if where == "loader":
+        for persistent in (False, True):
+            loader = torch.utils.data.DataLoader(
+                Steps(), num_workers=2, timeout=100, multiprocessing_context="fork",
+                persistent_workers=persistent,
+            )
+            for _ in range(2):
+                for i, row in enumerate(loader):
+                    expected = torch.cat([g.flatten() for g in step(twins[1], i)])
+                    assert torch.equal(row[0], expected), i
+    else:
+        child()
     leave.set()
     thread.join()
 assert same(step(trained), step(twins[0]))
@@ -339,8 +359,13 @@ assert same(step(trained), step(twins[0]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-@pytest.mark.parametrize("thread", ["other", "own"])
-@pytest.mark.parametrize("where", ["forward", "backward", "profile"])
+@pytest.mark.parametrize(
+    ("where", "thread"),
+    [
+        *itertools.product(["forward", "backward", "profile"], ["other", "own"]),
+        ("loader", "other"),
+    ],
+)
 def test_a_process_forked_in_the_middle_of_a_step_takes_steps(where: str, thread: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FORKED, where, thread],

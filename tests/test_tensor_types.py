@@ -18,6 +18,8 @@ from ckptsched.tensor_types import cannot_be_followed, dense_parts, rebuilt
 from tests import tensor_kinds
 from tests.tensor_kinds import KINDS, Bare, Layer, Named, Telling, Weight, X
 
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+
 _WHERE = ("sample", "argument", "output", "last output", "parameter", "buffer")
 _FOLLOWED = ("telling", "nested telling", "named")
 _REFUSED = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 import threading
 from collections.abc import Callable
 
@@ -47,13 +48,14 @@ def steps(net: nn.Module, x: Tensor, count: int) -> None:
         net(x).square().sum().backward()
 
 
-def test_models_in_threads_draw_the_same_numbers_again() -> None:
+@pytest.mark.parametrize("count", [2, 4])
+def test_models_in_threads_draw_the_same_numbers_again(count: int) -> None:
     nets = []
-    for _ in range(2):
+    for _ in range(count):
         model, x = layers(), torch.randn(4, 8)
         plan = planned(model, x, "input_only")
         nets.append((cs.checkpointed(model, plan, check="outputs"), x))
-    assert not together(*[lambda net=net, x=x: steps(net, x, 40) for net, x in nets])
+    assert not together(*[lambda net=net, x=x: steps(net, x, 80 // count) for net, x in nets])
 
 
 def test_one_model_in_two_threads() -> None:
@@ -124,3 +126,67 @@ def test_inner_and_outer_model_at_once_do_not_wait_for_each_other() -> None:
     outer = nn.Sequential(nn.Linear(8, 8), alone, nn.Linear(8, 8))
     both = cs.checkpointed(outer, planned(outer, x, "every_2"))
     assert not together(lambda: steps(alone, x, 15), lambda: steps(both, x, 15))
+
+
+def test_a_profile_counts_nothing_of_a_step_in_another_thread() -> None:
+    model, x = layers(), torch.randn(4, 8)
+    trained = layers(dropout=False)
+    net = cs.checkpointed(trained, planned(trained, x, "input_only"))
+    expected = [stage.ledger for stage in cs.profile(model, x).stages]
+    stepped, stop = threading.Event(), threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            steps(net, x, 1)
+            stepped.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        stepped.wait()
+        assert [stage.ledger for stage in cs.profile(model, x).stages] == expected
+    finally:
+        stop.set()
+        thread.join()
+
+
+class Interrupted(nn.Module):
+    """A stage in whose run, or whose gradient, somebody presses Ctrl-C."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.where == ("recomputation" if cs.is_recomputing() else "forward"):
+            self.press()
+        y = x * 1.0
+        if self.where == "gradient" and y.requires_grad:
+            y.register_hook(lambda _: self.press())
+        return y
+
+    def press(self) -> None:
+        self.where = ""
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("where", ["forward", "recomputation", "gradient"])
+def test_an_interrupted_step_leaves_model_and_locks_free(where: str) -> None:
+    x, key = torch.randn(4, 8), Interrupted()
+    model = nn.Sequential(*layers(), key, nn.Linear(8, 8))
+    twin = copy.deepcopy(model)
+    own = [*model.parameters(), *model.buffers()]
+    net = cs.checkpointed(model, planned(model, x, "input_only"))
+    key.where = where
+    with pytest.raises(KeyboardInterrupt):
+        steps(net, x, 1)
+    assert all(a is b for a, b in zip(own, [*net.parameters(), *net.buffers()], strict=True))
+    assert torch.backends.mha.get_fastpath_enabled()
+    found = []
+    for each in (net, twin):
+        each.load_state_dict(copy.deepcopy(twin.state_dict()))
+        each.zero_grad()
+        torch.manual_seed(5)
+        assert not together(lambda each=each: steps(each, x, 1))
+        found.append([p.grad for p in each.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
