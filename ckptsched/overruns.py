@@ -8,17 +8,17 @@ each step has, so it is seen there.
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
 
 from .budget import format_bytes
 from .errors import BudgetWarning
-from .stages import StageLedger
+from .stages import StageLedger, StageParts
 from .tape_walk import Contents
 from .trees import storages
 from .workload import Chain
@@ -55,29 +55,27 @@ class Overruns:
         known = [ledger for ledger in ledgers if ledger is not None]
         if len(known) < len(ledgers) or not self._told.isdisjoint(stages):
             return
-        if len(stages) > 1 and any(ledger.parts is not None for ledger in known):
-            # States of several storages are handed on through a shared tape in ways that the sum
-            # of single ledgers does not tell; such stages are looked at one by one.
-            return
+        states = _States.of(known)
         outputs = storage_sizes(output)
-        charged, every = _inputs_of(known[0])
+        handed_on = {home for k, home in enumerate(outputs) if k in states.handed_on}
+        handed_on &= inputs.keys()
         if len(stages) > 1:
-            # An input that the tape is not charged for may be gone, and its identity another's.
-            inputs = {h: n for k, (h, n) in enumerate(inputs.items()) if every or k in charged}
-            charged, every = (), True
+            # An input that is neither charged nor handed on may be gone, its identity another's.
+            inputs = {h: n for k, (h, n) in enumerate(inputs.items()) if k in states.inputs}
         saved = {home: size for part in contents for home, size in part.saved.items()}
-        inside = saved.keys() - inputs.keys() - outputs.keys() - theirs
+        own = theirs | inputs.keys() | handed_on
+        inside = saved.keys() - outputs.keys() - own
         more = sum(saved[home] for home in inside) - sum(map(_saved_bytes, known))
-        more = max(0, more - _between(known))
+        more = max(0, more - states.between_bytes)
         bounds = known[0].bounds
         if len(known) == 1 and bounds is not None:
             largest = max((saved[home] for home in inside), default=0)
             more = max(more, largest - bounds.largest_bytes)
-        if stages[0] > 1:  # what the chain is given is the caller's
-            more += _kept(inputs, theirs, saved, charged, every)
-        own = theirs | inputs.keys()
-        more += _kept(outputs, own, saved, *_outputs_of(known[-1]))
-        more += _larger(outputs, own, known[-1])
+        if stages[0] > 1 and len(stages) == 1:  # what the chain is given is the caller's
+            more += _kept(inputs, theirs, saved, states.inputs)
+        more += _kept(outputs, own, saved, states.outputs)
+        fresh = sum(size for home, size in outputs.items() if home not in own)
+        more += max(0, fresh - states.output_bytes)
         sizes = {id(alias): alias.nbytes for alias in aliases}
         for part, ledger in zip(contents, known, strict=True):
             if ledger.bounds is not None:
@@ -119,45 +117,73 @@ def _projected(ledger: StageLedger) -> int:
     return ledger.tape_bytes + (ledger.state_bytes if parts is None else sum(parts.output_bytes))
 
 
-def _inputs_of(ledger: StageLedger) -> tuple[tuple[int, ...], bool]:
-    """The storages of the input that the tape is charged for, and whether these are all."""
-    parts = ledger.parts
-    return (() if parts is None else parts.saved_inputs), parts is None and ledger.input_saved
+@final
+@dataclass(frozen=True, slots=True)
+class _States:
+    """What a tape of one or several stages is charged for of the states at its ends and inside."""
+
+    inputs: frozenset[int]
+    """The storages of the first stage's input, by number."""
+    outputs: frozenset[int]
+    """The storages of the last one's output."""
+    handed_on: frozenset[int]
+    """Those of them that are the input's."""
+    between_bytes: int
+    """Of states that neither the first stage takes nor the last one returns."""
+    output_bytes: int
+    """Of the storages of the output that are new."""
+
+    @classmethod
+    def of(cls, ledgers: Sequence[StageLedger]) -> _States:
+        """Follow the storages from stage to stage, as each hands some of them on.
+
+        Args:
+            ledgers: Of the stages, in order.
+        """
+        first = _parts_of(ledgers[0])
+        here = list(range(first.inputs))  # which storage each one of the state is
+        sizes, charged = [0] * first.inputs, set[int]()
+        for ledger in ledgers:
+            parts = _parts_of(ledger)
+            charged.update(here[k] for k in parts.saved_inputs)
+            after = []
+            for size, source in zip(parts.output_bytes, parts.output_sources, strict=True):
+                if source < 0:
+                    sizes.append(size)
+                after.append(here[source] if source >= 0 else len(sizes) - 1)
+            here = after
+            charged.update(here[k] for k in parts.saved_outputs)
+        given, last = set(range(first.inputs)), set(here)
+        return cls(
+            inputs=frozenset(charged & given),
+            outputs=frozenset(k for k, home in enumerate(here) if home in charged - given),
+            handed_on=frozenset(k for k, home in enumerate(here) if home in given),
+            between_bytes=sum(sizes[home] for home in charged - given - last),
+            output_bytes=sum(sizes[home] for home in last - given),
+        )
 
 
-def _outputs_of(ledger: StageLedger) -> tuple[tuple[int, ...], bool]:
-    parts = ledger.parts
-    return (() if parts is None else parts.saved_outputs), parts is None and ledger.output_saved
+def _parts_of(ledger: StageLedger) -> StageParts:
+    """The storages of a stage one by one, also where there is one on either side."""
+    return ledger.parts or StageParts(
+        inputs=1,
+        output_bytes=(ledger.state_bytes,),
+        output_sources=(0 if ledger.output_is_view else -1,),
+        saved_inputs=(0,) * ledger.input_saved,
+        saved_outputs=(0,) * ledger.output_saved,
+        backward_peak_bytes=(),
+    )
 
 
 def _kept(
     sizes: Mapping[int, int],
     theirs: AbstractSet[int],
     saved: Mapping[int, int],
-    charged: tuple[int, ...],
-    every: bool,
+    charged: AbstractSet[int],
 ) -> int:
     """Bytes of a state that a tape keeps, and is not charged for."""
     return sum(
         size
         for k, (home, size) in enumerate(sizes.items())
-        if home in saved and home not in theirs and not every and k not in charged
+        if home in saved and home not in theirs and k not in charged
     )
-
-
-def _between(ledgers: Sequence[StageLedger]) -> int:
-    """Bytes of the states inside a tape of several stages that it is charged for."""
-    total = 0
-    for before, after in itertools.pairwise(ledgers):
-        if any(map(any, (_outputs_of(before), _inputs_of(after)))):
-            total += _projected(before) - before.tape_bytes
-    return total
-
-
-def _larger(outputs: dict[int, int], own: AbstractSet[int], ledger: StageLedger) -> int:
-    """How much larger an output is than projected."""
-    fresh = sum(size for home, size in outputs.items() if home not in own)
-    parts = ledger.parts
-    if parts is not None:
-        return max(0, fresh - parts.new_bytes)
-    return max(0, fresh - (0 if ledger.output_is_view else ledger.state_bytes))

@@ -7,6 +7,7 @@ any case.
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -349,6 +350,46 @@ def test_a_change_of_attributes_is_said_once_with_stage_and_bytes(name: str) -> 
         assert before is not None
         assert f"{before.tape_bytes + before.state_bytes} bytes" in text
         assert not warned(planned, batch(3))[2]
+
+
+class Pairs(nn.Module):
+    """Hands a residual on; what it computes is set from outside, and shapes stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.times = nn.Linear(WIDTH, WIDTH), 1
+
+    def forward(self, pair: Any) -> Any:
+        x, h = pair if isinstance(pair, tuple) else (pair, pair)
+        for _ in range(self.times):
+            h = torch.tanh(self.linear(h))
+        return x, h
+
+
+def test_stages_of_several_storages_that_share_a_tape_are_compared_with_what_was_planned() -> None:
+    """A stage's residual and its hidden state lie in two storages; the first is handed on."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *[Pairs() for _ in range(6)])
+    loss = lambda pair: (pair[0] * pair[1]).sum()  # noqa: E731
+    chain = cs.profile(model, batch(0), loss=loss)
+    trained = cs.checkpointed(model, cs.plan(chain, budget=2**40))
+
+    def words() -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss(trained(batch(0))).backward()
+        return [str(w.message) for w in caught]
+
+    assert [words(), words(), words()] == [[], [], []]  # the second time stages share a tape
+    model[3].times = 4
+    (text,) = words()
+    assert re.match(r"stages '\d' to '\d' have", text)
+    ledger = chain.stages[3].ledger
+    assert ledger is not None
+    assert ledger.parts is not None
+    size = batch(0).nbytes
+    found, projected = (int(n) for n in re.findall(r"(\d+) bytes \(", text))
+    assert found - projected == 3 * size
+    assert words() == []
 
 
 def test_what_no_attribute_and_no_count_shows_is_seen_within_64_tapes() -> None:
