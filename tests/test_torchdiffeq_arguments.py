@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ckptsched import CallbackWarning, odeint, solve_adaptive
-from ckptsched.errors import InfeasibleBudgetError, IntegrationError, WorkloadError
+from ckptsched.errors import CkptschedError, InfeasibleBudgetError, IntegrationError, WorkloadError
 from ckptsched.memory import default_meter
-from tests.test_odeint import DOUBLE, Field, equal, gradients, loss_of, problem
+from tests.test_odeint import DOUBLE, Field, assert_within, equal, gradients, loss_of, problem
 
 ENDS = torch.tensor([0.0, 1.0], dtype=DOUBLE)
 TIMES = torch.tensor([0.0, 0.4, 1.0], dtype=DOUBLE)
@@ -103,6 +103,21 @@ def test_leapfrog_takes_what_changes_with_time_draws_or_counts() -> None:
     assert torch.equal(state, torch.get_rng_state())  # the look has drawn nothing
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-15)
+
+
+def test_leapfrog_that_is_looked_at_keeps_its_budget_and_gradients() -> None:
+    f, q = problem(batch=20)
+    p = torch.randn_like(q).requires_grad_()
+
+    def force(t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return y[1], f(t, y[0])
+
+    def call(budget: int | None) -> Any:
+        how: Any = {"method": "leapfrog", "options": {"step_size": 0.05}, "loss": loss_of}
+        return odeint(force, (q, p), TIMES, budget=budget, **how)
+
+    for share in (0.3, 0.6, 1.0):
+        assert_within(call, [q, p, *f.parameters()], share)
 
 
 def test_leapfrog_that_is_refused_would_be_of_order_one() -> None:
@@ -237,6 +252,7 @@ def test_tolerances_of_entries_within_a_budget() -> None:
         ({"rtol": math.inf}, "rtol=inf; give what is finite"),
         ({"rtol": "small"}, "rtol is 'small'; give a number, a tensor"),
         ({"atol": None}, "atol is None; give a number"),
+        ({"atol": torch.tensor([1e-3, 1j])}, r"atol is a tensor of shape \(2,\); give a number"),
         ({"rtol": 0, "atol": 0.0}, r"rtol=0 and atol=0\.0 are both zero; give two"),
         ({"rtol": 0, "atol": torch.tensor([0.0, 1.0])}, "both zero somewhere"),
         ({"rtol": torch.ones(3)}, r"rtol has shape \(3,\), which does not broadcast to \(2,\)"),
@@ -486,11 +502,19 @@ BACK: dict[str, Any] = {"gradient": "backsolve"}
             {**BACK, "method": "leapfrog", "y0": (torch.ones(2), torch.ones(2)), "func": Pair()},
             "the adjoint equation is none for 'leapfrog'",
         ),
+        ({**BACK, "adjoint_options": {"grid_constructor": 3}}, "grid_constructor is 3; give a fun"),
+        ({**BACK, "adjoint_options": {"step_size": -1}}, "step_size is -1; give a positive number"),
         ({**BACK, "adjoint_method": "leapfrog"}, "the adjoint equation is none for 'leapfrog'"),
         ({"adjoint_params": 3}, "adjoint_params is 3; give a tuple of tensors"),
         ({**BACK, "adjoint_params": torch.ones(2)}, "adjoint_params is one tensor; give a tuple"),
         ({**BACK, "params": [torch.ones(2), "w"]}, r"params\[1\] is a str; give a tuple"),
         ({"params": (), "adjoint_params": ()}, "two names of one"),
+        ({"params": torch.tensor(1.0)}, "params is one tensor; give a tuple"),
+        ({**BACK, "adjoint_rtol": torch.tensor(1j)}, "adjoint_rtol is tensor"),
+        (
+            {**BACK, "adjoint_rtol": torch.tensor(1e-3, requires_grad=True)},
+            "adjoint_rtol is tensor.*without a gradient",
+        ),
     ],
 )
 def test_arguments_of_the_adjoint_are_refused_before_the_solve(
@@ -670,3 +694,42 @@ def test_options_are_tensors_or_numbers_and_stay_the_callers() -> None:
         )
         assert torch.equal(one, other)
         assert tensor.keys() == before.keys()
+
+
+# ---------------------------------------------------------------------------- anything
+
+ODD: list[Any] = [
+    None, -1, 0, 1e-3, math.nan, math.inf, 1j, "x", b"x", (), [], [1, 2], (1e-3,) * 3, object(),
+    int, len, torch.ones(2), torch.ones(3), torch.tensor(1e-3), torch.tensor(1j),
+    torch.ones(2, requires_grad=True), {"a": 1}, {1: 2}, {"norm": "seminorm"}, {"step_size": -1},
+    {"step_size": torch.ones(2)}, {"first_step": 1j}, {"max_num_steps": None}, {"beta": None},
+    {"norm": lambda errors: "large"}, {"dtype": "x"}, {"grid_constructor": 3},
+]  # fmt: skip
+ARGUMENTS = (
+    *("rtol", "atol", "method", "options", "event_fn", "params", "gradient", "granularity"),
+    *(f"adjoint_{name}" for name in ("rtol", "atol", "method", "options", "params")),
+    *("budget", "loss", "solver"),
+)
+
+
+@settings(deadline=None)
+@given(
+    odd=st.dictionaries(st.sampled_from(ARGUMENTS), st.sampled_from(ODD), min_size=1, max_size=2),
+    method=st.sampled_from(["dopri5", "rk4", "implicit_euler"]),
+    bounded=st.sampled_from([{}, {}, {"budget": "1MiB"}, {"gradient": "backsolve"}]),
+    parts=st.booleans(),
+)
+def test_whatever_is_given_works_or_is_refused_by_name(
+    odd: dict[str, Any], method: str, bounded: dict[str, Any], parts: bool
+) -> None:
+    y0 = torch.ones(2, requires_grad=True)
+    # Functions as methods, norms and losses are the user's, and so is what they raise.
+    ours = {"method", "loss"}
+    odd = {k: v for k, v in odd.items() if not (k in ours and callable(v))}
+    arguments = {"method": method, **bounded, **odd}
+    try:
+        found = odeint(decay, (y0, torch.ones(3)) if parts else y0, ENDS.float(), **arguments)
+        loss_of(found).backward()
+    except CkptschedError:
+        return
+    assert y0.grad is not None

@@ -114,16 +114,17 @@ def _tolerance(name: str, own: Any, other: Any) -> float:
     """A tolerance of the adjoint equation: its own, or that of the forward pass."""
     given, name = (other, name) if own is None else (own, f"adjoint_{name}")
     scalar = not isinstance(given, Tensor) or given.numel() == 1
+    wanted = isinstance(given, Tensor) and given.requires_grad  # a gradient that there is not
     try:
-        value = float(given) if scalar else math.nan
-    except (TypeError, ValueError):
+        value = float(given) if scalar and not wanted else math.nan
+    except (TypeError, ValueError, RuntimeError):
         value = math.nan
     if not 0 <= value < math.inf:
         told = f"a tensor of shape {tuple(given.shape)}" if not scalar else f"{given!r:.80}"
         raise WorkloadError(
             f"{name} is {told}, and the adjoint equation, whose parts are others than the "
             f"state's, takes one number; give adjoint_{name.removeprefix('adjoint_')} as a number "
-            "that is not negative"
+            "that is not negative, without a gradient"
         )
     return value
 

@@ -89,7 +89,8 @@ def odeint(
         method: A name, a `ButcherTableau`, or a step function (f, t, h, y) to the state at t + h.
             Fixed grid: "euler", "midpoint", "heun" ("heun2"), "ralston", "heun3", "rk4" (the 3/8
             rule, as in torchdiffeq), "rk4_classic", "implicit_euler", "trapezoid"
-            ("crank_nicolson"), "leapfrog"; "bosh3", "dopri5", "tsit5" and "dopri8" where the
+            ("crank_nicolson"), "leapfrog" (for q and p of which neither's slope depends on itself);
+            "bosh3", "dopri5", "tsit5" and "dopri8" where the
             options name a grid. Without options, these four choose their steps. None is "dopri5".
         options: Of a fixed grid: `step_size`, or `grid_constructor` (func, y0, t) to the times of
             the steps; with neither, a step leads from each time to the next. Outputs between two
@@ -150,6 +151,11 @@ def odeint(
         raise WorkloadError(
             f"gradient is {gradient!r}{'' if budget is None else ' with a budget'}; give 'exact', "
             "or 'backsolve' without a budget"
+        )
+    if not isinstance(solver, str) or not isinstance(granularity, str):
+        raise WorkloadError(
+            f"solver is {solver!r:.80} and granularity {granularity!r:.80}; both are names, 'auto' "
+            "and 'step' where nothing else is wanted"
         )
     refuse_events(event_fn)
     if params is not None and adjoint_params is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -75,11 +76,11 @@ def read_tensors(name: str, given: Any) -> tuple[torch.Tensor, ...] | None:
     """
     if given is None:
         return None
-    found = tuple(given) if isinstance(given, Iterable) else ()
-    wrong = [k for k, x in enumerate(found) if not isinstance(x, torch.Tensor)]
     if isinstance(given, torch.Tensor) or not isinstance(given, Iterable):
         told = "one tensor" if isinstance(given, torch.Tensor) else f"{given!r:.80}"
         raise WorkloadError(f"{name} is {told}; give a tuple of tensors, () for none")
+    found = tuple(given)
+    wrong = [k for k, x in enumerate(found) if not isinstance(x, torch.Tensor)]
     if wrong:
         told = type(found[wrong[0]]).__name__
         raise WorkloadError(f"{name}[{wrong[0]}] is a {told}; give a tuple of tensors, () for none")
@@ -112,7 +113,7 @@ def check_fixed_options(options: Mapping[str, Any]) -> None:
         options: All options.
 
     Raises:
-        WorkloadError: One that is unknown, or asks for what is not done.
+        WorkloadError: One that is unknown, is not what it is to be, or asks for what is not done.
     """
     unknown = set(options) - set(_FIXED)
     if unknown:
@@ -123,6 +124,11 @@ def check_fixed_options(options: Mapping[str, Any]) -> None:
             "between the steps of a fixed grid a line is drawn (interp='linear', perturb=False); "
             f"found options {given!r}; for more, let the steps end at the times wanted"
         )
+    size, constructor = options.get("step_size"), read_function(options, "grid_constructor")
+    if size is not None and constructor is not None:
+        raise WorkloadError("options step_size and grid_constructor exclude each other; give one")
+    if size is not None:
+        read_step_size(size)
 
 
 def _number(name: str, value: Any) -> Any:
@@ -154,13 +160,21 @@ def read_function(options: Mapping[str, Any], name: str) -> Callable[..., Any] |
 def read_step_size(value: Any) -> float:
     """The size of a fixed grid's steps.
 
+    Args:
+        value: What the user gave.
+
     Raises:
-        WorkloadError: It is no number.
+        WorkloadError: It is no positive number.
     """
     try:
-        return float(value)
+        size = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise WorkloadError(f"step_size is {value!r:.80}; give a positive number") from error
+    if not 0 < size < math.inf:
+        raise WorkloadError(
+            f"step_size is {value!r:.80}; give a positive number, whichever way time runs"
+        )
+    return size
 
 
 def refuse_events(event_fn: Any) -> None:

@@ -79,6 +79,8 @@ def _fitted(name: str, given: Any, y0: Tensor, shape: torch.Size) -> Tolerance:
     if isinstance(given, Tensor) and given.requires_grad:
         raise WorkloadError(f"{name} requires a gradient, and there is none of it; detach it")
     try:
+        if torch.as_tensor(given).is_complex():
+            raise TypeError  # torch would leave out the imaginary part
         value = torch.as_tensor(given, dtype=torch.float64).to(y0.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise WorkloadError(
