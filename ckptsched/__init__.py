@@ -13,6 +13,7 @@ from .budget import parse_budget as parse_budget
 from .context import is_recomputing as is_recomputing
 from .errors import BudgetSyntaxError as BudgetSyntaxError
 from .errors import BudgetWarning as BudgetWarning
+from .errors import CallbackWarning as CallbackWarning
 from .errors import CkptschedError as CkptschedError
 from .errors import ExecutionError as ExecutionError
 from .errors import InfeasibleBudgetError as InfeasibleBudgetError

@@ -122,6 +122,10 @@ class BudgetWarning(UserWarning):
     """A call that gives the right result, and does not keep the budget of its plan."""
 
 
+class CallbackWarning(UserWarning):
+    """A method of a right-hand side that is meant to be called on the way, and is not."""
+
+
 class SolverWarning(UserWarning):
     """A solver failed by a fault of its own; the plan is right, and may be dearer than need be."""
 

@@ -26,6 +26,7 @@ from ..errors import BudgetSyntaxError, BudgetWarning, ExecutionError, WorkloadE
 from ..transforms import as_numbers, has_gradient, outside_of_compiled_code, transform_at_work
 from ..turns import InTurn
 from .bounded import BoundedSolve, Turns
+from .callbacks import Callbacks, check_callbacks, find_callbacks
 from .carried import Carried
 from .closure import Closure, find_closure
 from .control import Norm, StepControl
@@ -40,6 +41,7 @@ from .parts import check_plain, flat_state, norm_of_parts, on_flat_states
 from .problem import Problem, check_times
 from .statistics import Statistics
 from .tableaus import ButcherTableau
+from .tolerances import Tolerance, read_tolerances, tolerance_bytes
 
 
 @final
@@ -61,8 +63,8 @@ def solve_adaptive(
     t: Tensor,
     method: str | ButcherTableau = "dopri5",
     *,
-    rtol: float = 1e-7,
-    atol: float = 1e-9,
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
     norm: Callable[[Any], Tensor] | None = None,
     control: StepControl | None = None,
     meet_times: bool = False,
@@ -88,8 +90,9 @@ def solve_adaptive(
         t: Requested times, a tensor of one dimension that rises or falls strictly; the first is
             that of y0.
         method: Name of a method with an error estimate, or a tableau.
-        rtol: Tolerance relative to the state.
-        atol: Tolerance besides.
+        rtol: Tolerance relative to the state: a number, or a tensor that broadcasts to it; of a
+            tuple a number, or one or a tensor for each part.
+        atol: Tolerance besides, the same.
         norm: Makes one figure of all errors: `rms_norm`, which None stands for, `batch_max_norm`,
             or one of your own. Of a tuple it gets a tuple; None then takes the largest of the
             parts' figures.
@@ -123,9 +126,14 @@ def solve_adaptive(
     """
     flat, shapes = flat_state(y0)
     slope, norm = on_flat_states(func, shapes), norm_of_parts(norm, shapes)
-    problem = make_problem(slope, flat, t, method, (rtol, atol), norm, control, meet_times)
+    tolerances = read_tolerances(rtol, atol, flat, shapes)
+    limited = budget is not None or checkpoints is not None
+    check_callbacks(func, budget=limited, adjoint=False, fixed=False)
+    problem = make_problem(
+        slope, t, method, tolerances, norm, control, meet_times, find_callbacks(func, shapes)
+    )
     # The parts of the state are the caller's; as one tensor it is one more.
-    beside_bytes += 0 if shapes is None else flat.nbytes
+    beside_bytes += tolerance_bytes(tolerances) + (0 if shapes is None else flat.nbytes)
     bounds = Bounds.of(budget, checkpoints, beside_bytes)
     bounds = replace(bounds, loss=loss, shapes=shapes)
     closure = find_closure(func)
@@ -260,25 +268,25 @@ def solve_problem(
 
 def make_problem(
     func: Callable[[Tensor, Tensor], Tensor],
-    y0: Tensor,
     t: Tensor,
     method: str | ButcherTableau,
-    tolerances: tuple[float, float],
+    tolerances: tuple[Tolerance, Tolerance],
     norm: Norm,
     control: StepControl | None,
     meet: bool,
+    callbacks: Callbacks | None,
 ) -> Problem:
     """Put a problem together.
 
     Args:
         func: Right-hand side.
-        y0: Initial state.
         t: Requested times.
         method: Name or tableau.
-        tolerances: Relative and absolute.
+        tolerances: Relative and absolute, as they were read.
         norm: Makes one figure of all errors.
         control: Of the steps' sizes.
         meet: Whether steps end at the requested times.
+        callbacks: What is called on the way.
 
     Raises:
         WorkloadError: What makes no sense.
@@ -291,20 +299,18 @@ def make_problem(
             "that has, such as 'dopri5', or use it on a fixed grid"
         )
     rtol, atol = tolerances
-    if not (rtol >= 0 and atol >= 0 and rtol + atol > 0):
-        raise WorkloadError(f"rtol={rtol!r} and atol={atol!r}; give two that are not negative")
     if t.dim() != 1 or not len(t) or not t.is_floating_point():
         raise WorkloadError(
             f"t has shape {tuple(t.shape)} and {t.dtype}; give a tensor of one dimension, of "
             "floating point, with at least one time"
         )
     times = tuple(as_numbers(t.detach()))
-    check_times(times)
+    check_times(times, t.dtype)
     control = StepControl() if control is None else control
     control.check_order(tableau.order)
     return Problem(
         func=func, tableau=tableau, times=times, rtol=rtol, atol=atol, norm=norm,
-        control=control, meet=meet,
+        control=control, meet=meet, callbacks=callbacks,
     )  # fmt: skip
 
 

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget
-from ..errors import WorkloadError
 from ..transforms import outside_of_compiled_code
 from .adaptive import Bounds, make_problem, solve_problem
+from .callbacks import find_callbacks
 from .closure import Closure
-from .control import StepControl
+from .options import read_control, read_function
 from .output_loss import Loss
 from .parts import norm_of_parts, on_flat_states
 from .tableaus import ButcherTableau
-
-_CONTROL = tuple(field.name for field in dataclasses.fields(StepControl))
+from .tolerances import Tolerance, tolerance_bytes
 
 
 @outside_of_compiled_code
@@ -30,7 +29,7 @@ def solve_adaptively(
     tableau: ButcherTableau,
     shapes: tuple[torch.Size, ...] | None,
     closure: Closure,
-    tolerances: tuple[float, float],
+    tolerances: tuple[Tolerance, Tolerance],
     options: Mapping[str, Any],
     budget: int | float | str | Budget | None,
     loss: Loss | None,
@@ -44,7 +43,7 @@ def solve_adaptively(
         tableau: The method.
         shapes: Of the parts of the state where it is a tuple.
         closure: What func reads.
-        tolerances: Relative and absolute.
+        tolerances: Relative and absolute, as they were read.
         options: Of the steps' control, `norm` (of a tuple where the state is one) and `meet_times`.
         budget: Bytes, or None.
         loss: Of what is returned to the caller, where it is named.
@@ -55,21 +54,13 @@ def solve_adaptively(
     Raises:
         WorkloadError: An option that is unknown.
     """
-    given = dict(options)
-    norm = norm_of_parts(given.pop("norm", None), shapes)
-    meet = bool(given.pop("meet_times", False))
-    unknown = sorted(set(given) - set(_CONTROL))
-    if unknown:
-        raise WorkloadError(
-            f"unknown options {unknown} for an adaptive method; it takes norm, meet_times, "
-            f"{', '.join(_CONTROL)}, or step_size and grid_constructor for a fixed grid"
-        )
-    rtol, atol = map(float, tolerances)
-    control = StepControl(**given)
-    slope = on_flat_states(func, shapes)
-    problem = make_problem(slope, y0, t, tableau, (rtol, atol), norm, control, meet)
+    norm = norm_of_parts(read_function(options, "norm"), shapes)
+    meet, control = bool(options.get("meet_times", False)), read_control(options)
+    slope, callbacks = on_flat_states(func, shapes), find_callbacks(func, shapes)
+    problem = make_problem(slope, t, tableau, tolerances, norm, control, meet, callbacks)
     # The parts of the state are the caller's; as one tensor it is one more.
-    bounds = Bounds.of(budget, None, 0 if shapes is None else y0.nbytes)
+    beside = tolerance_bytes(tolerances) + (0 if shapes is None else y0.nbytes)
+    bounds = Bounds.of(budget, None, beside)
     bounds = dataclasses.replace(bounds, loss=loss, shapes=shapes)
     solution = solve_problem(problem, closure, None, y0, t, bounds, func)
     states: Tensor = solution.states

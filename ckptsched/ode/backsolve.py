@@ -17,12 +17,15 @@ from ..errors import ExecutionError
 from ..holds import Hold, keep
 from .closure import outlive, unknown_leaves
 
-Solve: TypeAlias = Callable[[Callable[..., Any], Any, Tensor], Any]
-"""From a right-hand side, an initial state and times to the states there, without gradients."""
+Solve: TypeAlias = Callable[[Any, Tensor], Any]
+"""From an initial state and times to the states there, without gradients."""
+SolveOther: TypeAlias = Callable[[Callable[..., Any], Any, Tensor], Any]
+"""The same of a right-hand side that is given."""
 
 
 def backsolve(
     solve: Solve,
+    solve_adjoint: SolveOther,
     func: Callable[[Tensor, Tensor], Tensor],
     y0: Tensor,
     t: Tensor,
@@ -37,7 +40,8 @@ def backsolve(
     output time to the one before; there the state begins anew with the one that the forward gave.
 
     Args:
-        solve: Solves without gradients; for the forward and for the augmented problem.
+        solve: Solves without gradients, from flat states to flat states.
+        solve_adjoint: Solves the augmented problem.
         func: Right-hand side on flat states.
         y0: Flat initial state.
         t: Output times.
@@ -51,7 +55,8 @@ def backsolve(
     Reference:
         Chen et al., Neural Ordinary Differential Equations (arXiv 1806.07366), algorithm 1.
     """
-    states: Tensor = _Backsolve.apply(solve, func, y0, t, all_wanted, *params)
+    settings = solve, solve_adjoint, func, all_wanted
+    states: Tensor = _Backsolve.apply(settings, y0, t, *params)
     return states
 
 
@@ -59,17 +64,15 @@ class _Backsolve(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        solve: Solve,
-        func: Callable[[Tensor, Tensor], Tensor],
+        settings: tuple[Solve, SolveOther, Callable[[Tensor, Tensor], Tensor], bool],
         y0: Tensor,
         t: Tensor,
-        all_wanted: bool,
         *params: Tensor,
     ) -> Tensor:
-        states: Tensor = solve(func, y0.detach(), t.detach())
-        hold = Hold((solve, func))
+        solve, solve_adjoint, func, ctx.all_wanted = settings
+        states: Tensor = solve(y0.detach(), t.detach())
+        hold = Hold((solve_adjoint, func))
         keep(ctx, hold)
-        ctx.all_wanted = all_wanted
         ctx.save_for_backward(states, t, hold.fuse(), *params)
         return states
 
@@ -91,17 +94,17 @@ class _Backsolve(torch.autograd.Function):
         adjoint = gradient[-1]
         sums = [torch.zeros_like(p) for p in params]
         for j in range(len(t) - 1, 0, -1):
-            if ctx.needs_input_grad[3]:
+            if ctx.needs_input_grad[2]:
                 times[j] = _inner(gradient[j], func(t[j], states[j]))
             ends = torch.stack([t[j], t[j - 1]]).detach()
             _, adjoint, *sums = (
                 part[-1] for part in solve(rates, (states[j], adjoint, *sums), ends)
             )
             adjoint = adjoint + gradient[j - 1]
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[2]:
             before = adjoint - gradient[0]
             times[0] = -_inner(before, func(t[0], states[0]))
-        return None, None, adjoint, times, None, *sums
+        return None, adjoint, times, *sums
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from ..errors import WorkloadError
 from ..transforms import as_number
+from .tolerances import Tolerance
 
 Norm = Callable[[Tensor], Tensor]
 """Size of a tensor of errors, each in units of its tolerance: a tensor of no dimensions."""
@@ -139,7 +140,7 @@ class StepControl:
 
 
 def error_ratio(
-    error: Tensor, z0: Tensor, z1: Tensor, *, rtol: float, atol: float, norm: Norm
+    error: Tensor, z0: Tensor, z1: Tensor, *, rtol: Tolerance, atol: Tolerance, norm: Norm
 ) -> float:
     """The error of a step in units of what is tolerated: up to 1 is right.
 
@@ -155,11 +156,24 @@ def error_ratio(
         The ratio; infinite where the error or the new state is not finite.
     """
     scale = torch.maximum(z0.abs(), z1.abs()).mul_(rtol).add_(atol)
-    ratio = as_number(norm(torch.div(error, scale)))
+    ratio = _size(norm, torch.div(error, scale))
     # A state that is infinite allows any error.
     if not math.isfinite(ratio) or not as_number(torch.isfinite(scale).all()):
         return math.inf
     return ratio
+
+
+def _size(norm: Norm, errors: Tensor) -> float:
+    found: Any = norm(errors)
+    if isinstance(found, (int, float)):
+        return float(found)
+    if not isinstance(found, Tensor) or found.numel() != 1:
+        told = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise WorkloadError(
+            f"the norm of errors returned {told}; let it return one number as a tensor, such as "
+            "errors.abs().square().mean().sqrt()"
+        )
+    return as_number(found)
 
 
 def first_step_size(
@@ -169,8 +183,8 @@ def first_step_size(
     f0: Tensor,
     *,
     order: int,
-    rtol: float,
-    atol: float,
+    rtol: Tolerance,
+    atol: Tolerance,
     norm: Norm,
     direction: float,
 ) -> float:
@@ -195,11 +209,11 @@ def first_step_size(
         starting step size.
     """
     scale = z0.abs().mul_(rtol).add_(atol)
-    d0, d1 = as_number(norm(z0 / scale)), as_number(norm(f0 / scale))
+    d0, d1 = _size(norm, z0 / scale), _size(norm, f0 / scale)
     h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
     z1 = torch.add(z0, f0, alpha=direction * h0)
     difference = f(t0 + direction * h0, z1) - f0
-    d2 = as_number(norm(difference / scale)) / h0
+    d2 = _size(norm, difference / scale) / h0
     if d1 <= 1e-15 and d2 <= 1e-15:
         h1 = max(1e-6, h0 * 1e-3)
     else:

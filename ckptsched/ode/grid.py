@@ -13,9 +13,7 @@ from torch import Tensor
 
 from ..errors import WorkloadError
 from ..transforms import as_number, as_numbers
-
-FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "perturb", "norm")
-"""What options a fixed grid takes; the last two change nothing, and are taken at their default."""
+from .options import check_fixed_options, read_function, read_step_size
 
 
 @final
@@ -68,11 +66,32 @@ def check_times(t: Any) -> Tensor:
         raise WorkloadError(
             f"t holds {len(values)} times; give at least two: that of y0 and one to solve to"
         )
-    _check_monotone("t", values)
+    _check_monotone("t", values, t.dtype)
     return t
 
 
-def _check_monotone(what: str, values: list[float]) -> None:
+def resolution_note(before: float, after: float, dtype: torch.dtype) -> str:
+    """What to say of two times that follow each other wrongly because their dtype is too coarse.
+
+    Args:
+        before: The first.
+        after: The second.
+        dtype: Of the tensor that they come from.
+
+    Returns:
+        Empty where they are further apart than rounding can bring them.
+    """
+    largest = max(abs(before), abs(after))
+    spacing = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
+    if abs(after - before) > spacing:
+        return ""
+    return (
+        f". Times of {dtype} near {largest:.6g} are {spacing:.3g} apart: if steps are to be "
+        "smaller, give t in torch.float64, or count time from its start"
+    )
+
+
+def _check_monotone(what: str, values: list[float], dtype: torch.dtype) -> None:
     for k, value in enumerate(values):
         if not math.isfinite(value):
             raise WorkloadError(f"{what}[{k}] is {value}; all times must be finite")
@@ -81,7 +100,7 @@ def _check_monotone(what: str, values: list[float]) -> None:
         if before == after or (after > before) != rising:
             raise WorkloadError(
                 f"{what} must rise throughout or fall throughout; found {what}[{k}] = {before!r} "
-                f"and {what}[{k + 1}] = {after!r}"
+                f"and {what}[{k + 1}] = {after!r}{resolution_note(before, after, dtype)}"
             )
 
 
@@ -102,17 +121,7 @@ def make_grid(
         WorkloadError: Options that are unknown or make no sense, or a grid that does not lead
             from the first time to the last.
     """
-    unknown = sorted(set(options) - set(FIXED_OPTIONS))
-    if unknown:
-        raise WorkloadError(
-            f"unknown options {unknown} for a fixed grid; it takes "
-            f"{', '.join(map(repr, FIXED_OPTIONS[:3]))}"
-        )
-    if options.get("interp", "linear") != "linear" or options.get("perturb"):
-        raise WorkloadError(
-            "between the steps of a fixed grid a line is drawn (interp='linear', perturb=False); "
-            f"found options {dict(options)!r}; for more, let the steps end at the times wanted"
-        )
+    check_fixed_options(options)
     tensor = _lay(func, y0, t, options)
     times, wanted = as_numbers(tensor), as_numbers(t)
     if len(times) < 2 or (times[0], times[-1]) != (wanted[0], wanted[-1]):
@@ -124,17 +133,15 @@ def make_grid(
     # Equal steps that lead to the very end, where rounding counts one more, are followed by one of
     # no length: the gradient of the last time is that step's.
     ends_twice = options.get("step_size") is not None and times[-2:] == [times[-1]] * 2
-    _check_monotone("the grid", times[: len(times) - ends_twice])
+    _check_monotone("the grid", times[: len(times) - ends_twice], tensor.dtype)
     clock = torch.cat([tensor, t]) if timed else None
     return Grid(tuple(times), _place(times, wanted), clock)
 
 
 def _lay(func: Callable[..., Any], y0: Any, t: Tensor, options: Mapping[str, Any]) -> Tensor:
-    step_size, constructor = options.get("step_size"), options.get("grid_constructor")
+    step_size, constructor = options.get("step_size"), read_function(options, "grid_constructor")
     if step_size is None and constructor is None:
         return t
-    if step_size is not None and constructor is not None:
-        raise WorkloadError("options step_size and grid_constructor exclude each other; give one")
     if constructor is not None:
         grid = constructor(func, y0, t)
         if not isinstance(grid, Tensor) or grid.dim() != 1:
@@ -143,11 +150,7 @@ def _lay(func: Callable[..., Any], y0: Any, t: Tensor, options: Mapping[str, Any
                 "the steps as a one-dimensional tensor"
             )
         return grid
-    size = float(step_size)  # type: ignore[arg-type]
-    if not (math.isfinite(size) and size > 0):
-        raise WorkloadError(
-            f"step_size is {step_size!r}; give a positive number, whichever way time runs"
-        )
+    size = read_step_size(step_size)
     start, end = t[0], t[-1]
     # In the dtype of t, and one more less one, as torchdiffeq counts: rounding decides alike.
     count = int(as_number(torch.ceil((end - start).detach().abs() / size + 1))) - 1

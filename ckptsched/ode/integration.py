@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import IntegrationError
 from ..transforms import as_number, under_transform
+from .callbacks import ACCEPT, REJECT, STEP
 from .carried import Carried, Moment
 from .control import error_ratio, first_step_size
 from .embedded import (
@@ -131,6 +132,7 @@ class Integration:
         before = self.carried.take()
         while True:
             step = self._next_step()
+            self._tell(STEP, step)
             slopes, ratio = self._attempt(step)
             small = abs(step.h) <= self.problem.control.min_step and math.isfinite(ratio)
             accepted = ratio <= 1.0 or small
@@ -138,6 +140,7 @@ class Integration:
                 ratio, self._error, self.tableau.order, after_rejection=after_rejection
             )
             self._h = self.problem.control.limited(size)
+            self._tell(ACCEPT if accepted else REJECT, step)
             if accepted:
                 return self._accept(step, slopes, ratio, before)
             self.rejected += 1
@@ -148,6 +151,11 @@ class Integration:
                 # steps alone, which are all that is run again.
                 before.restore()
             self._check_size(step, ratio)
+
+    def _tell(self, name: str, step: Step) -> None:
+        callbacks = self.problem.callbacks
+        if callbacks is not None:
+            callbacks.tell(name, step.t0, self.z, step.h)
 
     def _next_step(self) -> Step:
         control, times = self.problem.control, self.problem.times

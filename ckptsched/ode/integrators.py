@@ -6,7 +6,7 @@ An integrator knows one step; where the steps lie, and what of them is kept, is 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
@@ -190,6 +190,21 @@ def parts_of(y: Tensor, shapes: tuple[torch.Size, ...] | None) -> Any:
     if shapes is None:
         return y
     return handed(split(y, shapes, leading=1), take_over(y))
+
+
+def is_adaptive(integrator: Integrator, options: Mapping[str, Any]) -> bool:
+    """Whether a method chooses its steps: it can tell their error, and no grid is named.
+
+    Args:
+        integrator: The method.
+        options: Of the user.
+    """
+    return (
+        isinstance(integrator, RungeKutta)
+        and integrator.tableau.is_fsal
+        and options.get("step_size") is None
+        and options.get("grid_constructor") is None
+    )
 
 
 # As torchdiffeq has them: its rk4 is the 3/8 rule, and heun2 is Heun's method.

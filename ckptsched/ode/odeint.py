@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, final
 
 import torch
 from torch import Tensor
@@ -20,14 +20,27 @@ from ..transforms import (
     under_transform,
 )
 from .adaptively import solve_adaptively
+from .adjoint import AdjointSettings, hand_on_callbacks
 from .backsolve import backsolve
+from .callbacks import STEP, Callbacks, check_callbacks, find_callbacks
 from .closure import Closure, find_closure
 from .grid import Grid, check_times, make_grid
-from .integrators import Implicit, Integrator, RungeKutta, find_integrator, join, parts_of, split
-from .parts import flat_state
+from .integrators import (
+    Implicit,
+    Integrator,
+    RungeKutta,
+    find_integrator,
+    is_adaptive,
+    join,
+    parts_of,
+    split,
+)
+from .options import read_function, read_options, read_tensors, refuse_events
+from .parts import flat_state, norm_of_parts
 from .planned import solve_planned
 from .slopes import slope_count
 from .solve import Call, Solve
+from .tolerances import read_tolerances
 
 
 def odeint(
@@ -35,8 +48,8 @@ def odeint(
     y0: Any,
     t: Tensor,
     *,
-    rtol: float = 1e-7,
-    atol: float = 1e-9,
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
     method: Any = None,
     options: Mapping[str, Any] | None = None,
     budget: int | float | str | Budget | None = None,
@@ -45,6 +58,12 @@ def odeint(
     gradient: Literal["exact", "backsolve"] = "exact",
     granularity: Literal["step", "slope"] = "step",
     solver: str = "auto",
+    event_fn: Callable[..., Any] | None = None,
+    adjoint_rtol: Any = None,
+    adjoint_atol: Any = None,
+    adjoint_method: Any = None,
+    adjoint_options: Mapping[str, Any] | None = None,
+    adjoint_params: Iterable[Tensor] | None = None,
 ) -> Any:
     """Solve dy/dt = func(t, y), y(t[0]) = y0, and give y at all times t.
 
@@ -64,12 +83,14 @@ def odeint(
         y0: Initial state: a floating-point or complex tensor, or a tuple of tensors, which are
             solved as one flat tensor, as torchdiffeq does.
         t: Times, one-dimensional, rising or falling, at least two; the first is that of y0.
-        rtol: Relative tolerance of adaptive methods.
-        atol: Absolute tolerance of adaptive methods.
+        rtol: Relative tolerance of adaptive methods: a number, or a tensor that broadcasts to the
+            state; where that is a tuple, a number, or a number or tensor for each part.
+        atol: Absolute tolerance of adaptive methods, the same.
         method: A name, a `ButcherTableau`, or a step function (f, t, h, y) to the state at t + h.
             Fixed grid: "euler", "midpoint", "heun" ("heun2"), "ralston", "heun3", "rk4" (the 3/8
             rule, as in torchdiffeq), "rk4_classic", "implicit_euler", "trapezoid"
-            ("crank_nicolson"), "leapfrog"; "bosh3", "dopri5", "tsit5" and "dopri8" where the
+            ("crank_nicolson"), "leapfrog" (for q and p of which neither's slope depends on itself);
+            "bosh3", "dopri5", "tsit5" and "dopri8" where the
             options name a grid. Without options, these four choose their steps. None is "dopri5".
         options: Of a fixed grid: `step_size`, or `grid_constructor` (func, y0, t) to the times of
             the steps; with neither, a step leads from each time to the next. Outputs between two
@@ -92,6 +113,13 @@ def odeint(
             Runge-Kutta step, so that one evaluation of func at a time needs its tape. The least
             budget is smaller then, and planning takes longer.
         solver: Name of the solver of schedules, or "auto".
+        event_fn: torchdiffeq's; refused, with what to do instead.
+        adjoint_rtol: How the adjoint equation of gradient="backsolve" is solved; None as the
+            forward pass. With "exact", which solves none, these four are refused.
+        adjoint_atol: The same.
+        adjoint_method: The same.
+        adjoint_options: The same; its `norm` may be "seminorm".
+        adjoint_params: As `params`, by torchdiffeq's name.
 
     Returns:
         y at all times, of shape (len(t), *y0.shape); a tuple of such where y0 is a tuple.
@@ -124,12 +152,27 @@ def odeint(
             f"gradient is {gradient!r}{'' if budget is None else ' with a budget'}; give 'exact', "
             "or 'backsolve' without a budget"
         )
-    flat, shapes = flat_state(y0)
-    t = t.to(flat.device)
-    given = dict(options or {})
-    integrator = find_integrator("dopri5" if method is None else method, shapes)
-    closure = find_closure(func)
-    if under_transform() and (gradient == "backsolve" or isinstance(integrator, Implicit)):
+    if not isinstance(solver, str) or not isinstance(granularity, str):
+        raise WorkloadError(
+            f"solver is {solver!r:.80} and granularity {granularity!r:.80}; both are names, 'auto' "
+            "and 'step' where nothing else is wanted"
+        )
+    refuse_events(event_fn)
+    if params is not None and adjoint_params is not None:
+        raise WorkloadError("params and adjoint_params are two names of one; give either")
+    given = (
+        read_tensors("params", params)
+        if adjoint_params is None
+        else read_tensors("adjoint_params", adjoint_params)
+    )
+    own = None if adjoint_options is None else read_options("adjoint_options", adjoint_options)
+    adjoint = AdjointSettings(adjoint_rtol, adjoint_atol, adjoint_method, own)
+    call = _Asked(func, y0, rtol, atol, method, read_options("options", options))
+    check_callbacks(
+        func, budget=budget is not None, adjoint=gradient == "backsolve", fixed=not call.is_adaptive
+    )
+    t = t.to(call.flat.device)
+    if under_transform() and (gradient == "backsolve" or isinstance(call.integrator, Implicit)):
         raise WorkloadError(
             "a transform of torch.func, or forward-mode differentiation, is at work, which can "
             "follow neither implicit steps nor gradient='backsolve', as their gradients are made "
@@ -137,33 +180,85 @@ def odeint(
             "gradient='exact', or torch.autograd"
         )
     if gradient == "backsolve":
-        trained = closure.parameters if params is None else tuple(params)
-        trained = tuple(p for p in trained if p.requires_grad)
+        return parts_of(_solve_back(call, t, given, adjoint), call.shapes)
+    adjoint.check_unused()
+    if given is not None:
+        _check_params(given, find_closure(func), budget is not None)
+    states = _solve_flat(call, t, budget, loss, granularity, solver)
+    return parts_of(states, call.shapes)
 
-        def forward(f: Callable[..., Any], y: Any, times: Tensor) -> Any:
-            with torch.no_grad():
-                return odeint(f, y, times, rtol=rtol, atol=atol, method=method, options=options)
 
-        def slope(time: Tensor, y: Tensor) -> Tensor:
-            found: Tensor = join(func(time, split(y, shapes)), shapes)
-            return found
+@final
+class _Asked:
+    """What is to be solved, and how, once it is read."""
 
-        found = backsolve(forward, slope, flat, t, trained, all_wanted=params is None)
-        return parts_of(found, shapes)
-    if params is not None:
-        _check_params(tuple(params), closure, budget is not None)
-    if _is_adaptive(integrator, given):
-        tableau = cast(RungeKutta, integrator).tableau
-        states = solve_adaptively(
-            func, flat, t, tableau, shapes, closure, (rtol, atol), given, budget, loss
+    def __init__(
+        self, func: Callable[..., Any], y0: Any, rtol: Any, atol: Any, method: Any,
+        options: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.func, self.y0, self.options = func, y0, options
+        self.rtol, self.atol, self.method = rtol, atol, "dopri5" if method is None else method
+        self.flat, self.shapes = flat_state(y0)
+        self.integrator = find_integrator(self.method, self.shapes)
+        self.is_adaptive = is_adaptive(self.integrator, self.options)
+
+
+def _solve_flat(
+    call: _Asked,
+    t: Tensor,
+    budget: int | float | str | Budget | None,
+    loss: Callable[[Any], Tensor] | None,
+    granularity: str,
+    solver: str,
+) -> Tensor:
+    """The flat states at all times, with the gradient of the steps."""
+    func, shapes, closure = call.func, call.shapes, find_closure(call.func)
+    if call.is_adaptive:
+        tableau = cast(RungeKutta, call.integrator).tableau
+        tolerances = read_tolerances(call.rtol, call.atol, call.flat, shapes)
+        return solve_adaptively(
+            func, call.flat, t, tableau, shapes, closure, tolerances, call.options, budget, loss
         )
-        return parts_of(states, shapes)
-    grid = make_grid(func, y0, t, given, timed=has_gradient(t))
+    grid = make_grid(func, call.y0, t, call.options, timed=has_gradient(t))
     counts = tuple(map(len, grid.outputs))
-    solve = Solve(closure, integrator, shapes, counts, _parts(integrator, granularity))
-    outputs = _run(solve, integrator, func, flat, grid, closure, budget, solver, loss)
-    _check_finite(solve, Call(func, grid, closure, integrator), flat, outputs)
-    return parts_of(outputs, shapes)
+    parts = _parts(call.integrator, granularity)
+    solve = Solve(closure, call.integrator, shapes, counts, parts)
+    callbacks = find_callbacks(func, shapes, t.dtype)
+    outputs = _run(
+        solve, call.integrator, func, call.flat, grid, closure, budget, solver, loss, callbacks
+    )
+    _check_finite(solve, Call(func, grid, closure, call.integrator), call.flat, outputs)
+    return outputs
+
+
+def _solve_back(
+    call: _Asked, t: Tensor, params: tuple[Tensor, ...] | None, adjoint: AdjointSettings
+) -> Tensor:
+    """The same with the gradient of the continuous adjoint."""
+    # The backward holds none of the call, whose initial state may have a graph.
+    func, shapes, options = call.func, call.shapes, call.options
+    norm = norm_of_parts(read_function(options, "norm"), shapes)
+    how = adjoint.solver(call.rtol, call.atol, call.method, options, norm, shapes)
+
+    def forward(y: Tensor, times: Tensor) -> Tensor:
+        asked = _Asked(func, split(y, shapes), call.rtol, call.atol, call.method, options)
+        with torch.no_grad():
+            return _solve_flat(asked, times, None, None, "step", "auto")
+
+    def backward(rates: Callable[..., Any], y: Any, times: Tensor) -> Any:
+        hand_on_callbacks(func, rates)
+        asked = _Asked(rates, y, **how)
+        with torch.no_grad():
+            found = _solve_flat(asked, times, None, None, "step", "auto")
+        return parts_of(found, asked.shapes)
+
+    def slope(time: Tensor, y: Tensor) -> Tensor:
+        found: Tensor = join(func(time, split(y, shapes)), shapes)
+        return found
+
+    found = find_closure(func).parameters if params is None else params
+    trained = tuple(p for p in found if p.requires_grad)
+    return backsolve(forward, backward, slope, call.flat, t, trained, all_wanted=params is None)
 
 
 def _check_params(params: tuple[Tensor, ...], closure: Closure, planned: bool) -> None:
@@ -191,16 +286,6 @@ def _parts(integrator: Integrator, granularity: str) -> int:
     return slope_count(integrator.tableau)
 
 
-def _is_adaptive(integrator: Integrator, options: Mapping[str, Any]) -> bool:
-    """Whether the method chooses its steps: it can tell their error, and no grid is named."""
-    return (
-        isinstance(integrator, RungeKutta)
-        and integrator.tableau.is_fsal
-        and options.get("step_size") is None
-        and options.get("grid_constructor") is None
-    )
-
-
 @outside_of_compiled_code
 def _run(
     solve: Solve,
@@ -212,6 +297,7 @@ def _run(
     budget: int | float | str | Budget | None,
     solver: str,
     loss: Callable[[Any], Tensor] | None,
+    callbacks: Callbacks | None,
 ) -> Tensor:
     """All outputs, stacked: by plain steps, or planned where a backward is possible."""
     clock = () if grid.clock is None else (grid.clock,)
@@ -229,6 +315,9 @@ def _run(
     call = Call(func, grid, closure, integrator)
     z = y0
     for index in range(grid.steps):
+        if callbacks is not None:
+            start, end = grid.times[index], grid.times[index + 1]
+            callbacks.tell(STEP, start, z, end - start)
         z = solve.step(index, z, call, *clock)
     states = [*call.kept, z]
     call.kept = []

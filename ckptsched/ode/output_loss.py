@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..context import Autocast, Generators
-from ..errors import ProfileError
+from ..errors import ProfileError, WorkloadError
 from .carried import Carried
 from .closure import find_closure, unknown_leaves
 from .environment import Environment
@@ -71,7 +71,14 @@ def identity_of_loss(loss: Loss | None) -> Hashable:
 
     Args:
         loss: It; None where none was named.
+
+    Raises:
+        WorkloadError: It is no function.
     """
+    if loss is not None and not callable(loss):
+        raise WorkloadError(
+            f"loss is {loss!r:.80}; give a function from what the solve returns to one number"
+        )
     return None if loss is None else fingerprint(loss) or Identity(loss)
 
 

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ExecutionError, IntegrationError
+from .callbacks import Callbacks
 from .control import Norm, StepControl, rms_norm
 from .embedded import Step
+from .grid import resolution_note
 from .steps import Time, check_slope
 from .tableaus import ButcherTableau
+from .tolerances import Tolerance
 
 
 @final
@@ -30,9 +33,9 @@ class Problem:
     """A method with an error estimate."""
     times: tuple[float, ...]
     """Requested times, the first of them that of the initial state; they rise or fall strictly."""
-    rtol: float
+    rtol: Tolerance
     """Tolerance relative to the state."""
-    atol: float
+    atol: Tolerance
     """Tolerance besides."""
     norm: Norm = rms_norm
     """Makes one figure of all errors."""
@@ -40,6 +43,8 @@ class Problem:
     """How large a step may be."""
     meet: bool = False
     """Whether steps end at the requested times, in place of states inside steps."""
+    callbacks: Callbacks | None = None
+    """What is called on the way."""
 
     @property
     def direction(self) -> float:
@@ -138,8 +143,12 @@ class Record:
         return 8 * (len(self._times) + len(self._sizes))
 
 
-def check_times(times: Sequence[float]) -> None:
+def check_times(times: Sequence[float], dtype: torch.dtype = torch.float64) -> None:
     """Refuse times that do not rise or fall strictly.
+
+    Args:
+        times: They.
+        dtype: Of the tensor that they come from.
 
     Raises:
         IntegrationError: Where they do not; it names the first fault.
@@ -149,6 +158,6 @@ def check_times(times: Sequence[float]) -> None:
         if not direction * (b - a) > 0:
             raise IntegrationError(
                 f"requested times must rise or fall strictly: t[{j - 1}] is {a!r} and t[{j}] "
-                f"{b!r}; sort them and leave out doubles",
+                f"{b!r}; sort them and leave out doubles{resolution_note(a, b, dtype)}",
                 time=b,
             )

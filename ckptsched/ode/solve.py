@@ -18,10 +18,12 @@ from ..context import is_recomputing
 from ..errors import ExecutionError, IntegrationError
 from ..holds import Hold, keep
 from ..tracing import StageCall, StagedModule
+from ..transforms import under_transform
 from .attributes import Found
 from .closure import Closure
 from .grid import Grid
-from .integrators import Integrator, RungeKutta, UserStep, as_time, join, split
+from .integrators import Integrator, Leapfrog, RungeKutta, UserStep, as_time, join, split
+from .separable import SeparableSlope
 from .slopes import slope_step, start_of
 from .steps import Slope, Time, add, number
 
@@ -58,6 +60,8 @@ class Call:
         self._first = first
         self.sampling = False
         """Whether every step is to do what the dearest does, because it is measured."""
+        self.looked = False
+        """Whether it was seen in a step that func is made for the integrator."""
         self.found: Found | None = None
         """What the forward pass left func with, once it is over."""
 
@@ -301,13 +305,24 @@ class Solve(StagedModule):
             z = call.emit(0, z, z)
         try:
             with call.again(), call.closure.replaced(tensors):
-                after = call.integrator.step(self.slope_of(call), start, end - start, z)
+                slope = self.slope_of(call)
+                if isinstance(call.integrator, Leapfrog) and self._is_to_be_seen(call):
+                    slope = seen = SeparableSlope(slope, call.closure)
+                    after = call.integrator.step(slope, start, end - start, z)
+                    call.looked = seen.moved
+                else:
+                    after = call.integrator.step(slope, start, end - start, z)
         except IntegrationError as error:
             error.step = index
             raise
         if isinstance(call.integrator, UserStep) and z.requires_grad and not call.collects:
             after = _Reaching.apply(after, z)
         return self._emit(index, call, times, z, after)
+
+    def _is_to_be_seen(self, call: Call) -> bool:
+        """Whether to look at what func depends on: once a call, and where that is measured."""
+        first = not call.looked and not is_recomputing()
+        return (first or call.sampling) and not under_transform()
 
     def step_part(self, index: int, part: int, state: Any, call: Call, *tensors: Tensor) -> Any:
         """Do one slope of a step of a Runge-Kutta method.
