@@ -14,7 +14,7 @@ import click
 from .errors import PlanMismatchError, WorkloadError
 from .files import read_json
 from .graph import Graph
-from .planner import TIME_LIMIT, Certify, PlanOptions
+from .planner import TIME_LIMIT, PlanOptions
 from .plans import FORMAT, Plan, Workload
 from .profiler import profile as make_profile
 from .targets import Inputs, Target, load_target
@@ -65,13 +65,6 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
         "--solver", default="auto", show_default=True, help='Name of a solver; "auto" picks.'
     )
     @click.option(
-        "--certify",
-        type=click.Choice(["class", "all"]),
-        default="class",
-        show_default=True,
-        help="Bound the solver's class of schedules, or all of them, which takes longer.",
-    )
-    @click.option(
         "--time-limit",
         type=click.FloatRange(min=0, min_open=True),
         default=TIME_LIMIT,
@@ -80,12 +73,9 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
     )
     @click.option("--no-cache", is_flag=True, help="Keep no plans on disk, and read none.")
     @functools.wraps(command)
-    def with_options(
-        *, solver: str, certify: Certify, time_limit: float, no_cache: bool, **rest: Any
-    ) -> None:
+    def with_options(*, solver: str, time_limit: float, no_cache: bool, **rest: Any) -> None:
         options: PlanOptions = {
             "solver": solver,
-            "certify": certify,
             "time_limit": time_limit,
             "cache": not no_cache,
         }

@@ -73,7 +73,7 @@ def explain_plan(
     Args:
         plan: The plan.
         progress: Whether to show a progress bar, see `plan`.
-        options: Of `plan`, for the budgets nearby: solver, certify, time_limit, cache.
+        options: Of `plan`, for the budgets nearby: solver, time_limit, cache.
     """
     sizes = [max(1, int(plan.budget_bytes * factor)) for factor in _FACTORS]
     with bar_of_solvers(progress):

@@ -159,7 +159,7 @@ def tradeoff(
         also: Budgets besides.
         skipped: Told of each budget of `also` that is too small, which then has no row.
         progress: Whether to show a progress bar, see `plan`.
-        options: Of `plan`: solver, certify, time_limit, cache.
+        options: Of `plan`: solver, time_limit, cache.
 
     Returns:
         A row a budget; a larger budget never takes longer. Each row is what `plan` finds for

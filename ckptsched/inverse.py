@@ -48,7 +48,7 @@ def least_budget(
         overhead: Seconds more than storing everything takes, as a share such as 0.1, or as
             text such as "10%".
         progress: As in `plan`.
-        options: Of `plan`: solver, certify, time_limit, cache.
+        options: Of `plan`: solver, time_limit, cache.
 
     Returns:
         A plan whose overhead is at most that, for a budget of its own peak.
@@ -187,7 +187,7 @@ def largest(
         guess: A size near the answer, which saves chains.
         most: No larger size is tried.
         progress: As in `plan`.
-        options: Of `plan`: solver, certify, time_limit, cache.
+        options: Of `plan`: solver, time_limit, cache.
 
     Raises:
         BudgetSyntaxError: The budget cannot be read, or is a share.
@@ -224,7 +224,7 @@ def largest_batch(
         fake: Whether to estimate the model instead of measuring it, see `profile`.
         most: No larger batch is tried.
         progress: As in `plan`.
-        options: Of `plan`: solver, certify, time_limit, cache.
+        options: Of `plan`: solver, time_limit, cache.
 
     Returns:
         The batch, its plan, and what one more would need.
@@ -281,7 +281,7 @@ def largest_steps(
         overhead: What recomputation may cost, such as 0.2 or "20%"; None for any.
         most: No more steps are tried; `why_no_more` says so where that ended the search.
         progress: As in `plan`.
-        options: Of `plan`: solver, certify, time_limit, cache.
+        options: Of `plan`: solver, time_limit, cache.
 
     Returns:
         The number of steps of each such block, the plan, and what one more would need. Profile

@@ -6,11 +6,10 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, TypedDict, Unpack, cast, final
+from typing import Any, TypeAlias, TypedDict, Unpack, cast, final
 
 from .bar import bar_of_solvers
 from .budget import Budget, format_bytes, meant_as_percentage, parse_budget, percent
-from .certify import close
 from .errors import (
     BudgetSyntaxError,
     CkptschedError,
@@ -36,15 +35,11 @@ _READ_SECONDS = 1e-5
 TIME_LIMIT = 60.0
 """Seconds of an integer program, where nothing else is said."""
 
-Certify: TypeAlias = Literal["class", "all"]
-"""What a lower bound is for: the solver's class of schedules, or all pinned ones."""
-
 
 class PlanOptions(TypedDict, total=False):
     """What `plan` takes by keyword besides the budget, for functions that plan."""
 
     solver: str
-    certify: Certify
     time_limit: float
     cache: bool
 
@@ -69,7 +64,6 @@ def plan(
     *sample: Any,
     budget: int | float | str | Budget,
     solver: str = "auto",
-    certify: Certify = "class",
     time_limit: float = TIME_LIMIT,
     cache: bool = True,
     progress: bool | None = None,
@@ -82,15 +76,11 @@ def plan(
         budget: Bytes, text such as "64MiB", a share of what storing everything needs such as
             "40%", or a `Budget`.
         solver: Name of a solver. "auto" picks: `chain_dp`, or `run_dp` where long runs of equal
-            stages follow each other; `revolve` as well where all are equal; `beyond_persistent`
-            where there are few; and never something dearer than a fitting baseline of those
-            that `compare_baselines` lists. Where `chain_dp` is not tried or refuses, it also
-            looks for a good k of `every_<k>`: the best for equal stages without a ledger, else
-            one of a grid. A graph is given to `graph_ilp`, or to `graph_cuts` where that is too
-            much.
-        certify: What the lower bound is for. "class": the solver's class of schedules, such as
-            memory-persistent ones; "all": all pinned schedules, which takes longer. A cheaper
-            schedule that turns up is taken.
+            stages follow each other; `revolve` as well where all are equal; and never something
+            dearer than a fitting baseline of those that `compare_baselines` lists. Where
+            `chain_dp` is not tried or refuses, it also looks for a good k of `every_<k>`: the best
+            for equal stages without a ledger, else one of a grid. A graph is given to
+            `graph_ilp`, or to `graph_cuts` where that is too much.
         time_limit: Seconds that `graph_ilp` may take for each budget, roughly and all in all.
             It stops with the best it has, and the bound that it has proven.
         cache: Whether a plan that takes long is kept on disk, and taken from there the next
@@ -114,7 +104,6 @@ def plan(
         chain,
         [budget],
         solver=solver,
-        certify=certify,
         time_limit=time_limit,
         cache=cache,
         progress=progress,
@@ -137,7 +126,7 @@ def plan_each(
         chain: The chain or graph.
         budgets: As `plan` takes them, in any order.
         progress: As in `plan`.
-        options: Of `plan`: solver, certify, time_limit, cache.
+        options: Of `plan`: solver, time_limit, cache.
 
     Returns:
         A plan, or why there is none, for each budget. A larger budget never takes longer.
@@ -148,7 +137,6 @@ def plan_each(
         chain=chain,
         sizes=tuple(budget.resolve(store_all) for budget in wanted),
         solver=options.get("solver", AUTO),
-        certify=options.get("certify", "class"),
         time_limit=options.get("time_limit", TIME_LIMIT),
         store_all_bytes=store_all,
     )
@@ -322,14 +310,11 @@ class _Task:
     sizes: tuple[int, ...]
     """Budgets in bytes. What one solve finds for a budget may depend on the others."""
     solver: str
-    certify: Certify
     time_limit: float
     store_all_bytes: int
 
     def __post_init__(self) -> None:
         """Refuse options that mean nothing."""
-        if self.certify not in ("class", "all"):
-            raise WorkloadError(f'certify is "class" or "all", found {self.certify!r}')
         if not 0 < self.time_limit < math.inf:
             raise WorkloadError(
                 f"a time limit of {self.time_limit!r} s leaves no time; give seconds, such as 60"
@@ -342,7 +327,6 @@ class _Task:
             "budget_bytes": size,
             "budgets": list(self.sizes),
             "solver": self.solver,
-            "certify": self.certify,
             "time_limit": self.time_limit,
             "program": program_digest(),
         }
@@ -363,13 +347,12 @@ def _solve(task: _Task, shelf: PlanCache | None) -> list[_Result]:
     """Plan, and keep what took long."""
     begun = time.perf_counter()
     # More than any chain can need is more than the 64 bits of compiled solvers hold.
-    usable = tuple(min(size, NO_LIMIT) for size in task.sizes)
+    usable = [min(size, NO_LIMIT) for size in task.sizes]
     found = Portfolio(task.chain, usable, task.solver, task.time_limit).answers()
-    results: list[_Result] = []
-    for i, (answer, size) in enumerate(zip(found, task.sizes, strict=True)):
-        if task.certify == "all":
-            answer = close(task.chain, usable[i], answer, task.time_limit)
-        results.append(_plan(task, answer, size) if isinstance(answer, Answer) else answer)
+    results: list[_Result] = [
+        _plan(task, answer, size) if isinstance(answer, Answer) else answer
+        for answer, size in zip(found, task.sizes, strict=True)
+    ]
     taken = time.perf_counter() - begun
     plans = [result for result in results if isinstance(result, Plan)]
     operations = sum(len(plan.schedule) for plan in plans)

@@ -383,8 +383,8 @@ def note_on_bound(plan: Plan) -> list[str]:
     if not (isinstance(plan.chain, Chain) and plan.chain.has_ledger):
         return [note]
     return [
-        f'{note}, as none on all schedules is known for exact bytes; solver="auto" with '
-        'certify="class" bounds a class of them'
+        f'{note}, as none on all schedules is known for exact bytes; solver="auto" bounds a class '
+        "of them"
     ]
 
 

@@ -21,8 +21,7 @@ from .plans import Workload, excess
 from .solvers import GraphIlp, baselines_for, get_solver
 from .solvers.base import AbstractSolver, Solution, infeasible
 from .solvers.baselines import Baseline, Guess, every_k_grid, fitting_every_k
-from .solvers.exact_search import ALL_PINNED
-from .solvers.persistence import persistent_is_optimal
+from .solvers.persistence import ALL_PINNED, persistent_is_optimal
 from .solvers.run_dp import takes
 from .workload import Chain
 
@@ -32,9 +31,6 @@ _RUNS_FROM = 300
 # A table of more stages in several runs needs far more than a gigabyte, or half a minute; where
 # all stages are equal, run_dp itself says what is too much.
 _MOST_STAGES_IN_RUNS = 50_000
-# Up to so many stages it takes well under a second to look for schedules that are better than
-# memory-persistent ones; on longer chains it takes long, and found nothing on real networks.
-_SLIDING_STAGES = 32
 AUTO = "auto"
 ALL_SCHEDULES = "all schedules"
 PERSISTENT = "memory-persistent"
@@ -240,8 +236,6 @@ def _names(workload: Workload) -> Iterable[str]:
         yield "periodic"  # for what that refuses
     if workload.is_uniform:
         yield "revolve"
-    if len(workload) <= _SLIDING_STAGES and not persistent_is_optimal(workload):
-        yield "beyond_persistent"
 
 
 def _in_runs(chain: Chain) -> bool:

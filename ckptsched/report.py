@@ -100,7 +100,7 @@ def report(
         measure: Runs a step under a plan, as `verify` does; None shows projections only.
         console: Where to print; standard output by default.
         outputs: Files to write besides.
-        options: Of `plan`: solver, certify, time_limit, cache.
+        options: Of `plan`: solver, time_limit, cache.
 
     Returns:
         The trade-off, with what was measured.

@@ -131,18 +131,7 @@ RANKS = {
     "solvers.quiet_highs": 7,
     "solvers.run_bound": 7,
     "solvers.run_dp": 7,
-    "solvers.pinned_sizes": 7,
-    "solvers.pinned_table": 7,
-    "solvers.pinned_bound": 7,
-    "solvers.pinned_heap": 7,
-    "solvers.pinned_moves": 7,
-    "solvers.pinned_space": 7,
-    "solvers.pinned_least": 7,
-    "solvers.exact_search": 7,
     "solvers.persistence": 7,
-    "solvers.sliding_table": 7,
-    "solvers.sliding_lowering": 7,
-    "solvers.beyond_persistent": 7,
     "solvers.graph_runs": 7,
     "solvers.graph_cuts": 7,
     "solvers.graph_orders": 7,
@@ -157,7 +146,6 @@ RANKS = {
     "plan_cache": 9,
     "portfolio": 9,
     "program": 9,
-    "certify": 10,
     "planner": 11,
     "surroundings": 10,
     "gathering": 11,
@@ -190,7 +178,7 @@ LATE = {("plans", "explain"), ("plans", "planner")}
 
 # Solvers belong to the planner. What measures and runs models works with chains and plans,
 # whoever made them. An adaptive solve has no plan: where its states are kept is decided on the way.
-SOLVER_USERS = {"certify", "planner", "portfolio", "ode.replay", "ode.bounded"}
+SOLVER_USERS = {"planner", "portfolio", "ode.replay", "ode.bounded"}
 
 # Who may import what comes from outside the standard library.
 TORCH_SIDE = {
@@ -505,7 +493,7 @@ def test_good_sources_pass() -> None:
         ("high", "from .solvers import Base", "imports up, from rank 1 solvers of rank 2"),
         ("solvers.base", "from .one import One", "imports up"),
         ("solvers.base", "from ..high import x", "imports sideways"),
-        ("high", "from .solvers.one import One", "solvers belong to certify, ode.bounded"),
+        ("high", "from .solvers.one import One", "solvers belong to ode.bounded"),
         ("low", "import torch", "torch belongs to"),
         ("low", "def f():\n    from torch import nn", "torch belongs to"),
         ("low", "import matplotlib.pyplot", "inside a function"),

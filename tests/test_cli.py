@@ -21,7 +21,6 @@ from ckptsched.plans import Plan
 from ckptsched.targets import Inputs, load_model, load_target, sample_input
 from ckptsched.verifier import Verification
 from ckptsched.workload import Chain
-from tests.helpers import EXAMPLES
 from tests.small_chains import mixed_chain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,15 +162,8 @@ def test_graphs_are_planned_and_shown(folder: Path) -> None:
     assert "takes a model" in failure("largest", "graph.json", "--budget", "90MiB")
 
 
-def test_certify_all(folder: Path) -> None:
-    # A checkpoint that is dropped and made again: better than any memory-persistent schedule.
-    Chain.from_json(EXAMPLES["E4"][0]).save("e4.json")
-    result = run("plan", "e4.json", "--budget", "24", "--certify", "all", "-o", "plan.json")
-    assert result.exit_code == 0, result.output
-    assert "no pinned schedule takes less" in result.stdout
-    assert Plan.load("plan.json").seconds == 100
-    result = run("plan", "e4.json", "--budget", "24", "--time-limit", "0")
-    assert result.exit_code == 2
+def test_a_time_limit_leaves_time(folder: Path) -> None:
+    assert run("plan", "chain.json", "--budget", "50%", "--time-limit", "0").exit_code == 2
 
 
 def test_show_explains(folder: Path) -> None:

@@ -1,32 +1,24 @@
-"""What holds of all pinned schedules: a lower bound, and when the persistent optimum is theirs."""
+"""When the persistent optimum is that of all pinned schedules: a theorem, and its conditions."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptsched.solvers import ChainDp
 from ckptsched.solvers.persistence import persistent_is_optimal
-from ckptsched.solvers.pinned_bound import least_pinned_bytes, pinned_lower_bounds
-from ckptsched.solvers.pinned_sizes import pinned_sizes
-from ckptsched.solvers.pinned_table import PinnedTable
 from ckptsched.stages import TapeOption
 from ckptsched.workload import Chain
 
 from .brute_force import cheapest_of, persistent_frontier
-from .pinned_oracle import cheapest_pinned, least_budget
+from .pinned_oracle import cheapest_pinned
 from .strategies import (
     SECONDS,
     SMALL,
-    chains,
-    chains_with_options,
     ledger_chains,
-    scaled_chains,
     tape_options,
 )
 
@@ -72,7 +64,6 @@ def test_where_states_never_grow_nothing_beats_the_persistent_optimum(
     assert persistent_is_optimal(chain)
     optimum = cheapest_pinned(chain, budget)
     assert cheapest_of(persistent_frontier(chain), budget) == optimum
-    assert pinned_lower_bounds(chain, [budget]) == [optimum]
 
 
 @given(shrinking_chains(3), st.data(), st.integers(0, 50))
@@ -93,7 +84,6 @@ def test_nor_where_stages_offer_several_tapes(
     assert persistent_is_optimal(chain)
     optimum = cheapest_pinned(chain, budget)
     assert cheapest_of(persistent_frontier(chain), budget) == optimum
-    assert pinned_lower_bounds(chain, [budget]) == [pytest.approx(optimum)]
 
 
 # States, tapes, gradients, overheads and so on where one condition of the theorem is broken, and
@@ -143,57 +133,3 @@ def test_each_condition_is_needed(
 @settings(max_examples=20, deadline=None)
 def test_of_a_ledger_nothing_is_said(chain: Chain) -> None:
     assert not persistent_is_optimal(chain)
-    assert pinned_lower_bounds(chain, [0, 10**9]) == [chain.store_all_seconds] * 2
-
-
-@given(
-    st.one_of(chains(4), chains_with_options(3, 1)),
-    st.lists(st.integers(0, 70), min_size=1, max_size=5),
-)
-@settings(max_examples=100, deadline=None)
-def test_no_schedule_beats_the_bound(chain: Chain, budgets: list[int]) -> None:
-    bounds = pinned_lower_bounds(chain, budgets)
-    for budget, bound in zip(budgets, bounds, strict=True):
-        assert chain.store_all_seconds <= bound <= cheapest_pinned(chain, budget)
-
-
-@given(chains(5))
-@settings(max_examples=40, deadline=None)
-def test_the_bound_falls_to_the_seconds_of_storing_everything(chain: Chain) -> None:
-    bounds = pinned_lower_bounds(chain, list(range(0, 200)))
-    assert bounds == sorted(bounds, reverse=True)
-    assert bounds[-1] == chain.store_all_seconds
-
-
-@given(scaled_chains(5), st.floats(0, 1), st.integers(5, 40))
-@settings(max_examples=60, deadline=None)
-def test_sizes_rounded_down_bound_from_below(chain: Chain, share: float, slots: int) -> None:
-    sizes = pinned_sizes(chain)
-    free = int((ChainDp().solve(chain, 10**9).least_budget_bytes - sizes.fixed) * (1 + share))
-    unit = free // slots + 1
-    rounded = PinnedTable(sizes, free // unit, unit).extra_seconds[free // unit]
-    (exact,) = pinned_lower_bounds(chain, [free + sizes.fixed])
-    assert chain.store_all_seconds + rounded <= exact
-    assert exact <= ChainDp().solve(chain, free + sizes.fixed).trace.seconds
-
-
-@given(chains(3))
-@settings(max_examples=40, deadline=None)
-def test_below_the_least_bytes_nothing_fits(chain: Chain) -> None:
-    least = least_pinned_bytes(pinned_sizes(chain))
-    assert least <= least_budget(chain)
-    above, below = pinned_lower_bounds(chain, [least, least - 1])
-    assert math.isfinite(above)
-    assert math.isinf(below)
-
-
-@given(chains(5), st.integers(1, 4), st.integers(0, 60))
-@settings(max_examples=60, deadline=None)
-def test_the_parts_beside_a_cut_add_up(chain: Chain, cut: int, m: int) -> None:
-    """Lemma 2: what two parts take alone, with nothing beside them, the whole takes at least."""
-    n = len(chain)
-    cut = min(cut, n)
-    sizes = pinned_sizes(chain)
-    table = PinnedTable(sizes, m, level=np.zeros_like(sizes.level))
-    parts = table.row(1, cut)[m] + table.row(cut + 1, n + 1)[m]
-    assert chain.store_all_seconds + parts <= cheapest_pinned(chain, m + sizes.fixed)

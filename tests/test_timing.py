@@ -232,13 +232,11 @@ def uniform() -> cs.Chain:
     [
         *[(functools.partial(measured, name), "auto") for name in MODELS],
         (functools.partial(measured, "ode_net"), "chain_dp"),
-        (functools.partial(measured, "mlp"), "beyond_persistent"),
-        (functools.partial(measured, "ode"), "beyond_persistent"),
         (long_ode, "run_dp"),
         (long_ode, "auto"),
         (uniform, "revolve"),
     ],
-    ids=[*MODELS, "chain_dp", "beyond", "beyond of an ode", "run_dp", "long ode", "revolve"],
+    ids=[*MODELS, "chain_dp", "run_dp", "long ode", "revolve"],
 )
 @settings(max_examples=4)
 @example(first=[(1e-3, 1e-3)], second=[(1e-6, 1e-3), (1e-2, 1e-3), (1e-2, 1e-3)])

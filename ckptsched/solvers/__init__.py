@@ -11,9 +11,7 @@ from .base import infeasible as infeasible
 from .baselines import BASELINE_NAMES as BASELINE_NAMES
 from .baselines import Baseline as Baseline
 from .baselines import baselines_for as baselines_for
-from .beyond_persistent import BeyondPersistent as BeyondPersistent
 from .chain_dp import ChainDp as ChainDp
-from .exact_search import ExactSearch as ExactSearch
 from .graph_cuts import GraphCuts as GraphCuts
 from .graph_ilp import GraphIlp as GraphIlp
 from .graph_ilp import solve_graph as solve_graph
@@ -26,8 +24,6 @@ SOLVERS: dict[str, Callable[[], AbstractSolver]] = {
     "revolve": Revolve,
     "run_dp": RunDp,
     "periodic": Periodic,
-    "beyond_persistent": BeyondPersistent,
-    "exact_search": ExactSearch,
     "graph_cuts": GraphCuts,
     "graph_ilp": GraphIlp,
 }
