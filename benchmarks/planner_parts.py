@@ -22,7 +22,7 @@ from benchmarks.rotor import SLOTS, Rotor
 from benchmarks.timing import Timing, measure
 from ckptsched.errors import InfeasibleBudgetError
 from ckptsched.frontier import Tradeoff, tradeoff
-from ckptsched.planner import plan
+from ckptsched.planning import plan
 from ckptsched.plans import Plan
 from ckptsched.schedule import Schedule
 from ckptsched.simulator import simulate

@@ -41,7 +41,7 @@ from .inverse import least_budget as least_budget
 from .ode import ODEBlock as ODEBlock
 from .ode import odeint as odeint
 from .ode import solve_adaptive as solve_adaptive
-from .planner import plan as plan
+from .planning import plan as plan
 from .plans import Plan as Plan
 from .profiler import profile as profile
 from .schedule import Schedule as Schedule

@@ -24,7 +24,7 @@ from .files import printable
 from .graph import Graph
 from .inverse import largest_batch, largest_steps, least_budget
 from .planner import PlanOptions
-from .planner import plan as make_plan
+from .planning import plan as make_plan
 from .plans import Plan
 from .report import Outputs, check_writable, make_console, print_chain, report, timeline
 from .targets import Inputs, sample_input

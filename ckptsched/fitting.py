@@ -11,7 +11,7 @@ from torch import nn
 from .budget import Budget
 from .context import ContextFn, contexts
 from .executor import Checkpointed, checkpointed
-from .planner import plan
+from .planning import plan
 from .profiler import profile
 from .survey import Loss
 

@@ -13,7 +13,8 @@ from .bar import bar_of_solvers
 from .budget import Budget, parse_budget
 from .errors import BudgetSyntaxError, CkptschedError, InfeasibleBudgetError, WorkloadError
 from .growth import Line, batch_of, with_batch, with_steps
-from .planner import PlanOptions, chain_of, plan_each
+from .planner import PlanOptions, plan_each
+from .planning import chain_of
 from .plans import Plan, Workload, excess, words_of_class
 from .profiler import profile
 from .workload import Chain

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from ckptsched import progress
 from ckptsched.bar import bar_of_solvers, progress_bar
-from ckptsched.planner import plan
+from ckptsched.planning import plan
 from tests.small_chains import mixed_chain
 
 

@@ -16,7 +16,7 @@ from ckptsched.cli import main
 from ckptsched.errors import ProfileError
 from ckptsched.graph import Graph
 from ckptsched.inverse import largest_batch, largest_steps, least_budget
-from ckptsched.planner import plan
+from ckptsched.planning import plan
 from ckptsched.plans import Plan
 from ckptsched.targets import Inputs, load_model, load_target, sample_input
 from ckptsched.verifier import Verification

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from ckptsched.budget import format_bytes, format_seconds
 from ckptsched.explain import Explanation, explain_plan
-from ckptsched.planner import compare_baselines, plan
+from ckptsched.planner import compare_baselines
+from ckptsched.planning import plan
 from ckptsched.plans import label_of
 from ckptsched.workload import Chain
 from tests.small_chains import mixed_chain, random_chains, uniform_chain

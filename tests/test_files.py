@@ -19,7 +19,7 @@ from ckptsched.errors import CkptschedError, PlanMismatchError, WorkloadError
 from ckptsched.files import checksum, parse_json, printable, read_regular, write_atomically
 from ckptsched.graph import Graph
 from ckptsched.plan_cache import PlanCache
-from ckptsched.planner import plan
+from ckptsched.planning import plan
 from ckptsched.plans import Plan
 from ckptsched.workload import Chain
 from tests.small_chains import mixed_chain

@@ -11,7 +11,7 @@ from torch import nn
 import ckptsched as cs
 from ckptsched.errors import WorkloadError
 from ckptsched.growth import Line, batch_of, with_batch, with_steps
-from ckptsched.planner import plan
+from ckptsched.planning import plan
 from ckptsched.stages import Block, TapeOption
 from ckptsched.workload import Chain
 from tests.small_chains import mixed_chain, uniform_chain

@@ -21,7 +21,7 @@ from ckptsched.inverse import (
     least_budget,
     parse_overhead,
 )
-from ckptsched.planner import plan
+from ckptsched.planning import plan
 from ckptsched.workload import Chain
 from tests.helpers import without_search
 from tests.small_chains import MIB, mixed_chain, random_chains, uniform_chain

@@ -17,7 +17,7 @@ from benchmarks.peers import PEERS
 from benchmarks.rotor import Rotor
 from ckptsched.errors import InfeasibleBudgetError
 from ckptsched.frontier import tradeoff
-from ckptsched.planner import plan
+from ckptsched.planning import plan
 from ckptsched.plans import Plan
 from ckptsched.schedule import Code, Schedule
 from ckptsched.simulator import simulate

@@ -14,7 +14,8 @@ from ckptsched import progress
 from ckptsched.errors import InfeasibleBudgetError
 from ckptsched.files import checksum
 from ckptsched.plan_cache import PlanCache, open_cache, program_digest
-from ckptsched.planner import plan, plan_each
+from ckptsched.planner import plan_each
+from ckptsched.planning import plan
 from ckptsched.plans import Plan
 from ckptsched.solvers import get_solver
 from ckptsched.solvers.base import Solution

@@ -19,7 +19,8 @@ from ckptsched.errors import (
     WorkloadError,
 )
 from ckptsched.frontier import Tradeoff, tradeoff
-from ckptsched.planner import compare_baselines, plan, plan_each
+from ckptsched.planner import compare_baselines, plan_each
+from ckptsched.planning import plan
 from ckptsched.plans import Plan
 from ckptsched.simulator import simulate
 from ckptsched.solvers import get_solver

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ckptsched.errors import PlanMismatchError
 from ckptsched.files import write_atomically
 from ckptsched.graph import Graph
-from ckptsched.planner import plan
+from ckptsched.planning import plan
 from ckptsched.plans import Plan, excess, words_of_class
 from ckptsched.schedule import Schedule
 from ckptsched.simulator import simulate

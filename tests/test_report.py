@@ -13,7 +13,7 @@ from rich.console import Console
 from ckptsched.budget import format_bytes, format_seconds
 from ckptsched.errors import BudgetSyntaxError, CkptschedError, InfeasibleBudgetError
 from ckptsched.frontier import Measured, Row, Tradeoff, baseline_grid, plan_grid, tradeoff
-from ckptsched.planner import plan
+from ckptsched.planning import plan
 from ckptsched.plans import Plan, words_of_class
 from ckptsched.report import Outputs, chain_grid, print_chain, report, timeline
 from ckptsched.tables import Grid

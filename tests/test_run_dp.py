@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ckptsched.errors import InfeasibleBudgetError, WorkloadError
-from ckptsched.planner import plan
+from ckptsched.planning import plan
 from ckptsched.progress import listening
 from ckptsched.simulator import simulate
 from ckptsched.solvers import ChainDp, Revolve, RunDp, Solution, run_bound, run_dp, run_kernel

@@ -15,7 +15,7 @@ from ..context import Generators
 from ..errors import InfeasibleBudgetError, PlanMismatchError, ProfileError
 from ..executor import Checkpointed, checkpointed
 from ..holds import Hold, take_over
-from ..planner import plan
+from ..planner import plan_one
 from ..plans import Plan
 from ..profiler import profile
 from ..structure import training_mode
@@ -187,13 +187,13 @@ def plan_beside(chain: Chain, budget: int | float | str | Budget, beside: int, s
     parsed = parse_budget(budget)
     everything = 2**50
     if parsed.share is not None:
-        everything = plan(chain, budget=everything, solver="store_all").peak_bytes + beside
+        everything = plan_one(chain, everything, solver="store_all").peak_bytes + beside
     asked = parsed.resolve(everything)
     try:
         if asked <= beside:
             # Not even the outputs fit; what would is in the error of the least that can be asked.
-            return plan(chain, budget=1, solver=solver)
-        return plan(chain, budget=asked - beside, solver=solver)
+            return plan_one(chain, 1, solver=solver)
+        return plan_one(chain, asked - beside, solver=solver)
     except InfeasibleBudgetError as error:
         least = None if error.least_budget_bytes is None else error.least_budget_bytes + beside
         needs = "" if least is None else f"; the least that works is {exact_bytes(least)}"
