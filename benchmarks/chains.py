@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from ckptsched.workload import Chain
+from ckptsched.workload.chain import Chain
 
 MIB = 2**20
 _Figures: TypeAlias = dict[str, float]  # one stage, in bytes and milliseconds

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ckptsched import StagedModule
+from ckptsched.capture.stage_discovery import Block, ModuleStage, StageCall, trace
 from ckptsched.ode import ODEBlock
-from ckptsched.tracing import Block, ModuleStage, StageCall, trace
 from models import ode_mlp, ode_resnet18, ode_squeezenext23
 
 

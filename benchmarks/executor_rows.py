@@ -25,12 +25,12 @@ from benchmarks.executor_peers import (
     sequential,
     why_not_compiled,
 )
-from ckptsched import timing
-from ckptsched.context import now
-from ckptsched.errors import CkptschedError
-from ckptsched.memory import default_meter
-from ckptsched.planner import plan_each
-from ckptsched.plans import Plan
+from ckptsched.base.errors import CkptschedError
+from ckptsched.memory.meters import default_meter
+from ckptsched.planner.plan import Plan
+from ckptsched.planner.planner import plan_each
+from ckptsched.profiler import stage_time as timing
+from ckptsched.torch_state.replay_context import now
 
 TOLERANCE = 0.03
 # Steps of one method after another: the first finds the heap as another method left it.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.executor_rows import TOLERANCE, Ours, Report, Row
 from benchmarks.planner_goals import Goal
-from ckptsched.tables import Grid
+from ckptsched.base.text_table import Grid
 
 _BY_OPERATION = ("partitioner", "inductor")
 _MIB = 2**20

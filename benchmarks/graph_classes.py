@@ -13,14 +13,14 @@ import random
 import time
 from collections.abc import Iterator
 
-from ckptsched.errors import InfeasibleBudgetError
-from ckptsched.graph import Graph
-from ckptsched.simulator import simulate
+from ckptsched.base.errors import InfeasibleBudgetError
+from ckptsched.simulator.simulator import simulate
 from ckptsched.solvers import GraphIlp
-from ckptsched.solvers.graph_orders import orders
-from ckptsched.solvers.graph_runs import store_all_runs, with_drops
-from ckptsched.stages import Stage
-from ckptsched.workload import Chain
+from ckptsched.solvers.graph.orders import orders
+from ckptsched.solvers.graph.to_schedule import store_all_runs, with_drops
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.graph import Graph
+from ckptsched.workload.stage import Stage
 from tests.brute_force_graph import cheapest_on_graph
 from tests.pinned_oracle import cheapest_pinned
 

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ckptsched.errors import CkptschedError
-from ckptsched.graph import Graph
+from ckptsched.base.errors import CkptschedError
 from ckptsched.solvers import GraphCuts, GraphIlp
 from ckptsched.solvers.base import Solution
-from ckptsched.stages import Stage
-from ckptsched.workload import Chain
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.graph import Graph
+from ckptsched.workload.stage import Stage
 
 INSTANCES = Path(__file__).resolve().parent / "instances"
 SHARES = (0.7, 0.5, 0.35)

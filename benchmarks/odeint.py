@@ -36,7 +36,7 @@ from benchmarks.odeint_rows import (
 )
 from benchmarks.planner_goals import Goal
 from benchmarks.planner_tables import to_markdown
-from ckptsched.tables import Grid
+from ckptsched.base.text_table import Grid
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _TIMED = ("euler", "rk4", "dopri5 adaptive")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from benchmarks.online import Field, positions_of_diffrax, sweep_of_diffrax
 from ckptsched import InfeasibleBudgetError, odeint, solve_adaptive
-from ckptsched.memory import default_meter
-from ckptsched.ode.methods import DOPRI5
-from ckptsched.solvers.revolve import advances
+from ckptsched.memory.meters import default_meter
+from ckptsched.ode.methods.table import DOPRI5
+from ckptsched.solvers.binomial.revolve import advances
 
 Solve = Callable[[], Any]
 """A forward pass: gives the states at the requested times."""

@@ -26,12 +26,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ckptsched.memory import default_meter
-from ckptsched.ode.adaptive import solve_adaptive
-from ckptsched.ode.methods import DOPRI5
-from ckptsched.ode.statistics import Statistics
-from ckptsched.solvers.online import OnlinePlacement, optimal_length, reversal_advances
-from ckptsched.solvers.revolve import advances
+from ckptsched.memory.meters import default_meter
+from ckptsched.ode.adaptive.solve import solve_adaptive
+from ckptsched.ode.adaptive.statistics import Statistics
+from ckptsched.ode.methods.table import DOPRI5
+from ckptsched.solvers.binomial.online import OnlinePlacement, optimal_length, reversal_advances
+from ckptsched.solvers.binomial.revolve import advances
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torchdiffeq
 from torch import Tensor, nn
 
 from ckptsched import InfeasibleBudgetError, odeint
-from ckptsched.memory import default_meter
+from ckptsched.memory.meters import default_meter
 
 METHODS: dict[str, dict[str, Any]] = {
     "rk4": {"method": "rk4", "options": {"step_size": 1 / 64}},

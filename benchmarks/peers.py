@@ -16,7 +16,7 @@ from importlib.metadata import version
 from typing import Any, final
 
 from benchmarks.runs import Runs
-from ckptsched.schedule import Schedule
+from ckptsched.schedule.language import Schedule
 
 
 @final

@@ -20,17 +20,17 @@ from benchmarks.peers import PEERS, Peer
 from benchmarks.planner_rows import Comparison, Findings, Quality, Row, judge, judge_plan
 from benchmarks.rotor import SLOTS, Rotor
 from benchmarks.timing import Timing, measure
-from ckptsched.errors import InfeasibleBudgetError
-from ckptsched.frontier import Tradeoff, tradeoff
-from ckptsched.planning import plan
-from ckptsched.plans import Plan
-from ckptsched.schedule import Schedule
-from ckptsched.simulator import simulate
+from ckptsched.base.errors import InfeasibleBudgetError
+from ckptsched.fitting.planning import plan
+from ckptsched.planner.plan import Plan
+from ckptsched.planner.tradeoff import Tradeoff, tradeoff
+from ckptsched.schedule.language import Schedule
+from ckptsched.simulator.simulator import simulate
 from ckptsched.solvers import get_solver
-from ckptsched.solvers.chain_sizes import chain_sizes
-from ckptsched.solvers.chain_table import Table
-from ckptsched.solvers.revolve import revolve_schedule
-from ckptsched.workload import Chain
+from ckptsched.solvers.binomial.revolve import revolve_schedule
+from ckptsched.solvers.chain.sizes import chain_sizes
+from ckptsched.solvers.chain.tables import Table
+from ckptsched.workload.chain import Chain
 
 INSTANCES = Path(__file__).resolve().parent / "instances"
 LONG_INSTANCE = "ode_L8_Nt1000"

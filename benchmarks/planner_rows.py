@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, final
 
 from benchmarks.timing import Timing
-from ckptsched.plans import Plan
-from ckptsched.schedule import Schedule
-from ckptsched.simulator import simulate
-from ckptsched.workload import Chain
+from ckptsched.planner.plan import Plan
+from ckptsched.schedule.language import Schedule
+from ckptsched.simulator.simulator import simulate
+from ckptsched.workload.chain import Chain
 
 
 @final

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.planner_goals import row_gap
 from benchmarks.planner_parts import AUTO, ROTOR
 from benchmarks.planner_rows import Comparison, Findings, Row
-from ckptsched.tables import Grid
+from ckptsched.base.text_table import Grid
 
 
 def line(row: Row) -> str:

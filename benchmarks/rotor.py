@@ -28,9 +28,9 @@ import numpy.typing as npt
 from numba import njit
 
 from benchmarks.runs import Runs
-from ckptsched.errors import CkptschedError
-from ckptsched.schedule import Schedule
-from ckptsched.workload import Chain
+from ckptsched.base.errors import CkptschedError
+from ckptsched.schedule.language import Schedule
+from ckptsched.workload.chain import Chain
 
 SLOTS = 500
 MOST_BYTES = 4 * 2**30  # of the table: some 1,400 stages at 500 slots

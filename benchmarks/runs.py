@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from ckptsched.schedule import Code, Schedule
+from ckptsched.schedule.language import Code, Schedule
 
 _FORWARD, _TAPED, _TURN, _BACKWARD, _DROP = (
     int(Code.FORWARD),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, final
 
-from ckptsched.errors import CkptschedError
+from ckptsched.base.errors import CkptschedError
 
 # Runs that take longer are not repeated: their noise is small beside what they take.
 _LONG_SECONDS = 60.0

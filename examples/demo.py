@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 import ckptsched as cs
-from ckptsched.memory import default_meter
+from ckptsched.memory.meters import default_meter
 from examples.data import Images, load_digits
 from models import ode_resnet_small
 

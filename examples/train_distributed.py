@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import ckptsched as cs
-from ckptsched.memory import default_meter
+from ckptsched.memory.meters import default_meter
 from examples.data import load_digits
 from models import ode_resnet_small
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ckptsched as cs
-from ckptsched.memory import default_meter
+from ckptsched.memory.meters import default_meter
 
 Loss = Callable[[int | str | None], Tensor]
 """A loss solved within a budget; None is plain autograd."""

@@ -13,9 +13,18 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from ckptsched.schedule import Backward, Drop, Forward, Kind, Operation, Schedule, Turn, Value
-from ckptsched.simulator import simulate
-from ckptsched.workload import Chain
+from ckptsched.schedule.language import (
+    Backward,
+    Drop,
+    Forward,
+    Kind,
+    Operation,
+    Schedule,
+    Turn,
+    Value,
+)
+from ckptsched.simulator.simulator import simulate
+from ckptsched.workload.chain import Chain
 
 # What is kept of each state ("" nothing, "x" itself, "0", "1", … its tape by that option), the
 # next backward, whether the loss is still to come, and whether the last run made a state that may

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ckptsched.graph import Graph
+from ckptsched.workload.graph import Graph
 
 
 @dataclass(frozen=True, slots=True)

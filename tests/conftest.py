@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from ckptsched import memory_allocator, timing
-from ckptsched.cache_folder import cache_folder
-from ckptsched.errors import CkptschedError
+from ckptsched.base.cache_folder import cache_folder
+from ckptsched.base.errors import CkptschedError
+from ckptsched.memory import counting_allocator as memory_allocator
+from ckptsched.profiler import stage_time as timing
 
 # Tiny networks gain nothing from a second thread, and lose much where tests run side by side.
 torch.set_num_threads(1)
@@ -64,7 +65,7 @@ def cache_of_its_own(
     for library in built_libraries:
         (folder / library.name).symlink_to(library)
     monkeypatch.setenv("CKPTSCHED_CACHE", str(folder))
-    monkeypatch.setattr("ckptsched.planner._WORTH_SECONDS", 1e9)
+    monkeypatch.setattr("ckptsched.planner.planner._WORTH_SECONDS", 1e9)
     return folder
 
 
@@ -87,6 +88,6 @@ def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     What must hold whatever the seconds is tested with clocks of all kinds (`test_timing.py`).
     """
     now = a_clock(0)
-    monkeypatch.setattr("ckptsched.timing.now", now)
-    monkeypatch.setattr("ckptsched.timing._thread_seconds", lambda: 0.0)
-    monkeypatch.setattr("ckptsched.verifier.now", now)
+    monkeypatch.setattr("ckptsched.profiler.stage_time.now", now)
+    monkeypatch.setattr("ckptsched.profiler.stage_time._thread_seconds", lambda: 0.0)
+    monkeypatch.setattr("ckptsched.executor.verify.now", now)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import ckptsched as cs
-from ckptsched.memory import default_meter
+from ckptsched.memory.meters import default_meter
 from tests.fsdp_checks import check_fsdp
 from tests.networks import ode_net
 

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
 
 import ckptsched as cs
-from ckptsched.memory import default_meter
-from ckptsched.simulator import simulate
+from ckptsched.memory.meters import default_meter
+from ckptsched.simulator.simulator import simulate
 
 Pair = tuple[nn.Module, nn.Module]
 """What is called, and what takes FSDP's settings."""

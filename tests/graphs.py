@@ -8,8 +8,8 @@ import random
 import networkx as nx
 from hypothesis import strategies as st
 
-from ckptsched.graph import Graph
-from ckptsched.stages import Stage
+from ckptsched.workload.graph import Graph
+from ckptsched.workload.stage import Stage
 from tests.strategies import SECONDS, SMALL, stages
 
 

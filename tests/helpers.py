@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from ckptsched.schedule import Schedule
-from ckptsched.simulator import simulate
-from ckptsched.stages import Block, Stage, StageLedger
-from ckptsched.trace import Trace
-from ckptsched.workload import Chain
+from ckptsched.schedule.language import Schedule
+from ckptsched.schedule.trace import Trace
+from ckptsched.simulator.simulator import simulate
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.stage import Block, Stage, StageLedger
 
 DATA = Path(__file__).resolve().parent / "data"
 INSTANCES = Path(__file__).resolve().parents[1] / "benchmarks" / "instances"
@@ -158,4 +158,4 @@ def steps(pairs: Sequence[tuple[int, float]], last: int) -> list[tuple[int, floa
 def without_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the schedules and bound of chain_dp's table as they are, without its exact search."""
     for name in ("_LOOKS", "_LEAST_LOOKS"):
-        monkeypatch.setattr(f"ckptsched.solvers.chain_dp.{name}", 0)
+        monkeypatch.setattr(f"ckptsched.solvers.chain.solver.{name}", 0)

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from ckptsched.workload import Chain
+from ckptsched.workload.chain import Chain
 
 # A tape: its stage, its option, and whether it was made from the bare state, which is what a run
 # reads where both copies are there.

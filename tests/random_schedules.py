@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from ckptsched.schedule import Schedule
+from ckptsched.schedule.language import Schedule
 
 
 @st.composite

@@ -2,8 +2,8 @@
 
 from hypothesis import strategies as st
 
-from ckptsched.stages import Block, Stage
-from ckptsched.workload import Chain
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.stage import Block, Stage
 
 MIB = 2**20
 

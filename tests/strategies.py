@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from ckptsched.stages import Block, Stage, StageLedger, StageParts, TapeOption
-from ckptsched.workload import Chain
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.stage import Block, Stage, StageLedger, StageParts, TapeOption
 
 SMALL = st.integers(0, 6)
 SECONDS = st.integers(0, 9).map(float)

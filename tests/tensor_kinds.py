@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import ckptsched as cs
-from ckptsched.memory import default_meter
-from ckptsched.tensor_types import dense_parts
+from ckptsched.memory.meters import default_meter
+from ckptsched.tensors.wrapper_tensors import dense_parts
 
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
 

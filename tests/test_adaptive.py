@@ -12,18 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ckptsched.errors import (
+from ckptsched.base.errors import (
     BudgetSyntaxError,
     ExecutionError,
     InfeasibleBudgetError,
     IntegrationError,
     WorkloadError,
 )
-from ckptsched.memory import AllocatorMeter, ProfilerMeter
-from ckptsched.ode.adaptive import AdaptiveSolution, solve_adaptive
-from ckptsched.ode.control import StepControl, batch_max_norm, rms_norm
-from ckptsched.ode.embedded import inside_rates, inside_weights
-from ckptsched.ode.methods import METHODS, find_tableau
+from ckptsched.memory.meters import AllocatorMeter, ProfilerMeter
+from ckptsched.ode.adaptive.solve import AdaptiveSolution, solve_adaptive
+from ckptsched.ode.adaptive.step_size import StepControl, batch_max_norm, rms_norm
+from ckptsched.ode.methods.embedded import inside_rates, inside_weights
+from ckptsched.ode.methods.table import METHODS, find_tableau
 from ckptsched.ode.odeint import odeint
 
 ADAPTIVE = sorted(name for name, tableau in METHODS.items() if tableau.b_error is not None)

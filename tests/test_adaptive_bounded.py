@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ckptsched import odeint
-from ckptsched.errors import (
+from ckptsched.base.errors import (
     BudgetWarning,
     ExecutionError,
     InfeasibleBudgetError,
     IntegrationError,
 )
-from ckptsched.memory import AllocatorMeter, ProfilerMeter, default_meter
-from ckptsched.ode.adaptive import AdaptiveSolution, solve_adaptive
-from ckptsched.ode.control import StepControl
-from ckptsched.ode.embedded import Step, run_step
-from ckptsched.ode.footprint import Footprint, Room
-from ckptsched.ode.methods import DOPRI8, METHODS, find_tableau
-from ckptsched.ode.problem import RightHandSide
+from ckptsched.memory.meters import AllocatorMeter, ProfilerMeter, default_meter
+from ckptsched.ode.adaptive.problem import RightHandSide
+from ckptsched.ode.adaptive.solve import AdaptiveSolution, solve_adaptive
+from ckptsched.ode.adaptive.step_memory import Footprint, Room
+from ckptsched.ode.adaptive.step_size import StepControl
+from ckptsched.ode.methods.embedded import Step, run_step
+from ckptsched.ode.methods.table import DOPRI8, METHODS, find_tableau
 
 ADAPTIVE = sorted(name for name, tableau in METHODS.items() if tableau.b_error is not None)
 DOUBLE = torch.float64

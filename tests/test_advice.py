@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ckptsched as cs
-from ckptsched.errors import CkptschedError
+from ckptsched.base.errors import CkptschedError
 
 
 def network() -> nn.Sequential:

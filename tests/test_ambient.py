@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ckptsched as cs
-from ckptsched.ambient import Ambient
-from ckptsched.settings import EVERYWHERE, ON_CUDA, described, difference, read, written
+from ckptsched.torch_state.settings import EVERYWHERE, ON_CUDA, described, difference, read, written
+from ckptsched.torch_state.surroundings import Ambient
 from tests.networks import planned
 from tests.surroundings import (
     CPU,

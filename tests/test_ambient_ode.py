@@ -11,8 +11,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 import ckptsched as cs
-from ckptsched.errors import ExecutionError
-from ckptsched.ode.adaptive import solve_adaptive
+from ckptsched.base.errors import ExecutionError
+from ckptsched.ode.adaptive.solve import solve_adaptive
 from tests.surroundings import FREE, PLANNED, Around, Stage, all_of, deterministic, equal, lossy
 from tests.test_cached_weights import Slope
 

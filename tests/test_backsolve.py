@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import ckptsched as cs
 from ckptsched import odeint
-from ckptsched.errors import ExecutionError, InfeasibleBudgetError, WorkloadError
+from ckptsched.base.errors import ExecutionError, InfeasibleBudgetError, WorkloadError
 from ckptsched.ode import METHODS, ODEBlock
-from ckptsched.ode.slopes import slope_count
+from ckptsched.ode.fixed.slope_stages import slope_count
 from tests.test_ode import fitted_slope
 from tests.test_odeint import DOUBLE, assert_within, equal, gradients, loss_of, problem
 

@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from ckptsched import progress
-from ckptsched.bar import bar_of_solvers, progress_bar
-from ckptsched.planning import plan
+from ckptsched.base import progress
+from ckptsched.base.progress_bar import bar_of_solvers, progress_bar
+from ckptsched.fitting.planning import plan
 from tests.small_chains import mixed_chain
 
 
@@ -65,9 +65,10 @@ def test_planning_shows_a_bar(
     def told(budget: int) -> None:
         progress.report("work", 0.5)
 
-    monkeypatch.setattr("ckptsched.bar._PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("ckptsched.base.progress_bar._PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr(
-        "ckptsched.portfolio.Portfolio.answers", lambda self: [told(x) for x in self.sizes]
+        "ckptsched.planner.solver_choice.Portfolio.answers",
+        lambda self: [told(x) for x in self.sizes],
     )
     for shown in (True, False):
         with pytest.raises(AttributeError):  # nothing was planned

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptsched.errors import InfeasibleBudgetError, WorkloadError
-from ckptsched.simulator import simulate
+from ckptsched.base.errors import InfeasibleBudgetError, WorkloadError
+from ckptsched.simulator.simulator import simulate
 from ckptsched.solvers import SOLVER_NAMES, Baseline, ChainDp, Revolve, baselines_for, get_solver
 from ckptsched.solvers.base import infeasible
 from ckptsched.solvers.baselines import INPUT_ONLY_STAGES, every_k_grid, fitting_every_k
-from ckptsched.stages import Block
-from ckptsched.workload import Chain
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.stage import Block
 from tests.helpers import exact_stage, uniform
 from tests.strategies import chains, ledger_chains, uniform_chains
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptsched.budget import (
+from ckptsched.base.budget import (
     Budget,
     Link,
     Tier,
@@ -20,7 +20,7 @@ from ckptsched.budget import (
     format_seconds,
     parse_budget,
 )
-from ckptsched.errors import BudgetSyntaxError, CkptschedError
+from ckptsched.base.errors import BudgetSyntaxError, CkptschedError
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import ckptsched as cs
-from ckptsched.memory import default_meter
+from ckptsched.memory.meters import default_meter
 from tests.networks import planned
 from tests.surroundings import CPU, SOLVERS, Stage, equal, sample
 

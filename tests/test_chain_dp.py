@@ -13,18 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptsched.errors import InfeasibleBudgetError, WorkloadError
+from ckptsched.base.errors import InfeasibleBudgetError, WorkloadError
+from ckptsched.base.progress import listening
 from ckptsched.ode import ODEBlock
-from ckptsched.profiler import profile
-from ckptsched.progress import listening
-from ckptsched.simulator import simulate
+from ckptsched.profiler.profile import profile
+from ckptsched.simulator.simulator import simulate
 from ckptsched.solvers import Baseline, ChainDp, Revolve, Solution, baselines_for
-from ckptsched.solvers.chain_lowering import outline
-from ckptsched.solvers.chain_sizes import chain_sizes
-from ckptsched.solvers.chain_table import Table, least_memory
-from ckptsched.solvers.revolve import advances, revolve_schedule
-from ckptsched.stages import Stage
-from ckptsched.workload import Chain
+from ckptsched.solvers.binomial.revolve import advances, revolve_schedule
+from ckptsched.solvers.chain.sizes import chain_sizes
+from ckptsched.solvers.chain.tables import Table, least_memory
+from ckptsched.solvers.chain.to_schedule import outline
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.stage import Stage
 from tests.brute_force import cheapest, cheapest_of, persistent_frontier, persistent_schedules
 from tests.helpers import (
     EXAMPLES,
@@ -396,7 +396,7 @@ def test_a_table_of_nearest_sizes_helps_where_states_are_smaller_than_slots(
     assert seconds[1] < seconds[0]
     without_search(monkeypatch)
     both = ChainDp(slots=300).solve(chain, budget)
-    monkeypatch.setattr("ckptsched.solvers.chain_dp._POOR", math.inf)
+    monkeypatch.setattr("ckptsched.solvers.chain.solver._POOR", math.inf)
     one = ChainDp(slots=300).solve(chain, budget)
     assert both.trace.seconds < one.trace.seconds
     assert both.lower_bound_seconds == one.lower_bound_seconds
@@ -574,13 +574,13 @@ def test_too_little_memory_means_larger_slots_then_an_error(
     budget = reference("random_n50_s0")[3]["budget_bytes"]
     without_search(monkeypatch)
     fine = ChainDp().solve(chain, budget)
-    monkeypatch.setattr("ckptsched.solvers.chain_dp.MOST_NUMBERS", 1e5)
+    monkeypatch.setattr("ckptsched.solvers.chain.solver.MOST_NUMBERS", 1e5)
     coarse = ChainDp().solve(chain, budget)
     assert coarse.rounding_unit_bytes > 10 * fine.rounding_unit_bytes
     assert coarse.lower_bound_seconds < fine.lower_bound_seconds
     assert fine.trace.seconds <= coarse.trace.seconds * (1 + 1e-9)
     check_result(chain, budget, coarse)
-    monkeypatch.setattr("ckptsched.solvers.chain_dp.MOST_NUMBERS", 1e4)
+    monkeypatch.setattr("ckptsched.solvers.chain.solver.MOST_NUMBERS", 1e4)
     message = r"50 stages would need .* for 100 slots, more than the 39\.063 KiB"
     with pytest.raises(WorkloadError, match=message):
         ChainDp().solve(chain, budget)

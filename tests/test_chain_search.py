@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptsched.simulator import simulate
-from ckptsched.solvers.chain_lowering import outline
-from ckptsched.solvers.chain_search import search
-from ckptsched.solvers.chain_sizes import chain_sizes
-from ckptsched.solvers.chain_table import Table, least_memory
-from ckptsched.workload import Chain
+from ckptsched.simulator.simulator import simulate
+from ckptsched.solvers.chain.branch_and_bound import search
+from ckptsched.solvers.chain.sizes import chain_sizes
+from ckptsched.solvers.chain.tables import Table, least_memory
+from ckptsched.solvers.chain.to_schedule import outline
+from ckptsched.workload.chain import Chain
 from tests.brute_force import cheapest_of, persistent_frontier
 from tests.strategies import chains_with_options, scaled_chains
 

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.simulator import simulate
-from ckptsched.solvers import ChainDp, RunDp, Solution, chain_storages
-from ckptsched.solvers.chain_sizes import chain_sizes
-from ckptsched.solvers.chain_storages import Holders
-from ckptsched.solvers.chain_table import Table
-from ckptsched.solvers.run_dp import takes
-from ckptsched.workload import Chain
+from ckptsched.simulator.simulator import simulate
+from ckptsched.solvers import ChainDp, RunDp, Solution
+from ckptsched.solvers.chain import shared_storages as chain_storages
+from ckptsched.solvers.chain.shared_storages import Holders
+from ckptsched.solvers.chain.sizes import chain_sizes
+from ckptsched.solvers.chain.tables import Table
+from ckptsched.solvers.runs.solver import takes
+from ckptsched.workload.chain import Chain
 from tests.brute_force import cheapest_of, persistent_frontier
 from tests.strategies import parted_chains, parted_runs
 

@@ -12,15 +12,15 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from ckptsched.cli import main
-from ckptsched.errors import ProfileError
-from ckptsched.graph import Graph
-from ckptsched.inverse import largest_batch, largest_steps, least_budget
-from ckptsched.planning import plan
-from ckptsched.plans import Plan
-from ckptsched.targets import Inputs, load_model, load_target, sample_input
-from ckptsched.verifier import Verification
-from ckptsched.workload import Chain
+from ckptsched.base.errors import ProfileError
+from ckptsched.cli.commands import main
+from ckptsched.cli.targets import Inputs, load_model, load_target, sample_input
+from ckptsched.executor.verify import Verification
+from ckptsched.fitting.largest_that_fits import largest_batch, largest_steps, least_budget
+from ckptsched.fitting.planning import plan
+from ckptsched.planner.plan import Plan
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.graph import Graph
 from tests.small_chains import mixed_chain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,7 +177,7 @@ def test_show_explains(folder: Path) -> None:
 
 
 def test_no_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, cache_of_its_own: Path) -> None:
-    monkeypatch.setattr("ckptsched.planner._WORTH_SECONDS", -1e9)
+    monkeypatch.setattr("ckptsched.planner.planner._WORTH_SECONDS", -1e9)
     for command in (
         ("plan", "chain.json", "--budget", "50%"),
         ("plan", "chain.json", "--overhead", "10%"),
@@ -349,7 +349,7 @@ def test_a_step_that_breaks_its_promise_ends_with_code_1(
         def __str__(self) -> str:
             return "verified NO"
 
-    monkeypatch.setattr("ckptsched.cli.run_verify", lambda *_, **__: Broken())
+    monkeypatch.setattr("ckptsched.cli.commands.run_verify", lambda *_, **__: Broken())
     result = run("verify", "nets_of_test:mlp", "--input", "6x4", "--budget", "100%")
     assert (result.exit_code, result.stdout) == (1, "verified NO\n")
 
@@ -374,7 +374,7 @@ def test_a_report_with_a_broken_promise_ends_with_code_1(
             random_state_equal=True,
         )
 
-    monkeypatch.setattr("ckptsched.cli.run_verify", step)
+    monkeypatch.setattr("ckptsched.cli.commands.run_verify", step)
     result = run(
         "report", "nets_of_test:mlp", "--input", "6x4", "--measure", "--budgets", "2",
         "--json", "t.json",

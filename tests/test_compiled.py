@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ckptsched import compiled as module
-from ckptsched.compiled import turn
+from ckptsched.base import jit as module
+from ckptsched.base.jit import turn
 
 KERNEL = """
-from ckptsched.compiled import compiled
+from ckptsched.base.jit import compiled
 
 @compiled
 def total(x):

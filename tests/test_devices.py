@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.devices import drawn_elsewhere, matters, several_devices
-from ckptsched.memory import ProfilerMeter
+from ckptsched.memory.meters import ProfilerMeter
+from ckptsched.tensors.devices import drawn_elsewhere, matters, several_devices
 from tests.networks import planned
 
 

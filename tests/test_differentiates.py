@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.memory import default_meter
-from ckptsched.simulator import simulate
+from ckptsched.memory.meters import default_meter
+from ckptsched.simulator.simulator import simulate
 from tests.random_schedules import schedules
 
 # torch.func imports torch.jit, which is deprecated.

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.errors import BudgetWarning, ExecutionError, WorkloadError
-from ckptsched.memory import default_meter
+from ckptsched.base.errors import BudgetWarning, ExecutionError, WorkloadError
+from ckptsched.memory.meters import default_meter
 from ckptsched.ode import ODEBlock
 
 WIDTH = 32

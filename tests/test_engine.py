@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from ckptsched.engine import choose, directly, edge_of, go_back, publicly
+from ckptsched.recompute.engine import choose, directly, edge_of, go_back, publicly
 
 
 def gradients(way: Any) -> list[Tensor | None]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.memory import default_meter
-from ckptsched.stages import TapeOption
+from ckptsched.memory.meters import default_meter
+from ckptsched.workload.stage import TapeOption
 from tests.networks import NETWORKS, ode_net, planned, tight
 
 SOLVERS = ("store_all", "anode", "every_2", "every_stage", "input_only", "chain_dp")

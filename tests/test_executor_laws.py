@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.hidden import own_generators
-from ckptsched.memory import default_meter
-from ckptsched.simulator import simulate
-from ckptsched.trees import State
+from ckptsched.memory.meters import default_meter
+from ckptsched.recompute.stateful_buffers import own_generators
+from ckptsched.simulator.simulator import simulate
+from ckptsched.tensors.pytree import State
 from tests.random_modules import modules
 from tests.random_schedules import schedules
 

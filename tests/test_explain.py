@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptsched.budget import format_bytes, format_seconds
-from ckptsched.explain import Explanation, explain_plan
-from ckptsched.planner import compare_baselines
-from ckptsched.planning import plan
-from ckptsched.plans import label_of
-from ckptsched.workload import Chain
+from ckptsched.base.budget import format_bytes, format_seconds
+from ckptsched.fitting.planning import plan
+from ckptsched.planner.explanation import Explanation, explain_plan
+from ckptsched.planner.plan import label_of
+from ckptsched.planner.planner import compare_baselines
+from ckptsched.workload.chain import Chain
 from tests.small_chains import mixed_chain, random_chains, uniform_chain
 
 

@@ -15,13 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckptsched as cs
-from ckptsched.errors import CkptschedError, PlanMismatchError, WorkloadError
-from ckptsched.files import checksum, parse_json, printable, read_regular, write_atomically
-from ckptsched.graph import Graph
-from ckptsched.plan_cache import PlanCache
-from ckptsched.planning import plan
-from ckptsched.plans import Plan
-from ckptsched.workload import Chain
+from ckptsched.base.errors import CkptschedError, PlanMismatchError, WorkloadError
+from ckptsched.base.json_files import (
+    checksum,
+    parse_json,
+    printable,
+    read_regular,
+    write_atomically,
+)
+from ckptsched.fitting.planning import plan
+from ckptsched.planner.disk_cache import PlanCache
+from ckptsched.planner.plan import Plan
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.graph import Graph
 from tests.small_chains import mixed_chain
 
 SAVED: dict[str, Callable[[Path], Any]] = {
@@ -290,18 +296,18 @@ def test_names_of_modules_are_shown_as_escapes() -> None:
 
 def test_planning_writes_nothing_to_standard_output() -> None:
     code = """
-from ckptsched.workload import Chain
-from ckptsched.stages import Stage
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.stage import Stage
 import ckptsched as cs
 kinds = [Stage(forward_seconds=k, backward_seconds=2 * k, state_bytes=10 + k, tape_bytes=30 + 5 * k,
                gradient_bytes=10 + k) for k in (1, 2, 3)]
 chain = Chain(stages=tuple(s for s in kinds for _ in range(150)), input_bytes=10,
               input_gradient_bytes=10)
 cs.plan(chain, budget="20%", cache=False, solver="run_dp")
-from ckptsched.graph import Graph
+from ckptsched.workload.graph import Graph
 small = Chain(stages=tuple(kinds), input_bytes=10, input_gradient_bytes=10)
 g = Graph.from_chain(small)
-from ckptsched.solvers.graph_ilp import GraphIlp
+from ckptsched.solvers.graph.ilp_solver import GraphIlp
 GraphIlp().solve_each(g, [10**6])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

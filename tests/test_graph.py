@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptsched.budget import Tier
-from ckptsched.errors import InvalidScheduleError, WorkloadError
-from ckptsched.graph import Graph
-from ckptsched.schedule import Copy, Drop, Forward, Kind, Schedule, Value
-from ckptsched.stages import Stage, TapeOption
+from ckptsched.base.budget import Tier
+from ckptsched.base.errors import InvalidScheduleError, WorkloadError
+from ckptsched.schedule.language import Copy, Drop, Forward, Kind, Schedule, Value
+from ckptsched.workload.graph import Graph
+from ckptsched.workload.stage import Stage, TapeOption
 from tests.graphs import graphs, named, residual, two_branches, u_net
 from tests.helpers import exact_stage, example, uniform
 from tests.small_chains import mixed_chain, random_chains

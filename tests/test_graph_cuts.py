@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptsched.errors import InfeasibleBudgetError, WorkloadError
-from ckptsched.graph import Graph
-from ckptsched.simulator import simulate
+from ckptsched.base.errors import InfeasibleBudgetError, WorkloadError
+from ckptsched.simulator.simulator import simulate
 from ckptsched.solvers import ChainDp, GraphCuts, Solution, get_solver
-from ckptsched.solvers.graph_cuts import cuts, merge, plain_schedules
-from ckptsched.workload import Chain
+from ckptsched.solvers.graph.cuts_solver import cuts, merge, plain_schedules
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.graph import Graph
 from tests.brute_force import persistent_schedules
 from tests.graphs import graphs, residual, two_branches, u_net
 from tests.helpers import example, uniform

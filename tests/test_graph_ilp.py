@@ -12,27 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptsched.errors import InfeasibleBudgetError, SolverTimeoutError, WorkloadError
-from ckptsched.graph import Graph
-from ckptsched.progress import listening
-from ckptsched.schedule import Schedule
-from ckptsched.simulator import simulate
-from ckptsched.solvers import (
-    ChainDp,
-    ExactSearch,
-    GraphCuts,
-    GraphIlp,
-    Solution,
-    graph_milp,
-    solve_graph,
-)
-from ckptsched.solvers.graph_ilp import FRONTIER_ADVANCING, IN_ORDER, MOST_NODES, MOST_ORDERS
-from ckptsched.solvers.graph_milp import minimise
-from ckptsched.solvers.graph_model import GraphModel
-from ckptsched.solvers.graph_orders import orders, reordered
-from ckptsched.solvers.graph_runs import on_demand_runs, store_all_runs, with_drops
-from ckptsched.stages import Stage
-from ckptsched.workload import Chain
+from ckptsched.base.errors import InfeasibleBudgetError, SolverTimeoutError, WorkloadError
+from ckptsched.base.progress import listening
+from ckptsched.schedule.language import Schedule
+from ckptsched.simulator.simulator import simulate
+from ckptsched.solvers import ChainDp, ExactSearch, GraphCuts, GraphIlp, Solution, solve_graph
+from ckptsched.solvers.graph import milp_backend as graph_milp
+from ckptsched.solvers.graph.ilp_solver import FRONTIER_ADVANCING, IN_ORDER, MOST_NODES, MOST_ORDERS
+from ckptsched.solvers.graph.milp_backend import minimise
+from ckptsched.solvers.graph.milp_model import GraphModel
+from ckptsched.solvers.graph.orders import orders, reordered
+from ckptsched.solvers.graph.to_schedule import on_demand_runs, store_all_runs, with_drops
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.graph import Graph
+from ckptsched.workload.stage import Stage
 from tests.brute_force import persistent_schedules
 from tests.brute_force_graph import cheapest_on_graph
 from tests.graphs import graphs, residual, two_branches, u_net

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptsched.budget import Link, Tier
-from ckptsched.errors import InvalidScheduleError, WorkloadError
-from ckptsched.graph import Graph
-from ckptsched.schedule import Operation, Schedule
-from ckptsched.simulator import simulate
-from ckptsched.solvers.graph_runs import on_demand_runs, store_all_runs, with_drops
-from ckptsched.stages import Stage
-from ckptsched.trace import Live, Trace
-from ckptsched.workload import Chain
+from ckptsched.base.budget import Link, Tier
+from ckptsched.base.errors import InvalidScheduleError, WorkloadError
+from ckptsched.schedule.language import Operation, Schedule
+from ckptsched.schedule.trace import Live, Trace
+from ckptsched.simulator.simulator import simulate
+from ckptsched.solvers.graph.to_schedule import on_demand_runs, store_all_runs, with_drops
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.graph import Graph
+from ckptsched.workload.stage import Stage
 from tests import random_schedules
 from tests.brute_force import persistent_schedules
 from tests.graphs import graphs, residual, two_branches, u_net

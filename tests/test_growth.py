@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ckptsched as cs
-from ckptsched.errors import WorkloadError
-from ckptsched.growth import Line, batch_of, with_batch, with_steps
-from ckptsched.planning import plan
-from ckptsched.stages import Block, TapeOption
-from ckptsched.workload import Chain
+from ckptsched.base.errors import WorkloadError
+from ckptsched.fitting.planning import plan
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.scaling import Line, batch_of, with_batch, with_steps
+from ckptsched.workload.stage import Block, TapeOption
 from tests.small_chains import mixed_chain, uniform_chain
 from tests.strategies import chains, ledger_chains
 

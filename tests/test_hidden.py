@@ -13,7 +13,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils.parametrizations import spectral_norm
 
 import ckptsched as cs
-from ckptsched.hidden import HiddenBuffers, own_generators
+from ckptsched.recompute.stateful_buffers import HiddenBuffers, own_generators
 from tests.networks import tight
 
 SOLVERS = ("store_all", "every_stage", "every_2", "input_only")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ckptsched import checkpointed, odeint, plan, profile
-from ckptsched.errors import ExecutionError
-from ckptsched.ode.kept import Kept
+from ckptsched.base.errors import ExecutionError
+from ckptsched.ode.function.cache import Kept
 
 TIMES = torch.linspace(0, 1, 5)
 

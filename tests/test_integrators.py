@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ckptsched import odeint
-from ckptsched.errors import ExecutionError, IntegrationError, WorkloadError
+from ckptsched.base.errors import ExecutionError, IntegrationError, WorkloadError
 from ckptsched.ode import METHODS
-from ckptsched.ode.krylov import gmres
+from ckptsched.ode.methods.gmres import gmres
 from tests.test_ode import fitted_slope
 
 DOUBLE = torch.float64

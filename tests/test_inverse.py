@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ckptsched as cs
-from ckptsched import inverse
-from ckptsched.errors import BudgetSyntaxError, InfeasibleBudgetError, WorkloadError
-from ckptsched.growth import with_batch, with_steps
-from ckptsched.inverse import (
+from ckptsched.base.errors import BudgetSyntaxError, InfeasibleBudgetError, WorkloadError
+from ckptsched.fitting import largest_that_fits as inverse
+from ckptsched.fitting.largest_that_fits import (
     Largest,
     largest,
     largest_batch,
@@ -21,8 +20,9 @@ from ckptsched.inverse import (
     least_budget,
     parse_overhead,
 )
-from ckptsched.planning import plan
-from ckptsched.workload import Chain
+from ckptsched.fitting.planning import plan
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.scaling import with_batch, with_steps
 from tests.helpers import without_search
 from tests.small_chains import MIB, mixed_chain, random_chains, uniform_chain
 

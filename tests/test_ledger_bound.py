@@ -7,10 +7,10 @@ import dataclasses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptsched.ledger_bound import Variant, bound
-from ckptsched.simulator import simulate
-from ckptsched.stages import Stage, StageLedger
-from ckptsched.workload import Chain
+from ckptsched.simulator.simulator import simulate
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.ledger_bound import Variant, bound
+from ckptsched.workload.stage import Stage, StageLedger
 from tests.random_schedules import schedules
 
 SMALL = st.integers(0, 6)

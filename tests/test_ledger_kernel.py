@@ -10,15 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptsched import ledger, ledger_kernel
-from ckptsched.budget import Tier
-from ckptsched.errors import InvalidScheduleError
-from ckptsched.ledger import charge
-from ckptsched.liveness import analyse
-from ckptsched.schedule import Copy, Drop, Kind, Schedule, Value
-from ckptsched.simulator import simulate
-from ckptsched.stages import Block
-from ckptsched.workload import Chain
+from ckptsched.base.budget import Tier
+from ckptsched.base.errors import InvalidScheduleError
+from ckptsched.schedule.language import Copy, Drop, Kind, Schedule, Value
+from ckptsched.simulator import exact_bytes as ledger
+from ckptsched.simulator import exact_bytes_kernel as ledger_kernel
+from ckptsched.simulator.exact_bytes import charge
+from ckptsched.simulator.liveness import analyse
+from ckptsched.simulator.simulator import simulate
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.stage import Block
 from tests.helpers import exact_stage
 from tests.random_schedules import schedules
 from tests.strategies import SMALL, ledger_chains, parted_chains

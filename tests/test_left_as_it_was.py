@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.model_state import ModelState
+from ckptsched.capture.model_state import ModelState
 from tests.networks import planned
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import ckptsched as cs
-from ckptsched import transforms
-from ckptsched.memory import default_meter
+from ckptsched.memory.meters import default_meter
+from ckptsched.torch_state import torch_modes as transforms
 from tests.networks import NETWORKS, ode_net, planned
 
 SOLVERS = ("store_all", "every_2", "input_only", "chain_dp")
@@ -230,7 +230,7 @@ def test_a_plain_backward_after_one_with_a_graph() -> None:
 @pytest.fixture(params=["torch's own name", "without it"])
 def names(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "without it":
-        monkeypatch.setattr("ckptsched.transforms._forward_level", lambda: None)
+        monkeypatch.setattr("ckptsched.torch_state.torch_modes._forward_level", lambda: None)
     else:
         assert transforms._forward_level() == -1
 
@@ -263,7 +263,7 @@ def test_without_torchs_own_name_a_transform_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trained, _, x = both("input_gradient_mlp", "every_2")
-    monkeypatch.setattr("ckptsched.transforms._functorch_level", lambda: None)
+    monkeypatch.setattr("ckptsched.torch_state.torch_modes._functorch_level", lambda: None)
     with pytest.raises(cs.PlanMismatchError, match=r"belongs to a transform of torch\.func"):
         torch.func.grad(lambda z: trained(z).sum())(x.detach())
 

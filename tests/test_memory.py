@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ckptsched.errors import ProfileError
-from ckptsched.memory import (
+from ckptsched.base.errors import ProfileError
+from ckptsched.memory.meters import (
     AllocatorMeter,
     CudaMeter,
     Measurement,

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ckptsched import memory_allocator
-from ckptsched.cache_folder import cache_folder
-from ckptsched.errors import ProfileError
-from ckptsched.memory import AllocatorMeter, Measurement, ProfilerMeter, default_meter
+from ckptsched.base.cache_folder import cache_folder
+from ckptsched.base.errors import ProfileError
+from ckptsched.memory import counting_allocator as memory_allocator
+from ckptsched.memory.meters import AllocatorMeter, Measurement, ProfilerMeter, default_meter
 
 needs_compiler = pytest.mark.skipif(
     not AllocatorMeter.available(), reason="no C++ compiler for the counting allocator"

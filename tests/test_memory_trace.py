@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ckptsched import memory_trace
-from ckptsched.errors import ProfileError
-from ckptsched.memory import Measurement, ProfilerMeter
+from ckptsched.base.errors import ProfileError
+from ckptsched.memory import profiler_trace as memory_trace
+from ckptsched.memory.meters import Measurement, ProfilerMeter
 
 
 def block(size: int) -> Tensor:
@@ -99,7 +99,7 @@ def test_odd_names_of_ranges_do_no_harm() -> None:
 
 FRESH_PROCESS = """
 import os, sys, torch
-from ckptsched.memory import ProfilerMeter
+from ckptsched.memory.meters import ProfilerMeter
 old = [torch.empty(9)]
 def program():
     old.clear()

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import models
+from ckptsched.capture.stage_discovery import trace
 from ckptsched.ode import ODEBlock, find_tableau
-from ckptsched.tracing import trace
 from models import deep_mlp, ode_mlp, ode_resnet18, ode_resnet_small, ode_squeezenext23
 
 IMAGE_MODELS = [(ode_resnet18, 3), (ode_resnet_small, 1), (ode_squeezenext23, 3)]

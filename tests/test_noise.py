@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ckptsched import odeint
-from ckptsched.memory import default_meter
+from ckptsched.memory.meters import default_meter
 
 DOUBLE = torch.float64
 

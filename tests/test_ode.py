@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ckptsched.errors import ExecutionError
+from ckptsched.base.errors import ExecutionError
+from ckptsched.capture.stage_discovery import trace
 from ckptsched.ode import (
     DOPRI5,
     EULER,
@@ -21,7 +22,6 @@ from ckptsched.ode import (
     ODEBlock,
     runge_kutta_step,
 )
-from ckptsched.tracing import trace
 
 TABLEAUS = [EULER, MIDPOINT, HEUN, RK4]
 ALL = list(METHODS.values())

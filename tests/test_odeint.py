@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ckptsched import odeint
-from ckptsched.errors import (
+from ckptsched.base.errors import (
     BudgetSyntaxError,
     BudgetWarning,
     ExecutionError,
@@ -26,9 +26,10 @@ from ckptsched.errors import (
     ProfileError,
     WorkloadError,
 )
-from ckptsched.memory import default_meter
-from ckptsched.ode import closure, places
-from ckptsched.ode.closure import find_closure
+from ckptsched.memory.meters import default_meter
+from ckptsched.ode.function import captures as closure
+from ckptsched.ode.function import places
+from ckptsched.ode.function.captures import find_closure
 
 DOUBLE = torch.float64
 AS_TORCHDIFFEQ = ["euler", "midpoint", "heun2", "heun3", "rk4"]

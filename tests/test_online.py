@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptsched.errors import WorkloadError
-from ckptsched.schedule import Code
-from ckptsched.simulator import simulate
-from ckptsched.solvers.online import (
+from ckptsched.base.errors import WorkloadError
+from ckptsched.schedule.language import Code
+from ckptsched.simulator.simulator import simulate
+from ckptsched.solvers.binomial.online import (
     OnlinePlacement,
     online_schedule,
     optimal_length,
     reversal,
     reversal_advances,
 )
-from ckptsched.solvers.revolve import advances
-from ckptsched.workload import Chain
+from ckptsched.solvers.binomial.revolve import advances
+from ckptsched.workload.chain import Chain
 
 lengths = st.integers(1, 300)
 slot_numbers = st.integers(1, 12)

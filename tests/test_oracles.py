@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from benchmarks import chains as made
 from benchmarks.peers import PEERS
 from benchmarks.rotor import Rotor
-from ckptsched.errors import InfeasibleBudgetError
-from ckptsched.frontier import tradeoff
-from ckptsched.planning import plan
-from ckptsched.plans import Plan
-from ckptsched.schedule import Code, Schedule
-from ckptsched.simulator import simulate
+from ckptsched.base.errors import InfeasibleBudgetError
+from ckptsched.fitting.planning import plan
+from ckptsched.planner.plan import Plan
+from ckptsched.planner.tradeoff import tradeoff
+from ckptsched.schedule.language import Code, Schedule
+from ckptsched.simulator.simulator import simulate
 from ckptsched.solvers import get_solver
-from ckptsched.solvers.revolve import advances, revolve_schedule
-from ckptsched.stages import Stage
-from ckptsched.workload import Chain
+from ckptsched.solvers.binomial.revolve import advances, revolve_schedule
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.stage import Stage
 from tests.brute_force import cheapest, cheapest_of, persistent_frontier
 from tests.helpers import instance, uniform
 from tests.strategies import chains, scaled_chains

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ckptsched import odeint, solve_adaptive
-from ckptsched.errors import InfeasibleBudgetError, ProfileError
-from ckptsched.memory import ProfilerMeter, default_meter
+from ckptsched.base.errors import InfeasibleBudgetError, ProfileError
+from ckptsched.memory.meters import ProfilerMeter, default_meter
 
 DOUBLE = torch.float64
 Loss = Callable[[Any], Tensor]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ckptsched import odeint, solve_adaptive
-from ckptsched.errors import WorkloadError
-from ckptsched.ode.control import batch_max_norm, rms_norm
+from ckptsched.base.errors import WorkloadError
+from ckptsched.ode.adaptive.step_size import batch_max_norm, rms_norm
 
 torchdiffeq = pytest.importorskip("torchdiffeq")
 

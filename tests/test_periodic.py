@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ckptsched as cs
-from ckptsched.errors import InfeasibleBudgetError, WorkloadError
+from ckptsched.base.errors import InfeasibleBudgetError, WorkloadError
 from ckptsched.ode import ODEBlock
-from ckptsched.simulator import simulate
+from ckptsched.simulator.simulator import simulate
 from ckptsched.solvers import ChainDp, Periodic
-from ckptsched.solvers.periodic import find_periods
-from ckptsched.workload import Chain
+from ckptsched.solvers.binomial.periodic import find_periods
+from ckptsched.workload.chain import Chain
 from tests.helpers import uniform
 from tests.strategies import stages
 

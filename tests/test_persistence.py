@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptsched.planner.persistence_test import persistent_is_optimal
 from ckptsched.solvers import ChainDp
-from ckptsched.solvers.persistence import persistent_is_optimal
-from ckptsched.stages import TapeOption
-from ckptsched.workload import Chain
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.stage import TapeOption
 
 from .brute_force import cheapest_of, persistent_frontier
 from .pinned_oracle import cheapest_pinned

@@ -10,16 +10,16 @@ from typing import Any
 import platformdirs
 import pytest
 
-from ckptsched import progress
-from ckptsched.errors import InfeasibleBudgetError
-from ckptsched.files import checksum
-from ckptsched.plan_cache import PlanCache, open_cache, program_digest
-from ckptsched.planner import plan_each
-from ckptsched.planning import plan
-from ckptsched.plans import Plan
+from ckptsched.base import progress
+from ckptsched.base.errors import InfeasibleBudgetError
+from ckptsched.base.json_files import checksum
+from ckptsched.fitting.planning import plan
+from ckptsched.planner.disk_cache import PlanCache, open_cache, program_digest
+from ckptsched.planner.plan import Plan
+from ckptsched.planner.planner import plan_each
 from ckptsched.solvers import get_solver
 from ckptsched.solvers.base import Solution
-from ckptsched.workload import Chain
+from ckptsched.workload.chain import Chain
 from tests.small_chains import mixed_chain, uniform_chain
 
 REQUEST = {"fingerprint": mixed_chain().fingerprint, "budget_bytes": 0, "solver": "auto"}
@@ -36,13 +36,13 @@ def request(of: Plan, **changes: Any) -> dict[str, Any]:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every plan counts as one that took long."""
-    monkeypatch.setattr("ckptsched.planner._WORTH_SECONDS", -1e9)
+    monkeypatch.setattr("ckptsched.planner.planner._WORTH_SECONDS", -1e9)
 
 
 @pytest.fixture
 def solves(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The budgets of every solve."""
-    from ckptsched.portfolio import Portfolio
+    from ckptsched.planner.solver_choice import Portfolio
 
     found: list[list[int]] = []
     answers = Portfolio.answers
@@ -219,7 +219,7 @@ def test_what_fails_is_not_kept(
 
 
 def test_a_quick_plan_is_not_kept(monkeypatch: pytest.MonkeyPatch, cache_of_its_own: Path) -> None:
-    monkeypatch.setattr("ckptsched.planner._WORTH_SECONDS", 1e9)
+    monkeypatch.setattr("ckptsched.planner.planner._WORTH_SECONDS", 1e9)
     plan(mixed_chain(), budget="50%")
     assert entries(cache_of_its_own) == []
 
@@ -237,7 +237,7 @@ def test_other_code_reads_no_plans_of_this(
 ) -> None:
     plan(mixed_chain(), budget="50%")
     assert len(program_digest()) == 64
-    monkeypatch.setattr("ckptsched.planner.program_digest", lambda: "another")
+    monkeypatch.setattr("ckptsched.planner.planner.program_digest", lambda: "another")
     plan(mixed_chain(), budget="50%")
     assert len(solves) == 2
 
@@ -256,7 +256,7 @@ def test_an_interrupted_plan_leaves_nothing_behind(
         assert (what, share) == ("endless", 0.5)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ckptsched.portfolio.get_solver", lambda name: Endless())
+    monkeypatch.setattr("ckptsched.planner.solver_choice.get_solver", lambda name: Endless())
     with progress.listening(interrupt), pytest.raises(KeyboardInterrupt):
         plan(mixed_chain(), budget="50%", solver="endless")
     assert entries(cache_of_its_own) == []

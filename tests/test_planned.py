@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ckptsched import odeint
-from ckptsched.errors import ExecutionError, InfeasibleBudgetError, IntegrationError
-from ckptsched.memory import ProfilerMeter, default_meter
-from ckptsched.ode.fingerprint import fingerprint
+from ckptsched.base.errors import ExecutionError, InfeasibleBudgetError, IntegrationError
+from ckptsched.memory.meters import ProfilerMeter, default_meter
+from ckptsched.ode.function.fingerprint import fingerprint
 from tests.test_odeint import DOUBLE, Field, equal, gradients, problem
 
 ENDS = torch.tensor([0.0, 1.0], dtype=DOUBLE)
@@ -422,7 +422,7 @@ def test_failures_are_the_same_with_and_without_a_budget(
 
 @pytest.mark.parametrize("budget", [None, "80%"])
 @pytest.mark.parametrize("method", ["implicit_euler", "trapezoid"])
-@pytest.mark.filterwarnings("ignore::ckptsched.errors.BudgetWarning")
+@pytest.mark.filterwarnings("ignore::ckptsched.base.errors.BudgetWarning")
 def test_implicit_steps_are_not_differentiated_twice_and_say_so(budget: Any, method: str) -> None:
     net, y0 = problem()
     output = solve(net, y0, budget, method=method)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from ckptsched.budget import Budget
-from ckptsched.errors import (
+from ckptsched.base.budget import Budget
+from ckptsched.base.errors import (
     BudgetSyntaxError,
     CkptschedError,
     InfeasibleBudgetError,
@@ -18,14 +18,14 @@ from ckptsched.errors import (
     SolverWarning,
     WorkloadError,
 )
-from ckptsched.frontier import Tradeoff, tradeoff
-from ckptsched.planner import compare_baselines, plan_each
-from ckptsched.planning import plan
-from ckptsched.plans import Plan
-from ckptsched.simulator import simulate
+from ckptsched.fitting.planning import plan
+from ckptsched.planner.plan import Plan
+from ckptsched.planner.planner import compare_baselines, plan_each
+from ckptsched.planner.tradeoff import Tradeoff, tradeoff
+from ckptsched.simulator.simulator import simulate
 from ckptsched.solvers import get_solver
-from ckptsched.stages import Stage
-from ckptsched.workload import Chain
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.stage import Stage
 from tests.helpers import exact_stage, uniform
 from tests.small_chains import MIB, mixed_chain, random_chains, uniform_chain
 
@@ -164,7 +164,7 @@ def test_auto_is_never_beaten_by_a_baseline(chain: Chain) -> None:
 
 
 def test_long_chains_are_planned_without_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckptsched.solvers.chain_dp.MOST_ADDITIONS", 100)
+    monkeypatch.setattr("ckptsched.solvers.chain.solver.MOST_ADDITIONS", 100)
     made = plan(mixed_chain(), budget="60%")
     assert made.solver != "chain_dp"
     assert made.peak_bytes <= made.budget_bytes
@@ -185,7 +185,7 @@ def test_chains_of_long_runs_are_planned_as_such() -> None:
 
 
 def test_a_long_uniform_chain_gets_the_best_k(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckptsched.portfolio._names", lambda chain: ["revolve"])
+    monkeypatch.setattr("ckptsched.planner.solver_choice._names", lambda chain: ["revolve"])
     chain = uniform(600, state=10, tape=40)
     budget = 1020
     every = [get_solver(f"every_{k}").solve(chain, 2**40).trace for k in range(1, 600)]
@@ -209,7 +209,7 @@ def test_a_very_long_uniform_chain_gets_a_good_k_too() -> None:
 def test_long_mixed_chains_get_a_k_of_the_grid(
     exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ckptsched.portfolio._names", lambda chain: [])
+    monkeypatch.setattr("ckptsched.planner.solver_choice._names", lambda chain: [])
     stage = exact_stage() if exact else uniform(1, state=10, tape=40).stages[0]
     other = replace(stage, forward_seconds=1.5)
     chain = Chain(stages=(*(stage,) * 999, other, *(stage,) * 1000), held_bytes=10 * exact)
@@ -271,7 +271,8 @@ def test_a_solver_that_overruns_is_found_out(monkeypatch: pytest.MonkeyPatch) ->
 
     real = get_solver
     monkeypatch.setattr(
-        "ckptsched.portfolio.get_solver", lambda name: Liar() if name == "liar" else real(name)
+        "ckptsched.planner.solver_choice.get_solver",
+        lambda name: Liar() if name == "liar" else real(name),
     )
     with pytest.raises(CkptschedError, match="fault of ckptsched"):
         plan(mixed_chain(), budget="50%", solver="liar")
@@ -402,7 +403,8 @@ def test_a_larger_budget_takes_over_what_a_smaller_one_found(
 
     real = get_solver
     monkeypatch.setattr(
-        "ckptsched.portfolio.get_solver", lambda name: Odd() if name == "odd" else real(name)
+        "ckptsched.planner.solver_choice.get_solver",
+        lambda name: Odd() if name == "odd" else real(name),
     )
     plans = plan_each(chain, [100 * MIB, 60 * MIB], solver="odd")
     assert [isinstance(x, Plan) and x.schedule == good.schedule for x in plans] == [True, True]
@@ -416,7 +418,7 @@ def test_auto_says_which_solver_failed(fault: Exception, monkeypatch: pytest.Mon
     def fails(*_: object) -> None:
         raise fault
 
-    monkeypatch.setattr("ckptsched.solvers.chain_dp.ChainDp.solve_each", fails)
+    monkeypatch.setattr("ckptsched.solvers.chain.solver.ChainDp.solve_each", fails)
     with pytest.warns(SolverWarning, match=rf"chain_dp failed.*{type(fault).__name__}"):
         found = plan(chain, budget="60%", cache=False)
     assert found.peak_bytes <= found.budget_bytes

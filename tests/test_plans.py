@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptsched.errors import PlanMismatchError
-from ckptsched.files import write_atomically
-from ckptsched.graph import Graph
-from ckptsched.planning import plan
-from ckptsched.plans import Plan, excess, words_of_class
-from ckptsched.schedule import Schedule
-from ckptsched.simulator import simulate
+from ckptsched.base.errors import PlanMismatchError
+from ckptsched.base.json_files import write_atomically
+from ckptsched.fitting.planning import plan
+from ckptsched.planner.plan import Plan, excess, words_of_class
+from ckptsched.schedule.language import Schedule
+from ckptsched.simulator.simulator import simulate
 from ckptsched.solvers import get_solver
+from ckptsched.workload.graph import Graph
 from tests.graphs import graphs
 from tests.small_chains import MIB, mixed_chain, random_chains, uniform_chain
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.memory import AllocatorMeter, ProfilerMeter
+from ckptsched.memory.meters import AllocatorMeter, ProfilerMeter
 from ckptsched.solvers import baselines_for
 from tests.networks import NETWORKS, conv_block, ode_net
 
@@ -275,7 +275,7 @@ def test_progress_goes_to_a_bar(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def shown(progress: bool | None, patience: float = 0.1) -> str:
-        monkeypatch.setattr("ckptsched.bar._PATIENCE_SECONDS", patience)
+        monkeypatch.setattr("ckptsched.base.progress_bar._PATIENCE_SECONDS", patience)
         cs.profile(nn.Sequential(Slow()), torch.ones(1, 2, requires_grad=True), progress=progress)
         out, err = capsys.readouterr()
         assert not out

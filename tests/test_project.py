@@ -69,7 +69,7 @@ def test_the_readme_names_the_two_commands() -> None:
 
 
 def test_command_lines_that_are_named_exist() -> None:
-    from ckptsched.cli import main
+    from ckptsched.cli.commands import main
 
     named = set()
     for path in DOCUMENTS:
@@ -117,10 +117,10 @@ def test_no_module_is_hidden_by_a_public_name() -> None:
 
 
 def test_schedules_in_the_documents_are_valid() -> None:
-    from ckptsched.schedule import Schedule
-    from ckptsched.simulator import simulate
-    from ckptsched.stages import Stage
-    from ckptsched.workload import Chain
+    from ckptsched.schedule.language import Schedule
+    from ckptsched.simulator.simulator import simulate
+    from ckptsched.workload.chain import Chain
+    from ckptsched.workload.stage import Stage
 
     stage = Stage(
         forward_seconds=1.0,

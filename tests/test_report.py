@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ckptsched.budget import format_bytes, format_seconds
-from ckptsched.errors import BudgetSyntaxError, CkptschedError, InfeasibleBudgetError
-from ckptsched.frontier import Measured, Row, Tradeoff, baseline_grid, plan_grid, tradeoff
-from ckptsched.planning import plan
-from ckptsched.plans import Plan, words_of_class
-from ckptsched.report import Outputs, chain_grid, print_chain, report, timeline
-from ckptsched.tables import Grid
-from ckptsched.verifier import Verification
+from ckptsched.base.budget import format_bytes, format_seconds
+from ckptsched.base.errors import BudgetSyntaxError, CkptschedError, InfeasibleBudgetError
+from ckptsched.base.text_table import Grid
+from ckptsched.executor.verify import Verification
+from ckptsched.fitting.planning import plan
+from ckptsched.planner.plan import Plan, words_of_class
+from ckptsched.planner.tradeoff import Measured, Row, Tradeoff, baseline_grid, plan_grid, tradeoff
+from ckptsched.report.report import Outputs, chain_grid, print_chain, report, timeline
 from tests.small_chains import mixed_chain, uniform_chain
 
 

@@ -11,12 +11,19 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ckptsched.errors import InfeasibleBudgetError, WorkloadError
-from ckptsched.schedule import Schedule
-from ckptsched.simulator import simulate
-from ckptsched.solvers import Revolve, revolve_kernel, run_kernel
-from ckptsched.solvers.revolve import advances, first_advance, repetitions, revolve_schedule
-from ckptsched.workload import Chain
+from ckptsched.base.errors import InfeasibleBudgetError, WorkloadError
+from ckptsched.schedule.language import Schedule
+from ckptsched.simulator.simulator import simulate
+from ckptsched.solvers import Revolve
+from ckptsched.solvers.binomial import revolve_kernel
+from ckptsched.solvers.binomial.revolve import (
+    advances,
+    first_advance,
+    repetitions,
+    revolve_schedule,
+)
+from ckptsched.solvers.runs import table_kernel as run_kernel
+from ckptsched.workload.chain import Chain
 from tests.helpers import exact_stage, tiny_cases, uniform
 from tests.strategies import uniform_chains
 
@@ -221,7 +228,7 @@ def test_inferred_peaks_find_the_same_schedule(monkeypatch: pytest.MonkeyPatch) 
     chain = uniform(60, state=3, tape=8)
     budgets = range(4 * 3 + 8, 220, 7)
     simulated = [Revolve().solve(chain, budget) for budget in budgets]
-    monkeypatch.setattr("ckptsched.solvers.revolve._SIMULATED_ADVANCES", 0)
+    monkeypatch.setattr("ckptsched.solvers.binomial.revolve._SIMULATED_ADVANCES", 0)
     assert [Revolve().solve(chain, budget) for budget in budgets] == simulated
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ckptsched import odeint
-from ckptsched.errors import ExecutionError, WorkloadError
-from ckptsched.ode.closure import find_closure
+from ckptsched.base.errors import ExecutionError, WorkloadError
+from ckptsched.ode.function.captures import find_closure
 
 DOUBLE = torch.float64
 

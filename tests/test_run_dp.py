@@ -10,20 +10,23 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ckptsched.errors import InfeasibleBudgetError, WorkloadError
-from ckptsched.planning import plan
-from ckptsched.progress import listening
-from ckptsched.simulator import simulate
-from ckptsched.solvers import ChainDp, Revolve, RunDp, Solution, run_bound, run_dp, run_kernel
-from ckptsched.solvers.chain_sizes import chain_sizes
-from ckptsched.solvers.run_bound import RunBound
-from ckptsched.solvers.run_dp import takes
-from ckptsched.solvers.run_groups import group
-from ckptsched.solvers.run_lowering import lower
-from ckptsched.solvers.run_structure import chain_runs
-from ckptsched.solvers.run_table import RunTable
-from ckptsched.stages import Stage
-from ckptsched.workload import Chain
+from ckptsched.base.errors import InfeasibleBudgetError, WorkloadError
+from ckptsched.base.progress import listening
+from ckptsched.fitting.planning import plan
+from ckptsched.simulator.simulator import simulate
+from ckptsched.solvers import ChainDp, Revolve, RunDp, Solution
+from ckptsched.solvers.chain.sizes import chain_sizes
+from ckptsched.solvers.runs import lower_bound as run_bound
+from ckptsched.solvers.runs import solver as run_dp
+from ckptsched.solvers.runs import table_kernel as run_kernel
+from ckptsched.solvers.runs.find_runs import chain_runs
+from ckptsched.solvers.runs.lower_bound import RunBound
+from ckptsched.solvers.runs.solver import takes
+from ckptsched.solvers.runs.step_groups import group
+from ckptsched.solvers.runs.tables import RunTable
+from ckptsched.solvers.runs.to_schedule import lower
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.stage import Stage
 from tests.helpers import INSTANCES, tiny_cases, uniform
 from tests.strategies import ledger_chains, stages
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
 import ckptsched as cs
-from ckptsched.memory import default_meter
-from ckptsched.saved_hooks import describe_hooks, hooks_now, no_hooks
-from ckptsched.side_outputs import Look
+from ckptsched.memory.meters import default_meter
+from ckptsched.recompute.side_outputs import Look
+from ckptsched.torch_state.saved_hooks import describe_hooks, hooks_now, no_hooks
 from tests.networks import planned
 from tests.surroundings import (
     CPU,

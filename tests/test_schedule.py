@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptsched.budget import Tier
-from ckptsched.errors import InvalidScheduleError
-from ckptsched.schedule import (
+from ckptsched.base.budget import Tier
+from ckptsched.base.errors import InvalidScheduleError
+from ckptsched.schedule.language import (
     Backward,
     Code,
     Copy,
@@ -28,7 +28,7 @@ from ckptsched.schedule import (
     schedule_from_json,
     schedule_to_json,
 )
-from ckptsched.solvers.revolve import revolve_schedule
+from ckptsched.solvers.binomial.revolve import revolve_schedule
 
 NUMBERS = st.integers(0, 2**31 - 1)
 VALUES = st.builds(Value, st.sampled_from(Kind), NUMBERS)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ckptsched import odeint
-from ckptsched.errors import BudgetWarning, ExecutionError, InfeasibleBudgetError
+from ckptsched.base.errors import BudgetWarning, ExecutionError, InfeasibleBudgetError
 
 DOUBLE = torch.float64
 FIXED = ["euler", "midpoint", "heun", "ralston", "heun3", "rk4", "rk4_classic", "tsit5", "leapfrog"]

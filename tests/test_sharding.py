@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import ckptsched as cs
-from ckptsched.sharding import OneAtATime, Sharding
+from ckptsched.recompute.fsdp import OneAtATime, Sharding
 from tests.random_schedules import schedules
 from tests.test_executor_laws import plan_by
 

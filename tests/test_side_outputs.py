@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.memory import default_meter
+from ckptsched.memory.meters import default_meter
 
 WIDTH, BATCH = 16, 64
 Step = Callable[[nn.Module], Tensor]

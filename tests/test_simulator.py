@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 
-from ckptsched.budget import Link, Tier
-from ckptsched.errors import InvalidScheduleError, WorkloadError
-from ckptsched.schedule import Schedule
-from ckptsched.simulator import simulate
+from ckptsched.base.budget import Link, Tier
+from ckptsched.base.errors import InvalidScheduleError, WorkloadError
+from ckptsched.schedule.language import Schedule
+from ckptsched.schedule.trace import Live
+from ckptsched.simulator.simulator import simulate
 from ckptsched.solvers import Baseline, ChainDp, Revolve
-from ckptsched.stages import Block, TapeOption
-from ckptsched.trace import Live
-from ckptsched.workload import Chain
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.stage import Block, TapeOption
 from tests.brute_force import persistent_schedules
 from tests.helpers import EXAMPLES, exact_stage, example, levels, run, tiny_cases, uniform
 from tests.strategies import ledger_chains

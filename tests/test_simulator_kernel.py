@@ -8,13 +8,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptsched import simulator, simulator_kernel
-from ckptsched.budget import Tier
-from ckptsched.errors import InvalidScheduleError
-from ckptsched.schedule import Backward, Copy, Drop, Forward, Kind, Operation, Schedule, Turn, Value
-from ckptsched.simulator import simulate
-from ckptsched.trace import Trace
-from ckptsched.workload import Chain
+from ckptsched.base.budget import Tier
+from ckptsched.base.errors import InvalidScheduleError
+from ckptsched.schedule.language import (
+    Backward,
+    Copy,
+    Drop,
+    Forward,
+    Kind,
+    Operation,
+    Schedule,
+    Turn,
+    Value,
+)
+from ckptsched.schedule.trace import Trace
+from ckptsched.simulator import simulator, simulator_kernel
+from ckptsched.simulator.simulator import simulate
+from ckptsched.workload.chain import Chain
 from tests.brute_force import persistent_schedules
 from tests.random_schedules import schedules
 from tests.strategies import chains

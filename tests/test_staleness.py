@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import ckptsched as cs
-from ckptsched.inventory import Inventory
+from ckptsched.capture.module_check import Inventory
 from tests.networks import conv_block, planned
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.aliases import Slots, make_alias
+from ckptsched.recompute.parameter_swap import Slots, make_alias
 from tests.networks import planned
 
 PATIENCE_SECONDS = 60.0

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.errors import PlanMismatchError
-from ckptsched.structure import read_carries, write_carries
+from ckptsched.base.errors import PlanMismatchError
+from ckptsched.capture.signature import read_carries, write_carries
 from tests.networks import tight
 
 SOLVERS = ("store_all", "every_2", "every_stage", "input_only", "chain_dp")

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched import tape
-from ckptsched.errors import ExecutionError
-from ckptsched.liveness import analyse, blocks_of, cut
+from ckptsched.base.errors import ExecutionError
+from ckptsched.capture.stage_discovery import StageCall, StagedModule
+from ckptsched.executor.operation_fusion import between, find_stretches
 from ckptsched.ode import ODEBlock
-from ckptsched.schedule import Schedule
-from ckptsched.stretches import between, find_stretches
-from ckptsched.tracing import StageCall, StagedModule
+from ckptsched.recompute import tape
+from ckptsched.schedule.language import Schedule
+from ckptsched.simulator.liveness import analyse, blocks_of, cut
 from tests.random_schedules import schedules
 from tests.test_executor_laws import loss, plan_by, step
 

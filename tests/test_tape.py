@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ckptsched.aliases import Slots, make_alias
-from ckptsched.errors import ExecutionError
-from ckptsched.tape import record
-from ckptsched.trees import State
+from ckptsched.base.errors import ExecutionError
+from ckptsched.recompute.parameter_swap import Slots, make_alias
+from ckptsched.recompute.tape import record
+from ckptsched.tensors.pytree import State
 
 
 class Twice(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.context import OneWay
+from ckptsched.torch_state.replay_context import OneWay
 from tests.networks import planned
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.growth import with_steps
+from ckptsched.workload.scaling import with_steps
 from tests.networks import NETWORKS, conv_block
 
 # ------------------------------------------------------------------ the clock of a busy machine
@@ -53,7 +53,7 @@ class Costs(nn.Module):
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, model: nn.Module, clock: Callable[..., float]) -> Any:
-    monkeypatch.setattr("ckptsched.timing.now", clock)
+    monkeypatch.setattr("ckptsched.profiler.stage_time.now", clock)
     return cs.profile(model, torch.randn(2, 4, requires_grad=True))
 
 
@@ -144,8 +144,8 @@ def profiled_in(monkeypatch: pytest.MonkeyPatch, factors: Sequence[float]) -> cs
         clock["round"] += 1  # the loss ends each round
         return y.square().sum()
 
-    monkeypatch.setattr("ckptsched.timing.now", now)
-    monkeypatch.setattr("ckptsched.timing._MOST_SPREAD", 0.10)
+    monkeypatch.setattr("ckptsched.profiler.stage_time.now", now)
+    monkeypatch.setattr("ckptsched.profiler.stage_time._MOST_SPREAD", 0.10)
     return cs.profile(Stage(), torch.randn(2, 4), loss=loss)
 
 
@@ -165,7 +165,7 @@ def test_nobody_is_warned_where_they_agree(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_runs_without_a_processor_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptsched.timing import _Run, _typical
+    from ckptsched.profiler.stage_time import _Run, _typical
 
     calm = [_Run(1.0 + k / 100, disturbed=False) for k in range(3)]
     slow = [_Run(0.5, disturbed=True), *[_Run(9.0, disturbed=True)] * 20]

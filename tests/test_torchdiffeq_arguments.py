@@ -13,8 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ckptsched import CallbackWarning, odeint, solve_adaptive
-from ckptsched.errors import CkptschedError, InfeasibleBudgetError, IntegrationError, WorkloadError
-from ckptsched.memory import default_meter
+from ckptsched.base.errors import (
+    CkptschedError,
+    InfeasibleBudgetError,
+    IntegrationError,
+    WorkloadError,
+)
+from ckptsched.memory.meters import default_meter
 from tests.test_odeint import DOUBLE, Field, assert_within, equal, gradients, loss_of, problem
 
 ENDS = torch.tensor([0.0, 1.0], dtype=DOUBLE)

@@ -12,9 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ckptsched.errors import ProfileError
+from ckptsched.base.errors import ProfileError
+from ckptsched.capture.stage_discovery import (
+    Block,
+    FusedStage,
+    ModuleStage,
+    StageCall,
+    StagedModule,
+    trace,
+)
 from ckptsched.ode import ODEBlock
-from ckptsched.tracing import Block, FusedStage, ModuleStage, StageCall, StagedModule, trace
 
 
 def names(model: nn.Module) -> list[list[str]]:

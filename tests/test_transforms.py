@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from ckptsched import odeint, solve_adaptive
-from ckptsched.errors import BudgetWarning, CkptschedError, ExecutionError, WorkloadError
+from ckptsched.base.errors import BudgetWarning, CkptschedError, ExecutionError, WorkloadError
 
 # torch's own forward-mode rules are made by it.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

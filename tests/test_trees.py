@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ckptsched.errors import ExecutionError
-from ckptsched.trees import State, storages
+from ckptsched.base.errors import ExecutionError
+from ckptsched.tensors.pytree import State, storages
 
 
 class Pair(NamedTuple):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.context import Generators
-from ckptsched.turns import InTurn, Lent, Turn, is_first
+from ckptsched.torch_state.locks import InTurn, Lent, Turn, is_first
+from ckptsched.torch_state.replay_context import Generators
 from tests.networks import planned
 
 PATIENCE_SECONDS = 60.0  # for what takes a second: without, a lock that is never free hangs a test
@@ -280,7 +280,7 @@ before = threads()
 import ckptsched
 assert threads() == before, (before, threads())
 assert not called
-from ckptsched.engine import go_back
+from ckptsched.recompute.engine import go_back
 leaf = torch.zeros(2, requires_grad=True)
 go_back(((leaf * 3).sum(),), (torch.ones(()),))
 assert called and leaf.grad.tolist() == [3.0, 3.0]

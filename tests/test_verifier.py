@@ -13,11 +13,11 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.cli import main
-from ckptsched.context import RandomState
-from ckptsched.run import _Stored
-from ckptsched.trees import State
-from ckptsched.verifier import _compare
+from ckptsched.cli.commands import main
+from ckptsched.executor.training_step import _Stored
+from ckptsched.executor.verify import _compare
+from ckptsched.tensors.pytree import State
+from ckptsched.torch_state.replay_context import RandomState
 from tests.networks import dropout_mlp, ode_net, planned
 
 
@@ -126,7 +126,7 @@ def test_statistics_that_move_twice_are_caught(monkeypatch: pytest.MonkeyPatch) 
         def __enter__(self) -> None: ...
         def __exit__(self, *exception: object) -> None: ...
 
-    monkeypatch.setattr("ckptsched.aliases.Slots.buffers_replaced", Nothing)
+    monkeypatch.setattr("ckptsched.recompute.parameter_swap.Slots.buffers_replaced", Nothing)
     result = cs.verify(model, plan, x)
     assert not result.buffers_equal
     assert not result.ok
@@ -208,7 +208,7 @@ def test_a_generator_that_is_not_put_back_is_caught(monkeypatch: pytest.MonkeyPa
     model, x = nn.Sequential(*[Drawing() for _ in range(4)]), torch.randn(4, 8)
     plan = planned(model, x, "every_2")
     assert cs.verify(model, plan, x).ok
-    monkeypatch.setattr("ckptsched.program.own_generators", lambda *_: ())
+    monkeypatch.setattr("ckptsched.executor.prepared_plan.own_generators", lambda *_: ())
     result = cs.verify(model, plan, x)
     assert not result.gradients_equal
     assert not result.random_state_equal

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from ckptsched.errors import WorkloadError
-from ckptsched.stages import Block, Signature, Stage, backward_variant
-from ckptsched.workload import Chain
+from ckptsched.base.errors import WorkloadError
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.stage import Block, Signature, Stage, backward_variant
 from tests.helpers import EXAMPLES, exact_stage, uniform
 from tests.strategies import chains, chains_with_options, ledger_chains
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ckptsched as cs
-from ckptsched.memory import default_meter
+from ckptsched.memory.meters import default_meter
 from tests.networks import planned
 
 
@@ -360,6 +360,8 @@ def test_where_torch_does_not_tell_it_runs_all_the_same(monkeypatch: pytest.Monk
     model, x = deep()
     trained = cs.checkpointed(model, planned(model, x))
     expected = gradients(model, model, x)
-    monkeypatch.setattr("ckptsched.transforms.torch", SimpleNamespace(_C=SimpleNamespace()))
+    monkeypatch.setattr(
+        "ckptsched.torch_state.torch_modes.torch", SimpleNamespace(_C=SimpleNamespace())
+    )
     found = gradients(model, lambda y: checkpoint(trained, y, use_reentrant=False), x)
     assert all(map(torch.equal, found, expected))

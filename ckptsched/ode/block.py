@@ -12,12 +12,12 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from ..errors import WorkloadError
-from ..tracing import StageCall, StagedModule
-from .methods import find_tableau
-from .slopes import slope_count, slope_step
-from .steps import Slope, Time, runge_kutta_step
-from .tableaus import ButcherTableau
+from ..base.errors import WorkloadError
+from ..capture.stage_discovery import StageCall, StagedModule
+from .fixed.slope_stages import slope_count, slope_step
+from .methods.explicit import Slope, Time, runge_kutta_step
+from .methods.table import find_tableau
+from .methods.tableau import ButcherTableau
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 _TWO_KINDS = (

@@ -9,23 +9,29 @@ from typing import Any, Literal, cast, final
 import torch
 from torch import Tensor
 
-from ..budget import Budget
-from ..context import Recomputing
-from ..errors import BudgetWarning, IntegrationError, WorkloadError
-from ..holds import Hold, joined
-from ..transforms import (
+from ..base.budget import Budget
+from ..base.errors import BudgetWarning, IntegrationError, WorkloadError
+from ..recompute.graph_holds import Hold, joined
+from ..torch_state.replay_context import Recomputing
+from ..torch_state.torch_modes import (
     has_gradient,
     outside_of_compiled_code,
     transform_at_work,
     under_transform,
 )
-from .adaptively import solve_adaptively
-from .adjoint import AdjointSettings, hand_on_callbacks
-from .backsolve import backsolve
-from .callbacks import STEP, Callbacks, check_callbacks, find_callbacks
-from .closure import Closure, find_closure
-from .grid import Grid, check_times, make_grid
-from .integrators import (
+from .adaptive.adaptively import solve_adaptively
+from .adjoint_arguments import AdjointSettings, hand_on_callbacks
+from .continuous_adjoint import backsolve
+from .fixed.budgeted import solve_planned
+from .fixed.slope_stages import slope_count
+from .fixed.solve import Call, Solve
+from .fixed.time_grid import Grid, check_times, make_grid
+from .function.callbacks import STEP, Callbacks, check_callbacks, find_callbacks
+from .function.captures import Closure, find_closure
+from .function.options import read_function, read_options, read_tensors, refuse_events
+from .function.tolerances import read_tolerances
+from .function.tuple_state import flat_state, norm_of_parts
+from .methods.integrators import (
     Implicit,
     Integrator,
     RungeKutta,
@@ -35,12 +41,6 @@ from .integrators import (
     parts_of,
     split,
 )
-from .options import read_function, read_options, read_tensors, refuse_events
-from .parts import flat_state, norm_of_parts
-from .planned import solve_planned
-from .slopes import slope_count
-from .solve import Call, Solve
-from .tolerances import read_tolerances
 
 
 def odeint(

@@ -9,15 +9,15 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..context import Autocast, Generators
-from ..errors import ProfileError, WorkloadError
-from .carried import Carried
-from .closure import find_closure, unknown_leaves
-from .environment import Environment
-from .fingerprint import Identity, fingerprint
-from .integrators import split
-from .kept import Kept
-from .measuring import measured
+from ..base.errors import ProfileError, WorkloadError
+from ..torch_state.replay_context import Autocast, Generators
+from .adaptive.step_memory_probe import measured
+from .function.cache import Kept
+from .function.captures import find_closure, unknown_leaves
+from .function.fingerprint import Identity, fingerprint
+from .function.replay_environment import Environment
+from .function.rng_and_buffers import Carried
+from .methods.integrators import split
 
 Loss = Callable[[Any], Tensor]
 """From what `odeint` returns to one number."""

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..errors import WorkloadError
+from ..base.errors import WorkloadError
 from .base import AbstractSolver as AbstractSolver
 from .base import Solution as Solution
 from .base import infeasible as infeasible
 from .baselines import BASELINE_NAMES as BASELINE_NAMES
 from .baselines import Baseline as Baseline
 from .baselines import baselines_for as baselines_for
-from .chain_dp import ChainDp as ChainDp
-from .graph_cuts import GraphCuts as GraphCuts
-from .graph_ilp import GraphIlp as GraphIlp
-from .graph_ilp import solve_graph as solve_graph
-from .periodic import Periodic as Periodic
-from .revolve import Revolve as Revolve
-from .run_dp import RunDp as RunDp
+from .binomial.periodic import Periodic as Periodic
+from .binomial.revolve import Revolve as Revolve
+from .chain.solver import ChainDp as ChainDp
+from .graph.cuts_solver import GraphCuts as GraphCuts
+from .graph.ilp_solver import GraphIlp as GraphIlp
+from .graph.ilp_solver import solve_graph as solve_graph
+from .runs.solver import RunDp as RunDp
 
 SOLVERS: dict[str, Callable[[], AbstractSolver]] = {
     "chain_dp": ChainDp,

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from ..budget import exact_bytes
-from ..errors import InfeasibleBudgetError
-from ..graph import Graph
-from ..schedule import Backward, Forward, Schedule
-from ..trace import Trace
-from ..workload import Chain
+from ..base.budget import exact_bytes
+from ..base.errors import InfeasibleBudgetError
+from ..schedule.language import Backward, Forward, Schedule
+from ..schedule.trace import Trace
+from ..workload.chain import Chain
+from ..workload.graph import Graph
 
 
 @final

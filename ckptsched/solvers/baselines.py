@@ -15,10 +15,10 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import SolverRefusalError, WorkloadError
-from ..schedule import Schedule, ScheduleBuilder
-from ..simulator import simulate
-from ..workload import Chain
+from ..base.errors import SolverRefusalError, WorkloadError
+from ..schedule.language import Schedule, ScheduleBuilder
+from ..simulator.simulator import simulate
+from ..workload.chain import Chain
 from .base import AbstractSolver, Solution, infeasible
 
 # A schedule that starts from the input for every backward has about n * n operations of 8

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import ckptsched as cs
-from ckptsched.errors import IntegrationError
+from ckptsched.base.errors import IntegrationError
 from examples.anode.display import new_figure, save, table
 
 METHODS = {"euler": "Euler", "midpoint": "RK2", "rk4_classic": "RK4"}

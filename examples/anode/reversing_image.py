@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ckptsched as cs
-from ckptsched.errors import IntegrationError
+from ckptsched.base.errors import IntegrationError
 from examples.anode.display import new_figure, save, table
 
 ACTIVATIONS: dict[str, nn.Module] = {

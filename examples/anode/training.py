@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Subset
 
 import ckptsched as cs
-from ckptsched.errors import IntegrationError
+from ckptsched.base.errors import IntegrationError
 from examples.anode.budgets import least_bytes
 from examples.anode.display import new_figure, save, table
 from examples.data import Images, load_cifar, load_digits

@@ -1,0 +1,1 @@
+"""Errors, budgets in bytes, files, progress and tables: nothing of models or of chains."""

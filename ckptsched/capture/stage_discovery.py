@@ -1,0 +1,411 @@
+"""How a module becomes a chain of stages, without running anything.
+
+`trace` reads the structure of a model: an `nn.Sequential` is flattened, a `StagedModule`
+says itself what its stages are, and any other module is one stage. The answer is a tuple
+of blocks; a block is what the outer autograd graph sees as one node, a stage is what a
+schedule runs as a whole.
+"""
+
+from __future__ import annotations
+
+import abc
+import itertools
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard, final
+
+from torch import Tensor, nn
+
+from ..base.errors import ProfileError
+from ..recompute.fsdp import own_hooks
+from .wrappers import is_compiled
+
+# Modules that may hand their input on as it is, or as a view: what changes their output in
+# place changes their input, too.
+_MAY_RETURN_A_VIEW = (
+    nn.Identity,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+
+_MOST_NAMED = 6  # parts of a fused stage that its name tells one by one
+
+# torch has no public way to ask a module for its hooks. These names are part of what a
+# pickled module holds, and a test shows that each kind of hook is still found under them.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class StageCall(abc.ABC):
+    """One stage as a callable object: a link of the chain that is always run whole.
+
+    A stage can be pickled and deep-copied together with its model, so it holds modules and
+    never a closure. Subclasses keep `__slots__`: a chain may have 100,000 of them.
+
+    Attributes:
+        prefix: Path of the module that owns the stage, as in the model's `state_dict`;
+            empty for the model itself. `trace` sets it.
+        module: The module whose parameters and buffers the stage uses.
+    """
+
+    __slots__ = ("prefix",)
+
+    prefix: str
+    module: nn.Module
+
+    @abc.abstractmethod
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compute the next state from this one.
+
+        Args:
+            x: The state that the stage before handed on: a tensor, or tuples, lists, dicts and
+                dataclasses of tensors, numbers and the like.
+            args: What the model was called with besides, the same for every stage.
+            kwargs: The same by name.
+        """
+
+    @property
+    @abc.abstractmethod
+    def label(self) -> str:
+        """Name within the owner, such as "step[7]"; empty where the stage is all of it."""
+
+    @property
+    @abc.abstractmethod
+    def key(self) -> Hashable:
+        """Equal for stages that compute the same up to values: they cost the same.
+
+        Made from the identity of the module, so it holds within one process, while the
+        stage lives.
+        """
+
+    @property
+    def name(self) -> str:
+        """Path in the whole model, such as "2.step[7]"."""
+        return ".".join(part for part in (self.prefix, self.label) if part)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}>"
+
+
+@final
+class ModuleStage(StageCall):
+    """A stage that runs one module."""
+
+    __slots__ = ("module",)
+
+    def __init__(self, module: nn.Module, prefix: str = "") -> None:
+        """Wrap a module.
+
+        Args:
+            module: Called with the state; returns the next one.
+            prefix: Its path in the model.
+        """
+        self.prefix = prefix
+        self.module = module
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, its hooks included."""
+        return self.module(x, *args, **kwargs)
+
+    @property
+    def label(self) -> str:
+        """Empty: the stage is the whole module."""
+        return ""
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for every use of the same module."""
+        return ("module", id(self.module))
+
+
+@final
+class FusedStage(StageCall):
+    """Consecutive stages that must be run as one: no state between them may be kept."""
+
+    __slots__ = ("module", "stages")
+
+    def __init__(self, stages: Sequence[StageCall]) -> None:
+        """Join stages; those that are fused already are taken apart first.
+
+        Args:
+            stages: Two or more, in the order in which they run, with their prefixes set.
+        """
+        self.stages: tuple[StageCall, ...] = tuple(
+            inner
+            for stage in stages
+            for inner in (stage.stages if isinstance(stage, FusedStage) else (stage,))
+        )
+        self.module = _joined([stage.module for stage in self.stages])
+        self.prefix = ""
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the joined stages in order."""
+        for stage in self.stages:
+            x = stage(x, *args, **kwargs)
+        return x
+
+    @property
+    def label(self) -> str:
+        """The paths of all parts, such as "0+1"; of many, the first and the last."""
+        names = [stage.name for stage in self.stages]
+        return "+".join(names if len(names) <= _MOST_NAMED else (names[0], "...", names[-1]))
+
+    @property
+    def key(self) -> Hashable:
+        """Equal where all parts are, in the same order."""
+        return ("fused", *(stage.key for stage in self.stages))
+
+
+class StagedModule(nn.Module, abc.ABC):
+    """A module that is itself a sequence of stages, such as an ODE block of many steps."""
+
+    @abc.abstractmethod
+    def stages(self) -> list[StageCall]:
+        """List the stages in the order in which they run.
+
+        Returns:
+            New objects at every call, since `trace` writes a prefix into each; at least one.
+        """
+
+    def stages_follow_from(self) -> Hashable:
+        """What the list of stages follows from: a plan is refused once it has changed.
+
+        Asked at every step; override it where it is slow to list the stages, or where the same
+        number of them may be others.
+
+        Returns:
+            The number of stages; from an override anything that is equal for equal lists.
+        """
+        return len(self.stages())
+
+    def sent_ahead(self, *args: Any, **kwargs: Any) -> list[tuple[Tensor, Tensor]]:
+        """What left the stages otherwise than by the state, as they ran again as one graph.
+
+        Asked after such a run alone, when gradients are to be differentiated again.
+
+        Args:
+            args: What every stage was given besides.
+            kwargs: The same by name.
+
+        Returns:
+            Tensors in that graph, each with its gradient; none unless a module sends some.
+        """
+        return []
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the stages in order; what overrides this must compute the same.
+
+        Args:
+            x: The state that enters the first stage.
+            args: What every stage is given besides; its gradient is the sum over all stages.
+            kwargs: The same by name.
+        """
+        for stage in self.stages():
+            x = stage(x, *args, **kwargs)
+        return x
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive stages that autograd sees as one node."""
+
+    name: str
+    """Path in the model, as in its `state_dict`; empty where the block is the whole model."""
+    module: nn.Module
+    """Holds all parameters and buffers that the stages use."""
+    stages: tuple[StageCall, ...]
+    """At least one, in the order in which they run."""
+
+
+def trace(model: nn.Module, *, frozen: int = 0) -> tuple[Block, ...]:
+    """Cut a model into blocks of stages, without running it.
+
+    Each child of an `nn.Sequential` is a block. A child that is an `nn.Sequential` in turn is
+    flattened, to any depth, into several stages of that block; a `StagedModule` contributes
+    its own stages; any other module is one stage. A model that is not an `nn.Sequential` is
+    one block.
+
+    Two things keep modules whole. A container with hooks of its own is one stage, because
+    running its parts would skip them. A module with `inplace=True` is fused with the stage
+    before it, also across the border of two blocks, because it would change a kept state; the
+    first stage of all stays as it is and changes the caller's input, as it does without us.
+
+    Args:
+        model: Any module that maps a tensor to a tensor.
+        frozen: How many leading stages to run as one, as `count_frozen` counts them: with no
+            gradient to come back, there is no state between them to keep.
+
+    Returns:
+        The blocks in the order in which they run.
+
+    Raises:
+        ProfileError: There is no stage to run.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 2)))
+        >>> [[stage.name for stage in block.stages] for block in trace(model)]
+        [['0'], ['1.0', '1.1']]
+    """
+    if _can_flatten(model) and not len(model):
+        raise ProfileError(
+            f"{type(model).__name__} has no modules in it, so there is nothing to run; "
+            "give an nn.Sequential of at least one module, a StagedModule or any other module"
+        )
+    children = list(_children(model, "")) if _can_flatten(model) else [("", model)]
+    owned = [
+        (index, stage)
+        for index, (path, child) in enumerate(children)
+        for stage in _stages(child, path)
+    ]
+    fused = _fuse_in_place(owned)
+    if frozen > 1:
+        fused[:frozen] = [(fused[0][0], FusedStage([stage for _, stage in fused[:frozen]]))]
+    return tuple(_blocks(children, fused))
+
+
+def count_frozen(blocks: Iterable[Block], leaves: Iterable[Tensor]) -> int:
+    """How many leading stages need no gradient, and so can be run as one.
+
+    Args:
+        blocks: A model as traced.
+        leaves: The tensors of the input, and of what every stage is given.
+
+    Returns:
+        Their number; 0 where there are fewer than two of them, or nothing else.
+    """
+    if any(leaf.requires_grad for leaf in leaves):
+        return 0
+    known: dict[int, bool] = {}
+    stages = (stage for block in blocks for stage in block.stages)
+    for count, stage in enumerate(stages):
+        key = id(stage.module)
+        if key not in known:
+            known[key] = any(p.requires_grad for p in stage.module.parameters())
+        if known[key]:
+            return count if count > 1 else 0
+    return 0
+
+
+def _can_flatten(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether running the children in order is all that the module does."""
+    return (
+        isinstance(module, nn.Sequential)
+        and type(module).forward is nn.Sequential.forward
+        and type(module).__call__ is nn.Module.__call__
+        and "forward" not in vars(module)
+        and not is_compiled(module)
+        and not has_hooks(module)
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run before or after the module itself, forward or backward; FSDP's apart."""
+    return any(own_hooks(module, kind) for kind in _HOOKS)
+
+
+def taken_apart(module: nn.Module) -> Iterator[nn.Module]:
+    """The containers that `trace` does not run as a whole: their parts are stages.
+
+    Args:
+        module: The model.
+    """
+    if _can_flatten(module) and len(module):
+        yield module
+        for child in module:
+            yield from taken_apart(child)
+    elif isinstance(module, StagedModule) and not has_hooks(module):
+        yield module
+
+
+def _children(model: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Paths and modules; `named_children` would drop a module's second appearance."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name and "." not in name:
+            yield (f"{prefix}.{name}" if prefix else name), module
+
+
+def _stages(module: nn.Module, path: str) -> Iterator[StageCall]:
+    """The stages of one module, before in-place modules are fused."""
+    if _can_flatten(module) and len(module):
+        for name, child in _children(module, path):
+            yield from _stages(child, name)
+    elif isinstance(module, StagedModule) and not has_hooks(module):
+        stages = module.stages()
+        if not stages:
+            raise ProfileError(
+                f"{type(module).__name__} ({path or 'the model'}) lists no stages; "
+                "its stages() must return at least one"
+            )
+        for stage in stages:
+            stage.prefix = path
+            yield stage
+    else:
+        yield ModuleStage(module, path)
+
+
+def _fuse_in_place(owned: Iterable[tuple[int, StageCall]]) -> list[tuple[int, StageCall]]:
+    """Join each stage that changes its input with the stages that made this input.
+
+    The way back goes on past stages that may return a view: the state before such a stage
+    lies in the same storage.
+
+    Args:
+        owned: Index of the owning block and stage, in order; a joined stage belongs to the
+            block of its first part.
+    """
+    fused: list[tuple[int, StageCall]] = []
+    for owner, stage in owned:
+        group = [stage]
+        if _changes_its_input(stage):
+            while fused and (len(group) == 1 or _may_return_a_view(group[0].module)):
+                owner, before = fused.pop()
+                group.insert(0, before)
+        fused.append((owner, FusedStage(group) if len(group) > 1 else stage))
+    return fused
+
+
+def _changes_its_input(stage: StageCall) -> bool:
+    return isinstance(stage, ModuleStage) and _starts_in_place(stage.module)
+
+
+def _starts_in_place(module: nn.Module) -> bool:
+    """Whether the first thing that the module does to its input is to overwrite it."""
+    if not isinstance(module, nn.Sequential):
+        return getattr(module, "inplace", False) is True
+    for child in module:
+        if _starts_in_place(child):
+            return True
+        if not _may_return_a_view(child):
+            return False
+    return False
+
+
+def _may_return_a_view(module: nn.Module) -> bool:
+    if isinstance(module, nn.Sequential):
+        return all(_may_return_a_view(child) for child in module)
+    return isinstance(module, _MAY_RETURN_A_VIEW)
+
+
+def _blocks(
+    children: Sequence[tuple[str, nn.Module]], owned: Iterable[tuple[int, StageCall]]
+) -> Iterator[Block]:
+    """Put stages back into blocks; a block that lost all its stages is gone."""
+    for owner, group in itertools.groupby(owned, key=lambda pair: pair[0]):
+        path, module = children[owner]
+        stages = tuple(stage for _, stage in group)
+        last = stages[-1]
+        if isinstance(last, FusedStage):
+            inside = set(module.modules())
+            module = _joined([module, *(s.module for s in last.stages if s.module not in inside)])
+        yield Block(path, module, stages)
+
+
+def _joined(modules: Sequence[nn.Module]) -> nn.Module:
+    """One module that holds all these and runs them in order."""
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)

@@ -1,0 +1,154 @@
+"""Modules that stand around a model: which are taken off, and which are refused by name.
+
+A plan is for the stages of the model itself. Wrapped, it would be one stage without a word, or its
+parameters could not be replaced while stages run.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ..base.errors import CkptschedError
+
+_SHARED = (
+    *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
+    # Hooks of the state_dict: what either of the two is given counts for both.
+    *("_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
+
+class StandsFor(nn.Module, abc.ABC):
+    """A module that owns what another one owns, and adds nothing to its `state_dict`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Share everything that the model owns.
+
+        Args:
+            model: The model; not a submodule, so that keys of the `state_dict` stay its own.
+        """
+        super().__init__()
+        own = self.__dict__
+        own.update({name: model.__dict__[name] for name in _SHARED if name in model.__dict__})
+        own["_model"] = model
+        self.training = model.training
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, which runs by plain autograd."""
+        return cast(nn.Module, self.__dict__["_model"])
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode, here and in the model, as the model does it."""
+        self.training = mode
+        self.model.train(mode)
+        return self
+
+    # What the model does in a way of its own is done in that way: extra state, hooks, versions.
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's."""
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the model."""
+        return self.model.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Where this is part of another module that loads.
+        self.model._load_from_state_dict(*args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's."""
+        return self.model.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """The model's."""
+        return self.model.named_buffers(*args, **kwargs)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The model's."""
+        return self.model.parameters(recurse)
+
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+        """The model's."""
+        return self.model.buffers(recurse)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # Moves and casts; a recurrent layer keeps a second list of its parameters up to date there.
+        self.model._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
+
+
+_COMPILED = (
+    "is compiled as a whole, so no stage in it can be run by itself; compile the stages of the "
+    "plain model first (for k, stage in enumerate(model): model[k] = torch.compile(stage)), then "
+    "profile, plan and train that"
+)
+_BY_NAME = {
+    "OptimizedModule": _COMPILED,
+    "ScriptModule": (
+        "was made by torch.jit.script or torch.jit.trace, so its parameters cannot be replaced "
+        "while a stage runs; give the Python module that it was made from"
+    ),
+    "DistributedDataParallel": (
+        "hands the gradients of the module in it to other processes; profile, plan and make "
+        "follow the plan the module in it (model.module), then wrap what checkpointed() returns: "
+        "DistributedDataParallel(ckptsched.checkpointed(model.module, plan))"
+    ),
+    "DataParallel": (
+        "runs copies of the module in it in several threads, which a plan cannot follow; give the "
+        "module in it (model.module), and wrap what checkpointed() returns in "
+        "DistributedDataParallel, one process a device"
+    ),
+    "FullyShardedDataParallel": (
+        "keeps its parameters in flat shards; profile and plan the module that it wraps, and shard "
+        "by torch.distributed.fsdp.fully_shard"
+    ),
+}
+# Compiled parts are fine: they are stages, or inside of one.
+_NOT_AS_PARTS = frozenset(_BY_NAME) - {"OptimizedModule"}
+
+
+def plain_model(model: object, caller: str, error: type[CkptschedError]) -> nn.Module:
+    """The model itself, out of what already makes it follow a plan.
+
+    Args:
+        model: What a user has given.
+        caller: Name of the function that it was given to.
+        error: What to raise.
+
+    Raises:
+        CkptschedError: Of the class that was given: it is no module, or one that cannot be cut
+            into stages because of what it is wrapped in, or has such a part. The message says what
+            to give instead.
+    """
+    while isinstance(model, StandsFor):
+        model = model.model
+    if not isinstance(model, nn.Module):
+        raise error(f"{caller} needs an nn.Module, found a {type(model).__name__}")
+    for path, module in model.named_modules():
+        kind = _torch_kind(module)
+        if kind is not None and (not path or kind in _NOT_AS_PARTS):
+            where = f"{path!r} of the model" if path else "the model"
+            raise error(f"{caller}: {where} is a {type(module).__name__}: it {_BY_NAME[kind]}")
+    if is_compiled(model):
+        raise error(f"{caller}: the model has been compiled by model.compile(): it {_COMPILED}")
+    return model
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called: what it computes is then compiled as a whole."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _torch_kind(module: nn.Module) -> str | None:
+    """Which of torch's wrappers a module is; by name, as to import them takes long."""
+    for kind in type(module).__mro__:
+        if kind.__name__ in _BY_NAME and kind.__module__.startswith("torch."):
+            return kind.__name__
+    return None

@@ -1,0 +1,126 @@
+"""What commands are given: models with their inputs, and files of chains and plans."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..base.errors import PlanMismatchError, WorkloadError
+from ..base.json_files import read_json
+from ..planner.plan import FORMAT, Plan, Workload
+from ..planner.planner import TIME_LIMIT, PlanOptions
+from ..profiler.profile import profile as make_profile
+from ..workload.chain import WRITES_ONE, Chain
+from ..workload.graph import Graph
+from .targets import Inputs, Target, load_target
+
+
+def _argument(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> Any:
+    """Read key=value pairs: Python literals where they are, else strings."""
+    pairs = {}
+    for text in values:
+        key, separator, value = text.partition("=")
+        if not separator or not key.isidentifier():
+            raise click.BadParameter(f"{text!r} is not key=value, such as steps=8", ctx, option)
+        try:
+            pairs[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pairs[key] = value
+    return pairs
+
+
+def model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say how a model is made and what it is fed, as one `Inputs`."""
+
+    @click.option("--input", "shape", metavar="SHAPE", help="Batch shape, such as 8x3x32x32.")
+    @click.option("--dtype", default="float32", show_default=True, help="Dtype of the input.")
+    @click.option("--device", default="cpu", show_default=True, help="Where to run the model.")
+    @click.option(
+        "--arg",
+        "arguments",
+        metavar="KEY=VALUE",
+        multiple=True,
+        callback=_argument,
+        help="Argument of the callable, such as steps=8; may be given several times.",
+    )
+    @functools.wraps(command)
+    def with_inputs(
+        *, shape: str | None, dtype: str, device: str, arguments: dict[str, Any], **rest: Any
+    ) -> None:
+        command(inputs=Inputs(shape=shape, dtype=dtype, device=device, arguments=arguments), **rest)
+
+    return with_inputs
+
+
+def plan_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say how to plan, as `PlanOptions`."""
+
+    @click.option(
+        "--solver", default="auto", show_default=True, help='Name of a solver; "auto" picks.'
+    )
+    @click.option(
+        "--time-limit",
+        type=click.FloatRange(min=0, min_open=True),
+        default=TIME_LIMIT,
+        show_default=True,
+        help="Seconds that an integer program may take.",
+    )
+    @click.option("--no-cache", is_flag=True, help="Keep no plans on disk, and read none.")
+    @functools.wraps(command)
+    def with_options(*, solver: str, time_limit: float, no_cache: bool, **rest: Any) -> None:
+        options: PlanOptions = {
+            "solver": solver,
+            "time_limit": time_limit,
+            "cache": not no_cache,
+        }
+        command(options=options, **rest)
+
+    return with_options
+
+
+def is_file(target: str) -> bool:
+    """Whether a target is a file rather than module:callable."""
+    return target.endswith(".json") or Path(target).is_file()
+
+
+def read_or_profile(target: str, inputs: Inputs, *, fake: bool) -> Workload:
+    """The chain or graph in a file, or the chain of a model."""
+    if fake or not is_file(target):
+        return profile_target(target, runnable_target(target, inputs, "--fake"), fake=fake)
+    found = read_file(target)
+    if isinstance(found, Plan):
+        raise PlanMismatchError(f"{target!r} holds a plan: give the model or the chain")
+    return found
+
+
+def profile_target(name: str, target: Target, *, fake: bool = False) -> Chain:
+    """The chain of a model, named as the command line names it."""
+    chain = make_profile(target.model, target.sample, fake=fake)
+    shown = name.partition(":")[2] + (" (estimated)" if fake else "")
+    return replace(chain, name=chain.name or shown)
+
+
+def read_file(path: str) -> Workload | Plan:
+    """What a file holds: a chain, a graph or a plan."""
+    data, source = read_json(path, WorkloadError, WRITES_ONE), repr(path)
+    if isinstance(data, dict) and data.get("format") == FORMAT:
+        return Plan.from_saved(data, source)
+    if not isinstance(data, dict) or not {"u_f", "nodes"} & set(data):
+        raise WorkloadError(f"{source} holds neither a chain, nor a graph, nor a plan")
+    return (Graph if "nodes" in data else Chain).from_saved(data, source)
+
+
+def runnable_target(target: str, inputs: Inputs, purpose: str) -> Target:
+    """A model that can be run."""
+    if is_file(target):
+        raise WorkloadError(
+            f"{purpose} needs a model, and {target!r} is a file: give module:callable, such as "
+            "models.resnet:ode_resnet18"
+        )
+    return load_target(target, inputs)

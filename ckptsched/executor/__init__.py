@@ -1,0 +1,1 @@
+"""Training steps that follow a plan, and their verification."""

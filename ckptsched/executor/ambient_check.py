@@ -1,0 +1,100 @@
+"""What a plan was profiled among, and whether a step finds the same around it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import final
+
+from ..base.errors import BudgetWarning, PlanMismatchError
+from ..capture.module_check import Inventory
+from ..recompute.stateful_buffers import unsteady_weight
+from ..torch_state.replay_context import caching
+from ..torch_state.saved_hooks import describe_hooks
+from ..torch_state.settings import difference
+from ..torch_state.surroundings import Ambient
+from ..workload.stage import Signature
+
+
+@final
+class Expected:
+    """What a plan was profiled among; each step asks whether it is still so."""
+
+    def __init__(self, signature: Signature, peak_bytes: int) -> None:
+        """Note it.
+
+        Args:
+            signature: Of the model when it was profiled.
+            peak_bytes: The projected peak, to be named where it may not hold.
+        """
+        self._signature, self._peak_bytes = signature, peak_bytes
+        # What was found to be right last: it rarely changes.
+        self._settings: tuple[object, ...] | None = None
+        self._steady_in: list[bool] | None = None
+        self._told: set[str] = set()
+
+    def __getstate__(self) -> dict[str, object]:
+        """All but what this process has found."""
+        return {**self.__dict__, "_settings": None, "_steady_in": None, "_told": set()}
+
+    def check(self, ambient: Ambient, inventory: Inventory) -> None:
+        """Refuse what changes results or bytes; say once what only changes bytes.
+
+        Args:
+            ambient: What is around the first run of stages.
+            inventory: The model's modules.
+
+        Raises:
+            PlanMismatchError: Autocast or a setting of torch is not as planned, or
+                `parametrize.cached()` is in force and holds a weight that stages would compute
+                otherwise.
+        """
+        expected = self._signature
+        if str(ambient.autocast) != expected.autocast:
+            raise PlanMismatchError(
+                f"the plan is for autocast {expected.autocast}, found {ambient.autocast}; run the "
+                "model under the same, or profile under this one and plan again"
+            )
+        if ambient.settings != self._settings:
+            self._check_settings(ambient)
+            self._settings = ambient.settings
+        if caching():
+            self._check_cached(ambient, inventory)
+        hooks = describe_hooks(ambient.hooks)
+        if hooks != expected.hooks and hooks not in self._told:
+            self._told.add(hooks)
+            self._tell_of(hooks)
+
+    def _check_settings(self, ambient: Ambient) -> None:
+        wrong = difference(self._signature.settings, ambient.described())
+        if wrong is not None:
+            name, expected, found = wrong
+            raise PlanMismatchError(
+                f"the plan is for {name}: {expected}, found {found}, with which other kernels may "
+                "run; run the model under the same, or profile under this and plan again"
+            )
+
+    def _check_cached(self, ambient: Ambient, inventory: Inventory) -> None:
+        modes = inventory.training()
+        if self._steady_in == modes:
+            return
+        unsteady = unsteady_weight(inventory.modules, ambient.device)
+        if unsteady:
+            raise PlanMismatchError(
+                f"{unsteady} is another each time it is computed; parametrize.cached() computes it "
+                "once, and stages that follow a plan do whenever they read it: call the model "
+                "outside of cached()"
+            )
+        self._steady_in = modes
+
+    def _tell_of(self, hooks: str) -> None:
+        then, now = (
+            f"packed by {text}" if text else "not packed" for text in (self._signature.hooks, hooks)
+        )
+        warnings.warn(
+            f"what autograd saves was {then} when the model was profiled and is {now}: the step "
+            f"may take more than the projected peak of {self._peak_bytes} bytes, by what packing "
+            "takes, which only profiling among the same saved-tensor hooks can tell; do so, and "
+            "plan again",
+            BudgetWarning,
+            stacklevel=2,
+        )

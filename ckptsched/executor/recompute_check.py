@@ -1,0 +1,128 @@
+"""Whether a stage that runs again gives what it gave: checksums of outputs, or a look at them."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Iterable
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ..base.errors import ExecutionError
+from ..tensors.wrapper_tensors import all_parts
+
+_GLANCE = 32  # bytes at each place
+
+
+@final
+class Checksums:
+    """The outputs of the stages of one step as they were first, 16 bytes each."""
+
+    def __init__(self) -> None:
+        self._first: dict[int, bytes] = {}
+
+    def see(self, i: int, name: str, output: Iterable[Tensor]) -> None:
+        """Note the output of a stage's first run, and compare that of every later one.
+
+        Args:
+            i: The stage, counted from 1.
+            name: Its name, for the message.
+            output: The tensors that it returned.
+
+        Raises:
+            ExecutionError: It returned something else before.
+        """
+        found = checksum(output)
+        if self._first.setdefault(i, found) != found:
+            raise _another_result(name)
+
+
+@final
+class Glances:
+    """The same of a few bytes of each output, which costs next to nothing.
+
+    What changes a stage from outside, such as a flag of another library, nearly always changes
+    all of its output. Only tensors on the CPU are looked at.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[int, tuple[int, int]] = {}
+
+    def see(self, i: int, name: str, output: Iterable[Tensor]) -> None:
+        """Note and compare, as `Checksums.see` does; not where there is more or less of it.
+
+        Args:
+            i: The stage, counted from 1.
+            name: Its name, for the message.
+            output: The tensors that it returned.
+
+        Raises:
+            ExecutionError: It returned something else before.
+        """
+        found = glance(output)
+        first = self._first.setdefault(i, found)
+        if first != found and first[0] == found[0]:
+            raise _another_result(name)
+
+
+def glance(tensors: Iterable[Tensor]) -> tuple[int, int]:
+    """How many bytes there are, and a number that depends on a few of them.
+
+    They are read at the start, in the middle and at the end of each tensor.
+
+    Args:
+        tensors: Those that are not dense tensors on the CPU are passed over, and of those with gaps
+            in their memory only the first element is read.
+    """
+    seen, total = [], 0
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or type(tensor) is not Tensor or not _is_dense(tensor):
+            continue
+        start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        if not start or not size:
+            continue
+        total += size
+        if not tensor.is_contiguous():
+            size = tensor.element_size()
+        seen.append(ctypes.string_at(start, min(size, _GLANCE)))
+        if size > _GLANCE:
+            seen.append(ctypes.string_at(start + size // 2, min(size - size // 2, _GLANCE)))
+            seen.append(ctypes.string_at(start + size - _GLANCE, _GLANCE))
+    return total, hash(tuple(seen))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided
+
+
+def _another_result(name: str) -> ExecutionError:
+    return ExecutionError(
+        f"stage {name!r} gave another result when it ran again on the same input: it has a "
+        "state of its own, depends on something that changed since (a number, a mode, a "
+        "generator that is not torch's default), or its kernels differ from run to run "
+        "(torch.use_deterministic_algorithms(True) helps) or with and without gradients; "
+        "let it depend on its input, parameters and buffers only, give what a library keeps "
+        "for itself by checkpointed(..., context_fn=), or plan with solver='store_all', which "
+        "runs nothing again"
+    )
+
+
+def checksum(tensors: Iterable[Tensor]) -> bytes:
+    """A digest of shapes, dtypes and values, bit by bit.
+
+    Reads tensors in the order of their memory where that has no gaps, and copies them if it has.
+
+    Args:
+        tensors: Dense tensors; those on another device are copied to the CPU one by one.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in all_parts(tensors):
+        strides = tensor.stride()
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype} {strides}".encode())
+        order = sorted(range(tensor.dim()), key=lambda d: -strides[d])
+        straight = tensor.detach().permute(order).resolve_conj().resolve_neg().contiguous()
+        if straight.numel():
+            digest.update(straight.reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return digest.digest()

@@ -1,0 +1,342 @@
+"""Runs a planned step beside plain autograd, and shows promised beside measured.
+
+One call compares the loss, all gradients, all buffers and the random state at the end, bit
+by bit, and the measured peak with the projected one and the budget.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ..base.budget import format_bytes, format_seconds
+from ..base.errors import PlanMismatchError
+from ..capture.model_state import left_as_it_was
+from ..capture.wrappers import plain_model
+from ..memory.meters import Meter, default_meter
+from ..planner.plan import Plan
+from ..profiler.profile import default_loss
+from ..profiler.stage_probe import Loss
+from ..recompute.stateful_buffers import own_generators
+from ..tensors.pytree import State
+from ..torch_state.replay_context import Autocast, RandomState, now
+from .checkpointed import Checkpointed, checkpointed
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What a planned step did, beside what was promised."""
+
+    budget_bytes: int
+    """Bytes that the step may use."""
+    projected_peak_bytes: int
+    """Peak by simulation."""
+    measured_peak_bytes: int
+    """Peak as the meter counted it."""
+    plain_peak_bytes: int
+    """Peak of the same step by plain autograd."""
+    seconds: float
+    """Median seconds of the planned step; 0 where it was not timed."""
+    plain_seconds: float
+    """Median seconds of plain autograd, timed in turn with it."""
+    max_gradient_difference: float
+    """Largest absolute difference of any gradient from plain autograd's; NaN counts."""
+    max_gradient: float
+    """Largest absolute gradient of plain autograd."""
+    loss: float
+    """Absolute value of the loss by plain autograd."""
+    loss_difference: float
+    """Absolute difference of the losses."""
+    buffers_equal: bool
+    """Whether all buffers are equal, bit by bit."""
+    random_state_equal: bool
+    """Whether the random state at the end is that of plain autograd."""
+    worst_gradient: str = ""
+    """Name of the parameter with the largest difference; empty where all are equal."""
+    tolerance: float = 0.0
+    """Relative difference of gradients that is let pass."""
+    uncached_gradient_difference: float | None = None
+    """The largest difference from plain autograd without autocast's cache of cast weights, which
+    a plan does not use; None where the caller's setting has no such cache."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the budget was kept, and gradients, buffers and random state are equal."""
+        return (
+            self.measured_peak_bytes <= self.budget_bytes
+            and self.gradients_equal
+            and self.buffers_equal
+            and self.random_state_equal
+        )
+
+    @property
+    def gradients_equal(self) -> bool:
+        """Whether gradients and loss differ by no more than the tolerance; NaN equals NaN only."""
+        return self._small(self.max_gradient_difference, self.max_gradient) and self._small(
+            self.loss_difference, self.loss
+        )
+
+    def _small(self, difference: float, largest: float) -> bool:
+        return difference == 0 or difference <= self.tolerance * largest
+
+    def __str__(self) -> str:
+        """A table for people."""
+        share = self.measured_peak_bytes / max(1, self.projected_peak_bytes)
+        rows = [
+            (
+                "budget",
+                f"{self.budget_bytes} bytes = {format_bytes(self.budget_bytes, budget=True)}",
+            ),
+            ("projected peak", f"{self.projected_peak_bytes} bytes"),
+            ("measured peak", f"{self.measured_peak_bytes} bytes, {share:.2%} of projected"),
+            ("projection kept", "yes" if share <= 1 else "NO"),
+            ("plain autograd's peak", f"{self.plain_peak_bytes} bytes"),
+        ]
+        if self.seconds:
+            ratio = self.seconds / self.plain_seconds
+            rows.append(("step", f"{format_seconds(self.seconds)}, {ratio:.3f} x plain autograd"))
+        worst = f" ({self.worst_gradient})" if self.worst_gradient else ""
+        rows += [
+            ("largest gradient difference", f"{self.max_gradient_difference:.3g}{worst}"),
+            *self._without_cache(),
+            ("loss difference", f"{self.loss_difference:.3g}"),
+            ("buffers equal", "yes" if self.buffers_equal else "NO"),
+            ("random state equal", "yes" if self.random_state_equal else "NO"),
+            ("verified", "yes" if self.ok else "NO"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _without_cache(self) -> list[tuple[str, str]]:
+        """Lines on autocast's cache, where the caller uses it."""
+        if self.uncached_gradient_difference is None:
+            return []
+        rows = [("without autocast's cache", f"{self.uncached_gradient_difference:.3g}")]
+        if self.uncached_gradient_difference < self.max_gradient_difference:
+            rows += [
+                ("", "autocast's cache makes plain autograd add up the gradients of a weight that"),
+                ("", "is used several times in low precision; a plan adds them up in the weight's"),
+                ("", "own. cache_enabled=False gives plain autograd the same, tolerance= lets it"),
+                ("", "pass"),
+            ]
+        return rows
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    loss: Tensor
+    gradients: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+    random: RandomState
+    peak_bytes: int
+
+
+def verify(
+    model: nn.Module,
+    plan: Plan,
+    *sample: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    loss: Loss | None = None,
+    meter: Meter | None = None,
+    rounds: int = 0,
+    tolerance: float = 0.0,
+) -> Verification:
+    """Run one step by the plan and one by plain autograd, from the same state.
+
+    The model is left as it was, as by `profile`. Under
+    autocast both steps run without its cache of cast weights: with it, plain autograd adds up
+    the gradients of a weight that is used several times in the lower precision.
+
+    Args:
+        model: The model, or one that `checkpointed` returned.
+        plan: The plan.
+        sample: A batch as planned, and what every stage is given besides.
+        kwargs: The same by name.
+        loss: From the output to a scalar; the profiler's default where none is given.
+        meter: What counts bytes; the best that works on the device where none is given.
+        rounds: How often to time both steps, in turn; 0 for not at all.
+        tolerance: Largest difference of a gradient, relative to the largest gradient, that
+            counts as equal. On the CPU 0 is what to expect.
+
+    Returns:
+        The comparison; `.ok` says whether gradients, bytes and side effects are as promised.
+
+    Raises:
+        PlanMismatchError: The plan does not belong to the model or the sample.
+    """
+    plain_model(model, "verify", PlanMismatchError)
+    planned = checkpointed(model, plan, check="none")  # what differs is measured
+    call = _Call(sample, kwargs or {})
+    plain = planned.model
+    if not torch.is_grad_enabled():
+        raise PlanMismatchError("verify needs gradients; call it outside torch.no_grad")
+    loss = loss or default_loss
+    meter = meter or default_meter(call.device)
+    autocast = Autocast.take(call.device)
+    cached = autocast.is_on and torch.is_autocast_cache_enabled()
+    # torch asks for backwards outside of autocast, and autograd follows where they are called.
+    random = RandomState.take(call.device, call.generators(plain))
+    with (
+        left_as_it_was(plain, random, call.leaves) as (_, put_back),
+        Autocast.off(call.device).again(),
+    ):
+
+        def reset() -> None:
+            put_back()
+            for leaf in (*plain.parameters(), *call.leaves):
+                leaf.grad = None
+
+        reset()
+        step = _Step(call, loss, autocast, cached, planned)
+        expected = _measure(plain, step, meter)
+        reset()
+        uncached = _measure(plain, replace(step, cached=False), meter) if cached else None
+        reset()
+        found = _measure(planned, step, meter)
+        reset()
+        seconds = _time(planned, plain, step, rounds, reset)
+    difference, worst, largest = _compare(expected.gradients, found.gradients)
+    without = None if uncached is None else _compare(uncached.gradients, found.gradients)[0]
+    return Verification(
+        budget_bytes=plan.budget_bytes,
+        projected_peak_bytes=plan.peak_bytes,
+        measured_peak_bytes=found.peak_bytes,
+        plain_peak_bytes=expected.peak_bytes,
+        seconds=seconds[0],
+        plain_seconds=seconds[1],
+        max_gradient_difference=difference,
+        max_gradient=largest,
+        loss=float(expected.loss.double().abs()),
+        loss_difference=_difference(expected.loss, found.loss),
+        buffers_equal=all(
+            torch.equal(found.buffers[name], buffer) or _same_nan(found.buffers[name], buffer)
+            for name, buffer in expected.buffers.items()
+        ),
+        random_state_equal=expected.random == found.random,
+        worst_gradient=worst,
+        tolerance=tolerance,
+        uncached_gradient_difference=without,
+    )
+
+
+@final
+class _Call:
+    """A call of the model; its tensors are leaves, as what they came from is no part of a step."""
+
+    def __init__(self, sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not sample:
+            raise PlanMismatchError("verify needs a sample to call the model with, found nothing")
+        state = State.of((sample, dict(kwargs)), opaque=True)
+        if not state.leaves:
+            raise PlanMismatchError("verify needs a sample with tensors, found none in it")
+        self.leaves = [t if t.is_leaf else t.detach().requires_grad_() for t in state.leaves]
+        self._sample, self._kwargs = state.replaced(self.leaves).value()
+        self._constants = tuple(state.constants())
+        self.device = self.leaves[0].device
+
+    def __call__(self, model: Callable[..., Any]) -> Any:
+        return model(*self._sample, **self._kwargs)
+
+    def generators(self, model: nn.Module) -> tuple[torch.Generator, ...]:
+        """What the model may draw from besides torch's own generators."""
+        return own_generators(model.modules(), self._constants)
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """By name: "input", or with a number where there are several tensors."""
+        several = len(self.leaves) > 1
+        return {
+            f"input {k}" if several else "input": leaf.grad for k, leaf in enumerate(self.leaves, 1)
+        }
+
+
+@final
+@dataclass(frozen=True)
+class _Step:
+    """Forward and loss under autocast, as the caller has it, and the backward outside."""
+
+    call: _Call
+    loss: Loss
+    autocast: Autocast
+    cached: bool
+    """Whether with autocast's cache of cast weights."""
+    planned: Checkpointed
+
+    def __call__(self, model: nn.Module) -> tuple[Any, Tensor]:
+        torch.clear_autocast_cache()  # of runs before, whose graphs are gone
+        with self.autocast.again(cached=self.cached):
+            output = self.call(model if model is self.planned else self.planned.plainly)
+            value = self.loss(output)
+        value.backward()  # type: ignore[no-untyped-call]
+        return output, value
+
+
+def _measure(model: nn.Module, step: _Step, meter: Meter) -> _Outcome:
+    call = step.call
+    with meter.window() as window:
+        output, value = step(model)
+        window.mark()
+        value = value.detach()
+        del output
+    named = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return _Outcome(
+        loss=value,
+        gradients={**named, **call.gradients()},
+        buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
+        random=RandomState.take(call.device, call.generators(model)),
+        peak_bytes=window.phases[0].peak_bytes,
+    )
+
+
+def _compare(
+    expected: dict[str, Tensor | None], found: dict[str, Tensor | None]
+) -> tuple[float, str, float]:
+    """Largest difference, its place, and the largest gradient; one missing counts as infinite."""
+    difference, worst, largest = 0.0, "", 0.0
+    for name, right in expected.items():
+        left = found[name]
+        if right is None or left is None:
+            here = 0.0 if left is right else float("inf")
+        else:
+            largest = max(largest, float(right.abs().max()) if right.numel() else 0.0)
+            here = _difference(left, right)
+        # A difference that is not a number is the worst, and stays so.
+        if here != 0.0 and not math.isnan(difference) and not here <= difference:
+            difference, worst = here, name
+    return difference, worst, largest
+
+
+def _difference(left: Tensor, right: Tensor) -> float:
+    """The largest one; 0 where both are the same, NaN and infinity included."""
+    same = torch.equal(left, right) or _same_nan(left, right)
+    return 0.0 if same else float((left.detach() - right.detach()).abs().max())
+
+
+def _same_nan(left: Tensor, right: Tensor) -> bool:
+    return torch.allclose(left, right, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def _time(
+    planned: Checkpointed,
+    plain: nn.Module,
+    step: _Step,
+    rounds: int,
+    reset: Callable[[], None],
+) -> tuple[float, float]:
+    """Median seconds of both steps, timed in turn."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for model, seconds in zip((planned, plain), times, strict=True):
+            start = now(step.call.device)
+            step(model)
+            seconds.append(now(step.call.device) - start)
+            reset()
+    if not rounds:
+        return 0.0, 0.0
+    return statistics.median(times[0]), statistics.median(times[1])

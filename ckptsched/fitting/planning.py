@@ -1,0 +1,75 @@
+"""Plans a model, a chain or a graph for a budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..base.budget import Budget, parse_budget
+from ..base.errors import WorkloadError
+from ..planner.plan import Plan, Workload
+from ..planner.planner import TIME_LIMIT, plan_one
+from ..profiler.profile import profile
+from ..workload.chain import Chain
+from ..workload.graph import Graph
+
+
+def plan(
+    workload: Any,
+    *sample: Any,
+    budget: int | float | str | Budget,
+    solver: str = "auto",
+    time_limit: float = TIME_LIMIT,
+    cache: bool = True,
+    progress: bool | None = None,
+) -> Plan:
+    """Find the schedule that takes least time within a budget.
+
+    Args:
+        workload: A `Chain` or `Graph`, or an `nn.Module`, which is profiled first.
+        sample: One batch for the model; nothing where the workload is a chain or graph.
+        budget: Bytes, text such as "64MiB", a share of what storing everything needs such as
+            "40%", or a `Budget`.
+        solver: Name of a solver. "auto" picks: `chain_dp`, or `run_dp` where long runs of equal
+            stages follow each other; `revolve` as well where all are equal; and never something
+            dearer than a fitting baseline of those that `compare_baselines` lists. Where
+            `chain_dp` is not tried or refuses, it also looks for a good k of `every_<k>`: the best
+            for equal stages without a ledger, else one of a grid. A graph is given to
+            `graph_ilp`, or to `graph_cuts` where that is too much.
+        time_limit: Seconds that `graph_ilp` may take for each budget, roughly and all in all.
+            It stops with the best it has, and the bound that it has proven.
+        cache: Whether a plan that takes long is kept on disk, and taken from there the next
+            time (see `plan_cache`).
+        progress: Whether to show a progress bar on stderr where planning takes more than a
+            second; None shows it if stderr is a terminal.
+
+    Returns:
+        A plan that keeps the budget by simulation, with its certificate.
+
+    Raises:
+        BudgetSyntaxError: The budget cannot be read.
+        InfeasibleBudgetError: Nothing fits; the message names the least budget that works.
+        WorkloadError: The solver is unknown or does not take the chain.
+        SolverTimeoutError: The time limit ended before anything was found.
+        ProfileError: The model cannot be measured.
+    """
+    parse_budget(budget)  # before the model is measured, which takes a while
+    chain = chain_of(workload, sample)
+    return plan_one(
+        chain, budget, solver=solver, time_limit=time_limit, cache=cache, progress=progress
+    )
+
+
+def chain_of(workload: Any, sample: tuple[Any, ...]) -> Workload:
+    """The chain or graph itself, or the chain of a model on a sample.
+
+    Raises:
+        WorkloadError: A chain and a sample.
+        ProfileError: The model cannot be measured.
+    """
+    if not isinstance(workload, Chain | Graph):
+        return profile(workload, *sample)
+    if sample:
+        raise WorkloadError(
+            "a chain was profiled with its own sample: plan(chain, budget=...) takes no other"
+        )
+    return workload

@@ -1,0 +1,1 @@
+"""Solves with error control, and their backward."""

@@ -1,0 +1,365 @@
+"""The forward pass with adaptive steps: attempts, and the record of those that were accepted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ...base.errors import IntegrationError
+from ...torch_state.torch_modes import as_number, under_transform
+from ..function.callbacks import ACCEPT, REJECT, STEP
+from ..function.rng_and_buffers import Carried, Moment
+from ..methods.embedded import (
+    Slopes,
+    Step,
+    combined,
+    end_slope,
+    inside_rates,
+    inside_slopes,
+    inside_weights,
+    run_step,
+)
+from ..methods.tableau import ButcherTableau
+from .problem import Problem, Record, RightHandSide
+from .step_size import error_ratio, first_step_size
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A step that was accepted."""
+
+    n: int
+    """How many came before it."""
+    step: Step
+    z0: Tensor
+    """State at its start."""
+    slopes: Slopes
+    """State at its end, and slopes."""
+    reached: range
+    """Indices of the requested times inside."""
+    moment: Moment | None
+    """What f carried at its start: random generators and buffers; None where that is nothing."""
+
+
+@final
+class Integration:
+    """One forward pass, accepted step by accepted step."""
+
+    def __init__(
+        self, problem: Problem, z0: Tensor, carried: Carried, shift: Tensor | None = None
+    ) -> None:
+        """Evaluate the first slope, and find the first step.
+
+        Args:
+            problem: What to solve.
+            z0: Its initial state.
+            carried: What f carries from one evaluation to the next; it is looked at here.
+            shift: A zero, whose gradient is that of a shift of time; None where none is wanted.
+
+        Raises:
+            IntegrationError: f gives no finite slope at the first time.
+        """
+        self.problem, self.tableau = problem, problem.tableau
+        self.f = RightHandSide(problem.func, z0, shift)
+        self.carried = carried
+        self.record = Record(problem)
+        self.z = z0
+        self.rejected = 0
+        self._t = problem.times[0]
+        self._error = 1.0
+        self._attempts = 0
+        first = carried.look(lambda: self.f(self._t, z0))
+        self._h = self._first_size(first)
+        # A slope that is used twice would be drawn once.
+        self._first = None if carried.matters else first
+        self.keep = forward_slopes(self.tableau, every=carried.matters)
+
+    def _first_size(self, first: Tensor) -> float:
+        problem = self.problem
+        if not as_number(torch.isfinite(self.z).all()):
+            raise self._failed("the initial state is not finite", "give a finite state")
+        with torch.no_grad():
+            finite = bool(as_number(torch.isfinite(first).all()))
+            size = problem.control.first_step if finite else math.nan
+            if size is None:
+                size = first_step_size(
+                    self.f, self._t, self.z, first, order=self.tableau.order,
+                    rtol=problem.rtol, atol=problem.atol, norm=problem.norm,
+                    direction=problem.direction,
+                )  # fmt: skip
+        if math.isnan(size):
+            raise self._failed(
+                "f gives a slope that is not finite at the initial state",
+                "look for a division by zero or an overflow in f there",
+            )
+        return problem.control.limited(size)
+
+    @property
+    def done(self) -> bool:
+        """Whether all requested times are reached."""
+        return self.record.missing == 0
+
+    @property
+    def planned(self) -> Step:
+        """The step to attempt next, but for what limits it."""
+        h = self.problem.direction * self._h
+        return Step(self._t, self._t + h, h)
+
+    def cut(self) -> None:
+        """Go on from the state as it is, without the tapes that led to it."""
+        self.z = self.z.detach()
+        if self._first is not None:
+            self._first = self._first.detach()
+        self.f.still()
+
+    def forced(self, step: Step) -> Accepted:
+        """Take a step whatever its error is, to measure what a step takes."""
+        slopes, _ = self._attempt(step)
+        return self._accept(step, slopes, 1.0, self.carried.take())
+
+    def advance(self) -> Accepted:
+        """Attempt steps until one is accepted.
+
+        Raises:
+            IntegrationError: None is, however small, or there were too many attempts.
+        """
+        after_rejection = False
+        before = self.carried.take()
+        while True:
+            step = self._next_step()
+            self._tell(STEP, step)
+            slopes, ratio = self._attempt(step)
+            small = abs(step.h) <= self.problem.control.min_step and math.isfinite(ratio)
+            accepted = ratio <= 1.0 or small
+            size = abs(step.h) * self.problem.control.factor(
+                ratio, self._error, self.tableau.order, after_rejection=after_rejection
+            )
+            self._h = self.problem.control.limited(size)
+            self._tell(ACCEPT if accepted else REJECT, step)
+            if accepted:
+                return self._accept(step, slopes, ratio, before)
+            self.rejected += 1
+            after_rejection = True
+            del slopes
+            if before is not None:
+                # The next attempt begins as this one did: what f carries follows from the accepted
+                # steps alone, which are all that is run again.
+                before.restore()
+            self._check_size(step, ratio)
+
+    def _tell(self, name: str, step: Step) -> None:
+        callbacks = self.problem.callbacks
+        if callbacks is not None:
+            callbacks.tell(name, step.t0, self.z, step.h)
+
+    def _next_step(self) -> Step:
+        control, times = self.problem.control, self.problem.times
+        self._attempts += 1
+        if self._attempts > control.max_num_steps:
+            raise self._failed(
+                f"{control.max_num_steps} attempts did not reach the next requested time "
+                f"{times[-self.record.missing]:.6g} (size now {self._h:.3g})",
+                "allow more by max_num_steps, loosen rtol and atol, or use a method for stiff "
+                "problems",
+            )
+        step = self.planned
+        if self.problem.meet:
+            target = times[-self.record.missing]
+            if self.problem.direction * (step.t1 - target) >= 0:
+                return Step(self._t, target, target - self._t)
+        if step.t1 == self._t:
+            raise self._underflow(math.nan)
+        return step
+
+    def _attempt(self, step: Step) -> tuple[Slopes, float]:
+        slopes = run_step(self.f, self.tableau, step, self.z, first=self._first, keep=self.keep)
+        b_error = self.tableau.b_error
+        assert b_error is not None
+        with torch.no_grad():
+            error = combined(None, step.h, b_error, slopes.k)
+            problem = self.problem
+            ratio = error_ratio(
+                error, self.z, slopes.z1, rtol=problem.rtol, atol=problem.atol, norm=problem.norm
+            )
+        return slopes, ratio
+
+    def _accept(self, step: Step, slopes: Slopes, ratio: float, moment: Moment | None) -> Accepted:
+        n, z0 = len(self.record), self.z
+        reached = self.record.append(step)
+        if reached:
+            self._attempts = 0
+        end = end_slope(self.tableau)
+        anew = self.carried.matters
+        if end not in slopes.k and (reached or not anew):
+            slopes.k[end] = self.f(step.t1, slopes.z1)
+        self._first = None if anew else slopes.k[end]
+        self.z, self._t = slopes.z1, step.t1
+        self._error = max(ratio, 1e-4)
+        return Accepted(n, step, z0, slopes, reached, moment)
+
+    def _check_size(self, step: Step, ratio: float) -> None:
+        if self._t + self.problem.direction * self._h == self._t:
+            raise self._underflow(ratio)
+        if abs(step.h) <= self.problem.control.min_step:
+            raise self._failed(
+                f"a step of the least size {step.h:.3g} gives a state that is not finite",
+                "lower min_step, or look for a singularity of the solution there",
+            )
+
+    def _underflow(self, ratio: float) -> IntegrationError:
+        what = "the error is not finite" if math.isinf(ratio) else f"error {ratio:.3g} of tolerance"
+        return self._failed(
+            f"the step size has sunk to {self._h:.3g}, which no longer moves the time ({what})",
+            "the solution may be singular there: end before, loosen rtol and atol, or look for a "
+            "division by zero or an overflow in f",
+        )
+
+    def _failed(self, what: str, remedy: str) -> IntegrationError:
+        n = len(self.record)
+        return IntegrationError(
+            f"{self.tableau.name} stopped at time {self._t:.9g}, after {n} accepted and "
+            f"{self.rejected} rejected steps: {what}; {remedy}",
+            time=self._t,
+            step=n,
+        )
+
+
+def forward_slopes(tableau: ButcherTableau, *, every: bool) -> frozenset[int]:
+    """The slopes that an attempt leaves: for its error, states inside, and the next step.
+
+    Args:
+        tableau: The method.
+        every: Whether all are evaluated, so that each draws what it drew when the step is run
+            again.
+    """
+    b_error = tableau.b_error or ()
+    keep = {i for i, weight in enumerate(b_error) if weight != 0.0} | inside_slopes(tableau)
+    keep |= {end_slope(tableau)}
+    if every:
+        keep |= set(range(tableau.slopes))
+    return frozenset(i for i in keep if i < tableau.slopes)
+
+
+def state_inside(
+    tableau: ButcherTableau, step: Step, share: float, z0: Tensor, slopes: Slopes
+) -> Tensor:
+    """The state at a requested time inside a step.
+
+    Args:
+        tableau: The method.
+        step: The step.
+        share: Where in it.
+        z0: State at its start.
+        slopes: State at its end, and slopes.
+    """
+    if share == 1.0:
+        return slopes.z1
+    return combined(z0, step.h, inside_weights(tableau, share), slopes.k)
+
+
+def reached_states(
+    integration: Integration, accepted: Accepted, t: Tensor | None = None
+) -> list[Tensor]:
+    """The states at the requested times that a step reaches.
+
+    Args:
+        integration: The forward pass.
+        accepted: Its latest step.
+        t: The requested times, where their gradient is wanted.
+    """
+    found = []
+    for j in accepted.reached:
+        share = integration.record.share(accepted.n, j)
+        tableau, slopes = integration.tableau, accepted.slopes
+        state = state_inside(tableau, accepted.step, share, accepted.z0, slopes)
+        if t is not None:
+            state = moving(state, tableau, accepted.step, share, slopes, t, j)
+        found.append(state)
+    return found
+
+
+def moving(
+    state: Tensor,
+    tableau: ButcherTableau,
+    step: Step,
+    share: float,
+    slopes: Slopes,
+    t: Tensor,
+    j: int,
+) -> Tensor:
+    """The state at a requested time, as a function of that time.
+
+    Args:
+        state: It.
+        tableau: The method.
+        step: The step that it is in.
+        share: Where in the step.
+        slopes: Its slopes.
+        t: The requested times.
+        j: Index of the one there.
+    """
+    rates = []
+    for order in range(1, rates_inside(tableau) + 1):
+        weights = [w * step.h ** (1 - order) for w in inside_rates(tableau, share, order)]
+        rates.append(combined(None, 1.0, weights, slopes.k))
+    shift = (t[j] - t[0]) - (t[j] - t[0]).detach()
+    shift = shift.to(device=state.device, dtype=state.dtype.to_real())
+    if under_transform():  # which follow torch's own operations only
+        weight: float | Tensor = 1.0
+        for k, rate in enumerate(rates, 1):
+            weight = weight * shift / k
+            state = state + rate * weight
+        return state
+    moved: Tensor = _Moving.apply(state, shift, *rates)
+    return moved
+
+
+def rates_inside(tableau: ButcherTableau) -> int:
+    """How many derivatives in time the polynomial inside a step has; each output keeps them."""
+    return 3 if tableau.mid is None else 4
+
+
+class _Moving(torch.autograd.Function):
+    """A state and its derivatives in time, as the Taylor sum over a shift, which is zero.
+
+    The sum is exact for the polynomial inside a step, so that derivatives of any order are. The
+    first derivatives need those in time as numbers only: their graph is gone through where
+    gradients are differentiated again, and costs nothing else.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, shift: Tensor, *rates: Tensor) -> Tensor:
+        ctx.save_for_backward(shift, *rates)
+        return state.view_as(state)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        shift, *rates = ctx.saved_tensors
+        gradient = grads[0]
+        if not torch.is_grad_enabled():
+            return gradient, _product(gradient, rates[0]), *[None] * len(rates)
+        back, rate, weight = [], torch.zeros_like(rates[0]), torch.ones_like(shift)
+        for order, derivative in enumerate(rates, 1):
+            rate = rate + derivative * weight
+            weight = weight * shift / order
+            back.append(gradient * weight)
+        return gradient, _product(gradient, rate), *back
+
+
+def _product(gradient: Tensor, rate: Tensor) -> Tensor:
+    return (rate.conj() * gradient).real.sum()
+
+
+def time_shift(t: Tensor, like: Tensor) -> Tensor:
+    """A zero whose gradient is that of a shift of all times.
+
+    Args:
+        t: The requested times.
+        like: A state, whose dtype and device it gets.
+    """
+    return (t[0] - t[0].detach()).to(device=like.device, dtype=like.dtype.to_real())

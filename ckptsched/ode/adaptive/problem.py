@@ -1,0 +1,163 @@
+"""What an adaptive solve is asked for, the right-hand side, and the record of accepted steps."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ...base.errors import ExecutionError, IntegrationError
+from ..fixed.time_grid import resolution_note
+from ..function.callbacks import Callbacks
+from ..function.tolerances import Tolerance
+from ..methods.embedded import Step
+from ..methods.explicit import Time, check_slope
+from ..methods.tableau import ButcherTableau
+from .step_size import Norm, StepControl, rms_norm
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What is to be solved, and how closely."""
+
+    func: Callable[[Tensor, Tensor], Tensor]
+    """The right-hand side f(t, z), as torchdiffeq has it: t has no dimensions."""
+    tableau: ButcherTableau
+    """A method with an error estimate."""
+    times: tuple[float, ...]
+    """Requested times, the first of them that of the initial state; they rise or fall strictly."""
+    rtol: Tolerance
+    """Tolerance relative to the state."""
+    atol: Tolerance
+    """Tolerance besides."""
+    norm: Norm = rms_norm
+    """Makes one figure of all errors."""
+    control: StepControl = field(default_factory=StepControl)
+    """How large a step may be."""
+    meet: bool = False
+    """Whether steps end at the requested times, in place of states inside steps."""
+    callbacks: Callbacks | None = None
+    """What is called on the way."""
+
+    @property
+    def direction(self) -> float:
+        """1.0 where time rises, -1.0 where it falls."""
+        return 1.0 if self.times[-1] >= self.times[0] else -1.0
+
+
+@final
+class RightHandSide:
+    """f with time as a number, counted and checked."""
+
+    def __init__(
+        self,
+        func: Callable[[Tensor, Tensor], Tensor],
+        like: Tensor,
+        shift: Tensor | None = None,
+    ) -> None:
+        """Take f, a state, whose dtype and device its time gets, and what shifts its time."""
+        self._func = func
+        self._options: dict[str, Any] = {"dtype": like.dtype.to_real(), "device": like.device}
+        self.evaluations = 0
+        self._shift = shift
+
+    def still(self) -> None:
+        """Let nothing shift its time from here on."""
+        self._shift = None
+
+    def __call__(self, t: Time, z: Tensor) -> Tensor:
+        """Evaluate f at a time.
+
+        Raises:
+            IntegrationError: It does not return a slope of the state's shape and dtype.
+        """
+        self.evaluations += 1
+        time = torch.full((), float(t), **self._options)
+        if self._shift is not None:
+            time = time + self._shift
+        slope = self._func(time, z)
+        try:
+            check_slope(slope, z, t)
+        except ExecutionError as error:
+            raise IntegrationError(str(error), time=float(t)) from None
+        return slope
+
+
+@final
+class Record:
+    """The accepted steps as numbers, 16 bytes each, and where the requested times lie."""
+
+    def __init__(self, problem: Problem) -> None:
+        """Start without steps."""
+        self._problem = problem
+        self._times = array("d", [problem.times[0]])
+        self._sizes = array("d")
+        self._last: list[int] = []  # the step of each requested time but the first
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __getitem__(self, n: int) -> Step:
+        """The step that comes after n others."""
+        return Step(self._times[n], self._times[n + 1], self._sizes[n])
+
+    def append(self, step: Step) -> range:
+        """Add a step.
+
+        Returns:
+            The indices of the requested times that it reaches.
+        """
+        self._times.append(step.t1)
+        self._sizes.append(step.h)
+        times, direction = self._problem.times, self._problem.direction
+        before = len(self._last)
+        while self.missing and direction * (times[len(self._last) + 1] - step.t1) <= 0:
+            self._last.append(len(self) - 1)
+        return range(before + 1, len(self._last) + 1)
+
+    @property
+    def missing(self) -> int:
+        """How many requested times no step has reached."""
+        return len(self._problem.times) - 1 - len(self._last)
+
+    def outputs(self, n: int) -> range:
+        """Indices of the requested times that the step after n others reaches."""
+        first = bisect.bisect_left(self._last, n)
+        return range(first + 1, bisect.bisect_right(self._last, n) + 1)
+
+    def share(self, n: int, j: int) -> float:
+        """Where in a step a requested time lies: 0 at its start, 1 at its end."""
+        step, time = self[n], self._problem.times[j]
+        return 1.0 if time == step.t1 else (time - step.t0) / step.h
+
+    @property
+    def nbytes(self) -> int:
+        """What the record takes; not of tensors, and not on the device."""
+        return 8 * (len(self._times) + len(self._sizes))
+
+
+def check_times(times: Sequence[float], dtype: torch.dtype = torch.float64) -> None:
+    """Refuse times that do not rise or fall strictly.
+
+    Args:
+        times: They.
+        dtype: Of the tensor that they come from.
+
+    Raises:
+        IntegrationError: Where they do not; it names the first fault.
+    """
+    direction = 1.0 if len(times) < 2 or times[1] >= times[0] else -1.0
+    for j, (a, b) in enumerate(itertools.pairwise(times), 1):
+        if not direction * (b - a) > 0:
+            raise IntegrationError(
+                f"requested times must rise or fall strictly: t[{j - 1}] is {a!r} and t[{j}] "
+                f"{b!r}; sort them and leave out doubles{resolution_note(a, b, dtype)}",
+                time=b,
+            )

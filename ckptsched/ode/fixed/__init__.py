@@ -1,0 +1,1 @@
+"""Solves over a fixed grid of times."""

@@ -1,0 +1,1 @@
+"""The right-hand side: what it reads, keeps and draws."""

@@ -1,0 +1,152 @@
+"""What a right-hand side reads besides its arguments: modules, and tensors with gradients."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from ...base.errors import WorkloadError
+from .places import Place, walk
+
+
+@final
+@dataclass(frozen=True)
+class Closure:
+    """Everything with a gradient that a function was found to read."""
+
+    modules: tuple[nn.Module, ...]
+    """Modules: the function itself, or those that it calls."""
+    places: tuple[Place, ...]
+    """Where tensors are that require a gradient and belong to no module."""
+    generators: tuple[torch.Generator, ...] = ()
+    """Random generators that belong to no module."""
+    roots: tuple[Place, ...] = ()
+    """The places that change with `places`: an item of a tuple is replaced with the tuple."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The distinct tensors in the places, as they are now."""
+        return tuple({id(p.get()): p.get() for p in self.places}.values())
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """All that gradients may be wanted for: the modules' parameters, then the tensors."""
+        owned = (p for module in self.modules for p in module.parameters())
+        found = {id(p): p for p in (*owned, *self.tensors)}
+        return tuple(p for p in found.values() if p.requires_grad)
+
+    def check_compiled(self) -> None:
+        """Refuse what keeps its parameters and buffers where nothing can stand in for them.
+
+        Raises:
+            WorkloadError: A module of TorchScript that has any.
+        """
+        for module in (part for root in self.modules for part in root.modules()):
+            if is_scripted(module) and len((*module.parameters(), *module.buffers())):
+                raise WorkloadError(
+                    f"func reads a module of TorchScript ({type(module).__name__}"
+                    f" {getattr(module, 'original_name', '')!r}), whose parameters and buffers "
+                    "cannot be replaced while it runs again, so it cannot be solved within a "
+                    "budget; give the module that was scripted or traced, torch.compile it "
+                    "instead, or solve without a budget"
+                )
+
+    @contextmanager
+    def replaced(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Let the function read other tensors meanwhile.
+
+        Args:
+            tensors: One for each of `tensors`, in order; none to leave all as it is.
+        """
+        if not tensors:
+            yield
+            return
+        before = [place.get() for place in self.places]
+        order = {id(t): k for k, t in enumerate({id(t): t for t in before}.values())}
+        roots = [(root, root.get()) for root in self.roots]
+        try:
+            for place, value in zip(self.places, before, strict=True):
+                place.put(tensors[order[id(value)]])
+            yield
+        finally:
+            for root, value in roots:
+                root.put(value)
+
+
+def find_closure(func: Callable[..., Any]) -> Closure:
+    """Find what a function reads: in cells, globals, defaults, attributes, lists and dicts of them.
+
+    Of a module these are its parameters and, among its other attributes, tensors that are leaves:
+    one with a graph may be left from a call before, and that graph be gone. What is hidden
+    otherwise, in a C extension say, is not found; whoever needs it then refuses it, because its
+    gradient would be lost (`unknown_leaves`).
+
+    Args:
+        func: A module, a function, a method, a partial, or an object that can be called.
+    """
+    modules: dict[int, nn.Module] = {}
+    places: list[Place] = []
+    generators: list[torch.Generator] = []
+    for visit in walk(func):
+        if isinstance(visit.value, torch.Generator):
+            generators.append(visit.value)
+        elif isinstance(visit.value, nn.Module):
+            modules[id(visit.value)] = visit.value
+        for place in visit.places:
+            inner = place.look()
+            if isinstance(inner, Tensor) and inner.requires_grad:
+                owned = visit.owned
+                if owned is None or (inner.is_leaf and id(inner) not in owned):
+                    places.append(place)
+    roots = {(id(r.container), r.key): r for r in (place.root for place in places)}
+    return Closure(tuple(modules.values()), tuple(places), tuple(generators), tuple(roots.values()))
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether a module was made by `torch.jit.script` or `torch.jit.trace`."""
+    return isinstance(module, getattr(torch.jit, "ScriptModule", ()))
+
+
+def unknown_leaves(outputs: Iterable[Node | None], known: Iterable[Tensor]) -> list[Tensor]:
+    """Leaves that a graph leads to, and that are not among those whose gradients are taken.
+
+    Args:
+        outputs: Where the graph ends.
+        known: Tensors; what lies behind one of them is taken care of.
+    """
+    known = list(known)
+    stops = {id(t) for t in known}
+    seen = {t.grad_fn for t in known if t.grad_fn is not None}
+    found: dict[int, Tensor] = {}
+    ahead = list(outputs)
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in stops:
+            found[id(leaf)] = leaf
+        ahead += [before for before, _ in node.next_functions]
+    return list(found.values())
+
+
+def outlive(leaves: list[Tensor]) -> list[Tensor]:
+    """Those of some leaves that others hold, too: a function that makes leaves lets go of them.
+
+    Args:
+        leaves: All that is known of them here, graphs that lead to them included; emptied.
+    """
+    references = [weakref.ref(leaf) for leaf in leaves]
+    leaves.clear()
+    if any(reference() is not None for reference in references):
+        gc.collect()  # it may be a circle that holds one
+    return [leaf for leaf in (reference() for reference in references) if leaf is not None]

@@ -1,0 +1,117 @@
+"""What f found in the forward pass of an adaptive solve, found again when it is run again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import final
+
+from torch import Tensor
+
+from ...base.errors import ExecutionError
+from ...recompute.parameter_swap import Slots, make_alias
+from ...torch_state.replay_context import Generators, OneWay, Recomputing
+from ...torch_state.surroundings import Ambient
+from .attributes import Found
+from .captures import Closure
+from .rng_and_buffers import Carried
+
+
+@final
+class Environment:
+    """What f found in the forward pass, found again when it is run again."""
+
+    def __init__(
+        self,
+        closure: Closure,
+        tensors: Sequence[Tensor],
+        like: Tensor,
+        found: Found | None = None,
+    ) -> None:
+        """Note everything.
+
+        Args:
+            closure: What f reads.
+            tensors: What of it is to get gradients, or what else is.
+            like: The state.
+            found: What the forward pass left f with; None before it.
+        """
+        self._found = found
+        self._closure, self._slots = closure, Slots(closure.modules)
+        self._modes = [(m, m.training) for root in closure.modules for m in root.modules()]
+        self._ambient = self._wanted = self._around = Ambient.take(like.device)
+        self._device = like.device
+        held = [*self._slots.parameters(), *closure.tensors]
+        aliases = {id(p): make_alias(p) for p in held}
+        self._bound = self._slots.bind(aliases)
+        self._stand_ins = [aliases[id(t)] for t in closure.tensors]
+        self._watched = [*held, *(t for t in tensors if id(t) not in aliases)]
+        self._versions = [t._version for t in self._watched]
+        # Gradients are taken with respect to these: hooks of the real parameters do not see them.
+        self.tensors = [aliases.get(id(t), t) for t in tensors]
+        # All that may be read with a gradient, wanted or not.
+        self.known = [*aliases.values(), *self.tensors]
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of the clones of buffers that are there while f runs again."""
+        return sum(b.nbytes for b in self._slots.buffers())
+
+    def check(self) -> None:
+        """Refuse to run f again where it would read other values.
+
+        Raises:
+            ExecutionError: A parameter was changed in place.
+        """
+        if self._found is not None:
+            self._found.look()
+        for tensor, version in zip(self._watched, self._versions, strict=True):
+            if tensor._version != version:
+                raise ExecutionError(
+                    f"a parameter of shape {tuple(tensor.shape)} was changed in place between "
+                    "forward and backward; call backward before optimizer.step"
+                )
+
+    @contextmanager
+    def again(
+        self, carried: Carried, stand_ins: Mapping[int, Tensor] | None = None
+    ) -> Iterator[None]:
+        """Around what is run again, which leaves no trace.
+
+        Args:
+            carried: What f carries.
+            stand_ins: What is read in place of some of `known`, by their id.
+        """
+        outer = Generators(self._device, carried.own) if carried.draws else None
+        around = Ambient.take(self._device)
+        wanted = self._ambient.found_from(around)
+        self._around = around
+        self._wanted = around if wanted == around else wanted
+        changed = [(m, m.training) for m, flag in self._modes if m.training != flag]
+        clones = {id(b): b.clone() for b in self._slots.buffers()}
+        instead = stand_ins or {}
+        bound = [None if a is None else instead.get(id(a), a) for a in self._bound]
+        try:
+            for module, now in changed:
+                module.training = not now
+            with (
+                self._wanted.again(self._around),
+                OneWay(),
+                Recomputing(),
+                nullcontext() if self._found is None else self._found.again(),
+                self._slots.parameters_replaced(bound),
+                self._closure.replaced([instead.get(id(a), a) for a in self._stand_ins]),
+                self._slots.buffers_replaced(clones),
+            ):
+                yield
+        finally:
+            for module, now in changed:
+                module.training = now
+            if outer is not None:
+                outer.restore()
+
+    def going_back(self) -> AbstractContextManager[None]:
+        """Inside `again`: what is around who called the backward, as autograd has it."""
+        if self._around is self._wanted:
+            return nullcontext()
+        return self._around.again(self._wanted)

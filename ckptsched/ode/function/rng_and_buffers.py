@@ -1,0 +1,135 @@
+"""What a right-hand side carries from one evaluation to the next, and a step must find again.
+
+Random generators, torch's own and those that f keeps, and buffers that it reads and changes, such
+as the vectors of spectral normalisation or a counter. An accepted step that is run again begins
+with both as it began the first time. A rejected attempt leaves both as it found them, so that what
+a step begins with follows from the accepted steps before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ...base.errors import ExecutionError
+from ...recompute.parameter_swap import Place, Slots
+from ...recompute.stateful_buffers import (
+    HiddenBuffers,
+    Values,
+    Watch,
+    is_write_only,
+    own_generators,
+)
+from ...torch_state.replay_context import Generators, RandomState
+from ...torch_state.torch_modes import untransformed
+from .captures import Closure, is_scripted
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Random generators and hidden buffers as they were before a step."""
+
+    random: Generators | None
+    hidden: HiddenBuffers
+    values: Values
+
+    def restore(self) -> None:
+        """Put the generators back, and the values into what is in the buffers' places now."""
+        if self.random is not None:
+            with untransformed():
+                self.random.restore()
+        self.hidden.put(self.values)
+
+
+@final
+class Carried:
+    """Finds out what an evaluation of f moves, and takes it down step by step."""
+
+    def __init__(self, closure: Closure, device: torch.device) -> None:
+        """Note where it may be.
+
+        Args:
+            closure: What f reads.
+            device: Of the state.
+        """
+        modules = [m for root in closure.modules for m in root.modules() if not is_scripted(m)]
+        self.own = own_generators(modules, closure.generators)
+        self._device = device
+        # Without buffers there is nothing to watch.
+        self._slots = Slots(m for m in modules if m._buffers)
+        self._hidden = HiddenBuffers([self._slots], ())
+        self.draws = False
+        """Whether f draws random numbers."""
+        self._unmoved: tuple[bytes, list[tuple[Place, Tensor | None, int]]] = (b"", [])
+
+    @property
+    def matters(self) -> bool:
+        """Whether a step that is run again needs anything put back."""
+        return self.draws or bool(self._hidden)
+
+    @property
+    def nbytes(self) -> int:
+        """What one moment takes in tensors."""
+        return sum(self._hidden.bytes_by_block(1))
+
+    def look(self, evaluate: Callable[[], Tensor]) -> Tensor:
+        """Evaluate f, and see what that draws and changes.
+
+        Args:
+            evaluate: Evaluates it.
+        """
+        before = self._random()
+        watch = Watch(self._slots) if self._slots.buffer_places() else None
+        slope = evaluate()
+        after = self._random()
+        self.draws = after != before
+        if watch is not None:
+            changed = [place for place in watch.changed() if not is_write_only(place)]
+            self._hidden = HiddenBuffers([self._slots], watch.together(changed))
+        self._unmoved = (b"" if self.draws else after, self._steady())
+        return slope
+
+    def take(self) -> Moment | None:
+        """What f carries now; None where that is nothing."""
+        if not self.matters:
+            return None
+        with untransformed():
+            random = Generators(self._device, self.own) if self.draws else None
+        return Moment(random, self._hidden, self._hidden.take(0))
+
+    def check(self) -> None:
+        """Refuse to run f again where it came to carry more than was seen at first.
+
+        Raises:
+            ExecutionError: It drew random numbers, or changed a buffer, and did not at first.
+        """
+        random, buffers = self._unmoved
+        if random and self._random() != random:
+            raise ExecutionError(
+                "f drew random numbers on the way, and none when it was first evaluated, so that "
+                "steps that are run again would draw others; let it draw from the start, or solve "
+                "without a budget"
+            )
+        for (place, then, version), (_, now, _) in zip(buffers, self._steady(), strict=True):
+            if now is not then or (now is not None and now._version != version):
+                raise ExecutionError(
+                    f"f changed the buffer {place[1]!r} of a {type(place[0]).__name__} on the way, "
+                    "and not when it was first evaluated, so that steps that are run again would "
+                    "begin with other values; let it change from the start, or solve without a "
+                    "budget"
+                )
+
+    def _random(self) -> bytes:
+        with untransformed():
+            return RandomState.take(self._device, self.own).to_bytes()
+
+    def _steady(self) -> list[tuple[Place, Tensor | None, int]]:
+        """Buffers that are not hidden state, with their versions."""
+        places = zip(self._slots.buffer_places(), self._hidden.flags[0], strict=True)
+        found = [(p, p[0]._buffers.get(p[1])) for p, hides in places if not hides]
+        return [(p, b, 0 if b is None else b._version) for p, b in found if not is_write_only(p)]

@@ -1,0 +1,1 @@
+"""Integrators: tableaus, explicit and implicit steps, error estimates."""

@@ -1,0 +1,248 @@
+"""What advances a state by one step: explicit, implicit, symplectic, or a function of the user's.
+
+An integrator knows one step; where the steps lie, and what of them is kept, is not its concern.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from ...base.errors import WorkloadError
+from ...recompute.graph_holds import handed, take_over
+from .explicit import Slope, Time, add, number, runge_kutta_step, slope_at
+from .implicit import theta_step
+from .table import METHODS, find_tableau
+from .tableau import ButcherTableau
+
+StepFunction: TypeAlias = Callable[[Any, Tensor, Tensor, Any], Any]
+"""A step of the user's own: (f, t, h, y) to the state at t + h, with t and h tensors."""
+
+
+class Integrator(abc.ABC):
+    """A rule for one step; equal rules are equal objects, and print the same."""
+
+    @abc.abstractmethod
+    def step(self, f: Slope, t: Time, h: Time, z: Tensor) -> Tensor:
+        """Advance a state.
+
+        Args:
+            f: Right-hand side.
+            t: Time at the start of the step.
+            h: Its size; may be negative.
+            z: State at time t.
+
+        Returns:
+            The state at time t + h; same shape and dtype.
+        """
+
+    def check(self, shapes: tuple[torch.Size, ...] | None) -> None:  # noqa: B027
+        """Refuse a state that the rule cannot advance; any will do unless a rule says otherwise.
+
+        Args:
+            shapes: Of the parts of a tuple; None where the state is one tensor.
+        """
+
+
+@final
+@dataclass(frozen=True)
+class RungeKutta(Integrator):
+    """An explicit Runge-Kutta method."""
+
+    tableau: ButcherTableau
+
+    def step(self, f: Slope, t: Time, h: Time, z: Tensor) -> Tensor:
+        """See `runge_kutta_step`."""
+        return runge_kutta_step(f, self.tableau, t, h, z)
+
+
+@final
+@dataclass(frozen=True)
+class Implicit(Integrator):
+    """Backward Euler (theta = 1) or the trapezoidal rule (theta = 1/2), for stiff problems."""
+
+    theta: float
+
+    def step(self, f: Slope, t: Time, h: Time, z: Tensor) -> Tensor:
+        """See `theta_step`."""
+        return theta_step(f, self.theta, t, h, z)
+
+
+@final
+@dataclass(frozen=True)
+class Leapfrog(Integrator):
+    """Stormer and Verlet's method for a pair of positions q and momenta p: kick, drift, kick.
+
+    For dq/dt = a(t, p), dp/dt = b(t, q) it is of order two and symplectic where the problem is
+    Hamiltonian: the energy error stays bounded over long times. f is evaluated three times a
+    step.
+
+    Reference:
+        Hairer, Lubich, Wanner, Geometric Numerical Integration (2006), section I.1.4.
+    """
+
+    def step(self, f: Slope, t: Time, h: Time, z: Tensor) -> Tensor:
+        """Advance the flat pair (q, p)."""
+        half = z.numel() // 2
+        q, p = z[:half], z[half:]
+        slope = slope_at(f, t, z)
+        p = add(p, slope[half:], h * 0.5)
+        slope = slope_at(f, t + h * 0.5, torch.cat([q, p]))
+        q = add(q, slope[:half], h)
+        slope = slope_at(f, t + h, torch.cat([q, p]))
+        return torch.cat([q, add(p, slope[half:], h * 0.5)])
+
+    def check(self, shapes: tuple[torch.Size, ...] | None) -> None:
+        """Refuse what is no pair of positions and momenta."""
+        if shapes is None or len(shapes) != 2 or shapes[0] != shapes[1]:
+            found = "one tensor" if shapes is None else f"shapes {[tuple(s) for s in shapes]}"
+            raise WorkloadError(
+                "method 'leapfrog' advances a pair (q, p) of positions and momenta of one shape, "
+                f"found {found}; give y0=(q, p), and let func(t, (q, p)) return (dq/dt, dp/dt)"
+            )
+
+
+@final
+@dataclass(frozen=True)
+class UserStep(Integrator):
+    """A step function of the user's."""
+
+    function: StepFunction
+    shapes: tuple[torch.Size, ...] | None = None
+    """Of the parts of a tuple; None where the state is one tensor."""
+
+    def step(self, f: Slope, t: Time, h: Time, z: Tensor) -> Tensor:
+        """Call the function with what the user sees: tuples, and tensors for the times."""
+
+        def right_hand_side(t: Any, y: Any) -> Any:
+            return split(f(t, join(y, self.shapes)), self.shapes)
+
+        times = as_time(t, z), as_time(h, z)
+        result = join(self.function(right_hand_side, *times, split(z, self.shapes)), self.shapes)
+        if not isinstance(result, Tensor) or (result.shape, result.dtype) != (z.shape, z.dtype):
+            described = type(result).__name__
+            if isinstance(result, Tensor):
+                described = f"shape {tuple(result.shape)} and {result.dtype}"
+            raise WorkloadError(
+                f"the step function given as method returned {described} at time {number(t):g} for "
+                f"a state of shape {tuple(z.shape)} and {z.dtype}; let it return the state at "
+                "t + h, of the same shape and dtype"
+            )
+        return result
+
+
+def as_time(t: Time, z: Tensor) -> Tensor:
+    """A time as f is given it: a tensor of no dimensions in the state's real dtype.
+
+    Args:
+        t: A number, or a tensor.
+        z: The state, for dtype and device.
+    """
+    dtype = z.dtype.to_real()
+    if isinstance(t, Tensor):
+        return t.to(device=z.device, dtype=dtype)
+    # Filled on the device: a tensor made from a Python number would be copied there, and on
+    # CUDA the step would wait for it.
+    return torch.full((), t, dtype=dtype, device=z.device)
+
+
+def join(y: Any, shapes: tuple[torch.Size, ...] | None) -> Any:
+    """A tuple of tensors as one flat tensor; one tensor is handed back.
+
+    Args:
+        y: A state or a slope.
+        shapes: Of its parts; None where it is one tensor.
+    """
+    if shapes is None or not isinstance(y, (tuple, list)):
+        return y
+    return torch.cat([part.reshape(-1) for part in y])
+
+
+def split(y: Tensor, shapes: tuple[torch.Size, ...] | None, leading: int = 0) -> Any:
+    """What `join` made flat, as a tuple of views.
+
+    Args:
+        y: A flat tensor, or several of them along leading dimensions.
+        shapes: Of the parts; None hands y back.
+        leading: Number of leading dimensions, which each part keeps.
+    """
+    if shapes is None:
+        return y
+    parts = torch.split(y, [shape.numel() for shape in shapes], dim=-1)
+    return tuple(
+        part.reshape((*y.shape[:leading], *shape))
+        for part, shape in zip(parts, shapes, strict=True)
+    )
+
+
+def parts_of(y: Tensor, shapes: tuple[torch.Size, ...] | None) -> Any:
+    """All states as the caller gets them; what y holds for its backward is held by the parts.
+
+    Args:
+        y: Flat states, along one leading dimension.
+        shapes: Of the parts; None hands y back.
+    """
+    if shapes is None:
+        return y
+    return handed(split(y, shapes, leading=1), take_over(y))
+
+
+def is_adaptive(integrator: Integrator, options: Mapping[str, Any]) -> bool:
+    """Whether a method chooses its steps: it can tell their error, and no grid is named.
+
+    Args:
+        integrator: The method.
+        options: Of the user.
+    """
+    return (
+        isinstance(integrator, RungeKutta)
+        and integrator.tableau.is_fsal
+        and options.get("step_size") is None
+        and options.get("grid_constructor") is None
+    )
+
+
+# As torchdiffeq has them: its rk4 is the 3/8 rule, and heun2 is Heun's method.
+_OTHER_NAMES = {"rk4": "rk4_38", "rk4_classic": "rk4", "heun2": "heun"}
+_OTHER_KINDS: dict[str, Integrator] = {
+    "implicit_euler": Implicit(1.0),
+    "crank_nicolson": Implicit(0.5),
+    "trapezoid": Implicit(0.5),
+    "leapfrog": Leapfrog(),
+}
+
+
+def find_integrator(
+    method: Any, shapes: tuple[torch.Size, ...] | None = None
+) -> RungeKutta | Implicit | Leapfrog | UserStep:
+    """Look up what `odeint` calls a method.
+
+    Args:
+        method: A name, a `ButcherTableau`, or a step function.
+        shapes: Of the parts of the state where it is a tuple.
+
+    Raises:
+        WorkloadError: There is no such name, or the state is none that it can advance.
+    """
+    found: Any
+    if isinstance(method, ButcherTableau):
+        found = RungeKutta(method)
+    elif isinstance(method, str) and method in _OTHER_KINDS:
+        found = _OTHER_KINDS[method]
+    elif isinstance(method, str) and _OTHER_NAMES.get(method, method) in METHODS:
+        found = RungeKutta(find_tableau(_OTHER_NAMES.get(method, method)))
+    elif callable(method) and not isinstance(method, type):
+        found = UserStep(method, shapes)
+    else:
+        known = sorted({*METHODS, *_OTHER_NAMES, *_OTHER_KINDS})
+        raise WorkloadError(
+            f"unknown method {method!r}; give one of {', '.join(map(repr, known))}, a "
+            "ButcherTableau, or a step function (f, t, h, y) -> y"
+        )
+    found.check(shapes)
+    return found  # type: ignore[no-any-return]

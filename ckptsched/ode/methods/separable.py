@@ -1,0 +1,103 @@
+"""Whether leapfrog is made for a right-hand side: dq/dt of p alone, and dp/dt of q alone."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ...base.errors import WorkloadError
+from ...recompute.parameter_swap import Slots
+from ...recompute.stateful_buffers import own_generators
+from ...torch_state.replay_context import Generators
+from ..function.captures import Closure
+from .explicit import Slope, Time, number
+
+_ROUNDING = 64.0
+"""Differences of so many units in the last place are rounding."""
+
+
+@final
+class SeparableSlope:
+    """A right-hand side that is watched through one step of leapfrog.
+
+    The step evaluates it at (q0, p0), (q0, p1) and (q1, p1), so that each dependence that is not
+    to be shows between two slopes that are there anyway. Only where it does, and time may be the
+    cause, is the right-hand side evaluated again, at one time.
+    """
+
+    def __init__(self, slope: Slope, closure: Closure) -> None:
+        """Watch a right-hand side.
+
+        Args:
+            slope: It, of flat pairs.
+            closure: What it reads, so that further evaluations leave no trace.
+        """
+        self._slope, self._closure = slope, closure
+        self._seen = 0
+        self.moved = True
+        """After a step: whether both parts moved in it, so that a dependence on them would show."""
+        self._state: Tensor | None = None
+        self._other: Tensor | None = None
+        """The part of the latest slope that is to be the same in the next."""
+
+    def __call__(self, t: Time, z: Tensor) -> Tensor:
+        """Evaluate it, and look at the slope beside the one before.
+
+        Raises:
+            WorkloadError: A part of the slope depends on what it is not to depend on.
+        """
+        found: Any = self._slope(t, z)
+        if isinstance(found, Tensor) and found.shape == z.shape:
+            self._look(t, z.detach(), found.detach())
+        return found  # type: ignore[no-any-return]
+
+    def _look(self, t: Time, z: Tensor, slope: Tensor) -> None:
+        half = z.numel() // 2
+        positions, momenta = slice(0, half), slice(half, None)
+        self._seen += 1
+        state, before, self._state = self._state, self._other, z
+        if self._seen == 1:  # at (q0, p0)
+            self._other = slope[momenta]
+            return
+        assert state is not None
+        assert before is not None
+        self._other = slope[positions] if self._seen == 2 else None
+        # What the state moved in, on which the part of the slope is not to depend.
+        part, what = (
+            (momenta, "dp/dt changes with p")  # at (q0, p1)
+            if self._seen == 2
+            else (positions, "dq/dt changes with q")  # at (q1, p1)
+        )
+        self.moved = self.moved and not torch.equal(state[part], z[part])
+        if not _near(before, slope[part]):
+            self._compare(t, state, z, part, what)
+
+    def _compare(self, t: Time, one: Tensor, other: Tensor, part: slice, what: str) -> None:
+        """Evaluate at one time, with one random state, and refuse what still differs."""
+        modules = [m for root in self._closure.modules for m in root.modules()]
+        slots = Slots(self._closure.modules)
+        random = Generators(one.device, own_generators(modules, self._closure.generators))
+        slopes = []
+        for z in (one, other):
+            with slots.buffers_replaced({id(b): b.clone() for b in slots.buffers()}):
+                slopes.append(self._slope(t, z)[part].detach())
+            random.restore()
+        if _near(*slopes):
+            return
+        change, size = ((a - b).abs().max().item() for a, b in ((*slopes,), (slopes[0], 0.0)))
+        raise WorkloadError(
+            f"method 'leapfrog' is of order two where dq/dt = a(t, p) and dp/dt = b(t, q); found "
+            f"that {what}, by {change:.3g} where it is up to {size:.3g}, at time {number(t):g}. It "
+            "would be of order one here, and not symplectic; take 'rk4' or 'trapezoid', or give a "
+            "step function of your own as method"
+        )
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """Whether two slopes are equal but for rounding; what is not finite is somebody else's."""
+    if torch.equal(one, other):
+        return True
+    allowed = _ROUNDING * torch.finfo(one.dtype).eps * one.abs().max()
+    return not bool(((one - other).abs() > allowed).any())

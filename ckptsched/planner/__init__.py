@@ -1,0 +1,1 @@
+"""From a chain and a budget to a plan: choice of solver, certificate, cache, comparison."""

@@ -1,0 +1,328 @@
+"""Plans a chain for a budget: chooses a solver, solves, simulates, certifies."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, TypedDict, Unpack, cast, final
+
+from ..base.budget import Budget, format_bytes, meant_as_percentage, parse_budget, percent
+from ..base.errors import (
+    BudgetSyntaxError,
+    CkptschedError,
+    InfeasibleBudgetError,
+    PlanMismatchError,
+    SolverTimeoutError,
+    WorkloadError,
+)
+from ..base.progress_bar import bar_of_solvers
+from ..simulator.simulator import simulate
+from ..solvers import Baseline, get_solver
+from ..workload.chain import Chain
+from .disk_cache import PlanCache, open_cache, program_digest
+from .plan import Plan, Workload, excess
+from .solver_choice import ALL_SCHEDULES, AUTO, NO_LIMIT, Answer, Portfolio, rules_for
+
+# A plan is kept on disk if it took longer than reading it back will: that simulates its
+# schedule, at some 10 microseconds an operation.
+_WORTH_SECONDS = 0.1
+_READ_SECONDS = 1e-5
+
+TIME_LIMIT = 60.0
+"""Seconds of an integer program, where nothing else is said."""
+
+
+class PlanOptions(TypedDict, total=False):
+    """What `plan` takes by keyword besides the budget, for functions that plan."""
+
+    solver: str
+    time_limit: float
+    cache: bool
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaselineFigures:
+    """A rule of thumb on one chain; it needs the same bytes whatever the budget."""
+
+    name: str
+    """Its solver's name."""
+    peak_bytes: int
+    """Projected peak in bytes: it fits where the budget is no less."""
+    seconds: float
+    """Projected seconds of the step."""
+    forwards: int
+    """Runs of stages."""
+
+
+def plan_one(
+    chain: Workload,
+    budget: int | float | str | Budget,
+    *,
+    progress: bool | None = None,
+    **options: Unpack[PlanOptions],
+) -> Plan:
+    """Plan a chain or graph for one budget; arguments and errors are those of `plan`."""
+    [result] = plan_each(chain, [budget], progress=progress, **options)
+    if isinstance(result, InfeasibleBudgetError):
+        raise result
+    return result
+
+
+def plan_each(
+    chain: Workload,
+    budgets: Sequence[int | float | str | Budget],
+    *,
+    progress: bool | None = None,
+    **options: Unpack[PlanOptions],
+) -> list[Plan | InfeasibleBudgetError]:
+    """Plan for several budgets, from one solve where the solver can.
+
+    Args:
+        chain: The chain or graph.
+        budgets: As `plan` takes them, in any order.
+        progress: As in `plan`.
+        options: Of `plan`: solver, time_limit, cache.
+
+    Returns:
+        A plan, or why there is none, for each budget. A larger budget never takes longer.
+    """
+    wanted = [parse_budget(budget) for budget in budgets]
+    store_all = _store_all_bytes(chain)
+    task = _Task(
+        chain=chain,
+        sizes=tuple(budget.resolve(store_all) for budget in wanted),
+        solver=options.get("solver", AUTO),
+        time_limit=options.get("time_limit", TIME_LIMIT),
+        store_all_bytes=store_all,
+    )
+    shelf = open_cache() if options.get("cache", True) else None
+    results = _find(task, shelf)
+    if results is None:
+        with bar_of_solvers(progress):
+            results = _solve(task, shelf)
+    return [_asked(task, x, budget) for x, budget in zip(results, budgets, strict=True)]
+
+
+def certified_again(plan: Plan, *, search: bool) -> Plan:
+    """A plan with a certificate that is worked out here, whatever it says of itself.
+
+    Args:
+        plan: The plan; its schedule is checked already.
+        search: Whether to plan again for the lower bound and the least budget; without, they are
+            the seconds of storing everything, and the peak.
+
+    Raises:
+        PlanMismatchError: It names a solver that there is not.
+    """
+    chain = plan.chain
+    try:
+        get_solver(plan.solver)
+    except WorkloadError as error:
+        raise PlanMismatchError(f"the plan cannot be true: {error}") from None
+    store_all = _store_all_bytes(chain)
+    plan = replace(
+        plan,
+        budget_text=f"{plan.budget_bytes} bytes"
+        if _contradicts(plan.budget_text, plan.budget_bytes, store_all)
+        else plan.budget_text,
+        store_all_bytes=store_all,
+        least_budget_bytes=plan.peak_bytes,
+        schedule_class=ALL_SCHEDULES,
+        lower_bound_seconds=chain.store_all_seconds,
+        rounding_unit_bytes=1,
+    )
+    if not search:
+        return plan
+    for solver in (AUTO, plan.solver):
+        try:
+            [found] = plan_each(chain, [plan.budget_bytes], solver=solver)
+        except (WorkloadError, SolverTimeoutError):
+            continue  # too much for it: nothing is claimed
+        if isinstance(found, Plan):
+            plan = _with_proof(plan, found)
+    return plan
+
+
+def _with_proof(plan: Plan, found: Plan) -> Plan:
+    """A plan with the stronger bound and the lesser least budget of it and another one."""
+    plan = replace(
+        plan,
+        least_budget_bytes=min(plan.least_budget_bytes, found.least_budget_bytes),
+        rounding_unit_bytes=found.rounding_unit_bytes,
+    )
+    bound = found.lower_bound_seconds
+    if excess(bound, plan.lower_bound_seconds) == 0 or excess(bound, plan.seconds) > 0:
+        return plan
+    return replace(plan, schedule_class=found.schedule_class, lower_bound_seconds=bound)
+
+
+def _contradicts(text: str, budget_bytes: int, store_all_bytes: int) -> bool:
+    """Whether a text names another budget; words that name none say why it was chosen."""
+    try:
+        return parse_budget(text).resolve(store_all_bytes) != budget_bytes
+    except BudgetSyntaxError:
+        return False
+
+
+def _store_all_bytes(chain: Workload) -> int:
+    # The rule takes graphs as well.
+    return Baseline("store_all").solve(cast(Chain, chain), NO_LIMIT).trace.peak_bytes
+
+
+def compare_baselines(chain: Workload) -> tuple[BaselineFigures, ...]:
+    """Every baseline that is worth comparing on a chain, with what it needs and takes."""
+    figures = []
+    for baseline in rules_for(chain):
+        trace = baseline.solve(cast(Chain, chain), NO_LIMIT).trace  # or a graph
+        figures.append(
+            BaselineFigures(
+                name=baseline.name,
+                peak_bytes=trace.peak_bytes,
+                seconds=trace.seconds,
+                forwards=trace.forwards,
+            )
+        )
+    return tuple(figures)
+
+
+def _as_asked(budget: int | float | str | Budget) -> str:
+    if isinstance(budget, str):
+        return budget.strip()
+    if isinstance(budget, Budget) and budget.share is not None:
+        return f"{float(budget.share * 100):g}%"
+    if isinstance(budget, Budget):
+        reserved = f" less {budget.reserved_bytes} reserved" if budget.reserved_bytes else ""
+        return f"{budget.bytes} bytes{reserved}"
+    return f"{budget} bytes"
+
+
+_Result: TypeAlias = Plan | InfeasibleBudgetError
+
+
+def _asked(task: _Task, result: _Result, budget: int | float | str | Budget) -> _Result:
+    """The result with the budget as it was asked for, and what helps where nothing fits."""
+    text = _as_asked(budget)
+    if isinstance(result, Plan):
+        return replace(result, budget_text=text)
+    question = meant_as_percentage(budget, result.budget_bytes)
+    if text.endswith("%"):
+        message = f"{text} of storing everything is too little: {result}; {_parts(task, result)}"
+    elif question:
+        message = f"{result}; {question}"
+    else:
+        return result
+    return InfeasibleBudgetError(
+        message,
+        budget_bytes=result.budget_bytes,
+        least_budget_bytes=result.least_budget_bytes,
+        stage=result.stage,
+    )
+
+
+def _parts(task: _Task, error: InfeasibleBudgetError) -> str:
+    """What any schedule of a chain or graph has to hold, for people who gave a percentage."""
+    chain, whole = task.chain, task.store_all_bytes
+    gradients = sum(stage.parameter_gradient_bytes for stage in chain.stages)
+    # What a stage holds while it is differentiated: its tape, both gradients, and its own extra.
+    needs = [
+        x.tape_bytes + x.gradient_bytes + x.backward_overhead_bytes + x.parameter_gradient_bytes
+        for x in chain.stages
+    ]
+    largest = max(range(len(needs)), key=needs.__getitem__)
+    loss = chain.held_bytes + chain.loss_overhead_bytes
+    least = error.least_budget_bytes
+    least_share = percent(math.ceil(1000 * least / whole) / 1000) if least else ""
+    return (
+        f"of the {format_bytes(whole)} of storing everything, gradients of parameters take "
+        f"{format_bytes(gradients)}, the largest stage ({chain.stage_name(largest + 1)!r}) "
+        f"{format_bytes(needs[largest])} while it is differentiated, and the loss with the output "
+        f"{format_bytes(loss)}{least_share and f'; the least budget is {least_share}'}"
+    )
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """What is planned: everything that decides the plans."""
+
+    chain: Workload
+    sizes: tuple[int, ...]
+    """Budgets in bytes. What one solve finds for a budget may depend on the others."""
+    solver: str
+    time_limit: float
+    store_all_bytes: int
+
+    def __post_init__(self) -> None:
+        """Refuse options that mean nothing."""
+        if not 0 < self.time_limit < math.inf:
+            raise WorkloadError(
+                f"a time limit of {self.time_limit!r} s leaves no time; give seconds, such as 60"
+            )
+
+    def request(self, size: int) -> dict[str, Any]:
+        """What a plan is kept by on disk."""
+        return {
+            "fingerprint": self.chain.fingerprint,
+            "budget_bytes": size,
+            "budgets": list(self.sizes),
+            "solver": self.solver,
+            "time_limit": self.time_limit,
+            "program": program_digest(),
+        }
+
+
+def _find(task: _Task, shelf: PlanCache | None) -> list[_Result] | None:
+    """The plans that were kept, if all of them were."""
+    plans: list[_Result] = []
+    for size in task.sizes:
+        plan = shelf and shelf.find(task.request(size), task.chain)
+        if not plan:
+            return None
+        plans.append(plan)
+    return plans
+
+
+def _solve(task: _Task, shelf: PlanCache | None) -> list[_Result]:
+    """Plan, and keep what took long."""
+    begun = time.perf_counter()
+    # More than any chain can need is more than the 64 bits of compiled solvers hold.
+    usable = [min(size, NO_LIMIT) for size in task.sizes]
+    found = Portfolio(task.chain, usable, task.solver, task.time_limit).answers()
+    results: list[_Result] = [
+        _plan(task, answer, size) if isinstance(answer, Answer) else answer
+        for answer, size in zip(found, task.sizes, strict=True)
+    ]
+    taken = time.perf_counter() - begun
+    plans = [result for result in results if isinstance(result, Plan)]
+    operations = sum(len(plan.schedule) for plan in plans)
+    if shelf is not None and taken > _WORTH_SECONDS + _READ_SECONDS * operations:
+        for plan in plans:
+            shelf.keep(task.request(plan.budget_bytes), plan)
+    return results
+
+
+def _plan(task: _Task, answer: Answer, size: int) -> Plan:
+    """Simulate once more, and put the certificate together."""
+    solution = answer.best.solution
+    trace = simulate(task.chain, solution.schedule)
+    if trace.peak_bytes > size:
+        raise CkptschedError(
+            f"the solver {answer.best.solver} gave a schedule of {trace.peak_bytes} bytes for a "
+            f"budget of {size} bytes; this is a fault of ckptsched, please report it"
+        )
+    return Plan(
+        chain=task.chain,
+        schedule=solution.schedule,
+        trace=trace,
+        solver=answer.best.solver,
+        schedule_class=answer.schedule_class,
+        budget_bytes=size,
+        budget_text=f"{size} bytes",
+        store_all_bytes=task.store_all_bytes,
+        least_budget_bytes=answer.least_budget_bytes,
+        lower_bound_seconds=answer.lower_bound_seconds,
+        rounding_unit_bytes=solution.rounding_unit_bytes,
+    )

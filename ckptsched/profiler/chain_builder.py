@@ -1,0 +1,192 @@
+"""Puts the distinct stages of a model, once their figures are known, in order: a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..capture.stage_discovery import Block as TracedBlock
+from ..memory.meters import storage_bytes
+from ..recompute.parameter_swap import Slots
+from ..recompute.stateful_buffers import HiddenBuffers
+from ..simulator.liveness import snapshot_bytes
+from ..tensors.pytree import storages
+from ..torch_state.replay_context import RandomState
+from ..workload.chain import Chain
+from ..workload.stage import Block, Stage, StageLedger, backward_variant
+from .stage_probe import Kind, LossWeight
+
+
+def assemble(
+    blocks: tuple[TracedBlock, ...],
+    order: list[Kind],
+    lost: LossWeight,
+    device: torch.device,
+    inputs: Sequence[Tensor] = (),
+    generators: Sequence[torch.Generator] = (),
+) -> Chain:
+    """Make a chain of stages that have been weighed and timed.
+
+    Args:
+        blocks: The model.
+        order: The kind of each stage, with its ledger and seconds; equal stages share one.
+        lost: What the loss takes.
+        device: Where the model is to run; decides whether a random state takes bytes.
+        inputs: The input's tensors, as the caller holds them.
+        generators: What stages may draw from besides torch's own.
+
+    Returns:
+        The chain, without a signature.
+    """
+    spans = _spans(blocks, order)
+    draws = any(kind.draws for kind in order)
+    random_bytes = RandomState.take(device, generators).counted_bytes
+    random = random_bytes if draws else 0
+    snapshots = snapshot_bytes(spans, len(order), random).tolist()
+    # While a block runs again its buffers are cloned, and a random state or two is kept.
+    extra = sum(span.buffer_bytes for span in spans) + 2 * random
+    kept = snapshots[0] - random + _left(order)
+    cache: dict[tuple[int, int, int, int, bool], Stage] = {}
+    stages: list[Stage] = []
+    seen: set[int] = set()
+    gradient_bytes = _bytes(lost.gradients)
+    # Where nothing should draw random numbers, a look at their state at Turn says whether it did.
+    look = 0 if draws else max(0, random_bytes - gradient_bytes)
+    for i in range(len(order), 0, -1):
+        kind = order[i - 1]
+        fresh = sum(size for alias, size in kind.gradient_bytes.items() if alias not in seen)
+        partly = 0 < fresh < sum(kind.gradient_bytes.values())
+        seen.update(kind.gradient_bytes)
+        last = i == len(order)
+        buffers = next(span.buffer_bytes for span in spans if span.last >= i)
+        if i == 1:
+            kind = replace(kind, ledger=_with_copies(kind, inputs, fresh))
+        key = (id(kind), fresh, buffers, snapshots[i], last)
+        if key not in cache:
+            cache[key] = _stage(
+                kind, fresh, partly, gradient_bytes, snapshots[i], buffers, extra, last
+            )
+        stages.append(cache[key])
+        gradient_bytes = _sent_bytes(kind)
+    # What the output shares with the input or a parameter is there anyway.
+    theirs = storages(inputs).keys() | order[-1].standing.fixed
+    output_bytes = storage_bytes(
+        y
+        for storage, leaves in storages(order[-1].output.leaves).items()
+        for y in leaves
+        if storage not in theirs
+    )
+    return Chain(
+        stages=tuple(reversed(stages)),
+        input_gradient_bytes=gradient_bytes,
+        loss_seconds=lost.seconds,
+        loss_overhead_bytes=max(lost.overhead_bytes, look),
+        held_bytes=output_bytes + lost.rest_bytes + kept,
+        draws=draws,
+        random_state_bytes=random,
+        kept_bytes=kept,
+        blocks=spans,
+    )
+
+
+def _left(order: Iterable[Kind]) -> int:
+    """What all modules keep from their last run."""
+    found: dict[int, int] = {}
+    for kind in order:
+        key, before = id(kind.call.module), found.get(id(kind.call.module), 0)
+        size = kind.left_bytes
+        found[key] = before + size if kind.piles_up else max(before, size)
+    return sum(found.values())
+
+
+def _with_copies(kind: Kind, inputs: Sequence[Tensor], fresh: int) -> StageLedger:
+    """Charge the copies that autograd makes where leaves want gradients in another layout."""
+    ledger = cast(StageLedger, kind.ledger)
+    copies = max(
+        sum(
+            leaf.nbytes
+            for leaf, gradient in zip(inputs, sent, strict=bool(inputs))
+            if leaf.is_leaf and gradient is not None and gradient.stride() != leaf.stride()
+        )
+        for sent in kind.sends_back
+    )
+    if not copies:
+        return ledger
+    peak = fresh + _sent_bytes(kind) + copies
+    peaks = tuple(max(value, peak) for value in ledger.backward_peak_bytes)
+    ledger = replace(ledger, backward_peak_bytes=peaks)
+    if ledger.parts is None:
+        return ledger
+    exact = tuple(max(value, peak) for value in ledger.parts.backward_peak_bytes)
+    return replace(ledger, parts=replace(ledger.parts, backward_peak_bytes=exact))
+
+
+def _sent_bytes(kind: Kind) -> int:
+    """The most that a stage sends back."""
+    return max(map(_bytes, kind.sends_back))
+
+
+def _bytes(tensors: Iterable[Tensor | None]) -> int:
+    return storage_bytes(tensor for tensor in tensors if tensor is not None)
+
+
+def _spans(blocks: tuple[TracedBlock, ...], order: Iterable[Kind]) -> tuple[Block, ...]:
+    slots = [Slots([block.module]) for block in blocks]
+    places = {place for kind in order for place in kind.hidden}
+    hidden = HiddenBuffers(slots, places).bytes_by_block(len(blocks))
+    spans, first = [], 1
+    for block, own, size in zip(blocks, slots, hidden, strict=True):
+        last = first + len(block.stages) - 1
+        buffers = sum(buffer.nbytes for buffer in own.buffers())
+        spans.append(
+            Block(name=block.name, first=first, last=last, buffer_bytes=buffers, hidden_bytes=size)
+        )
+        first = last + 1
+    return tuple(spans)
+
+
+def _stage(
+    kind: Kind,
+    fresh: int,
+    partly: bool,
+    gradient_bytes: int,
+    snapshot: int,
+    buffers: int,
+    extra: int,
+    last: bool,
+) -> Stage:
+    """The planning model's figures of a stage: upper bounds of what its ledger charges."""
+    ledger = replace(cast(StageLedger, kind.ledger), shares_parameters_partly=partly)
+    parts = ledger.parts
+    whole = ledger.state_bytes if parts is None else sum(parts.output_bytes)
+    state = 0 if last else whole + snapshot  # the caller holds the output
+    tape = ledger.tape_bytes + state + buffers + (snapshot if last else 0)
+    forward = max(ledger.forward_peak_bytes - state, ledger.taped_peak_bytes - tape, 0)
+    if parts is None:
+        highest = max(
+            ledger.backward_peak_bytes[
+                backward_variant(input_held=held, output_held=out, first=bool(fresh))
+            ]
+            for held in (False, True)
+            for out in (False, True)
+        )
+    else:
+        half = len(parts.backward_peak_bytes) // 2
+        highest = max(parts.backward_peak_bytes[half:] if fresh else parts.backward_peak_bytes)
+    backward = max(0, highest - _sent_bytes(kind) - fresh)
+    return Stage(
+        name=kind.name,
+        forward_seconds=kind.forward_seconds,
+        backward_seconds=kind.backward_seconds,
+        state_bytes=state,
+        tape_bytes=tape,
+        gradient_bytes=gradient_bytes,
+        forward_overhead_bytes=forward + extra,
+        backward_overhead_bytes=backward + extra,
+        parameter_gradient_bytes=fresh,
+        ledger=ledger,
+    )

@@ -1,0 +1,239 @@
+"""Seconds of stages and of the loss, measured in rounds over all of them."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from ..base.errors import TimingWarning
+from ..torch_state.replay_context import now
+from .stage_probe import Kind, layout
+
+# Rounds of timing: three tell a disturbed one, more where they are cheap; then on until two halves
+# of them agree, within limits of rounds and seconds.
+_MIN_ROUNDS, _CHEAP_ROUNDS, _CHEAP_SECONDS = 3, 15, 2.0
+_MAX_ROUNDS, _MOST_SECONDS = 60, 8.0
+_AGREED = 0.03  # the disagreement, relative, with which they are good enough
+_MOST_SPREAD = 0.10  # the one from which on people are warned
+# A run in which the thread waited for longer than this was disturbed, or waits by itself.
+_WAITED_SHARE, _WAITED_SECONDS = 0.05, 20e-6
+_thread_seconds = time.thread_time
+_FEWEST = 3  # undisturbed runs that are taken by themselves
+
+ROUNDS = _MIN_ROUNDS
+"""Rounds that are taken in any case; each tells when a stage is done."""
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One timed run."""
+
+    seconds: float
+    """On the clock on the wall."""
+    disturbed: bool
+    """Whether the thread had no processor for a part of it."""
+
+
+@final
+@dataclass(slots=True)
+class _Watch:
+    """Times runs that follow each other."""
+
+    device: torch.device
+    _wall: float = 0.0
+    _busy: float = 0.0
+
+    def start(self) -> None:
+        """Begin."""
+        self._wall, self._busy = now(self.device), _thread_seconds()
+
+    def lap(self) -> _Run:
+        """The run since `start` or the last lap."""
+        wall, busy = now(self.device), _thread_seconds()
+        seconds, worked = wall - self._wall, busy - self._busy
+        self._wall, self._busy = wall, busy
+        waited = seconds - worked > max(_WAITED_SHARE * seconds, _WAITED_SECONDS)
+        # On a GPU the thread waits in any case.
+        return _Run(seconds, disturbed=waited and self.device.type == "cpu")
+
+
+@final
+@dataclass(eq=False, slots=True)
+class _Samples:
+    """What the clock has shown of all stages of one look."""
+
+    plain: list[_Run] = field(default_factory=list)
+    """Runs without tape."""
+    taped: list[_Run] = field(default_factory=list)
+    """Runs with tape."""
+    back: list[_Run] = field(default_factory=list)
+    """Backwards."""
+    uses: int = 0
+    """How many stages of the chain have this look."""
+
+    def take(self, kind: Kind) -> None:
+        """Time a stage forward without tape, forward with tape, and backward."""
+        watch = _Watch(kind.x.leaves[0].device)
+        if self.uses > 1:
+            # Equal steps run one after the other, and find caches and memory as the last left them.
+            kind.begin()
+            kind.run()
+        kind.begin()
+        watch.start()
+        kind.run()
+        self.plain.append(watch.lap())
+        kind.begin()
+        watch.start()
+        tape, _ = kind.record(kind.x)
+        self.taped.append(watch.lap())
+        kind.go_back(tape)
+        self.back.append(watch.lap())
+
+    def seconds(self, part: slice = slice(None)) -> tuple[float, float]:
+        """Seconds of the forward and the backward, by some of the rounds.
+
+        Args:
+            part: Which rounds.
+        """
+        forward = _typical(self.plain[part])
+        # Every schedule runs each stage with tape once, so what that takes longer is a constant.
+        longer = max(0.0, _typical(self.taped[part]) - forward)
+        return forward, _typical(self.back[part]) + longer
+
+    def disagreement(self) -> float:
+        """Seconds by which every other round differs from the rest, for all uses."""
+        one, other = self.seconds(slice(0, None, 2)), self.seconds(slice(1, None, 2))
+        return self.uses * sum(abs(a - b) for a, b in zip(one, other, strict=True))
+
+    def tell(self, kind: Kind) -> None:
+        """Give a stage its seconds."""
+        kind.forward_seconds, backward = self.seconds()
+        # Where nothing comes back there is nothing to run, and what the clock shows is noise.
+        kind.backward_seconds = backward if any(kind.carries) else 0.0
+
+
+def _typical(runs: Sequence[_Run]) -> float:
+    """The lower quartile: what else the machine does only ever makes a run longer.
+
+    Of undisturbed runs, where there are some; a stage that waits by itself has none.
+    """
+    calm = [run.seconds for run in runs if not run.disturbed]
+    seconds = sorted(calm if len(calm) >= _FEWEST else [run.seconds for run in runs])
+    return seconds[len(seconds) // 4]
+
+
+def _is_enough(rounds: int, seconds: float) -> bool:
+    """Whether so many rounds in so many seconds will do if they agree."""
+    cheap = rounds < _CHEAP_ROUNDS and seconds <= _CHEAP_SECONDS
+    return rounds >= _MIN_ROUNDS and not cheap
+
+
+def _spread(samples: Iterable[_Samples]) -> float:
+    """How far two halves of the rounds are apart, relative to all seconds."""
+    found = list(samples)
+    total = sum(each.uses * sum(each.seconds()) for each in found)
+    return sum(each.disagreement() for each in found) / total if total else 0.0
+
+
+def time_stages(
+    kinds: Sequence[Kind],
+    loss: Callable[[], object],
+    device: torch.device,
+    done: Callable[[], None],
+) -> tuple[float, float]:
+    """Give every kind of stage its seconds.
+
+    All are run in turn, round after round, so that what disturbs one round disturbs all alike,
+    until two halves of the rounds agree. Stages that look alike, such as equal layers with weights
+    of their own, share what is measured of any of them: they differ in nothing but noise.
+
+    Args:
+        kinds: The distinct stages, weighed; each is given its seconds.
+        loss: Runs the loss and goes back through it.
+        device: Where they run.
+        done: Called after each stage in the rounds that are taken in any case.
+
+    Returns:
+        Seconds of the loss, and by how much two halves of the rounds still differ, as a share of
+        all seconds. Where that is much, people are warned.
+    """
+    looks = [_look(kind) for kind in kinds]
+    samples = {look: _Samples() for look in looks}
+    for kind, look in zip(kinds, looks, strict=True):
+        samples[look].uses += kind.count
+    of_loss: list[_Run] = []
+    watch, begun = _Watch(device), now(device)
+    for turn in range(_MAX_ROUNDS):
+        if _is_enough(turn, now(device) - begun) and (
+            now(device) - begun > _MOST_SECONDS or _spread(samples.values()) <= _AGREED
+        ):
+            break
+        for kind, look in zip(kinds, looks, strict=True):
+            samples[look].take(kind)
+            if turn < _MIN_ROUNDS:
+                done()
+        watch.start()
+        loss()
+        of_loss.append(watch.lap())
+    for kind, look in zip(kinds, looks, strict=True):
+        samples[look].tell(kind)
+    spread = _spread(samples.values())
+    if spread > _MOST_SPREAD:
+        warnings.warn(
+            f"the seconds of stages differ by {spread:.0%} between halves of {len(of_loss)} "
+            "rounds: something else keeps the machine busy. Bytes are exact; the overhead of "
+            "plans, and which of them is fastest, are to be trusted that far. Profile on a quiet "
+            "machine",
+            TimingWarning,
+            stacklevel=3,
+        )
+    return _typical(of_loss), spread
+
+
+def _look(kind: Kind) -> Hashable:
+    """Equal for stages that compute the same with other values; unequal wherever in doubt."""
+    parts = list(kind.call.module.modules())
+    places = {id(part): k for k, part in enumerate(parts)}
+    owned = (*kind.call.module.named_parameters(), *kind.call.module.named_buffers())
+    return (
+        type(kind.call),
+        _without_identities(kind.call.key, places),
+        tuple([(type(part), part.training, _attributes(part)) for part in parts]),
+        tuple([(name, layout([tensor]), tensor.requires_grad) for name, tensor in owned]),
+        (layout(kind.x.leaves), kind.x.describe(lambda _: "tensor"), kind.wanted, kind.carries),
+        tuple([None if g is None else layout([g]) for g in kind.gradients]),
+        (kind.alone, kind.own_leaves),
+        kind.ledger,
+    )
+
+
+def _without_identities(key: Hashable, places: Mapping[int, int]) -> Hashable:
+    """The key of a call with each module as its place among the stage's own."""
+    if isinstance(key, tuple):
+        return tuple([_without_identities(part, places) for part in key])
+    return ("module", places[key]) if isinstance(key, int) and key in places else key
+
+
+def _attributes(module: nn.Module) -> Hashable:
+    """What a module has besides what every module has: numbers and functions may tell its cost."""
+    mine = (item for item in vars(module).items() if item[0] not in _OF_EVERY_MODULE)
+    return tuple([(name, _comparable(value)) for name, value in mine])
+
+
+def _comparable(value: Any) -> Hashable:
+    if isinstance(value, (list, tuple)):
+        return tuple([_comparable(item) for item in value])
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""The schedule language: five operations, and what simulating them shows."""

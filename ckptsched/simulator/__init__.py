@@ -1,0 +1,1 @@
+"""The rules of schedules, and the bytes and seconds that a schedule takes on a workload."""

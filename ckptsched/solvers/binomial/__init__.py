@@ -1,0 +1,1 @@
+"""Closed forms for equal stages: revolve and its relatives."""

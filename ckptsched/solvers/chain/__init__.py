@@ -1,0 +1,1 @@
+"""`chain_dp`: dynamic programming over a chain of any stages."""

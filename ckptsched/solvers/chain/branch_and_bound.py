@@ -1,0 +1,317 @@
+"""Branch and bound on the chain recurrence, in exact bytes.
+
+A table in slots bounds every segment from below at every number of bytes. A segment with m bytes
+begins with a taping or a split, each of which is bounded by its own seconds and the bounds of its
+parts; parts are independent of each other once their bytes are known. So choices are tried in
+the order of their bounds, those that cannot be below the best so far are left out, and what was
+found of a segment with so many bytes is remembered. Where the search ends, nothing is rounded:
+its schedule is the optimum of the recurrence, and proven.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import numpy as np
+
+from ...base.jit import compiled
+from ...base.progress import report
+from .sizes import Slots
+from .table_kernel import END, LEAST, ZERO, Integers, Numbers, taped_need
+from .tables import LeastMemory, Table
+from .to_schedule import Outline
+from .traceback_kernel import BACKWARD, DROP, SWEEP, TAPE, TURN
+
+# Segments that are remembered, each with 56 bytes: 0.2 GB.
+_MEMORY = 2**22
+# Looks at choices between two chances for Ctrl-C: some hundredths of a second.
+_LOOKS_AT_ONCE = 4_000_000
+# The bound rises from the table's to the seconds of the schedule at hand in so many steps. A low
+# goal leaves out more, and what it proves helps with the next.
+_STEPS = 8
+# Sums of seconds in another order differ in their last digits.
+_DIGITS = 1e-12
+# State of a search: segments remembered, looks left, whether these ran out.
+_USED, _LEFT, _STOPPED = range(3)
+
+
+class _Model(NamedTuple):
+    """What the search looks up, and what it remembers by segment and bytes."""
+
+    exact: Slots
+    least: Integers
+    enough: Integers
+    values: Numbers
+    rows: Integers
+    slots: Slots
+    seconds: Numbers
+    extra: Numbers
+    top: int
+    shrink: float
+    slack: float
+    keys: Integers
+    bounds: Numbers
+    choices: Integers
+    state: Integers
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a search found out about one budget."""
+
+    outline: Outline | None
+    """The optimum of the recurrence, where it was found and is below what was at hand."""
+    bound_seconds: float
+    """No schedule of the recurrence is below, in seconds more than the fastest."""
+    is_proven: bool
+    """Whether the search came to its end."""
+
+
+def search(least: LeastMemory, table: Table, size: int, extra_seconds: float, looks: int) -> Found:
+    """Look for the optimum of the recurrence in exact bytes.
+
+    Args:
+        least: Least memory in bytes.
+        table: Bounds from below of the same chain, its sizes not rounded up.
+        size: Bytes of the whole chain, no fewer than its least.
+        extra_seconds: What the best schedule at hand takes longer than the fastest.
+        looks: How many choices may be looked at.
+
+    Returns:
+        The optimum, or how far the bound has come.
+    """
+    n, known = len(least.sizes), table.bound(size)
+    if known >= extra_seconds:
+        return Found(None, extra_seconds, True)
+    model = _model(least, table)
+    scale = 1 / table.unscaled(1.0)
+    low, high = known, extra_seconds
+    for step in range(1, _STEPS + 1):
+        goal = low + (high - low) * step / _STEPS if step < _STEPS else high
+        report(f"exact search of {n} stages", (step - 1) / _STEPS)
+        value, looks = _solve_in_parts(model, size, goal * scale, looks)
+        if looks <= 0:
+            return Found(None, known, False)
+        if value < math.inf:
+            events = np.empty((4 * n + 2, 3), dtype=np.int64)
+            count = follow(model, size, events)
+            found = table.unscaled(value)
+            return Found(Outline(events[:count], found), found * (1 - _DIGITS), True)
+        known = goal * (1 - _DIGITS)
+    return Found(None, known, True)
+
+
+def _solve_in_parts(model: _Model, size: int, goal: float, looks: int) -> tuple[float, int]:
+    """Solve the whole chain, with chances for Ctrl-C; what was found lets it go on quickly.
+
+    Returns:
+        Its seconds, as `solve` gives them, and the looks that are left: 0 where it did not end.
+    """
+    n = model.least.shape[1] - 2
+    while looks > 0 and model.state[_USED] < _most(model.keys):
+        granted = min(looks, _LOOKS_AT_ONCE)
+        model.state[_LEFT], model.state[_STOPPED] = granted, 0
+        value = solve(model, 1, n + 1, size, goal)
+        looks -= granted - max(int(model.state[_LEFT]), 0)
+        if not model.state[_STOPPED]:
+            return value, max(looks, 1)
+    return math.inf, 0
+
+
+def _model(least: LeastMemory, table: Table) -> _Model:
+    relative, absolute = table.error
+    return _Model(
+        exact=least.slots,
+        least=least.least,
+        enough=least.enough,
+        values=table.values,
+        rows=table.rows,
+        slots=table.slots,
+        seconds=table.seconds,
+        extra=table.extra,
+        top=table.top,
+        shrink=math.exp(-relative),
+        slack=absolute,
+        keys=np.zeros((_MEMORY, 3), dtype=np.int64),
+        bounds=np.zeros((_MEMORY, 2)),
+        choices=np.zeros((_MEMORY, 2), dtype=np.int64),
+        state=np.zeros(3, dtype=np.int64),
+    )
+
+
+@compiled
+def _bound(model: _Model, start: int, t: int, m: int) -> float:
+    """What E(start, t, m) is not below, by the table."""
+    slot = min((m + model.slots.up[start]) // model.slots.unit, model.top)
+    if slot < model.rows[start, t, LEAST]:
+        return np.inf
+    if slot >= model.rows[start, t, END]:
+        return 0.0
+    value = model.values[model.rows[start, t, ZERO] + slot] * model.shrink - model.slack
+    return float(max(value, 0.0))
+
+
+@compiled
+def _most(keys: Integers) -> int:
+    """How many segments may be remembered: beyond, looking one up takes long."""
+    return len(keys) * 7 // 10
+
+
+@compiled
+def _place(keys: Integers, start: int, t: int, m: int) -> int:
+    """Where a segment is remembered, or would be."""
+    mixed = np.uint64(start * 1_000_003 + t) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ np.uint64(m)) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(29)
+    at = int(np.int64(mixed & np.uint64(len(keys) - 1)))
+    while keys[at, 0] and (keys[at, 0] != start or keys[at, 1] != t or keys[at, 2] != m):
+        at = (at + 1) & (len(keys) - 1)
+    return at
+
+
+@compiled
+def solve(model: _Model, start: int, t: int, m: int, goal: float) -> float:
+    """The least extra seconds of a segment in m bytes where they are below a goal.
+
+    Returns:
+        Infinity where they are not, or where the looks ran out, which the state says.
+    """
+    if m < model.least[start, t] or goal <= 0.0:
+        return np.inf
+    if m >= model.enough[start, t]:
+        return 0.0
+    at = _place(model.keys, start, t, m)
+    bound = _bound(model, start, t, m)
+    if model.keys[at, 0]:
+        if model.bounds[at, 1]:
+            return model.bounds[at, 0] if model.bounds[at, 0] < goal else np.inf
+        bound = max(bound, model.bounds[at, 0])
+    if bound >= goal:
+        return np.inf
+    s = model.exact.stage[start]
+    model.state[_LEFT] -= t - s + 8
+    if model.state[_LEFT] < 0 or model.state[_USED] >= _most(model.keys):
+        model.state[_STOPPED] = 1
+        return np.inf
+    costs, choices = _choices(model, start, s, t, m, goal)
+    best, way, split = goal, -1, 0
+    for k in np.argsort(costs):
+        if costs[k] >= best:
+            break
+        i, j = choices[k, 0], choices[k, 1]
+        if j == 0:
+            cost = model.extra[i]
+            if s < t:
+                size = m - model.exact.tape[i]
+                cost += solve(model, model.exact.after[i], t, size, best - cost)
+        else:
+            cost = model.seconds[j - 1] - model.seconds[s - 1]
+            other = _bound(model, start, j - 1, m)
+            cost += solve(model, j, t, m - model.exact.takes[start, j], best - cost - other)
+            if cost < best:
+                cost += solve(model, start, j - 1, m, best - cost)
+        if model.state[_STOPPED]:
+            return np.inf
+        if cost < best:
+            best, way, split = cost, i, j
+    at = _place(model.keys, start, t, m)
+    if not model.keys[at, 0]:
+        model.keys[at, 0], model.keys[at, 1], model.keys[at, 2] = start, t, m
+        model.state[_USED] += 1
+    model.bounds[at, 0], model.bounds[at, 1] = best, way >= 0
+    model.choices[at, 0], model.choices[at, 1] = way, split
+    return best if way >= 0 else np.inf
+
+
+@compiled
+def _choices(
+    model: _Model, start: int, s: int, t: int, m: int, goal: float
+) -> tuple[Numbers, Integers]:
+    """How a segment may begin with less than the goal: bounds, and taping or split of each."""
+    exact, last = model.exact, model.least.shape[1] - 1
+    count, most = 0, exact.first[start + 1] - exact.first[start] + t - s
+    costs, choices = np.empty(most), np.empty((most, 2), np.int64)
+    for way in range(exact.first[start], exact.first[start + 1]):
+        if m < taped_need(exact, way, start, t, last):
+            continue
+        cost = model.extra[way]
+        if s < t:
+            rest, size = exact.after[way], m - exact.tape[way]
+            if size < model.least[rest, t]:
+                continue
+            cost += _bound(model, rest, t, size)
+        if cost < goal:
+            costs[count], choices[count, 0], choices[count, 1] = cost, way, 0
+            count += 1
+    more = exact.level[t] + exact.handed[start]
+    for j in range(s + 1, t + 1):
+        cost = model.seconds[j - 1] - model.seconds[s - 1]
+        if cost >= goal or exact.sweep[s, j] + more > m:
+            break  # both rise with j
+        size = m - exact.takes[start, j]
+        if size < model.least[j, t] or m < model.least[start, j - 1]:
+            continue
+        cost += _bound(model, j, t, size)
+        if cost < goal:
+            cost += _bound(model, start, j - 1, m)
+        if cost < goal:
+            costs[count], choices[count, 0], choices[count, 1] = cost, 0, j
+            count += 1
+    return costs[:count], choices[:count]
+
+
+@compiled
+def follow(model: _Model, size: int, events: Integers) -> int:
+    """Write out the choices that `solve` remembers, as `chain_walk.walk` does; their number."""
+    exact, n = model.exact, model.least.shape[1] - 2
+    todo = np.empty((3 * n + 6, 3), np.int64)
+    todo[0, 0], todo[0, 1] = -DROP, 0
+    todo[1, 0], todo[1, 1], todo[1, 2] = 1, n + 1, size
+    waiting, count = 2, 0
+    while waiting:
+        waiting -= 1
+        start, t, m = todo[waiting, 0], todo[waiting, 1], todo[waiting, 2]
+        if start < 0:
+            events[count, 0], events[count, 1], events[count, 2] = -start, t, 0
+        elif exact.stage[start] == n + 1:
+            events[count, 0], events[count, 1], events[count, 2] = TURN, 0, 0
+        else:
+            s = exact.stage[start]
+            way, j = _remembered(model, start, s, t, m)
+            if j:
+                events[count, 0], events[count, 1], events[count, 2] = SWEEP, s, j - 1
+                todo[waiting, 0], todo[waiting, 1], todo[waiting, 2] = start, j - 1, m
+                todo[waiting + 1, 0], todo[waiting + 1, 1] = -DROP, j - 1
+                todo[waiting + 2, 0], todo[waiting + 2, 1] = j, t
+                todo[waiting + 2, 2] = m - exact.takes[start, j]
+                waiting += 3
+            else:
+                events[count, 0], events[count, 1] = TAPE, s
+                events[count, 2] = exact.option[way]
+                todo[waiting, 0], todo[waiting, 1] = -BACKWARD, s
+                waiting += 1
+                if s < t:
+                    todo[waiting, 0], todo[waiting, 1] = exact.after[way], t
+                    todo[waiting, 2] = m - exact.tape[way]
+                    waiting += 1
+        count += 1
+    return count
+
+
+@compiled
+def _remembered(model: _Model, start: int, s: int, t: int, m: int) -> tuple[int, int]:
+    """The taping or split of a solved segment."""
+    exact = model.exact
+    if m < model.enough[start, t]:
+        at = _place(model.keys, start, t, m)
+        return model.choices[at, 0], model.choices[at, 1]
+    for way in range(exact.first[start], exact.first[start + 1]):
+        fits = m >= taped_need(exact, way, start, t, model.least.shape[1] - 1)
+        if model.extra[way] > 0 or not fits:
+            continue
+        if s == t or m - exact.tape[way] >= model.enough[exact.after[way], t]:
+            return way, 0
+    return -1, 0

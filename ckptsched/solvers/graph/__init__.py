@@ -1,0 +1,1 @@
+"""Integer programs and cuts for graphs."""

@@ -1,0 +1,1 @@
+"""`run_dp`: dynamic programming over chains of long runs of equal stages."""

@@ -1,0 +1,1 @@
+"""Tensors taken apart: pytrees, wrappers, devices."""

@@ -1,0 +1,326 @@
+"""Values made of several tensors: tuples, lists, dictionaries and dataclasses, at any depth.
+
+What stages pass on is taken apart into its tensors and a tree that holds everything else, and
+put together again for the next stage. torch has the same inside, but not for others to use.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import EllipsisType, MappingProxyType, NoneType
+from typing import Any, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from ..base.errors import ExecutionError
+from .wrapper_tensors import all_parts, dense_parts, rebuilt
+
+# What holds no tensor, and so may pass through as it is.
+_PLAIN = (
+    *(NoneType, bool, int, float, complex, str, bytes, range, slice, EllipsisType, enum.Enum, type),
+    *(torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    """Where a tensor was."""
+
+    index: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    """A container, without what it contained."""
+
+    kind: str
+    """Name of its type."""
+    keys: tuple[Any, ...]
+    """Names of its parts; none for a sequence."""
+    parts: tuple[_Node, ...]
+    build: Callable[[list[Any]], Any] = dataclasses.field(compare=False)
+    """Makes the container again from new parts."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Constant:
+    """What is no tensor and contains none."""
+
+    value: Any
+
+
+_Node: TypeAlias = _Leaf | _Branch | _Constant
+_LEAF = _Leaf(0)
+
+
+@final
+class State:
+    """A value between two stages: its tensors, and how they make up the value.
+
+    A tensor that occurs twice is one leaf, so that its gradient is one sum, as in one graph. A
+    plain class, as every run of a stage makes a few.
+    """
+
+    __slots__ = ("leaves", "tree")
+
+    def __init__(self, leaves: tuple[Tensor, ...], tree: _Node = _LEAF) -> None:
+        """Put together what `of` took apart.
+
+        Args:
+            leaves: The distinct tensors, in order.
+            tree: The value around them; equal for values of one structure.
+        """
+        self.leaves = leaves
+        self.tree = tree
+
+    @classmethod
+    def of(cls, value: Any, *, opaque: bool = False) -> State:
+        """Take a value apart.
+
+        Args:
+            value: A tensor, or tuples, lists, dictionaries and dataclasses of them.
+            opaque: Whether objects of other types may pass; tensors inside are not seen.
+
+        Raises:
+            ExecutionError: An object that may hold tensors where they cannot be seen.
+        """
+        if isinstance(value, Tensor):
+            return cls((value,))
+        leaves: dict[int, tuple[int, Tensor]] = {}
+        tree = _take_apart(value, leaves, opaque)
+        return cls(tuple(tensor for _, tensor in leaves.values()), tree)
+
+    def value(self) -> Any:
+        """The value itself."""
+        if self.tree is _LEAF:
+            return self.leaves[0]
+        return _put_together(self.tree, self.leaves)
+
+    def replaced(self, leaves: Iterable[Tensor]) -> State:
+        """The same structure with other tensors."""
+        return State(tuple(leaves), self.tree)
+
+    def detached(self) -> State:
+        """The same tensors without their graphs."""
+        if len(self.leaves) == 1:
+            return State((self.leaves[0].detach(),), self.tree)
+        return State(tuple([leaf.detach() for leaf in self.leaves]), self.tree)
+
+    def without_graph(self) -> State:
+        """The same tensors; without their graphs where they have any."""
+        for leaf in self.leaves:
+            if leaf.requires_grad:
+                return self.detached()
+        return self
+
+    def versions(self) -> tuple[int, ...]:
+        """How often each tensor has been changed in place."""
+        return tuple([leaf._version for leaf in self.leaves])
+
+    def constants(self) -> Iterator[Any]:
+        """What it holds besides tensors, in order."""
+        return _constants(self.tree)
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether the value is one tensor and nothing else."""
+        return self.tree == _LEAF
+
+    def describe(self, leaf: Callable[[Tensor], str]) -> str:
+        """The structure as text, such as "tuple(float32[2, 3], dict('mask': None))".
+
+        Args:
+            leaf: What to print of a tensor; one that occurs twice gets a number besides.
+        """
+        counts = [0] * len(self.leaves)
+        _count(self.tree, counts)
+        texts = [leaf(tensor) for tensor in self.leaves]
+        numbered = [f"#{k} {text}" if counts[k] > 1 else text for k, text in enumerate(texts)]
+        return _describe(self.tree, numbered)
+
+
+@final
+@dataclass(frozen=True)
+class Extras:
+    """What every stage is given besides the state: further arguments, such as a condition."""
+
+    args: tuple[Any, ...] = ()
+    """By position, after the state."""
+    kwargs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """By name."""
+
+    def apart(self) -> State:
+        """The arguments, taken apart; objects of any type may pass."""
+        return State.of((self.args, dict(self.kwargs)), opaque=True)
+
+    @classmethod
+    def of(cls, state: State) -> Extras:
+        """The arguments, put together again."""
+        args, kwargs = state.value()
+        return cls(args, kwargs)
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self.args or self.kwargs)
+
+
+NO_EXTRAS = Extras()
+
+
+def storages(leaves: Iterable[Tensor]) -> dict[int, list[Tensor]]:
+    """Tensors by the storage that they lie in, in order of first appearance.
+
+    Of tensors that wrap others these are those that lie in storages.
+    """
+    found: dict[int, list[Tensor]] = {}
+    for leaf in all_parts(leaves):
+        found.setdefault(leaf.untyped_storage()._cdata, []).append(leaf)
+    return found
+
+
+def copied(state: State, fixed: Container[int] = ()) -> State:
+    """A copy with storages of its own, and the same layout, gaps included.
+
+    Args:
+        state: What to copy.
+        fixed: Storages, by identity, that are not copied.
+    """
+    fresh: dict[int, Tensor] = {}
+    return state.replaced(
+        rebuilt(leaf, iter([_copy_of(part, fixed, fresh) for part in dense_parts(leaf)]))
+        for leaf in state.leaves
+    )
+
+
+def _copy_of(tensor: Tensor, fixed: Container[int], fresh: dict[int, Tensor]) -> Tensor:
+    """A copy of a dense tensor in a copy of its storage, each made once."""
+    storage = tensor.untyped_storage()
+    if storage._cdata in fixed:
+        return tensor.detach()
+    if storage._cdata not in fresh:
+        whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        fresh[storage._cdata] = whole.clone()
+    made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    home = fresh[storage._cdata].untyped_storage()
+    made = made.set_(home, tensor.storage_offset(), tensor.shape, tensor.stride())
+    made = made.conj() if tensor.is_conj() else made
+    negated = getattr(made, "_neg_view", None) if tensor.is_neg() else None
+    return made if negated is None else negated()
+
+
+def can_carry(tensor: Tensor) -> bool:
+    """Whether a tensor of this dtype can have a gradient."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _take_apart(value: Any, leaves: dict[int, tuple[int, Tensor]], opaque: bool) -> _Node:
+    if isinstance(value, Tensor):
+        return _Leaf(leaves.setdefault(id(value), (len(leaves), value))[0])
+    if isinstance(value, _PLAIN):
+        return _Constant(value)
+    found = _container(value)
+    if found is None:
+        if opaque:
+            return _Constant(value)
+        raise ExecutionError(
+            f"a {type(value).__name__} where a state was expected: ckptsched looks for tensors in "
+            "tuples, lists, dicts, named tuples and dataclasses, and cannot see what else this may "
+            "hold; let stages pass on tensors and such containers of them, numbers and text"
+        )
+    keys, items, build = found
+    parts = tuple(_take_apart(item, leaves, opaque) for item in items)
+    return _Branch(type(value).__qualname__, keys, parts, build)
+
+
+_Container: TypeAlias = tuple[tuple[Any, ...], Sequence[Any], Callable[[list[Any]], Any]]
+
+
+def _container(value: Any) -> _Container | None:
+    """Keys, items and how to build it again; None for what is no container."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return (), value, kind
+    if isinstance(value, tuple) and hasattr(kind, "_fields"):
+        return kind._fields, value, lambda parts: kind(*parts)
+    if isinstance(value, tuple) and hasattr(kind, "n_sequence_fields"):
+        return (), value, kind  # what torch.max and the like return
+    if isinstance(value, dict):
+        keys = tuple(value)
+        if kind is dict:
+            return keys, list(value.values()), lambda parts: dict(zip(keys, parts, strict=True))
+        return keys, list(value.values()), _builder(value, keys, _set_item)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = dict.fromkeys(field.name for field in dataclasses.fields(value))
+        names |= dict.fromkeys(getattr(value, "__dict__", ()))
+        present = tuple(name for name in names if hasattr(value, name))
+        return (
+            present,
+            [getattr(value, name) for name in present],
+            _builder(value, present, object.__setattr__),
+        )
+    return None
+
+
+def _set_item(container: Any, key: Any, part: Any) -> None:
+    container[key] = part
+
+
+def _builder(
+    value: Any, keys: tuple[Any, ...], put: Callable[[Any, Any, Any], None]
+) -> Callable[[list[Any]], Any]:
+    """Build by filling a copy, so that nothing runs that the type does when it is made."""
+    empty = copy.copy(value)
+    for key in keys:
+        put(empty, key, None)  # the tree must keep no tensor alive
+
+    def build(parts: list[Any]) -> Any:
+        made = copy.copy(empty)
+        for key, part in zip(keys, parts, strict=True):
+            put(made, key, part)
+        return made
+
+    return build
+
+
+def _put_together(node: _Node, leaves: Sequence[Tensor]) -> Any:
+    if isinstance(node, _Leaf):
+        return leaves[node.index]
+    if isinstance(node, _Constant):
+        return node.value
+    return node.build([_put_together(part, leaves) for part in node.parts])
+
+
+def _constants(node: _Node) -> Iterator[Any]:
+    if isinstance(node, _Constant):
+        yield node.value
+    elif isinstance(node, _Branch):
+        for part in node.parts:
+            yield from _constants(part)
+
+
+def _count(node: _Node, counts: list[int]) -> None:
+    if isinstance(node, _Leaf):
+        counts[node.index] += 1
+    elif isinstance(node, _Branch):
+        for part in node.parts:
+            _count(part, counts)
+
+
+def _describe(node: _Node, leaves: Sequence[str]) -> str:
+    if isinstance(node, _Leaf):
+        return leaves[node.index]
+    if isinstance(node, _Constant):
+        plain = isinstance(node.value, _PLAIN)
+        return repr(node.value) if plain else f"<{type(node.value).__qualname__}>"
+    parts = [_describe(part, leaves) for part in node.parts]
+    if node.keys:
+        parts = [f"{key!r}: {part}" for key, part in zip(node.keys, parts, strict=True)]
+    return f"{node.kind}({', '.join(parts)})"

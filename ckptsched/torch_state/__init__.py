@@ -1,0 +1,1 @@
+"""What surrounds a call of the model: settings, modes, hooks, autocast, random state, locks."""

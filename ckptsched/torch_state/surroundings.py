@@ -1,0 +1,234 @@
+"""What a forward pass runs among, and what is run again in its backward must find again.
+
+Autocast, torch's settings of the process, the modes that see every call of torch or every
+operation, hooks on what autograd saves, and context variables, in which libraries keep flags of
+their own. torch takes some of it off in a backward, such as the default device, and callers end
+others with the forward pass.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _python_dispatch as dispatch
+
+from .replay_context import Autocast
+from .saved_hooks import Hooks, describe_hooks, hooks_now, only_hooks
+from .settings import described, read, settings_of, written
+
+_MISSING = object()
+
+# Modes and hooks that are at home here are not entered again once they are off: the first only
+# counts, and the second plans a recomputation of its own.
+_PASSING = ("torch.utils.flop_counter", "torch.utils.checkpoint")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Ambient:
+    """What surrounds the code that takes it."""
+
+    device: torch.device
+    autocast: Autocast
+    settings: tuple[Any, ...]
+    """Values of `settings_of(device)`."""
+    functions: tuple[Any, ...]
+    """Modes that see every call of torch's functions, the outermost first; with the default
+    device, which is one of them."""
+    operations: tuple[Any, ...]
+    """Modes that see every operation, the outermost first."""
+    overrides: Any
+    """Whether tensor subclasses see calls of torch's functions; None where torch does not say."""
+    hooks: Hooks | None
+    """Hooks on what autograd saves."""
+    variables: contextvars.Context
+
+    @classmethod
+    def take(cls, device: torch.device) -> Ambient:
+        """Note everything.
+
+        Args:
+            device: Where stages run.
+        """
+        return cls(
+            device,
+            Autocast.take(device),
+            read(settings_of(device)),
+            _function_modes(),
+            _operation_modes(),
+            _overrides(),
+            hooks_now(),
+            contextvars.copy_context(),
+        )
+
+    def described(self) -> tuple[str, ...]:
+        """The settings in words, as a signature keeps them."""
+        return described(settings_of(self.device), self.settings)
+
+    def key(self) -> tuple[Hashable, ...]:
+        """What kernels and bytes depend on, to find again what was measured among the same."""
+        modes = tuple([type(m) for m in (*self.functions, *self.operations) if not _passes(m)])
+        return str(self.autocast), self.described(), describe_hooks(self.hooks), modes
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same to what runs among them."""
+        return (
+            isinstance(other, Ambient)
+            and self.settings == other.settings
+            and self.autocast == other.autocast
+            and _same(self.functions, other.functions)
+            and _same(self.operations, other.operations)
+            and self.overrides == other.overrides
+            and self.hooks == other.hooks
+            and not self._variables_unlike(other)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def found_from(self, outer: Ambient) -> Ambient:
+        """This, as it is to be found again by who goes back.
+
+        Args:
+            outer: What surrounds the backward.
+        """
+        operations = [m for m in self.operations if m in outer.operations or not _passes(m)]
+        hooks = self.hooks
+        if hooks is not None and _passes(hooks[0]):
+            hooks = outer.hooks
+        return replace(self, operations=tuple(operations), hooks=hooks)
+
+    def again(self, now: Ambient) -> AbstractContextManager[None]:
+        """Run among this, where something else is around.
+
+        Autocast runs without its cache, whatever is around: see `Autocast.again`.
+
+        Args:
+            now: What is around; this object itself where nothing differs.
+        """
+        return self.autocast.again() if now is self else self._entered(now)
+
+    @contextmanager
+    def _entered(self, now: Ambient) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.settings != now.settings:
+                stack.enter_context(written(settings_of(self.device), self.settings))
+            if self.hooks != now.hooks:
+                stack.enter_context(only_hooks(self.hooks))
+            for variable, value in self._variables_unlike(now):
+                stack.callback(variable.reset, variable.set(value))
+            stack.enter_context(self.autocast.again())
+            if not _same(self.operations, now.operations):
+                stack.enter_context(_in_force(_OPERATIONS, self.operations))
+            if not _same(self.functions, now.functions):
+                stack.enter_context(_in_force(_FUNCTIONS, self.functions))
+            if self.overrides != now.overrides:
+                stack.enter_context(_overriding(self.overrides))
+            yield
+
+    def _variables_unlike(self, other: Ambient) -> list[tuple[contextvars.ContextVar[Any], Any]]:
+        """Variables that have another value there, with their values here.
+
+        One that is set there alone has its default here. None can be given back its having none.
+        """
+        mine, others = self.variables, other.variables
+        if not mine and not others:
+            return []
+        unlike = [(v, x) for v, x in mine.items() if others.get(v, _MISSING) is not x]
+        for variable in others:
+            if variable not in mine:
+                with suppress(LookupError):
+                    unlike.append((variable, contextvars.Context().run(variable.get)))
+        return unlike
+
+
+def _same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
+
+
+def _passes(thing: Any) -> bool:
+    """Whether a mode or a hook is not to be entered again once it is off."""
+    home = getattr(thing, "__module__", None) or type(thing).__module__
+    return home in _PASSING
+
+
+# -- modes: torch keeps a stack of them, which a guarded look into its private parts shows
+
+
+def _stack_of(look: str, home: Any) -> Callable[[], list[Any]]:
+    found: Callable[[], list[Any]] = getattr(home, look, list)
+    return found
+
+
+_functions_now = _stack_of("_get_current_function_mode_stack", torch.overrides)
+_operations_now = _stack_of("_get_current_dispatch_mode_stack", dispatch)
+
+
+def _function_modes() -> tuple[Any, ...]:
+    return tuple(_functions_now())
+
+
+def _operation_modes() -> tuple[Any, ...]:
+    return tuple(_operations_now())
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A kind of modes: what is in force, and the class whose `with` puts one in force.
+
+    That class's own: what a mode does besides when its user enters it, such as to set a counter
+    to zero, is not done again.
+    """
+
+    now: Callable[[], tuple[Any, ...]]
+    base: Any
+
+
+_FUNCTIONS = _Kind(_function_modes, TorchFunctionMode)
+_OPERATIONS = _Kind(_operation_modes, dispatch.TorchDispatchMode)
+
+
+@contextmanager
+def _in_force(kind: _Kind, modes: tuple[Any, ...]) -> Iterator[None]:
+    """Have these modes in force and no others, and those that are now at the end."""
+    before = kind.now()
+    common = 0
+    while common < min(len(before), len(modes)) and before[common] is modes[common]:
+        common += 1
+    _exchange(kind, before[common:], modes[common:])
+    try:
+        yield
+    finally:
+        _exchange(kind, modes[common:], before[common:])
+
+
+def _exchange(kind: _Kind, off: tuple[Any, ...], on: tuple[Any, ...]) -> None:
+    for mode in reversed(off):
+        kind.base.__exit__(mode, None, None, None)
+    for mode in on:
+        kind.base.__enter__(mode)
+
+
+def _overrides() -> Any:
+    look = getattr(torch._C, "_get_torch_function_state", None)
+    return None if look is None else look()
+
+
+@contextmanager
+def _overriding(state: Any) -> Iterator[None]:
+    write: Any = getattr(torch._C, "_set_torch_function_state", None)
+    before = _overrides()
+    if write is None or state is None:
+        yield
+        return
+    write(state)
+    try:
+        yield
+    finally:
+        write(before)

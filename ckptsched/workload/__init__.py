@@ -1,0 +1,1 @@
+"""What is planned: stages with their figures, chains and graphs of them."""

@@ -1,0 +1,478 @@
+"""What is planned where stages do not stand in a row: a directed acyclic graph, and its JSON.
+
+A node is a stage that reads one or more states and makes one. The rules of schedules are those
+of the chain, with "the state before" read as "every state that the node reads"
+(`docs/graphs.md`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, final
+from urllib.parse import quote, unquote
+
+import networkx as nx
+
+from ..base.errors import InvalidScheduleError, WorkloadError
+from ..base.json_files import fault_of_seal, read_json, sealed, write_atomically
+from ..schedule.language import Operation, Schedule, format_operation, parse_operation
+from .chain import WRITES_ONE, Chain, ChainArrays
+from .stage import Block, Stage, check_size, check_stage, check_time
+
+INPUT = "input"
+"""What the input is called where nothing else is said."""
+
+_FIGURES = (
+    "input_bytes",
+    "input_gradient_bytes",
+    "loss_seconds",
+    "loss_overhead_bytes",
+    "held_bytes",
+    "name",
+)
+# Key in JSON and attribute of Stage, as in the chain's file.
+_KEYS = {
+    "u_f": "forward_seconds",
+    "u_b": "backward_seconds",
+    "w_a": "state_bytes",
+    "w_t": "tape_bytes",
+    "w_g": "gradient_bytes",
+    "o_f": "forward_overhead_bytes",
+    "o_b": "backward_overhead_bytes",
+    "w_p": "parameter_gradient_bytes",
+}
+_NUMBERED = re.compile(r"(-?[FTBxtg])([0-9]+)(.*)")
+_NAMED = re.compile(r"(-?[FTBxtg]):([^:@>]+)(.*)")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """Stages that read each other's states, an input and a loss.
+
+    Nodes are counted from 1 to n in topological order; 0 is the input. One input stands for all
+    that a batch holds; the loss sees the state of node n, which alone is read by no other.
+    Nodes are called by the names of their stages.
+    """
+
+    stages: tuple[Stage, ...]
+    """The n nodes; their names are distinct."""
+    reads: tuple[tuple[int, ...], ...]
+    """The numbers of the states that each node reads, ascending, each below the node's own."""
+    input_name: str = INPUT
+    """What the input is called."""
+    input_bytes: int = 0
+    """Bytes of the input (w_a[0]); 0 where the caller holds it and it is reserved."""
+    input_gradient_bytes: int = 0
+    """Bytes of the gradient with respect to the input (w_g[0])."""
+    loss_seconds: float = 0.0
+    """Seconds of the loss (u_loss)."""
+    loss_overhead_bytes: int = 0
+    """Extra bytes while the loss runs (o_loss)."""
+    held_bytes: int = 0
+    """Bytes that the caller holds from the output to the end of the step (w_held)."""
+    name: str = ""
+    """Name for people."""
+
+    has_ledger: ClassVar[bool] = False
+    """Graphs know the planning model's figures only."""
+    blocks: ClassVar[tuple[Block, ...]] = ()
+    """Graphs have no blocks."""
+    signature: ClassVar[None] = None
+    """No model is run by a graph's plan."""
+    offers_tapes: ClassVar[bool] = False
+    """Every node has one tape."""
+    is_uniform: ClassVar[bool] = False
+    """Closed forms for equal stages are for chains."""
+
+    def __post_init__(self) -> None:
+        """Check names, edges, sizes and times.
+
+        Raises:
+            WorkloadError: With the node and the value that is out of range.
+        """
+        if not self.stages:
+            raise WorkloadError("a graph needs at least one node besides its input, found none")
+        for figure in _FIGURES:
+            if figure.endswith("_bytes"):
+                check_size(f"the graph's {figure}", getattr(self, figure))
+        check_time("the loss", self.loss_seconds)
+        _check_names((self.input_name, *(stage.name for stage in self.stages)))
+        for stage in self.stages:
+            check_stage(f"node {stage.name!r}", stage)
+            if stage.ledger is not None:
+                raise WorkloadError(f"node {stage.name!r} has a ledger: graphs have none")
+            if stage.other_tapes:
+                raise WorkloadError(
+                    f"node {stage.name!r} offers {len(stage.tapes)} tapes: in a graph each node "
+                    "has one"
+                )
+        _check_reads(self)
+
+    def __len__(self) -> int:
+        """The number of nodes n, the input not counted."""
+        return len(self.stages)
+
+    @functools.cached_property
+    def readers(self) -> tuple[tuple[int, ...], ...]:
+        """The nodes that read each state, ascending; index 0 is the input."""
+        found: list[list[int]] = [[] for _ in range(len(self) + 1)]
+        for i, sources in enumerate(self.reads, 1):
+            for source in sources:
+                found[source].append(i)
+        return tuple(map(tuple, found))
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """What nodes are called; index 0 is the input."""
+        return (self.input_name, *(stage.name for stage in self.stages))
+
+    @functools.cached_property
+    def numbers(self) -> Mapping[str, int]:
+        """The number of each name."""
+        return {name: i for i, name in enumerate(self.names)}
+
+    @functools.cached_property
+    def arrays(self) -> ChainArrays:
+        """The planning model in columns; index i is node i, index 0 the input."""
+        return self._in_a_row.arrays
+
+    @functools.cached_property
+    def store_all_seconds(self) -> float:
+        """Seconds of the step when nothing is run twice."""
+        return self._in_a_row.store_all_seconds
+
+    @functools.cached_property
+    def is_path(self) -> bool:
+        """Whether every node reads the one before it and no other."""
+        return all(sources == (i,) for i, sources in enumerate(self.reads))
+
+    @functools.cached_property
+    def _in_a_row(self) -> Chain:
+        """The same figures as a chain; what sums them up does not ask who reads what."""
+        figures: dict[str, Any] = {figure: getattr(self, figure) for figure in _FIGURES}
+        return Chain(stages=self.stages, **figures)
+
+    def stage_name(self, i: int) -> str:
+        """Name of node i for people."""
+        return self.names[i]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that planning depends on."""
+        data = self.to_json()
+        del data["name"]
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    # ---- chains and networkx ------------------------------------------------------------
+
+    @classmethod
+    def from_chain(cls, chain: Chain) -> Graph:
+        """A chain as a path.
+
+        Args:
+            chain: Any chain. Exact bytes, blocks and the signature are left behind: the graph
+                has the planning model's figures, which bound the exact bytes.
+
+        Returns:
+            A graph on which every schedule has the same trace as on the chain, in the
+            planning model.
+
+        Raises:
+            WorkloadError: A stage offers several tapes.
+        """
+        names = [chain.stage_name(i) for i in range(1, len(chain) + 1)]
+        if len(set(names)) < len(names):
+            names = [f"{name}#{i}" for i, name in enumerate(names, 1)]
+        entry = INPUT
+        while entry in names:
+            entry += "_"
+        stages = zip(chain.stages, names, strict=True)
+        figures: dict[str, Any] = {figure: getattr(chain, figure) for figure in _FIGURES}
+        return cls(
+            stages=tuple(replace(stage, name=name, ledger=None) for stage, name in stages),
+            reads=tuple((i,) for i in range(len(chain))),
+            input_name=entry,
+            **figures,
+        )
+
+    def to_chain(self) -> Chain:
+        """The path as a chain.
+
+        Raises:
+            WorkloadError: A node reads something else than the node before it.
+        """
+        for i, sources in enumerate(self.reads, 1):
+            if sources != (i - 1,):
+                read = ", ".join(repr(self.names[source]) for source in sources)
+                raise WorkloadError(
+                    f"only a path is a chain: node {self.names[i]!r} reads {read}, not "
+                    f"{self.names[i - 1]!r} alone"
+                )
+        return self._in_a_row
+
+    @classmethod
+    def from_networkx(cls, graph: nx.DiGraph[str]) -> Graph:
+        """Take a graph of networkx; an edge leads from what is read to its reader.
+
+        Args:
+            graph: A node is a name with the attribute `stage`, a `Stage`; its name there does
+                not count. One node has none: the input. Figures of the whole are attributes of
+                the graph, such as `nx.DiGraph(loss_seconds=0.1, input_bytes=4096)`. Nodes are
+                numbered in the order in which they were added as far as edges allow.
+
+        Raises:
+            WorkloadError: A cycle, several inputs or sinks, nodes that read nothing, attributes
+                that are missing or unknown, impossible values.
+        """
+        if not isinstance(graph, nx.DiGraph) or graph.is_multigraph():
+            raise WorkloadError(f"a networkx.DiGraph is needed, found {type(graph).__name__}")
+        unknown = sorted(set(graph.graph) - set(_FIGURES), key=str)
+        if unknown:
+            raise WorkloadError(
+                f"the graph has the attribute {unknown[0]!r}; those that count are "
+                + ", ".join(_FIGURES)
+            )
+        return cls(**_structure(graph), **graph.graph)
+
+    def to_networkx(self) -> nx.DiGraph[str]:
+        """A graph of networkx that `from_networkx` reads back."""
+        figures: dict[str, Any] = {figure: getattr(self, figure) for figure in _FIGURES}
+        graph: nx.DiGraph[str] = nx.DiGraph(**figures)
+        graph.add_node(self.input_name)
+        for stage, sources in zip(self.stages, self.reads, strict=True):
+            graph.add_node(stage.name, stage=stage)
+            graph.add_edges_from((self.names[source], stage.name) for source in sources)
+        return graph
+
+    # ---- schedules by name --------------------------------------------------------------
+
+    def operation_text(self, operation: Operation) -> str:
+        """One word, such as F:conv1, T:conv1 (with tape), turn, B:conv1, -x:conv1."""
+        word = format_operation(operation)
+        match = _NUMBERED.fullmatch(word)
+        if match is None or int(match[2]) > len(self):
+            return word
+        return f"{match[1]}:{_quoted(self.names[int(match[2])])}{match[3]}"
+
+    def schedule_text(self, schedule: Schedule) -> str:
+        """The schedule as words with names, that `parse_schedule` reads back."""
+        return " ".join(map(self.operation_text, schedule))
+
+    def parse_schedule(self, text: str) -> Schedule:
+        """Read what `schedule_text` wrote.
+
+        Raises:
+            InvalidScheduleError: A word that is no operation, or names no node.
+        """
+        return Schedule.of(self._parse(word, i) for i, word in enumerate(text.split()))
+
+    def _parse(self, word: str, position: int) -> Operation:
+        match = _NAMED.fullmatch(word)
+        if match is None:
+            if word != "turn":
+                raise InvalidScheduleError(position, repr(word[:80]), "this is no operation")
+            return parse_operation(word)
+        number = self.numbers.get(unquote(match[2]))
+        if number is None:
+            reason = f"no node is called {unquote(match[2])!r}"
+            raise InvalidScheduleError(position, repr(word[:80]), reason)
+        return parse_operation(f"{match[1]}{number}{match[3]}", position)
+
+    # ---- JSON ---------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """The graph as JSON data, in bytes and seconds."""
+        nodes = []
+        for stage, sources in zip(self.stages, self.reads, strict=True):
+            # One type a column, so that what is read back has the same fingerprint.
+            figures = {
+                key: (float if key.startswith("u") else int)(getattr(stage, attribute))
+                for key, attribute in _KEYS.items()
+            }
+            reads = [self.names[source] for source in sources]
+            nodes.append({"name": stage.name, "reads": reads, **figures})
+        entry = {
+            "name": self.input_name,
+            "w_a": self.input_bytes,
+            "w_g": self.input_gradient_bytes,
+        }
+        return {
+            "name": self.name,
+            "size_unit": "bytes",
+            "time_unit": "s",
+            "input": entry,
+            "nodes": nodes,
+            "u_loss": float(self.loss_seconds),
+            "o_loss": self.loss_overhead_bytes,
+            "w_held": self.held_bytes,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Graph:
+        """Read `to_json`'s data.
+
+        Raises:
+            WorkloadError: Missing keys, impossible values, a node that reads a later one.
+        """
+        try:
+            return _from_json(data)
+        except WorkloadError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise WorkloadError(
+                f"this is not a graph ({type(error).__name__}: {error}); it needs an input, and "
+                f"nodes with name, reads, {', '.join(_KEYS)}"
+            ) from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the graph to a JSON file, with a checksum; it appears whole or not at all."""
+        write_atomically(path, json.dumps(sealed(self.to_json())) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Graph:
+        """Read a graph from a JSON file.
+
+        Raises:
+            WorkloadError: The file is missing, is not JSON, holds no graph, or was changed after
+                it was saved.
+        """
+        return cls.from_saved(read_json(path, WorkloadError, WRITES_ONE), repr(str(path)))
+
+    @classmethod
+    def from_saved(cls, data: Any, source: str) -> Graph:
+        """Read a graph from the data of a file, and check that it was not changed.
+
+        Args:
+            data: The data; without a checksum they are somebody's own figures.
+            source: Where they are from, for messages.
+
+        Raises:
+            WorkloadError: They are no graph, or were changed after they were saved.
+        """
+        if not isinstance(data, dict):
+            raise WorkloadError(f"{source} holds {type(data).__name__}, not a graph")
+        if "checksum" in data and (fault := fault_of_seal(data)):
+            raise WorkloadError(f"{source} was changed after it was saved: {fault}; restore it")
+        try:
+            return cls.from_json(data)
+        except WorkloadError as error:
+            raise WorkloadError(f"{source}: {error}") from error
+
+
+def _quoted(name: str) -> str:
+    """A name without blanks and without the signs of the schedule language."""
+    return "".join(quote(c, safe="") if c.isspace() or c in "%:@>" else c for c in name)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    seen: set[str] = set()
+    for i, name in enumerate(names):
+        if not isinstance(name, str) or not name:
+            raise WorkloadError(f"node {i} needs a name, found {name!r}")
+        if name in seen:
+            raise WorkloadError(f"two nodes are called {name!r}; the input counts as one")
+        seen.add(name)
+
+
+def _check_reads(graph: Graph) -> None:
+    n, names = len(graph), graph.names
+    if len(graph.reads) != n:
+        raise WorkloadError(f"{n} nodes need as many tuples of reads, found {len(graph.reads)}")
+    for i, sources in enumerate(graph.reads, 1):
+        if not sources:
+            raise WorkloadError(
+                f"node {names[i]!r} reads nothing: let it read {graph.input_name!r}, the input"
+            )
+        whole = all(isinstance(u, int) and not isinstance(u, bool) for u in sources)
+        if (
+            not whole
+            or list(sources) != sorted(set(sources))
+            or not 0 <= sources[0] <= sources[-1] < i
+        ):
+            raise WorkloadError(
+                f"node {names[i]!r} must read nodes before it, each once and ascending, from 0 "
+                f"to {i - 1}; found {sources}"
+            )
+    sinks = [names[i] for i in range(1, n + 1) if not graph.readers[i]]
+    if len(sinks) > 1:
+        raise WorkloadError(
+            f"the loss sees one state, but {len(sinks)} nodes are read by no other: "
+            f"{', '.join(map(repr, sinks))}; join them in a node"
+        )
+
+
+def _structure(graph: nx.DiGraph[str]) -> dict[str, Any]:
+    """Stages, reads and the input's name, in topological order."""
+    try:
+        cycle = [str(edge[0]) for edge in nx.find_cycle(graph)]
+    except nx.NetworkXNoCycle:
+        pass
+    else:
+        raise WorkloadError(f"the graph has a cycle: {' -> '.join([*cycle, cycle[0]])}")
+    bare = [node for node in graph if "stage" not in graph.nodes[node]]
+    if len(bare) != 1:
+        found = ", ".join(map(repr, bare)) if bare else "none"
+        raise WorkloadError(
+            f"one node must have no attribute 'stage', the input; without one: {found}"
+        )
+    (entry,) = bare
+    if graph.in_degree(entry):
+        before = next(iter(graph.predecessors(entry)))
+        raise WorkloadError(f"{entry!r} reads {before!r}, and has no attribute 'stage'")
+    place = {node: i for i, node in enumerate(graph)}
+    order = list(nx.lexicographical_topological_sort(graph, key=place.__getitem__))
+    order.remove(entry)
+    number = {node: i for i, node in enumerate([entry, *order])}
+    return {
+        "stages": tuple(_named(graph.nodes[node]["stage"], node) for node in order),
+        "reads": tuple(tuple(sorted(number[u] for u in graph.predecessors(v))) for v in order),
+        "input_name": entry,
+    }
+
+
+def _named(stage: object, name: str) -> Stage:
+    if not isinstance(stage, Stage):
+        raise WorkloadError(f"attribute 'stage' of node {name!r} must be a Stage, found {stage!r}")
+    return replace(stage, name=name, ledger=None)
+
+
+def _from_json(data: Mapping[str, Any]) -> Graph:
+    for key, unit in (("size_unit", "bytes"), ("time_unit", "s")):
+        if data.get(key, unit) != unit:
+            raise WorkloadError(f"{key} of a graph is {unit!r}, found {data[key]!r}")
+    entry, nodes = data["input"], data["nodes"]
+    number = {entry["name"]: 0}
+    stages, reads = [], []
+    for i, node in enumerate(nodes, 1):
+        figures: dict[str, Any] = {attribute: node[key] for key, attribute in _KEYS.items()}
+        stages.append(Stage(name=node["name"], **figures))
+        reads.append(tuple(sorted(_number_of(number, node))))
+        number[node["name"]] = i
+    return Graph(
+        stages=tuple(stages),
+        reads=tuple(reads),
+        input_name=entry["name"],
+        input_bytes=entry["w_a"],
+        input_gradient_bytes=entry["w_g"],
+        loss_seconds=data.get("u_loss", 0.0),
+        loss_overhead_bytes=data.get("o_loss", 0),
+        held_bytes=data.get("w_held", 0),
+        name=data.get("name", ""),
+    )
+
+
+def _number_of(number: Mapping[str, int], node: Mapping[str, Any]) -> Iterable[int]:
+    for read in node["reads"]:
+        if read not in number:
+            raise WorkloadError(
+                f"node {node['name']!r} reads {read!r}, which is no input and no node before it"
+            )
+        yield number[read]

@@ -1,0 +1,214 @@
+"""How a chain grows: with the batch, with the number of steps, and along a line of two chains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, final
+
+from ..base.errors import WorkloadError
+from .chain import Chain
+from .stage import Block, Stage, StageLedger, TapeOption
+
+_FEWEST_STEPS = 3  # a first, a last, and one between that is copied
+_SIZES = (
+    "state_bytes",
+    "tape_bytes",
+    "gradient_bytes",
+    "forward_overhead_bytes",
+    "backward_overhead_bytes",
+)
+_TAPE_SIZES = ("tape_bytes", "forward_overhead_bytes", "backward_overhead_bytes")
+_LEDGER_SIZES = ("state_bytes", "tape_bytes", "forward_peak_bytes", "taped_peak_bytes")
+_SECONDS = ("forward_seconds", "backward_seconds")
+_CHAIN_SIZES = ("input_bytes", "input_gradient_bytes", "loss_overhead_bytes", "held_bytes")
+
+
+def batch_of(chain: Chain) -> int:
+    """The batch that a chain was profiled with: the first length of its input; 1 if unknown."""
+    shape = chain.signature.input_shape if chain.signature is not None else ()
+    return max(shape[0], 1) if shape else 1
+
+
+def with_batch(chain: Chain, batch: int) -> Chain:
+    """An estimate of the chain for another batch.
+
+    States, tapes, gradients of states, overheads and seconds are scaled with the batch and
+    rounded up; parameter gradients stay. What an operation takes whatever the batch is scaled
+    as well, so that larger batches are charged too much rather than too little.
+
+    Args:
+        chain: The chain, profiled with a batch of `batch_of(chain)`.
+        batch: The other batch, at least 1.
+
+    Returns:
+        A chain for planning, without exact bytes or signature: profile the model with the
+        batch to run a plan.
+    """
+    factor = Fraction(batch, batch_of(chain))
+
+    def size(value: int) -> int:
+        return math.ceil(value * factor)
+
+    scaled: dict[int, Stage] = {}
+    for stage in chain.stages:
+        if id(stage) not in scaled:
+            figures: dict[str, Any] = {name: size(getattr(stage, name)) for name in _SIZES}
+            figures |= {name: getattr(stage, name) * float(factor) for name in _SECONDS}
+            tapes = tuple(_scaled(tape, size, float(factor)) for tape in stage.other_tapes)
+            scaled[id(stage)] = replace(stage, ledger=None, other_tapes=tapes, **figures)
+    sizes: dict[str, Any] = {name: size(getattr(chain, name)) for name in _CHAIN_SIZES}
+    return replace(
+        chain,
+        stages=tuple(scaled[id(stage)] for stage in chain.stages),
+        loss_seconds=chain.loss_seconds * float(factor),
+        signature=None,
+        **sizes,
+    )
+
+
+def _scaled(tape: TapeOption, size: Callable[[int], int], factor: float) -> TapeOption:
+    figures: dict[str, Any] = {name: size(getattr(tape, name)) for name in _TAPE_SIZES}
+    figures |= {name: getattr(tape, name) * factor for name in _SECONDS}
+    return replace(tape, **figures)
+
+
+def with_steps(chain: Chain, steps: int) -> Chain:
+    """The chain with another number of steps in every block of equal steps.
+
+    Such a block has three stages or more, all between the first and the last alike; in a chain
+    without blocks it is a row of equal stages. Stages are copied or left out between the first
+    and the last, so that figures and exact bytes are those of the stages that were measured.
+
+    Args:
+        chain: The chain.
+        steps: Steps of each such block, at least 1; 1 leaves the last.
+
+    Returns:
+        A chain for planning, without signature: profile the model with that many steps to run
+        a plan.
+
+    Raises:
+        WorkloadError: The chain has no block of equal steps.
+    """
+    blocks = chain.blocks or _rows(chain)
+    stages: list[Stage] = []
+    spans: list[Block] = []
+    found = False
+    for block in blocks:
+        links = chain.stages[block.first - 1 : block.last]
+        inner = set(links[1:-1])
+        if len(links) >= _FEWEST_STEPS and len(inner) == 1:
+            found = True
+            first = (links[0],) if steps > 1 else ()
+            links = (*first, *(tuple(inner) * (steps - 2)), links[-1])
+        spans.append(replace(block, first=len(stages) + 1, last=len(stages) + len(links)))
+        stages += links
+    if not found:
+        raise WorkloadError(
+            f"none of the {len(blocks)} blocks has {_FEWEST_STEPS} or more equal steps, so the "
+            "number of steps cannot be changed; profile an ODEBlock of that many steps"
+        )
+    return replace(
+        chain,
+        stages=tuple(stages),
+        blocks=tuple(spans) if chain.blocks else (),
+        signature=None,
+    )
+
+
+def _rows(chain: Chain) -> tuple[Block, ...]:
+    """The rows of equal stages that the chain consists of."""
+    rows: list[Block] = []
+    for i, stage in enumerate(chain.stages, 1):
+        if rows and stage == chain.stages[i - 2]:
+            rows[-1] = replace(rows[-1], last=i)
+        else:
+            rows.append(Block(name="", first=i, last=i))
+    return tuple(rows)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Chains along the straight line through two that were made: a guess at the others."""
+
+    at: int
+    """Size of the first."""
+    first: Chain
+    beyond: int
+    """Size of the second, more than the first's."""
+    second: Chain
+
+    def __call__(self, size: int) -> Chain:
+        """The chain at another size; figures that would be negative are 0.
+
+        Raises:
+            WorkloadError: The two chains differ in their number of stages.
+        """
+        if len(self.first) != len(self.second):
+            raise WorkloadError(
+                f"chains of {len(self.first)} and {len(self.second)} stages lie on no line"
+            )
+        share = Fraction(size - self.at, self.beyond - self.at)
+
+        def count(a: int, b: int) -> int:
+            return max(0, math.ceil(a + (b - a) * share))
+
+        def time(a: float, b: float) -> float:
+            return max(0.0, a + (b - a) * float(share))
+
+        sizes: dict[str, Any] = {
+            name: count(getattr(self.first, name), getattr(self.second, name))
+            for name in _CHAIN_SIZES
+        }
+        pairs = zip(self.first.stages, self.second.stages, strict=True)
+        return replace(
+            self.first,
+            stages=tuple(_between(a, b, count, time) for a, b in pairs),
+            loss_seconds=time(self.first.loss_seconds, self.second.loss_seconds),
+            signature=None,
+            **sizes,
+        )
+
+
+def _between(
+    a: Stage, b: Stage, count: Callable[[int, int], int], time: Callable[[float, float], float]
+) -> Stage:
+    names = (*_SIZES, "parameter_gradient_bytes")
+    figures: dict[str, Any] = {n: count(getattr(a, n), getattr(b, n)) for n in names}
+    figures["tape_bytes"] = max(figures["tape_bytes"], figures["state_bytes"])
+    figures |= {name: time(getattr(a, name), getattr(b, name)) for name in _SECONDS}
+    figures["other_tapes"] = tuple(
+        _tape_between(x, y, figures["state_bytes"], count, time)
+        for x, y in zip(a.other_tapes, b.other_tapes, strict=False)
+    )
+    return replace(a, ledger=_ledger_between(a.ledger, b.ledger, count), **figures)
+
+
+def _tape_between(
+    a: TapeOption,
+    b: TapeOption,
+    least: int,
+    count: Callable[[int, int], int],
+    time: Callable[[float, float], float],
+) -> TapeOption:
+    figures: dict[str, Any] = {n: count(getattr(a, n), getattr(b, n)) for n in _TAPE_SIZES}
+    figures["tape_bytes"] = max(figures["tape_bytes"], least)
+    figures |= {name: time(getattr(a, name), getattr(b, name)) for name in _SECONDS}
+    return replace(a, **figures)
+
+
+def _ledger_between(
+    a: StageLedger | None, b: StageLedger | None, count: Callable[[int, int], int]
+) -> StageLedger | None:
+    """Exact bytes along the line, where the two stages keep the same things."""
+    if a is None or b is None:
+        return None
+    figures: dict[str, Any] = {n: count(getattr(a, n), getattr(b, n)) for n in _LEDGER_SIZES}
+    peaks = zip(a.backward_peak_bytes, b.backward_peak_bytes, strict=True)
+    figures["backward_peak_bytes"] = tuple(count(x, y) for x, y in peaks)
+    ends = replace(a, **figures), replace(b, **figures)
+    return ends[0] if ends[0] == ends[1] else None
