@@ -65,7 +65,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(
     # The package imports its modules, never the other way round; it is there when this runs.
-    getattr(sys.modules[__package__], "__version__", "unknown") if __package__ else "unknown",
+    getattr(sys.modules[__name__.partition(".")[0]], "__version__", "unknown"),
     prog_name="ckptsched",
 )
 def main() -> None:

@@ -23,6 +23,7 @@ from ..capture.signature import (
     structure_digest,
 )
 from ..capture.stage_discovery import StageCall, StagedModule, has_hooks, taken_apart, trace
+from ..capture.surroundings_check import Expected
 from ..planner.plan import Plan
 from ..recompute.engine import nodes_made
 from ..recompute.fsdp import Sharding, sharded_of
@@ -38,7 +39,6 @@ from ..torch_state.locks import InTurn, Stay, Turn
 from ..torch_state.replay_context import ContextFn, Generators, contexts
 from ..workload.chain import Chain
 from ..workload.stage import Signature
-from .ambient_check import Expected
 from .budget_watch import Overruns
 from .operation_fusion import find_stretches
 from .parameter_usage import Usage

@@ -1,4 +1,4 @@
-"""The counting CPU allocator: `memory_allocator.cpp`, compiled on first use and installed once.
+"""The counting CPU allocator: `counting_allocator.cpp`, compiled on first use and installed once.
 
 The library is kept in the user's cache folder, by the versions that it depends on. PyTorch loads
 `libc10` before it, so that it needs no search path of its own.

@@ -122,7 +122,7 @@ def open_cache() -> PlanCache | None:
 def program_digest() -> str:
     """SHA-256 of this package's source: other code may plan otherwise."""
     digest = hashlib.sha256()
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")

@@ -96,7 +96,7 @@ def charge(chain: Chain, schedule: Schedule, *, until: int | None = None) -> Acc
     Returns:
         The bytes of every operation before `until`, and what is live then.
     """
-    is_loaded = f"{__package__}.ledger_kernel" in sys.modules
+    is_loaded = f"{__package__}.exact_bytes_kernel" in sys.modules
     fewest = _COMPILED_ONCE_LOADED if is_loaded else _COMPILED_OPERATIONS
     compiled = until is None and len(schedule) >= fewest and _is_plain(schedule)
     ledger = _Ledger(chain, schedule, compiled=compiled)

@@ -23,7 +23,7 @@ _home: Any = getattr(torch._C, "_autograd", None)
 _ARE_SEEN = all(
     hasattr(_home, f"_{verb}_saved_tensors_default_hooks") for verb in ("top", "pop", "push")
 )
-_OURS = f"{__package__}."
+_OURS = __name__.partition(".")[0] + "."
 
 
 def innermost_hooks() -> Hooks | None:

@@ -6,13 +6,13 @@ import warnings
 from typing import final
 
 from ..base.errors import BudgetWarning, PlanMismatchError
-from ..capture.module_check import Inventory
 from ..recompute.stateful_buffers import unsteady_weight
 from ..torch_state.replay_context import caching
 from ..torch_state.saved_hooks import describe_hooks
 from ..torch_state.settings import difference
 from ..torch_state.surroundings import Ambient
 from ..workload.stage import Signature
+from .module_check import Inventory
 
 
 @final
