@@ -162,6 +162,33 @@ def test_graphs_are_planned_and_shown(folder: Path) -> None:
     assert "takes a model" in failure("largest", "graph.json", "--budget", "90MiB")
 
 
+@pytest.mark.parametrize(
+    ("command", "without"),
+    [
+        ("--help", {"torch", "numba", "networkx", "pulp", "rich"}),
+        ("plan chain.json --budget 50%", {"torch"}),
+        ("show chain.json", {"torch"}),
+    ],
+)
+def test_commands_import_no_more_than_they_need(
+    folder: Path, command: str, without: set[str]
+) -> None:
+    code = (
+        "import sys; from ckptsched.cli.commands import main; "
+        f"main({command.split()!r}, standalone_mode=False); "
+        f"print(sorted({without!r} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_a_time_limit_leaves_time(folder: Path) -> None:
     assert run("plan", "chain.json", "--budget", "50%", "--time-limit", "0").exit_code == 2
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import ckptsched
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
     path
@@ -194,3 +196,21 @@ def test_no_path_of_one_machine_in_a_file() -> None:
 def test_the_search_for_machine_paths_can_fail(folder: str) -> None:
     assert MACHINE_PATH.search(f'open("/{folder}/someone/data")')
     assert not MACHINE_PATH.search(f"docs/{folder}/page.md")
+
+
+def test_type_checkers_see_the_public_names() -> None:
+    """They cannot follow `__getattr__`: each name is imported for them from its home."""
+    tree = ast.parse((ROOT / "ckptsched" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.asname: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == ckptsched._HOMES
+    for name in ckptsched.__all__:
+        assert getattr(ckptsched, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ckptsched.nothing  # noqa: B018
+    assert set(ckptsched.__all__) <= set(dir(ckptsched))

@@ -5,21 +5,12 @@ from __future__ import annotations
 import errno
 import io
 import sys
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import click
 
 from ..base.errors import CkptschedError
 from ..base.json_files import printable
-from ..executor.verify import Verification
-from ..executor.verify import verify as run_verify
-from ..fitting.largest_that_fits import largest_batch, largest_steps, least_budget
-from ..fitting.planning import plan as make_plan
-from ..planner.explanation import explain_plan
-from ..planner.plan import Plan
-from ..planner.planner import PlanOptions
-from ..report.report import Outputs, check_writable, make_console, print_chain, report, timeline
-from ..workload.graph import Graph
 from .options import (
     is_file,
     model_options,
@@ -29,7 +20,15 @@ from .options import (
     read_or_profile,
     runnable_target,
 )
-from .targets import Inputs, sample_input
+
+if TYPE_CHECKING:
+    from ..executor.verify import Verification
+    from ..planner.plan import Plan
+    from ..planner.planner import PlanOptions
+    from .targets import Inputs
+
+# Commands import what they need when they run: --help waits for nothing, and who plans a saved
+# chain does not wait for torch.
 
 _BUDGET_HELP = 'Bytes, or text such as "64MiB", "1.5 GB" or "40%" of what storing everything needs.'
 _FAKE_HELP = "Estimate the MODEL on tensors without data: for planning only, seconds are guesses."
@@ -85,12 +84,15 @@ def main() -> None:
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Save the chain here.")
 def profile_command(model: str, inputs: Inputs, fake: bool, output: str | None) -> None:
     """Measure seconds and bytes of every stage of a MODEL."""
+    from ..planner.planner import plan_one
+    from ..report.report import check_writable, make_console, print_chain
+
     check_writable(output)
     target = runnable_target(model, inputs, "profile")
     chain = profile_target(model, target, fake=fake)
     if output is not None:
         chain.save(output)
-    print_chain(chain, make_console(), make_plan(chain, budget="100%"))
+    print_chain(chain, make_console(), plan_one(chain, "100%"))
     if output is not None:
         click.echo(f"\nchain written to {output}")
 
@@ -116,13 +118,18 @@ def plan_command(
 
     With --overhead: find the least budget in which recomputation costs no more than that.
     """
+    from ..planner.planner import plan_one
+    from ..report.report import check_writable
+
     if (budget is None) == (overhead is None):
         raise click.UsageError("give --budget or --overhead, one of the two")
     check_writable(output)
     chain = read_or_profile(model, inputs, fake=fake)
     if budget is not None:
-        plan = make_plan(chain, budget=budget, **options)
+        plan = plan_one(chain, budget, **options)
     else:
+        from ..fitting.largest_that_fits import least_budget
+
         plan = least_budget(chain, overhead=overhead or "", **options)
     if output is not None:
         plan.save(output)
@@ -157,6 +164,10 @@ def largest_command(
     A MODEL is profiled with several batches; the first length of --input is replaced. A CHAIN,
     and steps, are scaled from what was measured. Without --overhead, steps often end at --most.
     """
+    from ..fitting.largest_that_fits import largest_batch, largest_steps
+    from ..report.report import check_writable
+    from .targets import sample_input
+
     check_writable(output)
     asked: dict[str, Any] = {"budget": budget, "overhead": overhead, **options}
     if most is not None:
@@ -217,6 +228,8 @@ def report_command(
 
     With --measure the exit code is 1 where a step broke its budget or changed a gradient.
     """
+    from ..report.report import Outputs, report
+
     outputs = Outputs(plot=plot, json=data)
     outputs.check()  # before the model is measured, which takes a while
     if fake and measure:
@@ -225,6 +238,8 @@ def report_command(
         chain = read_or_profile(model, inputs, fake=fake)
         report(chain, budgets, also=budget, outputs=outputs, **options)
         return
+    from ..executor.verify import verify as run_verify
+
     target = runnable_target(model, inputs, "--measure")
 
     def run(plan: Plan) -> Verification:
@@ -246,12 +261,18 @@ def show_command(
     file: str, picture: bool, operations: bool, explain: bool, options: PlanOptions
 ) -> None:
     """Print what a saved chain, graph or plan holds; of a chain, the plan that stores all."""
+    from ..planner.explanation import explain_plan
+    from ..planner.plan import Plan
+    from ..planner.planner import plan_one
+    from ..report.report import make_console, print_chain, timeline
+    from ..workload.graph import Graph
+
     found = read_file(file)
     if isinstance(found, Plan):
         plan = found
         click.echo(str(plan))
     else:
-        plan = make_plan(found, budget="100%", **options)
+        plan = plan_one(found, "100%", **options)
         print_chain(found, make_console(), plan)
     if explain:
         click.echo("\n" + str(explain_plan(plan, **options)))
@@ -280,11 +301,15 @@ def verify_command(
     rounds: int,
 ) -> None:
     """Run a training step of a MODEL under a plan; exit code 1 if it does not hold."""
+    from ..executor.verify import verify as run_verify
+    from ..planner.plan import Plan
+    from ..planner.planner import plan_one
+
     if (plan_file is None) == (budget is None):
         raise click.UsageError("give a saved plan or --budget, one of the two")
     target = runnable_target(model, inputs, "verify")
     if budget is not None:
-        plan = make_plan(profile_target(model, target), budget=budget)
+        plan = plan_one(profile_target(model, target), budget)
     else:
         plan = Plan.load(plan_file or "", certify=False)
     result = run_verify(target.model, plan, target.sample, rounds=rounds)

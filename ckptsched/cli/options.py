@@ -7,18 +7,19 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..base.errors import PlanMismatchError, WorkloadError
 from ..base.json_files import read_json
-from ..planner.plan import FORMAT, Plan, Workload
-from ..planner.planner import TIME_LIMIT, PlanOptions
-from ..profiler.profile import profile as make_profile
-from ..workload.chain import WRITES_ONE, Chain
-from ..workload.graph import Graph
-from .targets import Inputs, Target, load_target
+from ..planner import TIME_LIMIT
+
+if TYPE_CHECKING:
+    from ..planner.plan import Plan, Workload
+    from ..planner.planner import PlanOptions
+    from ..workload.chain import Chain
+    from .targets import Inputs, Target
 
 
 def _argument(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> Any:
@@ -53,6 +54,8 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
     def with_inputs(
         *, shape: str | None, dtype: str, device: str, arguments: dict[str, Any], **rest: Any
     ) -> None:
+        from .targets import Inputs
+
         command(inputs=Inputs(shape=shape, dtype=dtype, device=device, arguments=arguments), **rest)
 
     return with_inputs
@@ -91,6 +94,8 @@ def is_file(target: str) -> bool:
 
 def read_or_profile(target: str, inputs: Inputs, *, fake: bool) -> Workload:
     """The chain or graph in a file, or the chain of a model."""
+    from ..planner.plan import Plan
+
     if fake or not is_file(target):
         return profile_target(target, runnable_target(target, inputs, "--fake"), fake=fake)
     found = read_file(target)
@@ -101,6 +106,8 @@ def read_or_profile(target: str, inputs: Inputs, *, fake: bool) -> Workload:
 
 def profile_target(name: str, target: Target, *, fake: bool = False) -> Chain:
     """The chain of a model, named as the command line names it."""
+    from ..profiler.profile import profile as make_profile
+
     chain = make_profile(target.model, target.sample, fake=fake)
     shown = name.partition(":")[2] + (" (estimated)" if fake else "")
     return replace(chain, name=chain.name or shown)
@@ -108,6 +115,10 @@ def profile_target(name: str, target: Target, *, fake: bool = False) -> Chain:
 
 def read_file(path: str) -> Workload | Plan:
     """What a file holds: a chain, a graph or a plan."""
+    from ..planner.plan import FORMAT, Plan
+    from ..workload.chain import WRITES_ONE, Chain
+    from ..workload.graph import Graph
+
     data, source = read_json(path, WorkloadError, WRITES_ONE), repr(path)
     if isinstance(data, dict) and data.get("format") == FORMAT:
         return Plan.from_saved(data, source)
@@ -118,6 +129,8 @@ def read_file(path: str) -> Workload | Plan:
 
 def runnable_target(target: str, inputs: Inputs, purpose: str) -> Target:
     """A model that can be run."""
+    from .targets import load_target
+
     if is_file(target):
         raise WorkloadError(
             f"{purpose} needs a model, and {target!r} is a file: give module:callable, such as "

@@ -12,12 +12,13 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, final
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, final
 
 from ..base.errors import ProfileError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 _SHAPE = re.compile(r"\d+(x\d+)*")
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64")
@@ -84,6 +85,9 @@ def load_model(target: str, arguments: Mapping[str, Any] | None = None) -> nn.Mo
     Raises:
         ProfileError: Nothing of that name, or something that gives no `nn.Module`.
     """
+    import torch
+    from torch import nn
+
     module_name, separator, path = target.partition(":")
     if not separator or not module_name or not path:
         raise ProfileError(
@@ -122,6 +126,8 @@ def sample_input(shape: str, dtype: str = "float32", device: str = "cpu") -> tor
     Raises:
         ProfileError: A shape, dtype or device that cannot be made.
     """
+    import torch
+
     if not _SHAPE.fullmatch(shape) or "0" in shape.split("x"):
         raise ProfileError(
             f"the input {shape!r} is not a shape: give sizes of 1 or more joined by x, the "

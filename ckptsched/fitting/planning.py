@@ -6,8 +6,9 @@ from typing import Any
 
 from ..base.budget import Budget, parse_budget
 from ..base.errors import WorkloadError
+from ..planner import TIME_LIMIT
 from ..planner.plan import Plan, Workload
-from ..planner.planner import TIME_LIMIT, plan_one
+from ..planner.planner import plan_one
 from ..profiler.profile import profile
 from ..workload.chain import Chain
 from ..workload.graph import Graph

@@ -21,6 +21,7 @@ from ..base.progress_bar import bar_of_solvers
 from ..simulator.simulator import simulate
 from ..solvers import Baseline, get_solver
 from ..workload.chain import Chain
+from . import TIME_LIMIT
 from .disk_cache import PlanCache, open_cache, program_digest
 from .plan import Plan, Workload, excess
 from .solver_choice import ALL_SCHEDULES, AUTO, NO_LIMIT, Answer, Portfolio, rules_for
@@ -29,9 +30,6 @@ from .solver_choice import ALL_SCHEDULES, AUTO, NO_LIMIT, Answer, Portfolio, rul
 # schedule, at some 10 microseconds an operation.
 _WORTH_SECONDS = 0.1
 _READ_SECONDS = 1e-5
-
-TIME_LIMIT = 60.0
-"""Seconds of an integer program, where nothing else is said."""
 
 
 class PlanOptions(TypedDict, total=False):

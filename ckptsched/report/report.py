@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Unpack, final
+from typing import TYPE_CHECKING, Unpack, final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,6 @@ from ..base.errors import CkptschedError, InfeasibleBudgetError
 from ..base.plot import check_plot
 from ..base.progress_bar import progress_bar
 from ..base.text_table import Grid
-from ..executor.verify import Verification
 from ..planner.plan import Plan, Workload, kind_of
 from ..planner.planner import PlanOptions
 from ..planner.tradeoff import (
@@ -34,6 +33,9 @@ from ..planner.tradeoff import (
     tradeoff,
 )
 from ..schedule.language import Code
+
+if TYPE_CHECKING:
+    from ..executor.verify import Verification
 
 _PLAIN_WIDTH = 160  # of output that goes to a file or a pipe, where nothing has to be folded
 

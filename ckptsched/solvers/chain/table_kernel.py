@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -26,7 +25,7 @@ Integers = npt.NDArray[np.int64]
 Numbers = npt.NDArray[Any]
 
 # Indices of arrays are unsigned: signed ones might count from the end, which costs a test each.
-_at = numba.uintp
+_at = np.uintp
 _SPLITS = 4
 _NEVER = 2**61  # more slots than there are; sums of two stay within 64 bits
 # A row's place in `rows`: where slot 0 would lie in `values`, least slots, and end.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -22,7 +21,7 @@ from .find_runs import RunSlots
 
 Numbers = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
-_at = numba.uintp  # see chain_kernel
+_at = np.uintp  # see chain/table_kernel
 
 # Segments whose best splits are looked for together.
 BLOCK = 64
