@@ -25,7 +25,7 @@ from .overruns import storage_sizes
 from .program import FREES_INPUT, KEEPS_OUTPUT, RESTORES, SNAPSHOTS, Program
 from .schedule import Code, Kind
 from .sharding import fsdp_is_there
-from .side_outputs import Look, Place, SideOutputs
+from .side_outputs import Look, Place, SideOutputs, aliases_kept
 from .side_search import is_in_a_graph, still, whereabouts
 from .stretches import between
 from .surroundings import Snapshot, Surroundings
@@ -578,6 +578,8 @@ class Run:
         program, stored = self.program, self._input(p, first)
         extras, stages = self.seen.extras, program.stages
         looks: list[tuple[int, Look]] = []
+        # A stage may save what another one leaves: the objects must be the caller's alone.
+        sided = any(program.sides[first - 1 : last])
         with self._gradients_on, self._marked(p):
             boxes, state = sources_of(stored.state, self._wanted(first - 1))
             versions = state.versions()
@@ -585,7 +587,7 @@ class Run:
             del stored
             marks = [_count()]
             for i in range(first, last + 1):
-                with self._looking(i) as look:
+                with self._looking(i) as look, aliases_kept(look is None and sided):
                     made = run_under(look, stages[i - 1], state, extras)
                 if look is not None:
                     looks.append((i, look))

@@ -127,6 +127,21 @@ def of_outputs() -> tuple[nn.Module, Step]:
     return model, step
 
 
+def of_inner_outputs() -> tuple[nn.Module, Step]:
+    """Hooks take what the next layer saves, in blocks of layers that may share a tape."""
+    seen: dict[int, Tensor] = {}
+    blocks = [
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)) for _ in range(4)
+    ]
+    for k in (0, 2):
+        blocks[k][1].register_forward_hook(lambda m, args, y, k=k: seen.__setitem__(k, y))
+
+    def step(run: nn.Module) -> Tensor:
+        return run(X).square().mean() + torch.stack([y.abs().mean() for y in seen.values()]).sum()
+
+    return nn.Sequential(*blocks), step
+
+
 def in_a_dataclass() -> tuple[nn.Module, Step]:
     def leave(layer: Any, x: Tensor, y: Tensor) -> None:
         layer.notes.aux = y.square().mean()
@@ -277,6 +292,7 @@ PROGRAMS: dict[str, Callable[[], tuple[nn.Module, Step]]] = {
     "list": in_a_list,
     "dict of a hook": in_a_dict,
     "outputs": of_outputs,
+    "inner outputs": of_inner_outputs,
     "dataclass": in_a_dataclass,
     "unused": unused,
     "alone": alone,
