@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .context import RandomState
+from .foreign import ForeignGenerators
 from .tensor_types import cannot_be_followed, dense_parts
 from .trees import storages
 
@@ -313,7 +314,7 @@ def left_as_it_was(
     Yields:
         The state, and what puts everything back already in between.
     """
-    state, is_back = ModelState(model), False
+    state, foreign, is_back = ModelState(model), ForeignGenerators(model.modules()), False
     state.note_gradients(leaves)
 
     def put_back() -> None:
@@ -321,6 +322,7 @@ def left_as_it_was(
         is_back = False
         state.put_back()
         random.restore()
+        foreign.restore()
         is_back = True
 
     try:

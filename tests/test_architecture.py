@@ -31,6 +31,7 @@ RANKS = {
     "checksums": 1,
     "context": 1,
     "files": 1,
+    "foreign": 0,
     "holds": 1,
     "inventory": 2,
     "plots": 1,
