@@ -39,6 +39,7 @@ from .transforms import (
 )
 from .trees import Extras, State
 from .turns import Turn
+from .workload import Chain
 from .wrappers import StandsFor, plain_model
 
 _HIGHER = "_ckptsched_gradients"  # attribute of a token
@@ -77,7 +78,7 @@ def checkpointed(
         runs the model as it is, on any batch.
 
     Raises:
-        PlanMismatchError: The plan was made for another model, or by hand.
+        PlanMismatchError: The plan was made for another model, or by hand, or is none.
         ExecutionError: There is no such check, or context_fn is no function.
     """
     if check not in get_args(Check):
@@ -89,6 +90,9 @@ def checkpointed(
     if isinstance(model, Checkpointed):
         context_fn = context_fn or model.context_fn
     model = plain_model(model, "checkpointed", PlanMismatchError)
+    if not isinstance(plan, Plan):
+        advice = "; make one of it: plan(chain, budget=...)" if isinstance(plan, Chain) else ""
+        raise PlanMismatchError(f"a model follows a Plan, found a {type(plan).__name__}{advice}")
     return Checkpointed(model, plan, check=check, context_fn=context_fn)
 
 

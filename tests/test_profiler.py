@@ -274,10 +274,25 @@ def test_bad_arguments() -> None:
         cs.profile(model, torch.ones(2, 4), loss=lambda y: y)
     with pytest.raises(cs.ProfileError, match="does not depend on the output"):
         cs.profile(model, torch.ones(2, 4), loss=lambda y: torch.ones(()))
+    with pytest.raises(cs.ProfileError, match=r"given the output alone.*targets"):
+        cs.profile(model, torch.ones(2, 4), loss=nn.CrossEntropyLoss())
+    with pytest.raises(cs.ProfileError, match="loss is 'mse'; give a function"):
+        cs.profile(model, torch.ones(2, 4), loss="mse")  # type: ignore[arg-type]
     with pytest.raises(cs.ProfileError, match=r"dtype torch.int64; a loss needs"):
         cs.profile(nn.Sequential(nn.Identity()), torch.ones(2, dtype=torch.int64))
     with pytest.raises(cs.ProfileError, match="Sequential"):
         cs.profile(nn.Sequential(), torch.ones(2))
+
+
+def test_inference_mode_around_profile_changes_nothing() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh()), torch.randn(3, 4)
+    with torch.inference_mode():
+        chain = cs.profile(model, x)
+        made_inside = nn.Sequential(nn.Linear(4, 4))
+    assert [s.ledger for s in chain.stages] == [s.ledger for s in cs.profile(model, x).stages]
+    cs.checkpointed(model, cs.plan(chain, budget="100%"))(x).sum().backward()
+    with pytest.raises(cs.ProfileError, match=r"'0.weight' of the model was made under torch.inf"):
+        cs.profile(made_inside, x)
 
 
 class Slow(nn.Module):
