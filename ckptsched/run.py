@@ -25,7 +25,7 @@ from .overruns import storage_sizes
 from .program import FREES_INPUT, KEEPS_OUTPUT, RESTORES, SNAPSHOTS, Program
 from .schedule import Code, Kind
 from .sharding import fsdp_is_there
-from .side_outputs import Look, Place, SideOutputs, aliases_kept
+from .side_outputs import Look, Place, SideOutputs, aliases_kept, attributes_kept
 from .side_search import is_in_a_graph, still, whereabouts
 from .stretches import between
 from .surroundings import Snapshot, Surroundings
@@ -779,13 +779,21 @@ class Run:
                 self._refuse_left(start, i)
             further = self.sides.gradients_of(tape.sides)
             lives = tape.watch()
-            with self.seen.going_back():
+            with self.seen.going_back(), self._attributes_kept(start, i):
                 self.gradients = tape.backward(gradients, further)
             del tape, further
             held = lives() is not None and not module_tracker_at_work()
             if held and still(partial(_is_there, lives)):
                 self._refuse_left(start, i)
             i = start - 1
+
+    def _attributes_kept(self, first: int, last: int) -> AbstractContextManager[None]:
+        """Around a backward that may run parts of stages again, as torch's checkpoint does."""
+        stages = range(first - 1, last)
+        modules = [self.program.stages[k].module for k in stages if self.program.sides[k]]
+        if not modules:
+            return nullcontext()
+        return attributes_kept(part for module in modules for part in module.modules())
 
     def _refuse_left(self, first: int, last: int) -> NoReturn:
         stages = self.program.stages[first - 1 : last]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import ckptsched as cs
@@ -140,6 +141,27 @@ def of_inner_outputs() -> tuple[nn.Module, Step]:
         return run(X).square().mean() + torch.stack([y.abs().mean() for y in seen.values()]).sum()
 
     return nn.Sequential(*blocks), step
+
+
+class Checkpointing(nn.Module):
+    """Runs a part of itself by torch's checkpoint, whose backward sets the attribute again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def part(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
+        self.aux = y.square().mean()
+        return self.b(y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.utils.checkpoint.checkpoint(self.part, x, use_reentrant=False)
+
+
+def in_torchs_checkpoint() -> tuple[nn.Module, Step]:
+    model = nn.Sequential(*[Checkpointing() for _ in range(3)])
+    return model, lambda run: run(X).square().mean() + all_aux(model)
 
 
 def in_a_dataclass() -> tuple[nn.Module, Step]:
@@ -294,6 +316,7 @@ PROGRAMS: dict[str, Callable[[], tuple[nn.Module, Step]]] = {
     "outputs": of_outputs,
     "inner outputs": of_inner_outputs,
     "dataclass": in_a_dataclass,
+    "torch's checkpoint": in_torchs_checkpoint,
     "unused": unused,
     "alone": alone,
     "head": a_head_of_its_own,
