@@ -52,6 +52,8 @@ from .wrappers import plain_model
 def default_loss(output: Any) -> Tensor:
     """A loss that takes at least the bytes of a cross-entropy, where the user names none.
 
+    It computes in no less than float32, as losses do whose model runs under autocast.
+
     Args:
         output: The model's output: a floating point tensor of any shape, or a value of several,
             of which those count that carry a gradient.
@@ -60,7 +62,8 @@ def default_loss(output: Any) -> Tensor:
         A scalar.
     """
     if isinstance(output, Tensor):
-        return torch.log_softmax(output, dim=-1).square().mean()
+        half = output.dtype in (torch.float16, torch.bfloat16)
+        return torch.log_softmax(output.float() if half else output, dim=-1).square().mean()
     losses = [default_loss(leaf) for leaf in State.of(output).leaves if leaf.requires_grad]
     return torch.stack(losses).sum()
 
