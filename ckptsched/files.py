@@ -16,6 +16,7 @@ from typing import Any
 
 from .errors import CkptschedError
 
+_LONG = 128  # bytes; file systems take names of 255
 _DEEPEST = 64  # of lists and objects inside each other; ours are 6 deep
 # Characters that do something to a terminal: controls, line separators, changes of direction, and
 # halves of characters, which cannot be written.
@@ -36,7 +37,9 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
         OSError: It cannot be written, or is there and no file (a pipe, a device, a folder).
     """
     target = Path(path)
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}.draft")
+    # Where the file's name is long, that of the draft goes without it: it is to be short enough.
+    name = target.name if len(target.name.encode(errors="replace")) <= _LONG else ""
+    draft = target.parent / f".{name}.{secrets.token_hex(8)}.draft"
     try:
         mode = _mode_of(target)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
