@@ -98,10 +98,15 @@ def read_json(path: str | os.PathLike[str], error: type[CkptschedError], advice:
         advice: What to do where the file cannot be read, for the message.
 
     Raises:
-        CkptschedError: Of that type: no such file, not JSON, numbers that JSON has not, or nested
+        CkptschedError: Of that type: no such file, a pipe or device, not JSON, numbers that JSON has not, or nested
             absurdly.
     """
     try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe may wait, a device never end
+            raise error(
+                f"{str(path)!r} cannot be read: it is no file but a pipe or device; {advice}"
+            )
         return parse_json(Path(path).read_bytes())
     except OSError as reason:
         raise error(f"{str(path)!r} cannot be read: {reason.strerror or reason}; {advice}") from (

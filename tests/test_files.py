@@ -109,6 +109,10 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
     with pytest.raises(OSError, match="no regular file"):
         read_regular(pipe)
+    for load in (Chain.load, Plan.load):
+        for path in (pipe, Path("/dev/zero")):
+            with pytest.raises(CkptschedError, match="is no file but a pipe or device"):
+                load(path)
 
 
 def test_a_pipe_in_the_cache_hangs_no_plan(tmp_path: Path) -> None:
