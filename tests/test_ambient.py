@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable
@@ -268,6 +269,36 @@ def test_flops_of_a_step_are_those_that_were_done() -> None:
     with FlopCounterMode(display=False) as found:
         cs.checkpointed(model, plan)(x).sum().backward()
     assert found.get_total_flops() == plain.get_total_flops() + (plan.forwards - 5) * one
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_a_backward_with_other_kernels_than_were_measured_says_so_once(off: bool) -> None:
+    """A convolution's kernel is chosen in the forward, and that of its backward in the backward."""
+    layers = [nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.Tanh()) for _ in range(4)]
+    model, x = nn.Sequential(*layers), torch.randn(16, 4, 8)
+    expected = copy.deepcopy(model)
+
+    def around() -> Any:
+        mkldnn = tuple(each for each in EVERYWHERE if each.name == "mkldnn")
+        return written(mkldnn, (False,)) if off else nullcontext()
+
+    with around():
+        run = cs.checkpointed(model, planned(model, x))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", cs.BudgetWarning)
+        for _ in range(2):
+            for each in (run, expected):
+                with around():
+                    y = each(x)
+                y.square().mean().backward()
+    assert all(map(torch.equal, grads(model), grads(expected)))
+    found = [str(w.message) for w in told if w.category is cs.BudgetWarning]
+    assert len(found) == off
+    assert all("mkldnn was False when the backward was measured and is True" in m for m in found)
+
+
+def grads(model: nn.Module) -> list[Any]:
+    return [p.grad for p in model.parameters()]
 
 
 # -- the parts

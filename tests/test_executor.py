@@ -189,6 +189,15 @@ def test_a_plan_for_another_model_is_refused() -> None:
         cs.checkpointed(model, cs.plan(by_hand, budget=100))
 
 
+def test_what_is_no_plan_is_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    chain = cs.profile(model, x)
+    with pytest.raises(cs.PlanMismatchError, match=r"a Plan, found a Chain; make one of it: plan"):
+        cs.checkpointed(model, chain)  # type: ignore[arg-type]
+    with pytest.raises(cs.PlanMismatchError, match="a Plan, found a str"):
+        cs.verify(model, "48MiB", x)  # type: ignore[arg-type]
+
+
 def test_a_plan_with_another_tape_is_refused() -> None:
     model, x = ode_net()
     chain = planned(model, x).chain

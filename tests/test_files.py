@@ -95,6 +95,14 @@ def test_modes_stay_and_are_the_users(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
+@pytest.mark.parametrize("name", ["n" * 255, "\u5c64" * 85, "\U0001f600" * 63, "n" * 128])
+def test_names_may_be_as_long_as_the_file_system_takes(tmp_path: Path, name: str) -> None:
+    for text in ("one", "two"):
+        write_atomically(tmp_path / name, text)
+        assert (tmp_path / name).read_text() == text
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
 def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     pipe, folder = tmp_path / "pipe", tmp_path / "folder"
     os.mkfifo(pipe)
@@ -107,6 +115,10 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
     with pytest.raises(OSError, match="no regular file"):
         read_regular(pipe)
+    for load in (Chain.load, Plan.load):
+        for path in (pipe, Path("/dev/zero")):
+            with pytest.raises(CkptschedError, match="is no file but a pipe or device"):
+                load(path)
 
 
 def test_a_pipe_in_the_cache_hangs_no_plan(tmp_path: Path) -> None:

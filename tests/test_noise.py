@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ckptsched import odeint
+from ckptsched.base.errors import ExecutionError
 from ckptsched.memory.meters import default_meter
 
 DOUBLE = torch.float64
@@ -90,6 +91,25 @@ class OnAnother(Noisy):
         return self.up.noise
 
 
+class Registered(Noisy):
+    """As a buffer that is registered at the first evaluation."""
+
+    def reset(self) -> None:
+        self._buffers.pop("noise", None)
+
+    def draw(self, y: Tensor) -> Tensor:
+        if "noise" not in self._buffers:
+            self.register_buffer("noise", torch.randn_like(y), persistent=False)
+        return self.noise
+
+
+class Buffer(Noisy):
+    """As a buffer that is another before each solve."""
+
+    def reset(self) -> None:
+        self.register_buffer("noise", torch.randn(5, 4, dtype=DOUBLE))
+
+
 class Flagged(Noisy):
     """Draws in place."""
 
@@ -146,7 +166,8 @@ class Dropping(Noisy):
 
 
 KINDS = [
-    *(Noisy, Listed, Cleared, Mapped, New, OnAnother, Flagged, Cell, Before, Always, Dropping),
+    *(Noisy, Listed, Cleared, Mapped, New, OnAnother, Registered, Buffer, Flagged, Cell, Before),
+    *(Always, Dropping),
 ]
 SOLVES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "rk4": ({"method": "rk4"}, [1 << 20, 19_200]),
@@ -184,7 +205,15 @@ def test_the_random_stream_is_that_of_plain_autograd(kind: Any, solve: str) -> N
             torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize(("kind", "solve"), [b for b in BOTH if b[0] not in (Always, Dropping)])
+ONCE = [
+    (kind, solve)
+    for kind, solve in BOTH
+    # A plan knows the buffers that were there before the first solve.
+    if kind not in (Always, Dropping) and (kind, solve) != (Registered, "rk4")
+]
+
+
+@pytest.mark.parametrize(("kind", "solve"), ONCE)
 def test_a_backward_finds_the_noise_of_its_own_solve(kind: Any, solve: str) -> None:
     options, budgets = SOLVES[solve]
 
@@ -208,10 +237,33 @@ def test_a_backward_finds_the_noise_of_its_own_solve(kind: Any, solve: str) -> N
 
 
 @pytest.mark.parametrize("solve", SOLVES)
-def test_noise_that_a_solve_draws_counts(solve: str) -> None:
+def test_a_buffer_that_changes_in_place_before_the_backward_is_an_error(solve: str) -> None:
+    options, budgets = SOLVES[solve]
+    f = Buffer().double()
+    y0 = torch.randn(5, 4, dtype=DOUBLE, requires_grad=True)
+    y = odeint(f, y0, torch.linspace(0, 1, 9, dtype=DOUBLE), budget=budgets[-1], **options)
+    f.noise.normal_()
+    with pytest.raises(ExecutionError, match="changed in place"):
+        y.square().mean().backward()
+
+
+def test_a_buffer_that_a_solve_registered_and_is_another_by_the_backward_is_an_error() -> None:
+    options, budgets = SOLVES["rk4"]
+    f = Registered().double()
+    y0 = torch.randn(5, 4, dtype=DOUBLE, requires_grad=True)
+    y = odeint(f, y0, torch.linspace(0, 1, 9, dtype=DOUBLE), budget=budgets[-1], **options)
+    f.reset()
+    f.draw(y0.detach())
+    with pytest.raises(ExecutionError, match="gave another result"):
+        y.square().mean().backward()
+
+
+@pytest.mark.parametrize("kind", [Noisy, Registered])
+@pytest.mark.parametrize("solve", SOLVES)
+def test_noise_that_a_solve_draws_counts(solve: str, kind: Any) -> None:
     options, budgets = SOLVES[solve]
     torch.manual_seed(0)
-    f = Noisy().double()
+    f = kind().double()
     y0 = torch.randn(5, 4, dtype=DOUBLE, requires_grad=True)
     t = torch.linspace(0, 1, 9, dtype=DOUBLE)
 

@@ -504,6 +504,7 @@ def test_times_that_make_no_sense_are_refused(t: Any, message: str) -> None:
         ({"options": {"interp": "cubic"}}, "a line is drawn"),
         ({"options": {"step_size": 0.0}}, "step_size is 0.0; give a positive number"),
         ({"options": {"step_size": -0.1}}, "positive number"),
+        ({"options": {"step_size": 1e-12}}, r"would take .* steps; give one that takes 1e\+08 at"),
         ({"options": {"step_size": 0.1, "grid_constructor": min}}, "exclude each other"),
         ({"options": {"grid_constructor": lambda f, y, t: None}}, "returned NoneType"),
         ({"options": {"grid_constructor": lambda f, y, t: t + 1}}, "must lead from"),

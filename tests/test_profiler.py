@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -191,13 +193,28 @@ def test_parameters_that_a_stage_does_not_own_are_refused() -> None:
         cs.profile(nn.Sequential(embedding, Tied()), torch.zeros(3, dtype=torch.int64))
 
 
-def test_other_generators_are_refused() -> None:
-    class Skipping(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x * 2 if random.random() < 2 else x
+@pytest.mark.parametrize("kind", ["python", "numpy", "own of python", "own of numpy", "in a list"])
+def test_other_generators_are_refused_and_left_as_they_were(kind: str) -> None:
+    own: Any = {"own of python": random.Random(1), "own of numpy": np.random.default_rng(1)}
+    drawn = {"python": random, "numpy": np.random, "in a list": np.random.RandomState(1)} | own
 
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = [drawn[kind]] if kind == "in a list" else own.get(kind)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if drawn[kind].uniform(0, 1) < 2 else x
+
+    def states() -> bytes:
+        found = [random.getstate(), np.random.get_state()]
+        return pickle.dumps((found, skipping.own))
+
+    skipping = Skipping()
+    before = states()
     with pytest.raises(cs.ProfileError, match="the generator of Python or numpy"):
-        cs.profile(nn.Sequential(nn.Linear(4, 4), Skipping()), torch.randn(2, 4))
+        cs.profile(nn.Sequential(nn.Linear(4, 4), skipping), torch.randn(2, 4))
+    assert states() == before
 
 
 def test_sparse_gradients_are_refused() -> None:
@@ -257,10 +274,25 @@ def test_bad_arguments() -> None:
         cs.profile(model, torch.ones(2, 4), loss=lambda y: y)
     with pytest.raises(cs.ProfileError, match="does not depend on the output"):
         cs.profile(model, torch.ones(2, 4), loss=lambda y: torch.ones(()))
+    with pytest.raises(cs.ProfileError, match=r"given the output alone.*targets"):
+        cs.profile(model, torch.ones(2, 4), loss=nn.CrossEntropyLoss())
+    with pytest.raises(cs.ProfileError, match="loss is 'mse'; give a function"):
+        cs.profile(model, torch.ones(2, 4), loss="mse")  # type: ignore[arg-type]
     with pytest.raises(cs.ProfileError, match=r"dtype torch.int64; a loss needs"):
         cs.profile(nn.Sequential(nn.Identity()), torch.ones(2, dtype=torch.int64))
     with pytest.raises(cs.ProfileError, match="Sequential"):
         cs.profile(nn.Sequential(), torch.ones(2))
+
+
+def test_inference_mode_around_profile_changes_nothing() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh()), torch.randn(3, 4)
+    with torch.inference_mode():
+        chain = cs.profile(model, x)
+        made_inside = nn.Sequential(nn.Linear(4, 4))
+    assert [s.ledger for s in chain.stages] == [s.ledger for s in cs.profile(model, x).stages]
+    cs.checkpointed(model, cs.plan(chain, budget="100%"))(x).sum().backward()
+    with pytest.raises(cs.ProfileError, match=r"'0.weight' of the model was made under torch.inf"):
+        cs.profile(made_inside, x)
 
 
 class Slow(nn.Module):

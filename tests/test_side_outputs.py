@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import ckptsched as cs
@@ -125,6 +126,42 @@ def of_outputs() -> tuple[nn.Module, Step]:
         return y + torch.stack([t.abs().mean() for t in seen]).sum()
 
     return model, step
+
+
+def of_inner_outputs() -> tuple[nn.Module, Step]:
+    """Hooks take what the next layer saves, in blocks of layers that may share a tape."""
+    seen: dict[int, Tensor] = {}
+    blocks = [
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)) for _ in range(4)
+    ]
+    for k in (0, 2):
+        blocks[k][1].register_forward_hook(lambda m, args, y, k=k: seen.__setitem__(k, y))
+
+    def step(run: nn.Module) -> Tensor:
+        return run(X).square().mean() + torch.stack([y.abs().mean() for y in seen.values()]).sum()
+
+    return nn.Sequential(*blocks), step
+
+
+class Checkpointing(nn.Module):
+    """Runs a part of itself by torch's checkpoint, whose backward sets the attribute again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def part(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
+        self.aux = y.square().mean()
+        return self.b(y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.utils.checkpoint.checkpoint(self.part, x, use_reentrant=False)
+
+
+def in_torchs_checkpoint() -> tuple[nn.Module, Step]:
+    model = nn.Sequential(*[Checkpointing() for _ in range(3)])
+    return model, lambda run: run(X).square().mean() + all_aux(model)
 
 
 def in_a_dataclass() -> tuple[nn.Module, Step]:
@@ -277,7 +314,9 @@ PROGRAMS: dict[str, Callable[[], tuple[nn.Module, Step]]] = {
     "list": in_a_list,
     "dict of a hook": in_a_dict,
     "outputs": of_outputs,
+    "inner outputs": of_inner_outputs,
     "dataclass": in_a_dataclass,
+    "torch's checkpoint": in_torchs_checkpoint,
     "unused": unused,
     "alone": alone,
     "head": a_head_of_its_own,

@@ -81,9 +81,9 @@ def test_what_cannot_be_followed_is_said_of_each_kind() -> None:
             assert not reason, (name, reason)
         elif name == "tagged":
             assert "attributes that detach() loses (tag)" in reason
-        elif name == "nested":
-            assert "nested" in reason
-        elif name != "jagged":
+        elif name in ("nested", "jagged"):
+            assert "is a nested tensor" in reason
+        else:
             assert _REFUSED[name] in reason, (name, reason)
     assert not cannot_be_followed(X.to("meta"), without_data=True)
 
@@ -163,9 +163,36 @@ class _Timed(nn.Module):
 
 
 def test_a_loss_that_the_output_does_not_fit_is_said() -> None:
-    model = nn.Sequential(Layer(), Layer())
+    model = nn.Sequential(Layer(), Paired())
     with pytest.raises(cs.ProfileError, match=r"the default loss failed.*give profile a loss"):
-        cs.profile(model, tensor_kinds.KINDS["jagged"](X.clone()))
+        cs.profile(model, X.clone())
+
+
+class Paired(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+
+
+def test_nested_tensors_are_refused_as_states_and_left_alone_inside() -> None:
+    model = nn.Sequential(Layer(), Layer())
+    loss = lambda y: y.values().square().mean()  # noqa: E731
+    with pytest.raises(cs.ProfileError, match=r"the sample is a nested tensor.*values\(\)"):
+        cs.profile(model, tensor_kinds.KINDS["jagged"](X.clone()), loss=loss)
+
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Layer()
+
+        def forward(self, x: Tensor) -> Tensor:
+            nested = torch.nested.nested_tensor_from_jagged(x, torch.tensor([0, 2, len(x)]))
+            return self.layer(nested).values()
+
+    inner = nn.Sequential(Inside(), Inside())
+    expected = torch.autograd.grad(inner(X).square().mean(), list(inner.parameters()))
+    planned = cs.fit(inner, X, budget="100%")
+    found = torch.autograd.grad(planned(X).square().mean(), list(inner.parameters()))
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -170,6 +170,15 @@ class Interrupted(nn.Module):
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C raises, also where a shell has started this in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("where", ["forward", "recomputation", "gradient"])
 def test_an_interrupted_step_leaves_model_and_locks_free(where: str) -> None:
     x, key = torch.randn(4, 8), Interrupted()

@@ -104,6 +104,14 @@ def test_stages_that_may_differ_are_timed_apart(monkeypatch: pytest.MonkeyPatch)
     assert [s.forward_seconds for s in chain.stages] == pytest.approx([7.0, 2.0, 7.0])
 
 
+def test_attributes_that_hold_themselves_are_compared() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for layer in model:
+        layer.seen = [1]
+        layer.seen.append(layer.seen)
+    assert len(cs.profile(model, torch.ones(3, 2)).stages) == 2
+
+
 def test_a_clock_that_stands_still_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of coarse ticks may: all stages then cost nothing, and bytes alone decide."""
     model = nn.Sequential(*[nn.Tanh() for _ in range(9)])

@@ -16,6 +16,7 @@ from typing import Any
 
 from .errors import CkptschedError
 
+_LONG = 128  # bytes; file systems take names of 255
 _DEEPEST = 64  # of lists and objects inside each other; ours are 6 deep
 # Characters that do something to a terminal: controls, line separators, changes of direction, and
 # halves of characters, which cannot be written.
@@ -36,7 +37,9 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
         OSError: It cannot be written, or is there and no file (a pipe, a device, a folder).
     """
     target = Path(path)
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}.draft")
+    # Where the file's name is long, that of the draft goes without it: it is to be short enough.
+    name = target.name if len(target.name.encode(errors="replace")) <= _LONG else ""
+    draft = target.parent / f".{name}.{secrets.token_hex(8)}.draft"
     try:
         mode = _mode_of(target)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
@@ -95,10 +98,15 @@ def read_json(path: str | os.PathLike[str], error: type[CkptschedError], advice:
         advice: What to do where the file cannot be read, for the message.
 
     Raises:
-        CkptschedError: Of that type: no such file, not JSON, numbers that JSON has not, or nested
-            absurdly.
+        CkptschedError: Of that type: no such file, a pipe or device, not JSON, numbers that JSON
+            has not, or nested absurdly.
     """
     try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe may wait, a device never end
+            raise error(
+                f"{str(path)!r} cannot be read: it is no file but a pipe or device; {advice}"
+            )
         return parse_json(Path(path).read_bytes())
     except OSError as reason:
         raise error(f"{str(path)!r} cannot be read: {reason.strerror or reason}; {advice}") from (

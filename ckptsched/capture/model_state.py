@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..tensors.pytree import storages
 from ..tensors.wrapper_tensors import cannot_be_followed, dense_parts
+from ..torch_state.foreign_generators import ForeignGenerators
 from ..torch_state.replay_context import RandomState
 
 _PARAMETER, _BUFFER, _ATTRIBUTE = "parameter", "buffer", "tensor"
@@ -313,7 +314,7 @@ def left_as_it_was(
     Yields:
         The state, and what puts everything back already in between.
     """
-    state, is_back = ModelState(model), False
+    state, foreign, is_back = ModelState(model), ForeignGenerators(model.modules()), False
     state.note_gradients(leaves)
 
     def put_back() -> None:
@@ -321,6 +322,7 @@ def left_as_it_was(
         is_back = False
         state.put_back()
         random.restore()
+        foreign.restore()
         is_back = True
 
     try:

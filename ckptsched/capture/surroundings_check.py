@@ -14,6 +14,10 @@ from ..torch_state.surroundings import Ambient
 from ..workload.stage import Signature
 from .module_check import Inventory
 
+# They choose the kernels of a convolution's backward when that runs; those of attention's backward
+# were chosen in the forward.
+_OF_BACKWARDS = ("mkldnn", "cudnn", "cudnn.benchmark", "cudnn.deterministic")
+
 
 @final
 class Expected:
@@ -64,6 +68,27 @@ class Expected:
             self._told.add(hooks)
             self._tell_of(hooks)
 
+    def check_backward(self, ambient: Ambient) -> None:
+        """Say once where other kernels may run in a backward than were measured.
+
+        Args:
+            ambient: What is around the backward.
+        """
+        found = [text for text in ambient.described() if _name(text) in _OF_BACKWARDS]
+        known = [text for text in self._signature.settings if _name(text) in _OF_BACKWARDS]
+        wrong = difference(known, found)
+        if wrong is None or wrong[0] in self._told:
+            return
+        name, then, now = wrong
+        self._told.add(name)
+        warnings.warn(
+            f"{name} was {then} when the backward was measured and is {now} in this one, with "
+            f"which other kernels may run: the step may take more than the projected peak of "
+            f"{self._peak_bytes} bytes; call backward under the same, or profile under this",
+            BudgetWarning,
+            stacklevel=2,
+        )
+
     def _check_settings(self, ambient: Ambient) -> None:
         wrong = difference(self._signature.settings, ambient.described())
         if wrong is not None:
@@ -98,3 +123,7 @@ class Expected:
             BudgetWarning,
             stacklevel=2,
         )
+
+
+def _name(setting: str) -> str:
+    return setting.partition(": ")[0]

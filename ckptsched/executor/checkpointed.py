@@ -36,6 +36,7 @@ from ..torch_state.torch_modes import (
     refuse_batched_gradients,
     transform_at_work,
 )
+from ..workload.chain import Chain
 from .double_backward import Gradients
 from .fsdp_step import TOKEN
 from .prepared_plan import Check, Program
@@ -77,7 +78,7 @@ def checkpointed(
         runs the model as it is, on any batch.
 
     Raises:
-        PlanMismatchError: The plan was made for another model, or by hand.
+        PlanMismatchError: The plan was made for another model, or by hand, or is none.
         ExecutionError: There is no such check, or context_fn is no function.
     """
     if check not in get_args(Check):
@@ -89,6 +90,9 @@ def checkpointed(
     if isinstance(model, Checkpointed):
         context_fn = context_fn or model.context_fn
     model = plain_model(model, "checkpointed", PlanMismatchError)
+    if not isinstance(plan, Plan):
+        advice = "; make one of it: plan(chain, budget=...)" if isinstance(plan, Chain) else ""
+        raise PlanMismatchError(f"a model follows a Plan, found a {type(plan).__name__}{advice}")
     return Checkpointed(model, plan, check=check, context_fn=context_fn)
 
 

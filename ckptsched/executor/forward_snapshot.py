@@ -302,6 +302,9 @@ class Surroundings:
         self._wanted = self._around = around
         if wanted != around:
             self._wanted = wanted
+        convolves = any(p.dim() > 2 for p in self.parameters)  # or may, by its parameters
+        if convolves and wanted.settings != around.settings:
+            self.program.expected.check_backward(around)
 
     @contextmanager
     def entered(self) -> Iterator[None]:

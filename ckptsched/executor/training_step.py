@@ -18,7 +18,7 @@ from ..base.errors import BudgetWarning, ExecutionError
 from ..profiler.side_output_search import is_in_a_graph, still, whereabouts
 from ..recompute.engine import nodes_made
 from ..recompute.fsdp import fsdp_is_there
-from ..recompute.side_outputs import Look, Place, SideOutputs
+from ..recompute.side_outputs import Look, Place, SideOutputs, aliases_kept, attributes_kept
 from ..recompute.tape import Carries, Tape, are_leaves, run_alone, run_stage, run_under, sources_of
 from ..recompute.tape_contents import Contents
 from ..schedule.language import Code, Kind
@@ -578,6 +578,8 @@ class Run:
         program, stored = self.program, self._input(p, first)
         extras, stages = self.seen.extras, program.stages
         looks: list[tuple[int, Look]] = []
+        # A stage may save what another one leaves: the objects must be the caller's alone.
+        sided = any(program.sides[first - 1 : last])
         with self._gradients_on, self._marked(p):
             boxes, state = sources_of(stored.state, self._wanted(first - 1))
             versions = state.versions()
@@ -585,7 +587,7 @@ class Run:
             del stored
             marks = [_count()]
             for i in range(first, last + 1):
-                with self._looking(i) as look:
+                with self._looking(i) as look, aliases_kept(look is None and sided):
                     made = run_under(look, stages[i - 1], state, extras)
                 if look is not None:
                     looks.append((i, look))
@@ -777,13 +779,21 @@ class Run:
                 self._refuse_left(start, i)
             further = self.sides.gradients_of(tape.sides)
             lives = tape.watch()
-            with self.seen.going_back():
+            with self.seen.going_back(), self._attributes_kept(start, i):
                 self.gradients = tape.backward(gradients, further)
             del tape, further
             held = lives() is not None and not module_tracker_at_work()
             if held and still(partial(_is_there, lives)):
                 self._refuse_left(start, i)
             i = start - 1
+
+    def _attributes_kept(self, first: int, last: int) -> AbstractContextManager[None]:
+        """Around a backward that may run parts of stages again, as torch's checkpoint does."""
+        stages = range(first - 1, last)
+        modules = [self.program.stages[k].module for k in stages if self.program.sides[k]]
+        if not modules:
+            return nullcontext()
+        return attributes_kept(part for module in modules for part in module.modules())
 
     def _refuse_left(self, first: int, last: int) -> NoReturn:
         stages = self.program.stages[first - 1 : last]

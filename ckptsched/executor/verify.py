@@ -150,9 +150,9 @@ def verify(
 ) -> Verification:
     """Run one step by the plan and one by plain autograd, from the same state.
 
-    The model is left as it was, as by `profile`. Under
-    autocast both steps run without its cache of cast weights: with it, plain autograd adds up
-    the gradients of a weight that is used several times in the lower precision.
+    The model is left as it was, as by `profile`. Under autocast plain autograd runs with the
+    caller's setting of its cache of cast weights, with which it adds up the gradients of a weight
+    that is used several times in the lower precision, and once more without that cache.
 
     Args:
         model: The model, or one that `checkpointed` returned.
@@ -177,6 +177,10 @@ def verify(
     plain = planned.model
     if not torch.is_grad_enabled():
         raise PlanMismatchError("verify needs gradients; call it outside torch.no_grad")
+    if loss is not None and not callable(loss):
+        raise PlanMismatchError(
+            f"loss is {loss!r}; give a function from the model's output to a number"
+        )
     loss = loss or default_loss
     meter = meter or default_meter(call.device)
     autocast = Autocast.take(call.device)

@@ -52,6 +52,8 @@ from .stage_time import ROUNDS, time_stages
 def default_loss(output: Any) -> Tensor:
     """A loss that takes at least the bytes of a cross-entropy, where the user names none.
 
+    It computes in no less than float32, as losses do whose model runs under autocast.
+
     Args:
         output: The model's output: a floating point tensor of any shape, or a value of several,
             of which those count that carry a gradient.
@@ -60,7 +62,8 @@ def default_loss(output: Any) -> Tensor:
         A scalar.
     """
     if isinstance(output, Tensor):
-        return torch.log_softmax(output, dim=-1).square().mean()
+        half = output.dtype in (torch.float16, torch.bfloat16)
+        return torch.log_softmax(output.float() if half else output, dim=-1).square().mean()
     losses = [default_loss(leaf) for leaf in State.of(output).leaves if leaf.requires_grad]
     return torch.stack(losses).sum()
 
@@ -114,6 +117,11 @@ def profile(
             result; the message names it.
     """
     model = plain_model(model, "profile", ProfileError)
+    if loss is not None and not callable(loss):
+        raise ProfileError(
+            f"loss is {loss!r}; give a function from the model's output to a number, such as "
+            "loss=lambda y: criterion(y, targets)"
+        )
     take_out_what_was_left()
     sharded = sharded_part(model)
     if sharded is not None:
@@ -151,6 +159,7 @@ def profile(
         )
     generators = own_generators(model.modules(), given.constants())
     with (
+        torch.inference_mode(False),
         InTurn((Generators.turn,)),  # one thread at a time: measuring draws, and counts bytes
         left_as_it_was(model, RandomState.take(device, generators)) as (state, _),
         _reason_first(state),
@@ -196,13 +205,18 @@ def _apart(sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[State, S
 
 
 @contextmanager
-def _default_named(loss: Loss | None) -> Iterator[None]:
-    """Say which loss failed, where the caller named none."""
+def _failure_of_loss(loss: Loss | None) -> Iterator[None]:
+    """Say which loss failed, where the caller named none, and how one is called."""
     try:
         yield
     except CkptschedError:
         raise
     except Exception as error:
+        if isinstance(error, TypeError) and loss is not None:
+            raise ProfileError(
+                f"the loss failed on the model's output ({error}); it is given the output alone, "
+                "so let it have its targets: loss=lambda y: criterion(y, targets)"
+            ) from error
         if loss is not None:
             raise
         raise ProfileError(
@@ -224,6 +238,12 @@ def _refuse_tensors(model: nn.Module, inputs: State, given: State, *, fake: bool
         refuse_tensors(f"parameter {name!r}", [parameter], without_data=fake)
     for name, buffer in model.named_buffers():
         refuse_tensors(f"buffer {name!r}", [buffer], without_data=fake)
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_inference():
+            raise ProfileError(
+                f"{name!r} of the model was made under torch.inference_mode, so it cannot be "
+                "trained; make the model outside of it"
+            )
 
 
 @contextmanager
@@ -277,7 +297,7 @@ def _surveyed(
         ending = loss or default_loss, last.hands_on or last.output, last.carries
         with sides_held(order) as held:
             provided = _default_loss_with(held) if loss is None and held else ending[0]
-            with _default_named(loss):
+            with _failure_of_loss(loss):
                 return found, ending, weigh_loss(provided, *ending[1:], meter, held)
 
     variations = Variations()

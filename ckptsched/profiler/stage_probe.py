@@ -7,13 +7,11 @@ the gradient that comes back to it, since these decide what PyTorch allocates.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +27,7 @@ from ..recompute.tape import Alone, Carries, Tape, record, run_alone, run_under,
 from ..tensors.devices import drawn_elsewhere, matters
 from ..tensors.pytree import Extras, State, storages
 from ..tensors.wrapper_tensors import all_parts, cannot_be_followed, dense_parts, type_name
+from ..torch_state.foreign_generators import ForeignGenerators
 from ..torch_state.replay_context import Autocast, RandomState
 from ..workload.stage import StageLedger
 from .advice import about_state
@@ -768,7 +767,7 @@ class _Probe:
         return output
 
     def _run_first(self) -> State:
-        given, others = self.extras.apart(), _other_generators()
+        given, others = self.extras.apart(), ForeignGenerators(self.call.module.modules())
         elsewhere = drawn_elsewhere(self.x.leaves[0].device)
         versions = self.x.versions(), given.versions()
         output = self._run()
@@ -788,7 +787,7 @@ class _Probe:
                 f"stage {self.name!r} draws random numbers on another device than its input is on, "
                 "whose random state is not put back when it runs again; draw where the input is"
             )
-        if _other_generators() != others:
+        if others.moved():
             raise ProfileError(
                 f"stage {self.name!r} draws from the generator of Python or numpy, which is not "
                 "put back when it runs again; draw from torch's"
@@ -919,12 +918,6 @@ def tolerance_of(dtype: torch.dtype) -> float:
         return 0.0
     last_bit = torch.finfo(dtype).eps
     return max(4 * last_bit, min(1e-3, 3 * math.sqrt(last_bit)))
-
-
-def _other_generators() -> tuple[object, ...]:
-    """State of the default generators of Python and numpy, to compare."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return random.getstate(), kind, np.asarray(keys).tobytes(), *rest
 
 
 def _for_gradients(found: Kind, arriving: list[Gradients], *, is_last: bool) -> Kind:

@@ -229,9 +229,9 @@ def _attributes(module: nn.Module) -> Hashable:
     return tuple([(name, _comparable(value)) for name, value in mine])
 
 
-def _comparable(value: Any) -> Hashable:
-    if isinstance(value, (list, tuple)):
-        return tuple([_comparable(item) for item in value])
+def _comparable(value: Any, around: tuple[int, ...] = ()) -> Hashable:
+    if isinstance(value, (list, tuple)) and id(value) not in around:  # a list may hold itself
+        return tuple([_comparable(item, (*around, id(value))) for item in value])
     try:
         hash(value)
     except TypeError:

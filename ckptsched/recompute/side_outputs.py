@@ -13,7 +13,7 @@ import dataclasses
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias, final
 
 import torch
@@ -143,6 +143,15 @@ class Look(TorchFunctionMode):
         self._retaining.clear()
         self.retained = {k for k, tensor in found.items() if id(tensor) in retaining}
         return {k: t for k, t in found.items() if t.requires_grad and t.grad_fn is not None}
+
+
+def aliases_kept(wanted: bool) -> AbstractContextManager[object]:
+    """Let a stage that has no side outputs save aliases, too, where its tape is shared.
+
+    Args:
+        wanted: Whether it shares its tape with a stage that has some.
+    """
+    return Look(()).keeping_aliases() if wanted else nullcontext()
 
 
 def swap(tensor: Tensor, other: Tensor) -> None:

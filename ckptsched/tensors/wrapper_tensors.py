@@ -89,11 +89,14 @@ def cannot_be_followed(tensor: Tensor, *, without_data: bool = False) -> str:
     """
     if _of_transform(tensor):
         return "belongs to a transform of torch.func; call this outside of it"
+    if tensor.is_nested:
+        return (
+            "is a nested tensor, whose shape is another for each batch; let stages pass on its "
+            "values() and offsets(), or a padded one"
+        )
     kind = type(tensor)
     if kind not in _PLAIN and kind.__torch_dispatch__ is not _DISPATCH:
         return _cannot_unwrap(tensor, without_data=without_data)
-    if tensor.is_nested:
-        return "is a nested tensor; give one of layout=torch.jagged, or a padded one"
     if tensor.layout is not torch.strided:
         return (
             f"has layout {tensor.layout}, which has no one storage; give a dense one (to_dense())"

@@ -154,6 +154,7 @@ class BoundedSolve:
             The gradients of the state before them, of the tensors that f reads, and of the times.
         """
         self._environment.check()
+        self._carried.check_buffers()
         fresh, self._fresh = self._fresh, False
         if not fresh:  # a second backward: all but the first state is gone
             self._states[self._tapes] = self._first

@@ -236,14 +236,6 @@ def solve_problem(
     bounded = bounds.budget_bytes is not None or bounds.checkpoints is not None
     if not (bounded and tracked and len(problem.times) > 1):
         return _solve_plainly(problem, closure, y0, t, tracked=tracked)
-    check_plain(y0)
-    where = several_devices((f"a tensor of shape {tuple(x.shape)}", x) for x in (y0, *wanted))
-    if where or y0.device.type not in KNOWN:
-        raise ExecutionError(
-            f"checkpoints are for one device of type {' or '.join(KNOWN)}, whose random state is "
-            f"put back when steps run again; found {where or y0.device}: move all there, or solve "
-            "without a budget and checkpoints"
-        )
     transform = transform_at_work(everything)
     if transform:
         warnings.warn(
@@ -253,6 +245,14 @@ def solve_problem(
             stacklevel=3,
         )
         return _solve_plainly(problem, closure, y0, t, tracked=True)
+    check_plain(y0)
+    where = several_devices((f"a tensor of shape {tuple(x.shape)}", x) for x in (y0, *wanted))
+    if where or y0.device.type not in KNOWN:
+        raise ExecutionError(
+            f"checkpoints are for one device of type {' or '.join(KNOWN)}, whose random state is "
+            f"put back when steps run again; found {where or y0.device}: move all there, or solve "
+            "without a budget and checkpoints"
+        )
     closure.check_compiled()
     trial = Trial(problem, closure, wanted, y0, with_time=t.requires_grad)
 

@@ -15,6 +15,9 @@ from ...base.errors import WorkloadError
 from ...torch_state.torch_modes import as_number, as_numbers
 from ..function.options import check_fixed_options, read_function, read_step_size
 
+_MOST = 10**8
+"""Steps of a grid; Python's list of the times of more would take gigabytes by itself."""
+
 
 @final
 @dataclass(frozen=True)
@@ -153,7 +156,13 @@ def _lay(func: Callable[..., Any], y0: Any, t: Tensor, options: Mapping[str, Any
     size = read_step_size(step_size)
     start, end = t[0], t[-1]
     # In the dtype of t, and one more less one, as torchdiffeq counts: rounding decides alike.
-    count = int(as_number(torch.ceil((end - start).detach().abs() / size + 1))) - 1
+    wanted = as_number(torch.ceil((end - start).detach().abs() / size + 1))
+    if wanted > _MOST:
+        raise WorkloadError(
+            f"a step_size of {step_size!r:.80} from {as_number(start):g} to {as_number(end):g} "
+            f"would take {wanted:.3g} steps; give one that takes {_MOST:.0e} at most"
+        )
+    count = int(wanted) - 1
     inner = torch.arange(0, max(count, 1), dtype=t.dtype, device=t.device)
     sign = 1.0 if as_number(end) > as_number(start) else -1.0
     inner = inner * (sign * size) + start

@@ -51,7 +51,9 @@ class Attributes:
 
     def _note(self, value: Any) -> None:
         if isinstance(value, nn.Module):
-            self._dictionaries += [(vars(m), _own(m)) for m in value.modules()]
+            for module in value.modules():
+                self._dictionaries.append((vars(module), _own(module)))
+                self._dictionaries.append((module._buffers, dict(module._buffers)))
         elif isinstance(value, MutableMapping):
             if len(value) <= LONGEST:
                 self._dictionaries.append((value, dict(value)))

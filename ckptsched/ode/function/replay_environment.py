@@ -44,6 +44,8 @@ class Environment:
         held = [*self._slots.parameters(), *closure.tensors]
         aliases = {id(p): make_alias(p) for p in held}
         self._bound = self._slots.bind(aliases)
+        # As with parameters: others may be in their places by the time of a backward.
+        self._buffers = self._slots.buffers_in_place()
         self._stand_ins = [aliases[id(t)] for t in closure.tensors]
         self._watched = [*held, *(t for t in tensors if id(t) not in aliases)]
         self._versions = [t._version for t in self._watched]
@@ -55,7 +57,10 @@ class Environment:
     @property
     def buffer_bytes(self) -> int:
         """Of the clones of buffers that are there while f runs again."""
-        return sum(b.nbytes for b in self._slots.buffers())
+        return sum(b.nbytes for b in self._held_buffers().values())
+
+    def _held_buffers(self) -> dict[int, Tensor]:
+        return {id(b): b for b in self._buffers if b is not None}
 
     def check(self) -> None:
         """Refuse to run f again where it would read other values.
@@ -88,7 +93,7 @@ class Environment:
         self._around = around
         self._wanted = around if wanted == around else wanted
         changed = [(m, m.training) for m, flag in self._modes if m.training != flag]
-        clones = {id(b): b.clone() for b in self._slots.buffers()}
+        clones = {key: buffer.clone() for key, buffer in self._held_buffers().items()}
         instead = stand_ins or {}
         bound = [None if a is None else instead.get(id(a), a) for a in self._bound]
         try:
@@ -101,7 +106,7 @@ class Environment:
                 nullcontext() if self._found is None else self._found.again(),
                 self._slots.parameters_replaced(bound),
                 self._closure.replaced([instead.get(id(a), a) for a in self._stand_ins]),
-                self._slots.buffers_replaced(clones),
+                self._slots.buffers_replaced(clones, self._buffers),
             ):
                 yield
         finally:

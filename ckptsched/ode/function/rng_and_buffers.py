@@ -124,6 +124,20 @@ class Carried:
                     "budget"
                 )
 
+    def check_buffers(self) -> None:
+        """Refuse to run f again where it would find other values in a buffer that it only reads.
+
+        Raises:
+            ExecutionError: One was changed in place since the forward pass.
+        """
+        for place, then, version in self._unmoved[1]:
+            if then is not None and then._version != version:
+                raise ExecutionError(
+                    f"the buffer {place[1]!r} of a {type(place[0]).__name__}, which f does not "
+                    "change, was changed in place between forward and backward, so steps would run "
+                    "again with another; call backward before, or give the buffer a new tensor"
+                )
+
     def _random(self) -> bytes:
         with untransformed():
             return RandomState.take(self._device, self.own).to_bytes()
