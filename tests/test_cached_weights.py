@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 import ckptsched as cs
 from ckptsched.memory.meters import default_meter
+from ckptsched.profiler.profile import default_loss
 from tests.networks import planned
 from tests.surroundings import CPU, SOLVERS, Stage, equal, sample
 
@@ -66,10 +67,10 @@ def test_cached_weights_keep_the_budget() -> None:
     x, meter = sample(Stage), default_meter(CPU)
     plan = planned(model, x, "every_stage")
     trained = cs.checkpointed(model, plan)
-    cs.profiler.default_loss(trained(x)).backward()
+    default_loss(trained(x)).backward()
     model.zero_grad()
     with meter.window() as window, parametrize.cached():
-        cs.profiler.default_loss(trained(x)).backward()
+        default_loss(trained(x)).backward()
     assert window.phases[0].peak_bytes <= plan.peak_bytes
 
 

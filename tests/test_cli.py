@@ -376,7 +376,7 @@ def test_a_step_that_breaks_its_promise_ends_with_code_1(
         def __str__(self) -> str:
             return "verified NO"
 
-    monkeypatch.setattr("ckptsched.cli.commands.run_verify", lambda *_, **__: Broken())
+    monkeypatch.setattr("ckptsched.executor.verify.verify", lambda *_, **__: Broken())
     result = run("verify", "nets_of_test:mlp", "--input", "6x4", "--budget", "100%")
     assert (result.exit_code, result.stdout) == (1, "verified NO\n")
 
@@ -401,7 +401,7 @@ def test_a_report_with_a_broken_promise_ends_with_code_1(
             random_state_equal=True,
         )
 
-    monkeypatch.setattr("ckptsched.cli.commands.run_verify", step)
+    monkeypatch.setattr("ckptsched.executor.verify.verify", step)
     result = run(
         "report", "nets_of_test:mlp", "--input", "6x4", "--measure", "--budgets", "2",
         "--json", "t.json",

@@ -440,7 +440,9 @@ class Interrupting:
         return False
 
 
-@pytest.mark.parametrize("files", [("profiler.py", "survey.py"), ("model_state.py", "aliases.py")])
+@pytest.mark.parametrize(
+    "files", [("profile.py", "stage_probe.py"), ("model_state.py", "parameter_swap.py")]
+)
 def test_it_is_left_as_it_was_by_ctrl_c_at_any_line(files: tuple[str, ...]) -> None:
     """Also while it is being put back."""
     model = model_of(add_to_frozen, count)
@@ -453,6 +455,7 @@ def test_it_is_left_as_it_was_by_ctrl_c_at_any_line(files: tuple[str, ...]) -> N
     counting = Interrupting(files)
     assert not counting.run(measured)
     lines = counting.count
+    assert lines > 100
     ends = range(max(1, lines - 700), lines, 29)
     for line in (*range(1, lines, max(1, lines // 20)), *ends):
         Interrupting(files, line).run(measured)

@@ -11,6 +11,7 @@ from torch.autograd.graph import save_on_cpu
 
 import ckptsched as cs
 from ckptsched.memory.meters import default_meter
+from ckptsched.profiler.profile import default_loss
 from ckptsched.recompute.side_outputs import Look
 from ckptsched.torch_state.saved_hooks import describe_hooks, hooks_now, no_hooks
 from tests.networks import planned
@@ -65,7 +66,7 @@ def test_bytes_among_hooks_that_were_planned(solver: str) -> None:
         trained(x).square().mean().backward()
         model.zero_grad()
         with meter.window() as window:
-            cs.profiler.default_loss(trained(x)).backward()
+            default_loss(trained(x)).backward()
     assert window.phases[0].peak_bytes <= plan.peak_bytes
 
 

@@ -231,7 +231,7 @@ def test_an_interrupt_leaves_no_turn_behind() -> None:
 
         def trace(frame: Any, event: str, arg: Any, nth: int = nth) -> Any:
             nonlocal lines
-            if frame.f_code.co_filename.endswith("turns.py"):
+            if frame.f_code.co_filename.endswith("locks.py"):
                 lines += 1
                 if lines == nth + 1:
                     sys.settrace(None)
