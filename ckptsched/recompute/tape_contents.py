@@ -23,6 +23,8 @@ NOTHING = object()
 """In place of a leaf that does not count."""
 
 _RAW = "_raw_saved_"  # such attributes show what is saved, and do not unpack it as "_saved_" do
+# Up to torch 2.9 they do not show it: there it is unpacked.
+_SHOWS = hasattr(getattr(torch._C._autograd, "SavedTensor", None), "data")
 _names: dict[type, tuple[str, ...]] = {}
 
 
@@ -87,12 +89,14 @@ def _tensors(node: Node) -> Iterator[Tensor]:
     """The tensors that a node keeps, as far as it shows them."""
     is_python = isinstance(node, _PYTHON_NODE)
     for name in (f"{_RAW}tensors",) if is_python else _raw_names(type(node)):
+        if not _SHOWS:
+            name = name.removeprefix("_raw_" if is_python else "_raw")
         try:
             value = getattr(node, name, ())
         except RuntimeError:  # let go already
             continue
         for raw in value if isinstance(value, (tuple, list)) else (value,):
-            yield from _inside(getattr(raw, "data", None))
+            yield from _inside(getattr(raw, "data", None) if _SHOWS else raw)
     if is_python:  # attributes of what torch calls ctx
         for value in list(vars(node).values()):
             yield from _inside(value)
