@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.memory.meters import AllocatorMeter, ProfilerMeter
+from ckptsched.memory.meters import AllocatorMeter, ProfilerMeter, default_meter
 from ckptsched.solvers import baselines_for
 from tests.networks import NETWORKS, conv_block, ode_net
 
@@ -330,3 +330,26 @@ def test_profile_on_cuda() -> None:
     assert chain.signature is not None
     assert chain.signature.device == "cuda"
     assert all(stage.state_bytes > 0 for stage in chain.stages[:-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("solver", ["every_stage", "store_all"])
+def test_the_loss_that_is_assumed_takes_what_one_in_float32_takes(
+    dtype: torch.dtype, solver: str
+) -> None:
+    """Losses of half outputs are computed in float32; where none is named, that is provided for."""
+    model = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(32, 32), nn.Tanh())])
+    x = torch.randn(256, 32)
+    with torch.autocast("cpu", dtype=dtype):
+        made = cs.plan(cs.profile(model, x), budget=2**40, solver=solver)
+    net = cs.checkpointed(model, made)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=dtype):
+            y = net(x)
+        y.float().square().mean().backward()
+
+    step()
+    model.zero_grad()
+    _, measured = default_meter("cpu").measure(step)
+    assert measured.peak_bytes <= made.peak_bytes
