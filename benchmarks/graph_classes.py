@@ -21,8 +21,8 @@ from ckptsched.solvers.graph.to_schedule import store_all_runs, with_drops
 from ckptsched.workload.chain import Chain
 from ckptsched.workload.graph import Graph
 from ckptsched.workload.stage import Stage
-from tests.brute_force_graph import cheapest_on_graph
-from tests.pinned_oracle import cheapest_pinned
+from tests.oracles.brute_force_graph import cheapest_on_graph
+from tests.oracles.pinned import cheapest_pinned
 
 _MOST_ORDERS = 24
 

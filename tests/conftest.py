@@ -85,7 +85,8 @@ def a_clock(seed: int) -> Callable[[object], float]:
 def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages take the same seconds each time, so that each time the same plans are made.
 
-    What must hold whatever the seconds is tested with clocks of all kinds (`test_timing.py`).
+    What must hold whatever the seconds is tested with clocks of all kinds
+    (`profiler/test_stage_time.py`).
     """
     now = a_clock(0)
     monkeypatch.setattr("ckptsched.profiler.stage_time.now", now)

@@ -1,0 +1,113 @@
+"""The compiled pass of the ledger: the same bytes at every operation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptsched.base.budget import Tier
+from ckptsched.base.errors import InvalidScheduleError
+from ckptsched.schedule.language import Copy, Drop, Kind, Schedule, Value
+from ckptsched.simulator import exact_bytes as ledger
+from ckptsched.simulator import exact_bytes_kernel as ledger_kernel
+from ckptsched.simulator.exact_bytes import charge
+from ckptsched.simulator.liveness import analyse
+from ckptsched.simulator.simulator import simulate
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.stage import Block
+from tests.support.random_schedules import schedules
+from tests.support.shared_chains import exact_stage
+from tests.support.strategies import SMALL, ledger_chains, parted_chains
+
+
+@st.composite
+def with_blocks(draw: st.DrawFn, chain: Chain) -> Chain:
+    """The chain in blocks whose buffers are cloned and hidden, and which draw random numbers."""
+    n = len(chain)
+    ends = sorted(draw(st.sets(st.integers(1, n), max_size=2)) | {n})
+    blocks = tuple(
+        Block(name=f"b{b}", first=a + 1, last=b, buffer_bytes=draw(SMALL), hidden_bytes=draw(SMALL))
+        for a, b in zip([0, *ends[:-1]], ends, strict=True)
+    )
+    kept = draw(SMALL)
+    return replace(
+        chain,
+        blocks=blocks,
+        random_state_bytes=draw(SMALL),
+        kept_bytes=kept,
+        held_bytes=chain.held_bytes + kept,
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Chain, Schedule]:
+    """A chain with exact bytes and a valid schedule."""
+    chain = draw(ledger_chains(noise=True) | parted_chains(most_stages=6, to_output=True))
+    if draw(st.booleans()):
+        chain = draw(with_blocks(chain))
+    return chain, draw(schedules(len(chain)))
+
+
+def timeline(chain: Chain, schedule: Schedule, *, compiled: bool) -> Any:
+    """Bytes while each operation runs, by one of the passes."""
+    done: list[int] = []
+    run = ledger_kernel.charge
+
+    def counted(*args: Any) -> None:
+        run(*args)
+        done.append(len(args[0]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger_kernel, "charge", counted)
+        for name in ("_COMPILED_OPERATIONS", "_COMPILED_ONCE_LOADED"):
+            patch.setattr(ledger, name, 0 if compiled else len(schedule) + 1)
+        found = charge(chain, schedule).timeline
+    assert done == [len(schedule)] * compiled
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases())
+def test_both_passes_charge_the_same(case: tuple[Chain, Schedule]) -> None:
+    read, compiled = (timeline(*case, compiled=flag) for flag in (False, True))
+    np.testing.assert_array_equal(compiled, read)
+    # What was live is told by the readable pass.
+    at = int(read.argmax())
+    assert sum(x.bytes for x in charge(*case, until=at).live) == compiled[at]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 6).flatmap(lambda n: st.tuples(st.just(n), schedules(n))))
+def test_both_passes_find_the_same_live(case: tuple[int, Schedule]) -> None:
+    n, schedule = case
+    one, two = (analyse(schedule, n, compiled=flag) for flag in (False, True))
+    assert one.snapshots_input == two.snapshots_input
+    for name in ("keeps_output", "frees_input", "restores", "snapshots", "repeats"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
+
+
+def test_gradients_that_were_dropped_take_nothing() -> None:
+    chain = Chain(
+        stages=(exact_stage(),) * 2, input_bytes=10, input_gradient_bytes=10, held_bytes=12
+    )
+    schedule = Schedule.from_text("T1 T2 turn B2 -t1 T1 B1 -x0")
+    dropped = Schedule.of([*schedule, *[Drop(Value(Kind.GRAD, 0))] * 2])
+    read, compiled = (timeline(chain, dropped, compiled=flag) for flag in (False, True))
+    np.testing.assert_array_equal(compiled, read)
+    assert read[-2] - read[-1] == chain.input_gradient_bytes
+
+
+def test_other_tiers_are_left_to_the_readable_pass() -> None:
+    chain = Chain(stages=(exact_stage(),), input_bytes=10, input_gradient_bytes=10, held_bytes=12)
+    x0 = Value(Kind.STATE, 0)
+    away = [Copy(x0, Tier.DEVICE, Tier.HOST), Drop(x0, Tier.HOST)]
+    schedule = Schedule.of([*away, *Schedule.from_text("T1 turn B1 -x0")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger, "_COMPILED_ONCE_LOADED", 0)
+        with pytest.raises(InvalidScheduleError, match="the ledger knows the device only"):
+            simulate(chain, schedule)

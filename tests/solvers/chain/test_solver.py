@@ -1,0 +1,615 @@
+"""The dynamic program: equal to enumeration, never over budget, never beaten."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptsched.base.errors import InfeasibleBudgetError, WorkloadError
+from ckptsched.base.progress import listening
+from ckptsched.ode import ODEBlock
+from ckptsched.profiler.profile import profile
+from ckptsched.simulator.simulator import simulate
+from ckptsched.solvers import Baseline, ChainDp, Revolve, Solution, baselines_for
+from ckptsched.solvers.binomial.revolve import advances, revolve_schedule
+from ckptsched.solvers.chain.sizes import chain_sizes
+from ckptsched.solvers.chain.tables import Table, least_memory
+from ckptsched.solvers.chain.to_schedule import outline
+from ckptsched.workload.chain import Chain
+from ckptsched.workload.stage import Stage
+from tests.oracles.brute_force import (
+    cheapest,
+    cheapest_of,
+    persistent_frontier,
+    persistent_schedules,
+)
+from tests.support.shared_chains import (
+    EXAMPLES,
+    example,
+    instance,
+    reference,
+    steps,
+    tiny_cases,
+    uniform,
+    without_search,
+)
+from tests.support.strategies import (
+    chains,
+    chains_with_options,
+    ledger_chains,
+    scaled_chains,
+    uniform_chains,
+)
+
+
+def seconds_of(result: Solution | InfeasibleBudgetError) -> float:
+    """Seconds of a solution; infinite where there is none."""
+    return math.inf if isinstance(result, InfeasibleBudgetError) else result.trace.seconds
+
+
+def check_result(chain: Chain, budget: int, result: Solution | InfeasibleBudgetError) -> None:
+    """What holds for every answer."""
+    if isinstance(result, InfeasibleBudgetError):
+        assert result.budget_bytes == budget
+        assert result.least_budget_bytes is not None
+        assert result.least_budget_bytes > budget
+    else:
+        assert simulate(chain, result.schedule).peak_bytes == result.trace.peak_bytes <= budget
+        assert chain.store_all_seconds <= result.lower_bound_seconds + 1e-9
+        assert result.lower_bound_seconds <= result.trace.seconds
+        assert result.least_budget_bytes <= budget
+        assert result.schedule_class == "memory-persistent"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_worked_examples(name: str) -> None:
+    chain, optimum = example(name), list(EXAMPLES[name][1].items())
+    pairs = steps(optimum, optimum[-1][0] + 3)
+    solutions = ChainDp().solve_each(chain, [budget for budget, _ in pairs])
+    assert [seconds_of(solution) for solution in solutions] == [value for _, value in pairs]
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        ChainDp().solve(chain, optimum[0][0] - 1)
+    assert caught.value.least_budget_bytes == optimum[0][0]
+
+
+def test_every_row_of_the_tiny_chains() -> None:
+    cases = tiny_cases()
+    assert len(cases) == 120
+    for case in cases:
+        chain = Chain.from_json(case["chain"])
+        rows = [(row[0], math.inf if row[3] is None else row[3]) for row in case["optimum"]]
+        pairs = steps(rows, rows[-1][0] + 2)
+        results = ChainDp().solve_each(chain, [budget for budget, _ in pairs])
+        assert [seconds_of(result) for result in results] == [value for _, value in pairs]
+        for (budget, _), result in zip(pairs, results, strict=True):
+            check_result(chain, budget, result)
+            if isinstance(result, Solution):
+                assert result.lower_bound_seconds == result.trace.seconds
+
+
+def test_the_oracles_agree_with_the_tiny_chains() -> None:
+    for case in [case for case in tiny_cases() if case["chain"]["n"] <= 4][:40]:
+        chain = Chain.from_json(case["chain"])
+        frontier = persistent_frontier(chain)
+        for budget, unpinned, pinned, persistent in case["optimum"]:
+            found = cheapest(chain, budget), cheapest(chain, budget, pinned=False)
+            expected = [math.inf if x is None else x for x in (pinned, unpinned, persistent)]
+            assert [*found] == expected[:2]
+            assert cheapest_of(frontier, budget) == expected[2]
+
+
+def test_the_oracle_enumerates_the_schroeder_numbers() -> None:
+    assert [len(persistent_schedules(n)) for n in range(1, 6)] == [2, 6, 22, 90, 394]
+
+
+@settings(max_examples=200, deadline=None)
+@given(chains())
+def test_equal_to_enumeration(chain: Chain) -> None:
+    frontier = persistent_frontier(chain)
+    budgets = sorted({peak + d for peak, _ in frontier for d in (-1, 0)})
+    for budget, result in zip(budgets, ChainDp().solve_each(chain, budgets), strict=True):
+        check_result(chain, budget, result)
+        assert seconds_of(result) == cheapest_of(frontier, budget)
+        assert seconds_of(result) >= cheapest(chain, budget)
+
+
+@settings(max_examples=300, deadline=None)
+@given(chains_with_options())
+def test_equal_to_enumeration_with_several_tapes(chain: Chain) -> None:
+    frontier = persistent_frontier(chain)
+    budgets = sorted({peak + d for peak, _ in frontier for d in (-1, 0)})
+    for budget, result in zip(budgets, ChainDp().solve_each(chain, budgets), strict=True):
+        check_result(chain, budget, result)
+        assert seconds_of(result) == cheapest_of(frontier, budget)
+        assert seconds_of(result) >= cheapest(chain, budget)
+        if isinstance(result, Solution):
+            assert result.lower_bound_seconds == result.trace.seconds
+    assert frontier[-1][1] == chain.store_all_seconds
+
+
+@settings(max_examples=60, deadline=None)
+@given(chains())
+def test_a_tape_like_the_stages_own_changes_nothing(chain: Chain) -> None:
+    twice = replace(chain, stages=tuple(replace(x, other_tapes=x.tapes) for x in chain.stages))
+    peaks = [peak for peak, _ in persistent_frontier(chain)]
+    pairs = zip(ChainDp().solve_each(chain, peaks), ChainDp().solve_each(twice, peaks), strict=True)
+    for one, two in pairs:
+        assert isinstance(one, Solution)
+        assert isinstance(two, Solution)
+        assert one.schedule == two.schedule
+
+
+@settings(max_examples=100, deadline=None)
+@given(ledger_chains(views=False))
+def test_equal_to_enumeration_in_exact_bytes(chain: Chain) -> None:
+    frontier = persistent_frontier(chain)
+    budgets = sorted({peak + d for peak, _ in frontier for d in (-1, 0)})
+    for budget, result in zip(budgets, ChainDp().solve_each(chain, budgets), strict=True):
+        check_result(chain, budget, result)
+        assert seconds_of(result) == cheapest_of(frontier, budget)
+        if isinstance(result, Solution):
+            assert result.lower_bound_seconds == result.trace.seconds
+
+
+@settings(max_examples=60, deadline=None)
+@given(ledger_chains(), st.booleans())
+def test_exact_bytes_bound_and_fit(chain: Chain, noise: bool) -> None:
+    check_exact_bytes(replace(chain, random_state_bytes=5) if noise else chain)
+
+
+@settings(max_examples=40, deadline=None)
+@given(ledger_chains(noise=True))
+def test_exact_bytes_with_buffers_and_random_states(chain: Chain) -> None:
+    check_exact_bytes(chain)
+
+
+def check_exact_bytes(chain: Chain) -> None:
+    frontier = persistent_frontier(chain)
+    sizes = chain_sizes(chain)
+    table = Table(sizes, 1, max(0, frontier[-1][0] - sizes.fixed), exact=True)
+    budgets = [peak for peak, _ in frontier]
+    for (budget, optimum), result in zip(
+        frontier, ChainDp().solve_each(chain, budgets), strict=True
+    ):
+        bound = table.extra_seconds(budget - sizes.fixed) + chain.store_all_seconds
+        assert bound <= optimum
+        check_result(chain, budget, result)
+        if isinstance(result, Solution):
+            assert result.lower_bound_seconds <= optimum
+            ChainDp().solve(chain, result.least_budget_bytes)
+
+
+def least_with(chain: Chain, times: Sequence[tuple[float, float]]) -> int:
+    """The least budget where stages take these seconds, in turn, forward and backward."""
+    stages = tuple(
+        replace(stage, forward_seconds=forward, backward_seconds=backward)
+        for stage, (forward, backward) in zip(chain.stages, itertools.cycle(times), strict=False)
+    )
+    [found] = ChainDp().solve_each(replace(chain, stages=stages), [2**50])
+    assert isinstance(found, Solution)
+    return found.least_budget_bytes
+
+
+SOME_SECONDS = st.tuples(st.floats(1e-6, 1e-3), st.floats(1e-6, 1e-3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ledger_chains(most_stages=9, noise=True),
+    *[st.lists(SOME_SECONDS, min_size=1, max_size=4)] * 2,
+)
+def test_the_least_budget_depends_on_bytes_alone(
+    chain: Chain, times: list[tuple[float, float]], again: list[tuple[float, float]]
+) -> None:
+    """What is named after one measurement is met after the next, which gives other seconds."""
+    assert least_with(chain, times) == least_with(chain, again)
+
+
+def test_the_least_budget_of_a_rotation_depends_on_bytes_alone() -> None:
+    """Its relaxed ledger promises less than there is, so that the least must be looked for."""
+
+    class Turn(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rate = torch.nn.Parameter(torch.ones(2, dtype=torch.complex128))
+
+        def forward(self, y: torch.Tensor) -> torch.Tensor:
+            return self.rate * y
+
+    def loss(y: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_real(y).square().mean()
+
+    y0 = torch.ones(2, dtype=torch.complex128, requires_grad=True)
+    chain = profile(ODEBlock(Turn(), steps=50, method="rk4"), y0, loss=loss)
+    times = np.random.default_rng(0).uniform((3e-5, 9e-5), (5e-5, 1.5e-4), (60, 2))
+    assert len({least_with(chain, [(forward, backward)]) for forward, backward in times}) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(scaled_chains(), st.integers(1, 60), st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_rounded_sizes(chain: Chain, slots: int, shares: list[float]) -> None:
+    frontier = persistent_frontier(chain)
+    least, most = frontier[0][0], frontier[-1][0]
+    budgets = sorted({least - 1, least, most, *(int(least + x * (most - least)) for x in shares)})
+    results = ChainDp(slots).solve_each(chain, budgets)
+    for budget, result in zip(budgets, results, strict=True):
+        check_result(chain, budget, result)
+        optimum = cheapest_of(frontier, budget)
+        assert seconds_of(result) >= optimum - 1e-9
+        if isinstance(result, Solution):
+            assert result.lower_bound_seconds <= optimum + 1e-9
+            assert result.least_budget_bytes == least
+    seconds = [seconds_of(result) for result in results]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(chains(most_stages=6), st.data())
+def test_solve_answers_as_solve_each(chain: Chain, data: st.DataObject) -> None:
+    most = Baseline("store_all").solve(chain, 10**9).trace.peak_bytes
+    budget = data.draw(st.integers(0, most + 3))
+    (result,) = ChainDp().solve_each(chain, [budget])
+    if isinstance(result, Solution):
+        assert ChainDp().solve(chain, budget).schedule == result.schedule
+    else:
+        with pytest.raises(InfeasibleBudgetError) as caught:
+            ChainDp().solve(chain, budget)
+        assert str(caught.value) == str(result)
+
+
+@settings(max_examples=60, deadline=None)
+@given(chains(most_stages=8) | ledger_chains(most_stages=8, noise=True))
+def test_storing_everything_needs_no_second_run(chain: Chain) -> None:
+    trace = Baseline("store_all").solve(chain, 10**9).trace
+    solution = ChainDp().solve(chain, trace.peak_bytes)
+    assert solution.trace.forwards == len(chain)
+    assert solution.trace.seconds == pytest.approx(chain.store_all_seconds)
+    assert solution.lower_bound_seconds == pytest.approx(chain.store_all_seconds)
+
+
+@settings(max_examples=40, deadline=None)
+@given(chains(most_stages=9) | ledger_chains(most_stages=9, noise=True) | uniform_chains())
+def test_no_baseline_that_fits_is_cheaper(chain: Chain) -> None:
+    methods = [*baselines_for(chain), *([Revolve()] if chain.is_uniform else [])]
+    for method in methods:
+        fixed = method.solve(chain, 10**9)
+        found = ChainDp().solve(chain, fixed.trace.peak_bytes)
+        assert found.trace.seconds <= fixed.trace.seconds + 1e-9
+
+
+@pytest.mark.parametrize("states", range(1, 7))
+@pytest.mark.parametrize("n", [1, 2, 5, 12, 23])
+def test_uniform_chains_with_large_tapes_are_binomial(n: int, states: int) -> None:
+    # A tape larger than all the states that fit beside it is never worth keeping.
+    chain = uniform(n, state=1, tape=40)
+    budget = simulate(chain, revolve_schedule(n, states)).peak_bytes
+    found = ChainDp().solve(chain, budget)
+    assert found.trace.seconds == Revolve().solve(chain, budget).trace.seconds
+    assert found.trace.seconds == 2 * n + advances(n, states) + n
+    assert found.lower_bound_seconds == found.trace.seconds
+
+
+def test_sandwich_of_the_published_test_chain() -> None:
+    # The published recurrence leaves out the gradient that a backward consumes: it lies
+    # between no gradients at all and ours (RR-9302; values by exhaustive search).
+    data = {
+        "u_f": [2, 3, 1, 4, 2, 0],
+        "u_b": [4, 6, 2, 8, 4, 0],
+        "w_a": [2, 3, 1, 2, 1, 2, 0],
+        "w_t": [6, 5, 4, 7, 4, 0],
+    }
+    rotor = [51, 48, 46, 45, 45, 44, 42, 42, 41, 41, 41, 40, 40, 39, 39, 38, 37, 37, 36]
+    budgets = range(12, 12 + len(rotor))
+    without = ChainDp().solve_each(Chain.from_json(data | {"w_g": [0] * 7}), budgets)
+    ours = ChainDp().solve_each(Chain.from_json(data), budgets)
+    for low, published, high in zip(without, rotor, ours, strict=True):
+        assert seconds_of(low) <= published <= seconds_of(high)
+    assert seconds_of(ChainDp().solve(Chain.from_json(data), 40)) == 36
+
+
+@pytest.mark.parametrize(
+    ("name", "worst"),
+    [
+        ("resnet50_b32", 1e-6),
+        ("random_n20_s0", 1e-6),
+        ("random_n50_s0", 1e-6),
+        ("gpt96", 1e-5),
+        ("random_n100_s0", 0.0005),
+        ("ode_L8_Nt16", 1e-6),
+        ("random_n200_s0", 0.0005),
+        pytest.param("random_n500_s0", 0.002, marks=pytest.mark.slow),
+        pytest.param("ode_L8_Nt64", 0.002, marks=pytest.mark.slow),
+    ],
+)
+def test_reference_instances(name: str, worst: float) -> None:
+    chain, rows = instance(name), reference(name)
+    budgets = [row["budget_bytes"] for row in rows]
+    results = ChainDp().solve_each(chain, budgets)
+    for row, result in zip(rows, results, strict=True):
+        check_result(chain, row["budget_bytes"], result)
+        assert isinstance(result, Solution)
+        relative = result.trace.seconds / chain.store_all_seconds
+        assert row["lower_bound"] - 1e-6 <= relative <= row["best_known"] * (1 + worst)
+        assert result.trace.seconds <= 1.006 * result.lower_bound_seconds
+        bound = result.lower_bound_seconds / chain.store_all_seconds
+        # The figures were made with 32-bit floats.
+        assert bound <= row["best_known"] * (1 + 1e-5)
+    seconds = [seconds_of(result) for result in results]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_the_least_budget_is_met_and_one_byte_less_is_refused() -> None:
+    chain = instance("random_n50_s0")
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        ChainDp().solve(chain, 1000)
+    error = caught.value
+    assert error.budget_bytes == 1000
+    assert error.least_budget_bytes is not None
+    assert f"the least that works is {error.least_budget_bytes / 2**20:.0f}"[:25] in str(error)
+    assert f"({error.least_budget_bytes} bytes)" in str(error)
+    assert error.stage.startswith("stage ")
+    assert error.stage in str(error)
+    solution = ChainDp().solve(chain, error.least_budget_bytes)
+    assert solution.trace.peak_bytes == error.least_budget_bytes == solution.least_budget_bytes
+    with pytest.raises(InfeasibleBudgetError):
+        ChainDp().solve(chain, error.least_budget_bytes - 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    scaled_chains() | chains_with_options(),
+    st.integers(1, 40),
+    st.sampled_from([0.9, 1.0, 1.01, 1.1]),
+    st.booleans(),
+)
+def test_drawn_schedules_fit_in_bytes(
+    chain: Chain, slots: int, scale: float, nearest: bool
+) -> None:
+    sizes = chain_sizes(chain)
+    least = least_memory(sizes)
+    top = Baseline("store_all").solve(chain, 10**12).trace.peak_bytes - sizes.fixed
+    table = Table(sizes, -(-top // slots) or 1, top, nearest=nearest)
+    for m in np.linspace(least.total, max(top, least.total), 5).astype(np.int64):
+        drawn = outline(least, int(m), table, scale)
+        trace = simulate(chain, drawn.build())
+        assert trace.peak_bytes <= int(m) + sizes.fixed
+        assert chain.store_all_seconds + drawn.extra_seconds == pytest.approx(trace.seconds)
+
+
+def test_a_table_of_nearest_sizes_helps_where_states_are_smaller_than_slots(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # At one slot in 300 the states of most steps take less than a slot.
+    chain, budget = instance("ode_L8_Nt16"), reference("ode_L8_Nt16")[7]["budget_bytes"]
+    sizes, least = chain_sizes(chain), least_memory(chain_sizes(chain))
+    m = budget - sizes.fixed
+    seconds = [
+        min(
+            outline(least, m, Table(sizes, m // 300, m, nearest=nearest), scale).extra_seconds
+            for scale in (0.97, 0.98, 0.99, 1.0)
+        )
+        for nearest in (False, True)
+    ]
+    assert seconds[1] < seconds[0]
+    without_search(monkeypatch)
+    both = ChainDp(slots=300).solve(chain, budget)
+    monkeypatch.setattr("ckptsched.solvers.chain.solver._POOR", math.inf)
+    one = ChainDp(slots=300).solve(chain, budget)
+    assert both.trace.seconds < one.trace.seconds
+    assert both.lower_bound_seconds == one.lower_bound_seconds
+
+
+def test_solving_twice_gives_the_same_schedule() -> None:
+    chain = instance("resnet50_b32")
+    budget = reference("resnet50_b32")[3]["budget_bytes"]
+    assert ChainDp().solve(chain, budget) == ChainDp().solve(chain, budget)
+
+
+def test_long_chains_are_refused() -> None:
+    with pytest.raises(WorkloadError, match=r"up to about 1,700 stages, found 8000"):
+        ChainDp().solve(uniform(8000), 10**9)
+
+
+def scaled(chain: Chain, *, seconds: float = 1.0, size: int = 1) -> Chain:
+    """The same chain in other units."""
+    data = chain.to_json()
+    for key in ("u_f", "u_b"):
+        data[key] = [seconds * x for x in data[key]]
+    for key in ("w_a", "w_t", "w_g", "o_f", "o_b", "w_p"):
+        data[key] = [size * x for x in data[key]]
+    data |= {"u_loss": seconds * data["u_loss"]}
+    return Chain.from_json(data | {key: size * data[key] for key in ("o_loss", "w_held")})
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    scaled_chains(most_stages=8),
+    st.integers(-50, 50),
+    st.sampled_from([None, 20]),
+    st.floats(0, 1),
+)
+def test_scaling_all_times_leaves_the_schedule_unchanged(
+    chain: Chain, exponent: int, slots: int | None, share: float
+) -> None:
+    budget = budget_between(chain, share)
+    first = ChainDp(slots).solve(chain, budget)
+    second = ChainDp(slots).solve(scaled(chain, seconds=2.0**exponent), budget)
+    assert first.schedule == second.schedule
+    # A bound that is the plan's own seconds differs from them in the last digits.
+    assert second.lower_bound_seconds == pytest.approx(
+        2.0**exponent * first.lower_bound_seconds, rel=1e-12
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(chains(most_stages=8), st.integers(2, 10**6), st.floats(0, 1))
+def test_scaling_all_bytes_leaves_the_schedule_unchanged(
+    chain: Chain, factor: int, share: float
+) -> None:
+    budget = budget_between(chain, share)
+    first = ChainDp().solve(chain, budget)
+    for spare in (0, factor - 1):
+        second = ChainDp().solve(scaled(chain, size=factor), factor * budget + spare)
+        assert first.schedule == second.schedule
+        assert first.lower_bound_seconds == second.lower_bound_seconds
+
+
+def budget_between(chain: Chain, share: float) -> int:
+    """A budget between the least and that of storing everything."""
+    most = Baseline("store_all").solve(chain, 10**15).trace.peak_bytes
+    (none,) = ChainDp().solve_each(chain, [-1])
+    assert isinstance(none, InfeasibleBudgetError)
+    assert none.least_budget_bytes is not None
+    return none.least_budget_bytes + int(share * (most - none.least_budget_bytes))
+
+
+@st.composite
+def chains_to_split(draw: st.DrawFn) -> tuple[Chain, Chain]:
+    """A chain, and the same with one stage in two.
+
+    Every schedule of the first is one of the second: the two parts run one after the other, the
+    state between them goes at once, and what it takes comes off the overheads.
+    """
+    chain = draw(chains(most_stages=4))
+    k = draw(st.integers(0, len(chain) - 1))
+    stage = chain.stages[k]
+    tape = draw(st.integers(0, stage.tape_bytes - stage.state_bytes))
+    between = draw(st.integers(0, min(stage.forward_overhead_bytes, tape)))
+    most = min(stage.backward_overhead_bytes, stage.tape_bytes - tape)
+    gradient = draw(st.integers(0, most))
+    parameters = draw(st.integers(0, stage.parameter_gradient_bytes))
+    share = draw(st.integers(0, 9))
+    first = Stage(
+        forward_seconds=min(float(share), stage.forward_seconds),
+        backward_seconds=min(float(share), stage.backward_seconds),
+        state_bytes=between,
+        tape_bytes=tape,
+        gradient_bytes=gradient,
+        forward_overhead_bytes=stage.forward_overhead_bytes - between,
+        backward_overhead_bytes=stage.backward_overhead_bytes,
+        parameter_gradient_bytes=parameters,
+    )
+    second = replace(
+        stage,
+        forward_seconds=stage.forward_seconds - first.forward_seconds,
+        backward_seconds=stage.backward_seconds - first.backward_seconds,
+        tape_bytes=stage.tape_bytes - tape,
+        forward_overhead_bytes=stage.forward_overhead_bytes - between,
+        backward_overhead_bytes=stage.backward_overhead_bytes - gradient,
+        parameter_gradient_bytes=stage.parameter_gradient_bytes - parameters,
+    )
+    stages = (*chain.stages[:k], first, second, *chain.stages[k + 1 :])
+    return chain, replace(chain, stages=stages)
+
+
+@settings(max_examples=200, deadline=None)
+@given(chains_to_split())
+def test_splitting_a_stage_in_two_is_never_worse(pair: tuple[Chain, Chain]) -> None:
+    whole, parts = pair
+    budgets = [peak for peak, _ in persistent_frontier(whole)]
+    one, two = (ChainDp().solve_each(chain, budgets) for chain in pair)
+    for before, after in zip(one, two, strict=True):
+        assert seconds_of(after) <= seconds_of(before) + 1e-9
+    assert parts.store_all_seconds == pytest.approx(whole.store_all_seconds)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.one_of(scaled_chains(), chains_with_options(), ledger_chains(noise=True)),
+    st.integers(1, 40),
+)
+def test_a_coarse_table_bounds_every_schedule(chain: Chain, slots: int) -> None:
+    frontier, sizes = persistent_frontier(chain), chain_sizes(chain)
+    top = max(0, frontier[-1][0] - sizes.fixed)
+    for exact in (False, True):
+        table = Table(sizes, max(1, top // slots), top, exact=exact)
+        for peak, seconds in frontier:
+            for budget in (peak, peak + 1):
+                bound = chain.store_all_seconds + table.bound(budget - sizes.fixed)
+                assert bound <= seconds * (1 + 1e-15)
+
+
+def test_bounds_in_short_floats_stay_below_those_in_long_ones() -> None:
+    chain = instance("random_n50_s0")
+    sizes = chain_sizes(chain)
+    top = Baseline("store_all").solve(chain, 10**15).trace.peak_bytes - sizes.fixed
+    short, long = (Table(sizes, top // 300, top, exact=exact) for exact in (False, True))
+    known = [x for x in range(0, top, top // 100) if not math.isinf(long.bound(x))]
+    assert len(known) > 80
+    for size in known:
+        assert short.bound(size) <= long.bound(size)
+        assert short.bound(size) == pytest.approx(long.bound(size), rel=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(chains(most_stages=6) | chains_with_options() | ledger_chains(views=False))
+def test_a_frontier_is_the_plan_at_each_of_its_budgets(chain: Chain) -> None:
+    budgets = [peak for peak, _ in persistent_frontier(chain)] if len(chain) <= 4 else [40, 60, 80]
+    together = ChainDp().solve_each(chain, budgets)
+    for budget, result in zip(budgets, together, strict=True):
+        (alone,) = ChainDp().solve_each(chain, [budget])
+        assert seconds_of(alone) == seconds_of(result)
+        if isinstance(alone, Solution) and isinstance(result, Solution):
+            assert alone.lower_bound_seconds == result.lower_bound_seconds
+
+
+def test_a_frontier_of_rounded_sizes_is_no_worse_than_its_plans() -> None:
+    chain = instance("random_n50_s0")
+    budgets = [row["budget_bytes"] for row in reference("random_n50_s0")]
+    for budget, result in zip(budgets, ChainDp().solve_each(chain, budgets), strict=True):
+        alone = ChainDp().solve(chain, budget)
+        assert isinstance(result, Solution)
+        assert result.trace.seconds <= alone.trace.seconds
+        assert result.lower_bound_seconds <= alone.lower_bound_seconds
+        assert result.rounding_unit_bytes == alone.rounding_unit_bytes
+
+
+def test_too_little_memory_means_larger_slots_then_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chain = instance("random_n50_s0")
+    budget = reference("random_n50_s0")[3]["budget_bytes"]
+    without_search(monkeypatch)
+    fine = ChainDp().solve(chain, budget)
+    monkeypatch.setattr("ckptsched.solvers.chain.solver.MOST_NUMBERS", 1e5)
+    coarse = ChainDp().solve(chain, budget)
+    assert coarse.rounding_unit_bytes > 10 * fine.rounding_unit_bytes
+    assert coarse.lower_bound_seconds < fine.lower_bound_seconds
+    assert fine.trace.seconds <= coarse.trace.seconds * (1 + 1e-9)
+    check_result(chain, budget, coarse)
+    monkeypatch.setattr("ckptsched.solvers.chain.solver.MOST_NUMBERS", 1e4)
+    message = r"50 stages would need .* for 100 slots, more than the 39\.063 KiB"
+    with pytest.raises(WorkloadError, match=message):
+        ChainDp().solve(chain, budget)
+
+
+def test_a_long_computation_tells_its_progress_and_can_be_stopped() -> None:
+    chain = instance("random_n50_s0")
+    budget = reference("random_n50_s0")[3]["budget_bytes"]
+    told: list[tuple[str, float]] = []
+    with listening(lambda what, share: told.append((what, share))):
+        ChainDp().solve(chain, budget)
+    tables = [share for what, share in told if what.startswith("table of 50 stages and ")]
+    assert tables == sorted(tables)
+    assert tables[0] == 0
+    assert tables[-1] == pytest.approx(1)
+
+    def stop(what: str, share: float) -> None:
+        if share > 0.2 and what.startswith("table"):
+            raise KeyboardInterrupt
+
+    with listening(stop), pytest.raises(KeyboardInterrupt):
+        ChainDp().solve(chain, budget)
+
+
+def test_slots_must_be_positive() -> None:
+    with pytest.raises(WorkloadError, match="at least one slot, found 0"):
+        ChainDp(slots=0)
