@@ -4,7 +4,7 @@ Prints a table: nodes, budget as a share of storing everything, seconds beyond s
 everything by `graph_cuts` (on a path that is `chain_dp`) and by `graph_ilp`, the gap to the
 program's bound, and the time that each took.
 
-    python benchmarks/graphs.py [--limit 60] [--most-nodes 60]
+    python -m benchmarks.graphs [--limit 60] [--most-nodes 60]
 """
 
 from __future__ import annotations

@@ -85,6 +85,13 @@ def test_files_that_are_named_exist(path: Path) -> None:
     assert missing == set()
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_modules_that_are_named_exist(path: Path) -> None:
+    named = re.findall(r"`([\w/]+/\w+\.py)`", path.read_text(encoding="utf-8"))
+    places = (ROOT, ROOT / "ckptsched")
+    assert [name for name in named if not any((place / name).is_file() for place in places)] == []
+
+
 def test_one_version_everywhere() -> None:
     import ckptsched
 
@@ -148,7 +155,7 @@ def test_the_code_of_the_readme_runs_as_it_is_printed() -> None:
     names: dict = {}
     exec(python_in("README.md"), names)
     assert all(parameter.grad is not None for parameter in names["model"].parameters())
-    plan = names["plan"]
+    plan = names["model"].plan
     assert plan.peak_bytes <= plan.budget_bytes < plan.store_all_bytes
 
 
