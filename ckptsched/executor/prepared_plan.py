@@ -348,11 +348,6 @@ class Program:
         """The turns during which the calling thread begins a step: those of a model around it."""
         return (*Generators.turn.mine(), *self.lock.mine())
 
-    def wants_gradient(self, inputs: State, given: State) -> bool:
-        """Whether a backward is possible at all."""
-        tensors = (*inputs.leaves, *given.leaves, *self.all_slots.parameters())
-        return any(t.requires_grad for t in tensors)
-
     def trains_something_new(self) -> bool:
         """Whether something is trained in a place that the model did not have when planned.
 

@@ -216,11 +216,6 @@ def _copy_of(tensor: Tensor, fixed: Container[int], fresh: dict[int, Tensor]) ->
     return made if negated is None else negated()
 
 
-def can_carry(tensor: Tensor) -> bool:
-    """Whether a tensor of this dtype can have a gradient."""
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 def _take_apart(value: Any, leaves: dict[int, tuple[int, Tensor]], opaque: bool) -> _Node:
     if isinstance(value, Tensor):
         return _Leaf(leaves.setdefault(id(value), (len(leaves), value))[0])
