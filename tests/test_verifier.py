@@ -208,7 +208,7 @@ def test_a_generator_that_is_not_put_back_is_caught(monkeypatch: pytest.MonkeyPa
     model, x = nn.Sequential(*[Drawing() for _ in range(4)]), torch.randn(4, 8)
     plan = planned(model, x, "every_2")
     assert cs.verify(model, plan, x).ok
-    monkeypatch.setattr("ckptsched.executor.prepared_plan.own_generators", lambda *_: ())
+    monkeypatch.setattr("ckptsched.capture.inspection.own_generators", lambda *_: ())
     result = cs.verify(model, plan, x)
     assert not result.gradients_equal
     assert not result.random_state_equal

@@ -9,7 +9,7 @@ known of others, such as a queue that another thread fills, is not enough to put
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
 from typing import Any, cast, final
@@ -21,6 +21,7 @@ from ..tensors.pytree import storages
 from ..tensors.wrapper_tensors import cannot_be_followed, dense_parts
 from ..torch_state.foreign_generators import ForeignGenerators
 from ..torch_state.replay_context import RandomState
+from .inspection import Inspection
 
 _PARAMETER, _BUFFER, _ATTRIBUTE = "parameter", "buffer", "tensor"
 _KINDS = {"_parameters": _PARAMETER, "_buffers": _BUFFER}
@@ -120,24 +121,28 @@ class ModelState:
     """Everything that running a model may change in it, as it is now."""
 
     def __init__(
-        self, model: nn.Module, *, whole: ModelState | None = None, copied: bool = True
+        self,
+        modules: Sequence[nn.Module],
+        paths: Sequence[str] = (),
+        *,
+        whole: ModelState | None = None,
+        copied: bool = True,
     ) -> None:
         """Note everything.
 
         Args:
-            model: The model, or a part of it; its submodules belong to it, and so do modules that
-                it knows otherwise.
+            modules: All modules of the model, or of a part of it. Those that they know otherwise
+                than as submodules belong to a model, and not to a part.
+            paths: Of the modules; for a whole model alone.
             whole: For a part: the state of the whole model, which has names for what is in the
-                part. Then submodules alone count.
+                part.
             copied: Whether to copy the values of tensors, so that they can be put back.
         """
-        modules = list(model.modules())
         self._inside = None if whole is None else {id(module) for module in modules}
         self._copied = copied
         self._tensors: dict[int, _Noted] = {}
         self._held: dict[int, tuple[Any, Any, str]] = {}
-        named = model.named_modules() if whole is None else ()
-        self.paths = {id(module): path for path, module in named}
+        self.paths = {id(m): path for m, path in zip(modules, paths, strict=bool(paths))}
         """Path of each module, by its id."""
         self.set_up: set[int] = set()
         """Plain tensors that are written to in a first run alone, by identity."""
@@ -302,19 +307,20 @@ def _refill(now: Any, before: Any) -> None:
 
 @contextmanager
 def left_as_it_was(
-    model: nn.Module, random: RandomState, leaves: Iterable[Tensor] = ()
+    inspection: Inspection, random: RandomState, leaves: Iterable[Tensor] = ()
 ) -> Iterator[tuple[ModelState, Callable[[], None]]]:
     """Leave a model as it was, however this ends, and the random state, too.
 
     Args:
-        model: The model.
+        inspection: The model.
         random: The random state, as it is.
         leaves: Further tensors whose gradients are put back.
 
     Yields:
         The state, and what puts everything back already in between.
     """
-    state, foreign, is_back = ModelState(model), ForeignGenerators(model.modules()), False
+    state = ModelState(inspection.modules, inspection.paths)
+    foreign, is_back = ForeignGenerators(inspection.modules), False
     state.note_gradients(leaves)
 
     def put_back() -> None:

@@ -19,6 +19,7 @@ from ..tensors.wrapper_tensors import is_plain, type_name
 from ..torch_state.saved_hooks import describe_hooks
 from ..torch_state.surroundings import Ambient
 from ..workload.stage import Signature
+from .inspection import Inspection, dtype_of
 from .stage_discovery import Block
 
 _DIGITS = "0123"
@@ -63,18 +64,6 @@ def structure_digest(blocks: Iterable[Block], computed_in: torch.dtype | None = 
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def dtype_of(tensor: Tensor, computed_in: torch.dtype | None) -> torch.dtype:
-    """The dtype in which stages find a parameter or buffer.
-
-    Args:
-        tensor: It, as the model owns it.
-        computed_in: What FSDP casts parameters of floating point to when it gathers them; None
-            where it leaves them.
-    """
-    cast = computed_in and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-    return computed_in if computed_in and cast else tensor.dtype
-
-
 def _printed(module: nn.Module) -> str:
     """How a module prints, or would print if no part of it were sharded."""
     text = repr(module)
@@ -83,13 +72,12 @@ def _printed(module: nn.Module) -> str:
     return text
 
 
-def training_mode(model: nn.Module) -> str:
-    """Which modules train: "train", "eval", or a digest where they differ."""
-    return describe_modes([module.training for module in model.modules()])
-
-
 def describe_modes(flags: Sequence[bool]) -> str:
-    """The same of whether each module trains, in the order of `model.modules()`."""
+    """Which modules train: "train", "eval", or a digest where they differ.
+
+    Args:
+        flags: For each module whether it does, in the order of `model.modules()`.
+    """
     if all(flags):
         return "train"
     if not any(flags):
@@ -154,7 +142,7 @@ def read_carries(text: str) -> list[tuple[int, ...]]:
 
 
 def sign(
-    model: nn.Module,
+    inspection: Inspection,
     blocks: Iterable[Block],
     inputs: State,
     given: State,
@@ -168,7 +156,7 @@ def sign(
     """The signature of a model and one batch.
 
     Args:
-        model: The model.
+        inspection: The model.
         blocks: Its blocks.
         inputs: Its first argument, taken apart.
         given: Its further arguments, taken apart.
@@ -192,7 +180,7 @@ def sign(
         input_requires_grad=x.requires_grad,
         device=x.device.type,
         threads=torch.get_num_threads(),
-        training=training_mode(model),
+        training=describe_modes(inspection.training()),
         autocast=str(ambient.autocast),
         torch_version=str(torch.__version__),
         inputs=describe_inputs(inputs, given),
@@ -200,45 +188,23 @@ def sign(
         need_tapes=write_carries((flag,) for flag in need_tapes) if any(need_tapes) else "",
         own_leaves=write_carries((flag,) for flag in own_leaves) if any(own_leaves) else "",
         sides=write_carries((flag,) for flag in sides) if any(sides) else "",
-        hidden=_names(model, hidden),
+        hidden=_names(inspection, hidden),
         frozen=frozen,
         settings=ambient.described(),
         hooks=describe_hooks(ambient.hooks),
     )
 
 
-def _names(model: nn.Module, places: Iterable[Place]) -> tuple[str, ...]:
+def _names(inspection: Inspection, places: Iterable[Place]) -> tuple[str, ...]:
     """Names of buffers as in the model's `state_dict`, in order."""
-    paths = {id(module): path for path, module in model.named_modules()}
     found = set()
-    for module, name in places:
-        if id(module) not in paths:
+    for place in places:
+        full = inspection.name_of(place)
+        if not full:
+            module, name = place
             raise PlanMismatchError(
                 f"buffer {name!r} of a {type(module).__name__} is read and changed by a stage, and "
                 "belongs to no module of the model; register the module in the model"
             )
-        found.add(f"{paths[id(module)]}.{name}".removeprefix("."))
+        found.add(full)
     return tuple(sorted(found))
-
-
-def find_places(model: nn.Module, names: Iterable[str]) -> list[Place]:
-    """The places that a signature names.
-
-    Args:
-        model: The model.
-        names: Of buffers, as in its `state_dict`.
-
-    Raises:
-        PlanMismatchError: The model has no such buffer.
-    """
-    places = []
-    for full in names:
-        path, _, name = full.rpartition(".")
-        module = dict(model.named_modules()).get(path)
-        if module is None or name not in module._buffers:
-            raise PlanMismatchError(
-                f"the plan says that the buffer {full!r} is read and changed, and the model has "
-                "none of that name; profile and plan again"
-            )
-        places.append((module, name))
-    return places

@@ -12,7 +12,7 @@ from ..torch_state.saved_hooks import describe_hooks
 from ..torch_state.settings import difference
 from ..torch_state.surroundings import Ambient
 from ..workload.stage import Signature
-from .module_check import Inventory
+from .inspection import Inspection
 
 # They choose the kernels of a convolution's backward when that runs; those of attention's backward
 # were chosen in the forward.
@@ -40,12 +40,12 @@ class Expected:
         """All but what this process has found."""
         return {**self.__dict__, "_settings": None, "_steady_in": None, "_told": set()}
 
-    def check(self, ambient: Ambient, inventory: Inventory) -> None:
+    def check(self, ambient: Ambient, inspection: Inspection) -> None:
         """Refuse what changes results or bytes; say once what only changes bytes.
 
         Args:
             ambient: What is around the first run of stages.
-            inventory: The model's modules.
+            inspection: The model.
 
         Raises:
             PlanMismatchError: Autocast or a setting of torch is not as planned, or
@@ -62,7 +62,7 @@ class Expected:
             self._check_settings(ambient)
             self._settings = ambient.settings
         if caching():
-            self._check_cached(ambient, inventory)
+            self._check_cached(ambient, inspection)
         hooks = describe_hooks(ambient.hooks)
         if hooks != expected.hooks and hooks not in self._told:
             self._told.add(hooks)
@@ -98,11 +98,11 @@ class Expected:
                 "run; run the model under the same, or profile under this and plan again"
             )
 
-    def _check_cached(self, ambient: Ambient, inventory: Inventory) -> None:
-        modes = inventory.training()
+    def _check_cached(self, ambient: Ambient, inspection: Inspection) -> None:
+        modes = inspection.training()
         if self._steady_in == modes:
             return
-        unsteady = unsteady_weight(inventory.modules, ambient.device)
+        unsteady = unsteady_weight(inspection.modules, ambient.device)
         if unsteady:
             raise PlanMismatchError(
                 f"{unsteady} is another each time it is computed; parametrize.cached() computes it "

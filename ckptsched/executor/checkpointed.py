@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import BudgetWarning, ExecutionError, PlanMismatchError
-from ..capture.wrappers import StandsFor, plain_model
+from ..capture.inspection import Inspection, inspect_model
+from ..capture.wrappers import StandsFor
 from ..planner.plan import Plan
 from ..recompute.fsdp import call_as_forward, is_sharded
 from ..recompute.graph_holds import Hold, keep
@@ -89,11 +90,11 @@ def checkpointed(
         )
     if isinstance(model, Checkpointed):
         context_fn = context_fn or model.context_fn
-    model = plain_model(model, "checkpointed", PlanMismatchError)
+    inspection = inspect_model(model, "checkpointed", PlanMismatchError)
     if not isinstance(plan, Plan):
         advice = "; make one of it: plan(chain, budget=...)" if isinstance(plan, Chain) else ""
         raise PlanMismatchError(f"a model follows a Plan, found a {type(plan).__name__}{advice}")
-    return Checkpointed(model, plan, check=check, context_fn=context_fn)
+    return Checkpointed(inspection, plan, check=check, context_fn=context_fn)
 
 
 @final
@@ -102,15 +103,15 @@ class Checkpointed(StandsFor):
 
     def __init__(
         self,
-        model: nn.Module,
+        inspection: Inspection,
         plan: Plan,
         *,
         check: Check = "glance",
         context_fn: ContextFn | None = None,
     ) -> None:
         """Share everything that the model owns, and check that the plan is for it."""
-        super().__init__(model)
-        self.__dict__["_program"] = Program(model, plan, check=check, context_fn=context_fn)
+        super().__init__(inspection.model)
+        self.__dict__["_program"] = Program(inspection, plan, check=check, context_fn=context_fn)
 
     @property
     def plan(self) -> Plan:
@@ -163,9 +164,9 @@ class Checkpointed(StandsFor):
         """The same where gradients are on."""
         program = cast(Program, self.__dict__["_program"])
         inputs, given = _apart(x, Extras(extras, options))
-        tensors = [*inputs.leaves, *given.leaves, *program.all_slots.parameters()]
+        tensors = [*inputs.leaves, *given.leaves, *program.inspection.slots.parameters()]
         trained = program.asks or any(tensor.requires_grad for tensor in tensors)
-        if not trained and not program.trains_something_new():
+        if not trained and not program.inspection.trains_something_new():
             return _without_graph(self.plainly(x, *extras, **options))
         transform = transform_at_work(tensors)
         if transform:
@@ -249,7 +250,7 @@ def _step(program: Program, inputs: State, given: State) -> Any:
         if program.context_fn is not None:
             inside = Ambient.take(device)
         program.check_batch(inputs, given)
-        program.expected.check(inside or ambient, program.inventory)
+        program.expected.check(inside or ambient, program.inspection)
         run = Run(program, inputs, given, ambient, inside, within)
         run.let_ask(inputs)
         hold = Hold(run)

@@ -79,8 +79,8 @@ def differentiable_gradients(
                 output = run_stage(stage, output, extras)
             left[i] = look.take()
     ends = [*zip(output.leaves, gradients, strict=True), *sides.gradients_again(left)]
-    if isinstance(program.model, StagedModule):
-        ends += program.model.sent_ahead(*extras.args, **extras.kwargs)
+    if isinstance(program.inspection.model, StagedModule):
+        ends += program.inspection.model.sent_ahead(*extras.args, **extras.kwargs)
     starts = [*sources, *(stand_in[id(a)] for a in aliases)]
     found = _gradients(ends, starts)
     n = len(sources)

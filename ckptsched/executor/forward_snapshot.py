@@ -59,7 +59,7 @@ class Surroundings:
         self._ambient = ambient
         # What stages are to find, and what is around; no backward is going on yet.
         self._wanted = self._around = inside or ambient
-        self.parameters = program.all_slots.parameters()
+        self.parameters = program.inspection.slots.parameters()
         later = program.sharded_parameters()
         self.waiting = [k for k, p in enumerate(self.parameters) if id(p) in later] if later else []
         """Numbers of the parameters that FSDP is still to gather: no alias stands for them yet."""
@@ -70,7 +70,7 @@ class Surroundings:
         self._versions = [p._version for p in self.parameters]
         self._buffers = [slots.buffers_in_place() for slots in program.slots]
         self._buffer_versions = self._versions_of_buffers()
-        self._generators_found = program.generators(given)
+        self._generators_found = program.inspection.generators(given.constants())
         self._unchanged: list[bool] = []
         self._modes = [[m.training for m in slots.modules] for slots in program.slots]
         # For one more backward; neither of the two is a tensor, whose bytes would count.
@@ -268,8 +268,9 @@ class Surroundings:
                 )
             for now, alias in zip(slots.in_place(), bound, strict=True):
                 if now is not None and alias is not None and now.device != alias.device:
+                    name = program.inspection.parameter_name(now)
                     raise ExecutionError(
-                        f"parameter {program.parameter_name(now)!r} was on {alias.device} in the "
+                        f"parameter {name!r} was on {alias.device} in the "
                         f"forward pass and is on {now.device} now; move the model before the "
                         "forward pass"
                     )
@@ -284,8 +285,9 @@ class Surroundings:
                 )
         for parameter, version in zip(self.parameters, self._versions, strict=True):
             if parameter._version != version:
+                name = program.inspection.parameter_name(parameter)
                 raise ExecutionError(
-                    f"parameter {program.parameter_name(parameter)!r} was changed in place "
+                    f"parameter {name!r} was changed in place "
                     "between forward and backward; call backward before optimizer.step"
                 )
 

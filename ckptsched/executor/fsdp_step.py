@@ -116,7 +116,7 @@ class Gathering:
         """
         for shard, version in zip(self._shards, self._versions, strict=True):
             if shard._version != version:
-                name = self._seen.program.parameter_name(shard)
+                name = self._seen.program.inspection.parameter_name(shard)
                 raise ExecutionError(
                     f"the shard of parameter {name!r} was changed in place between "
                     "forward and backward; call backward before optimizer.step"

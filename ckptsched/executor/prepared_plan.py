@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, TypeAlias, final
+from typing import Any, Literal, TypeAlias, final
 
 import numpy as np
 import torch
@@ -13,26 +13,24 @@ from torch import Tensor, nn
 
 from ..base.budget import Tier
 from ..base.errors import PlanMismatchError
-from ..capture.module_check import Inventory
+from ..capture.inspection import Inspection
 from ..capture.signature import (
     describe_inputs,
     describe_modes,
-    dtype_of,
-    find_places,
     read_carries,
     structure_digest,
 )
-from ..capture.stage_discovery import StageCall, StagedModule, has_hooks, taken_apart, trace
+from ..capture.stage_discovery import StageCall, trace
 from ..capture.surroundings_check import Expected
 from ..planner.plan import Plan
 from ..recompute.engine import nodes_made
 from ..recompute.fsdp import Sharding, sharded_of
 from ..recompute.parameter_swap import Place, Slots
-from ..recompute.stateful_buffers import HiddenBuffers, is_write_only, own_generators
+from ..recompute.stateful_buffers import HiddenBuffers, is_write_only
 from ..recompute.tape import Carries, as_asked
 from ..schedule.language import Code
 from ..simulator.liveness import Liveness, Segment, analyse, cut
-from ..tensors.devices import named_tensors, several_devices
+from ..tensors.devices import several_devices
 from ..tensors.pytree import State, storages
 from ..tensors.wrapper_tensors import cannot_be_followed
 from ..torch_state.locks import InTurn, Stay, Turn
@@ -69,17 +67,17 @@ class Program:
 
     def __init__(
         self,
-        model: nn.Module,
+        inspection: Inspection,
         plan: Plan,
         *,
         check: Check = "glance",
         context_fn: ContextFn | None = None,
     ) -> None:
-        self.model, self.plan = model, plan
+        self.plan = plan
         self.check: Check = check
         self.context_fn = context_fn
         signature = plan.chain.signature
-        self.blocks = trace(model, frozen=signature.frozen if signature else 0)
+        self.blocks = trace(inspection.model, frozen=signature.frozen if signature else 0)
         self.stages: list[StageCall] = [stage for block in self.blocks for stage in block.stages]
         self.lock = Turn()
         if not isinstance(plan.chain, Chain):
@@ -88,8 +86,10 @@ class Program:
                 "plan the chain"
             )
         self.chain, chain, schedule = plan.chain, plan.chain, plan.schedule
-        self.computed_in: torch.dtype | None = self._check_model()
-        where = several_devices(named_tensors(model))
+        self.inspection = inspection.with_layouts(self._check_model())
+        where = several_devices(
+            (f"{kind} {name!r}", tensor) for kind, name, tensor in inspection.named_tensors()
+        )
         if where:
             raise PlanMismatchError(
                 f"the model is on more than one device ({where}), and a plan is for one: put all "
@@ -115,14 +115,12 @@ class Program:
         )
         self.slots = [Slots([block.module]) for block in self.blocks]
         assert chain.signature is not None
-        places = find_places(model, chain.signature.hidden)
+        places = inspection.buffer_places(chain.signature.hidden)
         self.random, self.hidden = chain.draws, HiddenBuffers(self.slots, places)
         # Whether a run that does not simply go on begins with something put back.
         self.replays = self.random or bool(self.hidden)
         self.glanced = self._to_glance_at(liveness)
-        self.has_generators = bool(own_generators(model.modules()))
         self.may_change = self._changeable(places)
-        self.all_slots = Slots([model])
         owner = np.zeros(len(chain) + 1, dtype=np.int32)
         for k, block in enumerate(chain.blocks):
             owner[block.first : block.last + 1] = k
@@ -131,14 +129,9 @@ class Program:
             segment: self._touched(segment, liveness)
             for segment in (*self.segments.forward, *self.segments.backward)
         }
-        self.trained = self._trained()
         self.own_leaves = bytes(flags[0] for flags in self._flags("own_leaves", len(chain)))
         self.first_trained = self._first_trained()
-        self.inventory = Inventory(model)
         self.expected = Expected(chain.signature, plan.peak_bytes)
-        self.taken_apart = tuple(taken_apart(model))
-        self._listed = self._lists()
-        self.tensors = self._tensors()
         self.carries = self._flags("carries", len(chain) + 1)
         self.asks = Carries.ASKED in self.carries[0]
         self.usage = Usage(self.stages, self.carries[:-1])
@@ -264,47 +257,11 @@ class Program:
         Raises:
             PlanMismatchError: They are sharded in a way that a plan cannot follow.
         """
-        sharded = sharded_of(self.inventory.modules[1:])
+        sharded = sharded_of(self.inspection.modules[1:])
         if sharded != self._sharding[0]:
             modules = [block.module for block in self.blocks]
             self._sharding = sharded, Sharding(modules, sharded) if sharded else None
         return self._sharding[1]
-
-    def generators(self, given: State) -> tuple[torch.Generator, ...]:
-        """The random generators that stages may draw from besides torch's own.
-
-        Args:
-            given: What every stage is given besides the state, taken apart.
-        """
-        modules = self.inventory.modules if self.has_generators else ()
-        return own_generators(modules, given.constants())
-
-    def _tensors(self, sharded: Collection[int] | None = None) -> list[tuple[object, ...]]:
-        """The layout of parameters and buffers as stages will find them.
-
-        Args:
-            sharded: Ids of those that FSDP is still to gather; None for all parameters.
-        """
-        owned = self.all_slots.parameters() + self.all_slots.buffers()
-        if self.computed_in is None:
-            return [(t.shape, t.dtype, t.device, t.stride()) for t in owned]
-        return [
-            (
-                t.shape,
-                dtype_of(t, self.computed_in if sharded is None or id(t) in sharded else None),
-                t.device,
-                t.stride(),
-            )
-            for t in owned
-        ]
-
-    def _lists(self) -> list[Hashable]:
-        """What the stages follow from that modules list themselves."""
-        listing = (m for m in self.taken_apart if isinstance(m, StagedModule))
-        return [module.stages_follow_from() for module in listing]
-
-    def _trained(self) -> list[bool]:
-        return [p.requires_grad for p in self.all_slots.parameters()]
 
     def _first_trained(self) -> int:
         """The first stage with trained parameters, or whose output carries a gradient without any.
@@ -348,17 +305,6 @@ class Program:
         """The turns during which the calling thread begins a step: those of a model around it."""
         return (*Generators.turn.mine(), *self.lock.mine())
 
-    def trains_something_new(self) -> bool:
-        """Whether something is trained in a place that the model did not have when planned.
-
-        Such as adapters, put in as everything else was frozen. It walks the model.
-        """
-        return any(p.requires_grad for p in Slots([self.model]).parameters())
-
-    def parameter_name(self, parameter: Tensor) -> str:
-        """Name of a parameter of the model; "?" for one that it does not own now."""
-        return next((n for n, p in self.model.named_parameters() if p is parameter), "?")
-
     def owner_of(self, parameter: Tensor) -> str:
         """A parameter and the stage that it belongs to, in words, for an error.
 
@@ -366,7 +312,7 @@ class Program:
             parameter: It, or a stand-in that shares its memory.
         """
         home = storages([parameter]).keys()
-        for module in self.inventory.modules:
+        for module in self.inspection.modules:
             for name, p in module._parameters.items():
                 if p is not None and storages([p]).keys() == home:
                     return self.owner_of_place((module, name))
@@ -374,10 +320,9 @@ class Program:
 
     def owner_of_place(self, place: Place) -> str:
         """The same for the place where a parameter is kept."""
-        module, name = place
-        path = next((n for n, m in self.model.named_modules() if m is module), "")
-        owners = (s.name for s in self.stages if module in set(s.module.modules()))
-        return f"parameter {f'{path}.{name}'.strip('.')!r} of stage {next(owners, '')!r}"
+        owners = (s.name for s in self.stages if place[0] in set(s.module.modules()))
+        name = self.inspection.name_of(place) or place[1]
+        return f"parameter {name!r} of stage {next(owners, '')!r}"
 
     def input_carries(self, inputs: State) -> tuple[int, ...]:
         """What the first stage finds of each tensor of the input, one of `Carries`.
@@ -443,18 +388,8 @@ class Program:
                 f"{torch.get_num_threads()}: workspaces depend on them; call "
                 f"torch.set_num_threads({signature.threads}), or profile and plan again"
             )
-        changed = self.inventory.changed()
-        if changed:
-            if any(map(has_hooks, self.taken_apart)):
-                raise PlanMismatchError(
-                    "a hook was added to a container since its parts became stages, which would "
-                    "skip it; profile and plan again, and the container is run as a whole"
-                )
-            raise PlanMismatchError(
-                f"{changed} was replaced, added or taken out since the model was made to follow "
-                "the plan; profile and plan again"
-            )
-        mode = describe_modes(self.inventory.training())
+        self.inspection.check(self.sharded_parameters())
+        mode = describe_modes(self.inspection.training())
         if mode != signature.training:
             raise PlanMismatchError(
                 f"the plan is for mode {signature.training!r}, found {mode!r}; call "
@@ -462,33 +397,9 @@ class Program:
                 "was profiled, or profile and plan in the mode to train in (under torch.no_grad "
                 "any mode runs)"
             )
-        if self._lists() != self._listed:
-            raise PlanMismatchError(
-                "a module lists other stages than when the model was made to follow the plan, as "
-                "an ODEBlock does once its steps have changed; profile and plan again"
-            )
-        if self._tensors(self.sharded_parameters()) != self.tensors:
-            self._refuse_tensors()
-        if self._trained() != self.trained:
-            raise PlanMismatchError(
-                "other parameters require gradients than when the model was made to follow the "
-                "plan; plan again after freezing or unfreezing"
-            )
-        changed_settings = self.inventory.changed_settings()
+        changed_settings = self.inspection.changed_settings()
         if changed_settings:
             self.usage.look_again(changed_settings)
-
-    def _refuse_tensors(self) -> NoReturn:
-        if self.computed_in is not None:
-            raise PlanMismatchError(
-                f"the plan is for parameters of {self.computed_in}, and the model has others: "
-                "give fully_shard a MixedPrecisionPolicy with this param_dtype for every part and "
-                "for the whole model, or profile and plan the model as it is"
-            )
-        raise PlanMismatchError(
-            "parameters or buffers have other shapes, dtypes, strides or devices than when the "
-            "model was made to follow the plan; profile and plan again"
-        )
 
     def check_gathered(self, parameter: Tensor, k: int) -> None:
         """Refuse a parameter that FSDP has gathered in another dtype than planned.
@@ -497,7 +408,7 @@ class Program:
             parameter: As FSDP has gathered it.
             k: Its number among the parameters of the model.
         """
-        dtype = self.tensors[k][1]
+        dtype = self.inspection.layouts[k][1]
         if parameter.dtype != dtype:
             raise PlanMismatchError(
                 f"the plan is for parameters of {dtype}, and FSDP has gathered some in "

@@ -353,8 +353,8 @@ class Run:
         for k, alias in enumerate(self.seen.aliases):
             if is_in_a_graph(alias) and still(partial(is_in_a_graph, alias)):
                 known = self.seen.parameters[k : k + 1]
-                names = [repr(self.program.parameter_name(parameter)) for parameter in known]
-                what = f"parameter {names[0]}" if names else "what every stage is given"
+                names = [self.program.inspection.parameter_name(parameter) for parameter in known]
+                what = f"parameter {names[0]!r}" if names else "what every stage is given"
                 raise ExecutionError(
                     f"a stage left a tensor that it made from {what} by another way than its "
                     f"output, {_NOT_SEEN}"

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..base.budget import format_bytes, format_seconds
 from ..base.errors import PlanMismatchError
+from ..capture.inspection import Inspection, inspect_model
 from ..capture.model_state import left_as_it_was
-from ..capture.wrappers import plain_model
 from ..memory.meters import Meter, default_meter
 from ..planner.plan import Plan
 from ..profiler.profile import default_loss
@@ -171,9 +171,9 @@ def verify(
     Raises:
         PlanMismatchError: The plan does not belong to the model or the sample.
     """
-    plain_model(model, "verify", PlanMismatchError)
+    inspection = inspect_model(model, "verify", PlanMismatchError)
     planned = checkpointed(model, plan, check="none")  # what differs is measured
-    call = _Call(sample, kwargs or {})
+    call = _Call(sample, kwargs or {}, inspection)
     plain = planned.model
     if not torch.is_grad_enabled():
         raise PlanMismatchError("verify needs gradients; call it outside torch.no_grad")
@@ -186,15 +186,15 @@ def verify(
     autocast = Autocast.take(call.device)
     cached = autocast.is_on and torch.is_autocast_cache_enabled()
     # torch asks for backwards outside of autocast, and autograd follows where they are called.
-    random = RandomState.take(call.device, call.generators(plain))
+    random = RandomState.take(call.device, call.generators())
     with (
-        left_as_it_was(plain, random, call.leaves) as (_, put_back),
+        left_as_it_was(inspection, random, call.leaves) as (_, put_back),
         Autocast.off(call.device).again(),
     ):
 
         def reset() -> None:
             put_back()
-            for leaf in (*plain.parameters(), *call.leaves):
+            for leaf in (*inspection.slots.parameters(), *call.leaves):
                 leaf.grad = None
 
         reset()
@@ -234,7 +234,9 @@ def verify(
 class _Call:
     """A call of the model; its tensors are leaves, as what they came from is no part of a step."""
 
-    def __init__(self, sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, sample: tuple[Any, ...], kwargs: Mapping[str, Any], inspection: Inspection
+    ) -> None:
         if not sample:
             raise PlanMismatchError("verify needs a sample to call the model with, found nothing")
         state = State.of((sample, dict(kwargs)), opaque=True)
@@ -242,15 +244,15 @@ class _Call:
             raise PlanMismatchError("verify needs a sample with tensors, found none in it")
         self.leaves = [t if t.is_leaf else t.detach().requires_grad_() for t in state.leaves]
         self._sample, self._kwargs = state.replaced(self.leaves).value()
-        self._constants = tuple(state.constants())
+        self._constants, self._inspection = tuple(state.constants()), inspection
         self.device = self.leaves[0].device
 
     def __call__(self, model: Callable[..., Any]) -> Any:
         return model(*self._sample, **self._kwargs)
 
-    def generators(self, model: nn.Module) -> tuple[torch.Generator, ...]:
+    def generators(self) -> tuple[torch.Generator, ...]:
         """What the model may draw from besides torch's own generators."""
-        return own_generators(model.modules(), self._constants)
+        return own_generators(self._inspection.modules, self._constants)
 
     def gradients(self) -> dict[str, Tensor | None]:
         """By name: "input", or with a number where there are several tensors."""
@@ -293,7 +295,7 @@ def _measure(model: nn.Module, step: _Step, meter: Meter) -> _Outcome:
         loss=value,
         gradients={**named, **call.gradients()},
         buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
-        random=RandomState.take(call.device, call.generators(model)),
+        random=RandomState.take(call.device, call.generators()),
         peak_bytes=window.phases[0].peak_bytes,
     )
 

@@ -5,7 +5,6 @@ Stages that repeat, such as the steps of an ODE block, are measured once.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,14 +16,13 @@ from torch.nn.parameter import is_lazy
 
 from ..base.errors import CkptschedError, ProfileError
 from ..base.progress_bar import progress_bar
+from ..capture.inspection import Inspection, inspect_model
 from ..capture.model_state import ModelState, left_as_it_was
 from ..capture.signature import sign
-from ..capture.stage_discovery import Block, taken_apart
-from ..capture.wrappers import plain_model
+from ..capture.stage_discovery import Block
 from ..memory.meters import Meter, default_meter
-from ..recompute.fsdp import sharded_part
+from ..recompute.fsdp import is_sharded
 from ..recompute.parameter_swap import Slots, make_alias, take_out_what_was_left
-from ..recompute.stateful_buffers import own_generators
 from ..recompute.tape import Carries, as_asked
 from ..tensors.devices import KNOWN, what_is_wrong
 from ..tensors.pytree import Extras, State
@@ -116,34 +114,51 @@ def profile(
         ProfileError: A stage that cannot be measured, or not be run again with the same
             result; the message names it.
     """
-    model = plain_model(model, "profile", ProfileError)
+    inspection = inspect_model(model, "profile", ProfileError)
+    return measure(inspection, sample, kwargs, loss, meter, progress=progress, fake=fake)
+
+
+def measure(
+    inspection: Inspection,
+    sample: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    loss: Loss | None = None,
+    meter: Meter | None = None,
+    *,
+    progress: bool | None = None,
+    fake: bool = False,
+) -> Chain:
+    """Measure a model that has been looked at; as `profile`."""
     if loss is not None and not callable(loss):
         raise ProfileError(
             f"loss is {loss!r}; give a function from the model's output to a number, such as "
             "loss=lambda y: criterion(y, targets)"
         )
     take_out_what_was_left()
-    sharded = sharded_part(model)
+    named = zip(inspection.paths, inspection.modules, strict=True)
+    sharded = next((path for path, module in named if is_sharded(module)), None)
     if sharded is not None:
+        where = f"{sharded!r} of the model" if sharded else "the model"
         raise ProfileError(
-            f"{f'{sharded!r} of the model' if sharded else 'the model'} is sharded by fully_shard, "
+            f"{where} is sharded by fully_shard, "
             "so its parameters are there only while FSDP itself calls it; profile and plan the "
             "plain model before it is sharded, or a copy of it"
         )
-    if any(map(is_lazy, itertools.chain(model.parameters(), model.buffers()))):
+    if any(is_lazy(tensor) for _, _, tensor in inspection.named_tensors()):
         raise ProfileError(
             "the model has lazy modules whose parameters have no shape yet; run it once on a "
             "batch, under torch.no_grad(), before it is profiled"
         )
     inputs, given = _apart(sample, kwargs or {})
     # First, as a tensor on another device than the rest is no matter of that device alone.
-    wrong = what_is_wrong(model, inputs, given)
+    owned = ((f"{kind} {name!r}", tensor) for kind, name, tensor in inspection.named_tensors())
+    wrong = what_is_wrong(owned, inputs, given)
     if wrong:
         raise ProfileError(wrong)
-    _refuse_tensors(model, inputs, given, fake=fake)
+    _refuse_tensors(inspection, inputs, given, fake=fake)
     if fake:
         with Recomputing():
-            return estimate(model, inputs, given, loss or default_loss)
+            return estimate(inspection, inputs, given, loss or default_loss)
     device = inputs.leaves[0].device
     meter = meter or default_meter(device, own_thread=True)
     if device.type not in KNOWN:
@@ -152,25 +167,25 @@ def profile(
             f"back when stages run again: it trains on {' and '.join(KNOWN)} (fake=True estimates "
             "for others)"
         )
-    if Extras.of(given) and any(isinstance(m, nn.Sequential) for m in taken_apart(model)):
+    if Extras.of(given) and any(isinstance(m, nn.Sequential) for m in inspection.containers):
         raise ProfileError(
             "an nn.Sequential takes one argument, so its parts cannot be given more; derive the "
             "model from ckptsched.StagedModule, and list its parts in stages()"
         )
-    generators = own_generators(model.modules(), given.constants())
+    generators = inspection.generators(given.constants())
     with (
         torch.inference_mode(False),
         InTurn((Generators.turn,)),  # one thread at a time: measuring draws, and counts bytes
-        left_as_it_was(model, RandomState.take(device, generators)) as (state, _),
+        left_as_it_was(inspection, RandomState.take(device, generators)) as (state, _),
         _reason_first(state),
-        _aliased(model),
+        _aliased(inspection.slots),
         Autocast.take(device).again(),
         OneWay(),
     ):
         extras = Extras.of(
             given.replaced(make_alias(t) if t.requires_grad else t.detach() for t in given.leaves)
         )
-        surveyed = _surveyed(model, inputs, extras, state, loss, meter)
+        surveyed = _surveyed(inspection, inputs, extras, state, loss, meter)
         (blocks, frozen, order), ending, lost = surveyed
         carries = [order[0].wanted, *(kind.carries for kind in order)]
         kinds = survey_backward(order, lost.gradients)
@@ -182,7 +197,9 @@ def profile(
     hidden = {place for kind in order for place in kind.hidden}
     sides = [bool(kind.sides) for kind in order]
     asked = as_asked(inputs, carries[0])
-    signature = sign(model, blocks, asked, given, carries, alone, own_leaves, sides, hidden, frozen)
+    signature = sign(
+        inspection, blocks, asked, given, carries, alone, own_leaves, sides, hidden, frozen
+    )
     signature = replace(signature, unfit=state.unfit)
     return replace(chain, signature=signature, seconds_spread=spread)
 
@@ -230,15 +247,14 @@ def _named(value: Any) -> str:
     return advice and f"a {type(value).__name__} without tensors; {advice}"
 
 
-def _refuse_tensors(model: nn.Module, inputs: State, given: State, *, fake: bool) -> None:
+def _refuse_tensors(inspection: Inspection, inputs: State, given: State, *, fake: bool) -> None:
     """Refuse tensors whose storages cannot be asked for, before anything does."""
     refuse_tensors("the sample", inputs.leaves, without_data=fake)
     refuse_tensors("a further argument", given.leaves, without_data=fake)
-    for name, parameter in model.named_parameters():
-        refuse_tensors(f"parameter {name!r}", [parameter], without_data=fake)
-    for name, buffer in model.named_buffers():
-        refuse_tensors(f"buffer {name!r}", [buffer], without_data=fake)
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+    owned = list(inspection.named_tensors())
+    for kind, name, tensor in owned:
+        refuse_tensors(f"{kind} {name!r}", [tensor], without_data=fake)
+    for _, name, tensor in owned:
         if tensor.is_inference():
             raise ProfileError(
                 f"{name!r} of the model was made under torch.inference_mode, so it cannot be "
@@ -258,9 +274,8 @@ def _reason_first(state: ModelState) -> Iterator[None]:
 
 
 @contextmanager
-def _aliased(model: nn.Module) -> Iterator[None]:
+def _aliased(slots: Slots) -> Iterator[None]:
     """Let aliases and clones take what profiling does to parameters and buffers."""
-    slots = Slots([model])
     aliases = {id(p): make_alias(p) for p in slots.parameters()}
     clones = {id(buffer): buffer.clone() for buffer in slots.buffers()}
     bound = slots.bind(aliases)
@@ -281,7 +296,7 @@ _Surveyed: TypeAlias = tuple[
 
 
 def _surveyed(
-    model: nn.Module,
+    inspection: Inspection,
     inputs: State,
     extras: Extras,
     state: ModelState,
@@ -291,7 +306,7 @@ def _surveyed(
     """What `survey_model` returns, what the loss is called with, and what it takes."""
 
     def surveyed(variations: Variations) -> _Surveyed:
-        found = survey_model(model, inputs, extras, state, variations)
+        found = survey_model(inspection, inputs, extras, state, variations)
         order = found[2]
         last = order[-1]
         ending = loss or default_loss, last.hands_on or last.output, last.carries

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import CkptschedError, ProfileError
+from ..capture.inspection import Inspection
 from ..capture.model_state import ModelState
 from ..capture.signature import stage_label
 from ..capture.stage_discovery import Block, StageCall, count_frozen, trace
@@ -253,7 +254,7 @@ def _layout_of_gradients(gradients: Gradients) -> tuple[Any, ...]:
 
 
 def survey_model(
-    model: nn.Module,
+    inspection: Inspection,
     x: State,
     extras: Extras,
     whole: ModelState,
@@ -262,7 +263,7 @@ def survey_model(
     """Trace a model and run every distinct stage of it forward.
 
     Args:
-        model: The model, its parameters replaced by aliases.
+        inspection: The model, its parameters replaced by aliases.
         x: The sample.
         extras: What every stage is given besides, leaves where gradients are wanted.
         whole: What the model was when nothing had run.
@@ -275,10 +276,10 @@ def survey_model(
     Raises:
         ProfileError: A stage fails, or cannot be run again with the same result.
     """
-    blocks = trace(model)
+    blocks = trace(inspection.model)
     frozen = count_frozen(blocks, [*x.leaves, *extras.apart().leaves])
     if frozen:
-        joined = trace(model, frozen=frozen)
+        joined = trace(inspection.model, frozen=frozen)
         kinds = survey_forward(joined, x, extras, whole, vary)
         if not any(kinds[0].carries):  # as it does where a hook lets an output require a gradient
             return joined, frozen, kinds
@@ -567,7 +568,8 @@ class _Probe:
         self.wanted = wanted
         self._alone = Alone.PLAIN  # how it is run
         self._leaves_sides = False
-        self._whole, self._found = whole, ModelState(call.module, whole=whole)
+        slots = Slots([call.module])
+        self._whole, self._found = whole, ModelState(slots.modules, whole=whole)
         self._writes = False  # to what is no buffer, each time
         self._sets_up = False  # plain tensors, in its first run
         self.hidden: tuple[Place, ...] = ()
@@ -578,11 +580,14 @@ class _Probe:
         """Bytes of buffers that it puts in the place of others."""
         self.cached_bytes = 0
         """Bytes of plain tensors that it makes once and keeps."""
-        slots = Slots([call.module])
         self._buffers = storages(slots.buffers())
         self._watch = Watch(slots)
-        self._own = own_generators(call.module.modules(), extras.apart().constants())
+        self._own = own_generators(slots.modules, extras.apart().constants())
         self._random = self._random_now()
+
+    def _parts(self) -> list[nn.Module]:
+        """The modules of the stage, looked at anew: its runs may have made some."""
+        return [*self.call.module.modules()]
 
     def _random_now(self) -> RandomState:
         return RandomState.take(self.x.leaves[0].device, self._own)
@@ -767,7 +772,7 @@ class _Probe:
         return output
 
     def _run_first(self) -> State:
-        given, others = self.extras.apart(), ForeignGenerators(self.call.module.modules())
+        given, others = self.extras.apart(), ForeignGenerators(self._parts())
         elsewhere = drawn_elsewhere(self.x.leaves[0].device)
         versions = self.x.versions(), given.versions()
         output = self._run()
@@ -811,7 +816,7 @@ class _Probe:
         self._writes |= note_unfit(self._whole, self._found, f"stage {self.name!r}")
 
     def _plain_tensors(self) -> dict[int, int]:
-        return ModelState(self.call.module, whole=self._whole, copied=False).attribute_storages()
+        return ModelState(self._parts(), whole=self._whole, copied=False).attribute_storages()
 
     def _bytes_kept(self, kept: dict[int, int], output: State) -> int:
         """Bytes of plain tensors that the first run made, and that the second left alone."""
@@ -833,7 +838,7 @@ class _Probe:
     def _gives_again(self, output: State, first: list[Tensor]) -> bool:
         self.begin_again()
         looks = self._sets_up and not self._writes
-        before = ModelState(self.call.module, whole=self._whole) if looks else None
+        before = ModelState(self._parts(), whole=self._whole) if looks else None
         again = self._run()
         if before is not None and note_unfit(self._whole, before, f"stage {self.name!r}"):
             self._writes = True

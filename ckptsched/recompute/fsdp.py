@@ -79,11 +79,6 @@ def _of_torch_distributed(hook: Any) -> bool:
     return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
 
 
-def sharded_part(model: nn.Module) -> str | None:
-    """Path of the first module that is sharded, empty for the model itself; None if none is."""
-    return next((name for name, module in model.named_modules() if is_sharded(module)), None)
-
-
 def call_as_forward(
     module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...base.budget import Budget, exact_bytes, format_bytes, parse_budget
 from ...base.errors import InfeasibleBudgetError, PlanMismatchError, ProfileError
-from ...capture.signature import training_mode
+from ...capture.signature import describe_modes
 from ...executor.checkpointed import Checkpointed, checkpointed
 from ...planner.plan import Plan
 from ...planner.planner import plan_one
@@ -113,7 +113,10 @@ def _key(
     budget: int | float | str | Budget,
     solver: str,
 ) -> tuple[Hashable, ...]:
-    modes = tuple((Identity(module), training_mode(module)) for module in closure.modules)
+    modes = tuple(
+        (Identity(module), describe_modes([part.training for part in module.modules()]))
+        for module in closure.modules
+    )
     return (
         *(solve.shapes, solve.counts, solve.parts, grid.clock is not None, grid.between),
         *(tuple(y0.shape), y0.dtype, y0.stride(), str(y0.device), y0.requires_grad),
