@@ -17,6 +17,7 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 
+from ..tensors.comparison import same_values
 from ..tensors.pytree import storages
 from ..tensors.wrapper_tensors import cannot_be_followed, dense_parts
 from ..torch_state.foreign_generators import ForeignGenerators
@@ -96,12 +97,8 @@ def _same(tensor: Tensor, value: Tensor) -> bool:
     if tensor.is_meta:
         return True
     here = tensor if tensor.device == value.device else tensor.to(value.device)
-    pairs = zip(dense_parts(here), dense_parts(value), strict=True)
     try:
-        return all(
-            torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
-            for a, b in pairs
-        )
+        return same_values(here, value)
     except (RuntimeError, NotImplementedError):  # of a kind that cannot be compared
         return False
 
@@ -213,6 +210,29 @@ class ModelState:
                 what = noted.kind if noted.kind == _PARAMETER else "the plain tensor"
                 return f"{what} {noted.path!r}"
         return ""
+
+    def note_unfit(self, seen: ModelState, stage: str) -> bool:
+        """Note that parameters or plain tensors were written to: such a model follows no plan.
+
+        It is measured to the end, and left as it was.
+
+        Args:
+            seen: The state that shows what was written to since it was taken: this one, or that of
+                a part.
+            stage: By whom, in words.
+
+        Returns:
+            Whether any were.
+        """
+        written = seen.written()
+        if written and not self.unfit:
+            self.unfit = (
+                f"{stage} changes {written} in its forward, so it would be changed once more each "
+                "time that the stage runs again; keep it in a buffer: register_buffer (or, if a "
+                "first run sets it up, run the model once, under torch.no_grad, before it is "
+                "profiled)"
+            )
+        return bool(written)
 
     def note_set_up(self, part: ModelState) -> bool:
         """Let plain tensors count no more that a stage has written to in its first run.

@@ -22,8 +22,9 @@ from ..capture.model_state import left_as_it_was
 from ..memory.meters import Meter, default_meter
 from ..planner.plan import Plan
 from ..profiler.profile import default_loss
-from ..profiler.stage_probe import Loss
+from ..profiler.stage_kind import Loss
 from ..recompute.stateful_buffers import own_generators
+from ..tensors.comparison import same_values
 from ..tensors.pytree import State
 from ..torch_state.replay_context import Autocast, RandomState, now
 from .checkpointed import Checkpointed, checkpointed
@@ -220,8 +221,7 @@ def verify(
         loss=float(expected.loss.double().abs()),
         loss_difference=_difference(expected.loss, found.loss),
         buffers_equal=all(
-            torch.equal(found.buffers[name], buffer) or _same_nan(found.buffers[name], buffer)
-            for name, buffer in expected.buffers.items()
+            same_values(found.buffers[name], buffer) for name, buffer in expected.buffers.items()
         ),
         random_state_equal=expected.random == found.random,
         worst_gradient=worst,
@@ -320,12 +320,7 @@ def _compare(
 
 def _difference(left: Tensor, right: Tensor) -> float:
     """The largest one; 0 where both are the same, NaN and infinity included."""
-    same = torch.equal(left, right) or _same_nan(left, right)
-    return 0.0 if same else float((left.detach() - right.detach()).abs().max())
-
-
-def _same_nan(left: Tensor, right: Tensor) -> bool:
-    return torch.allclose(left, right, rtol=0.0, atol=0.0, equal_nan=True)
+    return 0.0 if same_values(left, right) else float((left.detach() - right.detach()).abs().max())
 
 
 def _time(

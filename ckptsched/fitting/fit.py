@@ -14,7 +14,7 @@ from ..capture.inspection import inspect_model
 from ..executor.checkpointed import Checkpointed
 from ..planner.planner import plan_one
 from ..profiler.profile import measure
-from ..profiler.stage_probe import Loss
+from ..profiler.stage_kind import Loss
 from ..torch_state.replay_context import ContextFn, contexts
 
 

@@ -18,12 +18,12 @@ from ..tensors.pytree import storages
 from ..torch_state.replay_context import RandomState
 from ..workload.chain import Chain
 from ..workload.stage import Block, Stage, StageLedger, backward_variant
-from .stage_probe import Kind, LossWeight
+from .stage_kind import LossWeight, StageKind
 
 
 def assemble(
     blocks: tuple[TracedBlock, ...],
-    order: list[Kind],
+    order: list[StageKind],
     lost: LossWeight,
     device: torch.device,
     inputs: Sequence[Tensor] = (),
@@ -93,7 +93,7 @@ def assemble(
     )
 
 
-def _left(order: Iterable[Kind]) -> int:
+def _left(order: Iterable[StageKind]) -> int:
     """What all modules keep from their last run."""
     found: dict[int, int] = {}
     for kind in order:
@@ -103,7 +103,7 @@ def _left(order: Iterable[Kind]) -> int:
     return sum(found.values())
 
 
-def _with_copies(kind: Kind, inputs: Sequence[Tensor], fresh: int) -> StageLedger:
+def _with_copies(kind: StageKind, inputs: Sequence[Tensor], fresh: int) -> StageLedger:
     """Charge the copies that autograd makes where leaves want gradients in another layout."""
     ledger = cast(StageLedger, kind.ledger)
     copies = max(
@@ -125,7 +125,7 @@ def _with_copies(kind: Kind, inputs: Sequence[Tensor], fresh: int) -> StageLedge
     return replace(ledger, parts=replace(ledger.parts, backward_peak_bytes=exact))
 
 
-def _sent_bytes(kind: Kind) -> int:
+def _sent_bytes(kind: StageKind) -> int:
     """The most that a stage sends back."""
     return max(map(_bytes, kind.sends_back))
 
@@ -134,7 +134,7 @@ def _bytes(tensors: Iterable[Tensor | None]) -> int:
     return storage_bytes(tensor for tensor in tensors if tensor is not None)
 
 
-def _spans(blocks: tuple[TracedBlock, ...], order: Iterable[Kind]) -> tuple[Block, ...]:
+def _spans(blocks: tuple[TracedBlock, ...], order: Iterable[StageKind]) -> tuple[Block, ...]:
     slots = [Slots([block.module]) for block in blocks]
     places = {place for kind in order for place in kind.hidden}
     hidden = HiddenBuffers(slots, places).bytes_by_block(len(blocks))
@@ -150,7 +150,7 @@ def _spans(blocks: tuple[TracedBlock, ...], order: Iterable[Kind]) -> tuple[Bloc
 
 
 def _stage(
-    kind: Kind,
+    kind: StageKind,
     fresh: int,
     partly: bool,
     gradient_bytes: int,

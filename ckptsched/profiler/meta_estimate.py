@@ -29,8 +29,10 @@ from ..torch_state.replay_context import Autocast, RandomState
 from ..workload.chain import Chain
 from ..workload.stage import StageLedger
 from .chain_builder import assemble
+from .refusals import shape_text
+from .stage_kind import Loss, LossWeight, StageKind
 from .stage_memory import go_back
-from .stage_probe import Kind, Loss, LossWeight, survey_backward, survey_model
+from .survey import survey_backward, survey_model
 
 # Only ratios matter to a plan: which stages are dear, and how dear. 10 operations a byte lies
 # between CPUs and GPUs, so that convolutions count by their arithmetic, activations by memory.
@@ -135,7 +137,7 @@ def _constants(modules: Iterable[nn.Module]) -> list[Tensor]:
     return [value for value in kept if isinstance(value, Tensor) and value.dim()]
 
 
-def _assess(kind: Kind) -> None:
+def _assess(kind: StageKind) -> None:
     """Give a kind of stage its seconds, and its ledger as far as it can be known."""
     flops, kind.draws = _count(kind.run)
     kind.set_gradients(first=True)
@@ -171,7 +173,7 @@ def _assess(kind: Kind) -> None:
     kind.backward_seconds = _seconds(back, moved + sent)
 
 
-def _assess_loss(loss: Loss, last: Kind) -> LossWeight:
+def _assess_loss(loss: Loss, last: StageKind) -> LossWeight:
     """What a loss is likely to take, and the gradient that it sends back."""
     output = last.output
     try:
@@ -181,8 +183,8 @@ def _assess_loss(loss: Loss, last: Kind) -> LossWeight:
         raise
     except Exception as error:
         raise ProfileError(
-            f"the loss failed on an output of {output.describe(_shape)}: {type(error).__name__}: "
-            f"{error}; with fake=True the output lies on the meta device: "
+            f"the loss failed on an output of {output.describe(shape_text)}: "
+            f"{type(error).__name__}: {error}; with fake=True the output lies on the meta device: "
             "let targets lie there, too, or leave the loss out"
         ) from error
     kept = _bytes(_storages(saved), besides=_storages(output.leaves))
@@ -207,10 +209,6 @@ def _saved() -> Iterator[list[Tensor]]:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
-
-
-def _shape(tensor: Tensor) -> str:
-    return f"shape {tuple(tensor.shape)}, {tensor.dtype}"
 
 
 def _count(run: Callable[[], object]) -> tuple[int, bool]:

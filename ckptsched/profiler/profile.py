@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ..base.errors import CkptschedError, ProfileError
 from ..base.progress_bar import progress_bar
@@ -21,30 +20,20 @@ from ..capture.model_state import ModelState, left_as_it_was
 from ..capture.signature import sign
 from ..capture.stage_discovery import Block
 from ..memory.meters import Meter, default_meter
-from ..recompute.fsdp import is_sharded
 from ..recompute.parameter_swap import Slots, make_alias, take_out_what_was_left
 from ..recompute.tape import Carries, as_asked
-from ..tensors.devices import KNOWN, what_is_wrong
 from ..tensors.pytree import Extras, State
 from ..torch_state.locks import InTurn
 from ..torch_state.replay_context import Autocast, Generators, OneWay, RandomState, Recomputing
 from ..workload.chain import Chain
-from .advice import about_value
 from .chain_builder import assemble
 from .meta_estimate import estimate
+from .refusals import call_of, refuse_unmeasurable
+from .stage_kind import Loss, LossWeight, StageKind
 from .stage_memory import go_back, weigh, weigh_loss
 from .stage_paths import Variations
-from .stage_probe import (
-    Kind,
-    Loss,
-    LossWeight,
-    note_unfit,
-    refuse_tensors,
-    sides_held,
-    survey_backward,
-    survey_model,
-)
 from .stage_time import ROUNDS, time_stages
+from .survey import sides_held, survey_backward, survey_model
 
 
 def default_loss(output: Any) -> Tensor:
@@ -128,50 +117,20 @@ def measure(
     progress: bool | None = None,
     fake: bool = False,
 ) -> Chain:
-    """Measure a model that has been looked at; as `profile`."""
+    """Measure a model that has been looked at; arguments and errors are those of `profile`."""
     if loss is not None and not callable(loss):
         raise ProfileError(
             f"loss is {loss!r}; give a function from the model's output to a number, such as "
             "loss=lambda y: criterion(y, targets)"
         )
     take_out_what_was_left()
-    named = zip(inspection.paths, inspection.modules, strict=True)
-    sharded = next((path for path, module in named if is_sharded(module)), None)
-    if sharded is not None:
-        where = f"{sharded!r} of the model" if sharded else "the model"
-        raise ProfileError(
-            f"{where} is sharded by fully_shard, "
-            "so its parameters are there only while FSDP itself calls it; profile and plan the "
-            "plain model before it is sharded, or a copy of it"
-        )
-    if any(is_lazy(tensor) for _, _, tensor in inspection.named_tensors()):
-        raise ProfileError(
-            "the model has lazy modules whose parameters have no shape yet; run it once on a "
-            "batch, under torch.no_grad(), before it is profiled"
-        )
-    inputs, given = _apart(sample, kwargs or {})
-    # First, as a tensor on another device than the rest is no matter of that device alone.
-    owned = ((f"{kind} {name!r}", tensor) for kind, name, tensor in inspection.named_tensors())
-    wrong = what_is_wrong(owned, inputs, given)
-    if wrong:
-        raise ProfileError(wrong)
-    _refuse_tensors(inspection, inputs, given, fake=fake)
+    inputs, given = call_of(sample, kwargs or {})
+    refuse_unmeasurable(inspection, inputs, given, fake=fake)
     if fake:
         with Recomputing():
             return estimate(inspection, inputs, given, loss or default_loss)
     device = inputs.leaves[0].device
     meter = meter or default_meter(device, own_thread=True)
-    if device.type not in KNOWN:
-        raise ProfileError(
-            f"the model is on {str(device)!r}, and the random state of such a device cannot be put "
-            f"back when stages run again: it trains on {' and '.join(KNOWN)} (fake=True estimates "
-            "for others)"
-        )
-    if Extras.of(given) and any(isinstance(m, nn.Sequential) for m in inspection.containers):
-        raise ProfileError(
-            "an nn.Sequential takes one argument, so its parts cannot be given more; derive the "
-            "model from ckptsched.StagedModule, and list its parts in stages()"
-        )
     generators = inspection.generators(given.constants())
     with (
         torch.inference_mode(False),
@@ -190,7 +149,7 @@ def measure(
         carries = [order[0].wanted, *(kind.carries for kind in order)]
         kinds = survey_backward(order, lost.gradients)
         seconds, spread = _measure(kinds, lambda: go_back(*ending), meter, progress)
-        note_unfit(state, state, "a stage that has run several times")
+        state.note_unfit(state, "a stage that has run several times")
         lost = replace(lost, seconds=seconds)
         chain = assemble(blocks, order, lost, device, inputs.leaves, generators)
     alone, own_leaves = [kind.alone for kind in order], [kind.own_leaves for kind in order]
@@ -202,23 +161,6 @@ def measure(
     )
     signature = replace(signature, unfit=state.unfit)
     return replace(chain, signature=signature, seconds_spread=spread)
-
-
-def _apart(sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[State, State]:
-    """The arguments of a call, taken apart."""
-    if not sample:
-        raise ProfileError("profile needs a sample to call the model with, found nothing")
-    try:
-        inputs = State.of(sample[0])
-    except CkptschedError as error:
-        raise ProfileError(f"the sample is {_named(sample[0]) or error}") from error
-    if not inputs.leaves:
-        advice = about_value(sample[0])
-        raise ProfileError(
-            "the sample must be a tensor, or a tuple, list, dict or dataclass with some; found a "
-            f"{type(sample[0]).__name__} without tensors{advice and f'; {advice}'}"
-        )
-    return inputs, Extras(sample[1:], kwargs).apart()
 
 
 @contextmanager
@@ -240,26 +182,6 @@ def _failure_of_loss(loss: Loss | None) -> Iterator[None]:
             f"the default loss failed on the model's output ({type(error).__name__}: {error}); "
             "give profile a loss that takes it"
         ) from error
-
-
-def _named(value: Any) -> str:
-    advice = about_value(value)
-    return advice and f"a {type(value).__name__} without tensors; {advice}"
-
-
-def _refuse_tensors(inspection: Inspection, inputs: State, given: State, *, fake: bool) -> None:
-    """Refuse tensors whose storages cannot be asked for, before anything does."""
-    refuse_tensors("the sample", inputs.leaves, without_data=fake)
-    refuse_tensors("a further argument", given.leaves, without_data=fake)
-    owned = list(inspection.named_tensors())
-    for kind, name, tensor in owned:
-        refuse_tensors(f"{kind} {name!r}", [tensor], without_data=fake)
-    for _, name, tensor in owned:
-        if tensor.is_inference():
-            raise ProfileError(
-                f"{name!r} of the model was made under torch.inference_mode, so it cannot be "
-                "trained; make the model outside of it"
-            )
 
 
 @contextmanager
@@ -289,7 +211,7 @@ def _aliased(slots: Slots) -> Iterator[None]:
 
 
 _Surveyed: TypeAlias = tuple[
-    tuple[tuple[Block, ...], int, list[Kind]],
+    tuple[tuple[Block, ...], int, list[StageKind]],
     tuple[Loss, State, tuple[Carries, ...]],
     LossWeight,
 ]
@@ -326,7 +248,7 @@ def _surveyed(
 
 
 def _measure(
-    kinds: list[Kind], loss: Callable[[], object], meter: Meter, progress: bool | None
+    kinds: list[StageKind], loss: Callable[[], object], meter: Meter, progress: bool | None
 ) -> tuple[float, float]:
     """Measure bytes, then seconds; returns those of the loss, and the spread of all."""
     total, done = len(kinds) * (1 + ROUNDS), 0

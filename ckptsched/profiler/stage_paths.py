@@ -31,7 +31,7 @@ from ..recompute.tape import Carries, Tape
 from ..tensors.pytree import Extras, State, copied, storages
 from ..tensors.wrapper_tensors import is_plain
 from ..torch_state.replay_context import RandomState, uncompiled
-from .stage_probe import Kind, Standing, layout, leave_sides
+from .stage_kind import StageKind, Standing, layout, leave_sides
 
 _DRAWS = 16  # a layer that is kept one time in six is kept in one of them, 19 times in 20
 _POSITIONS = 4
@@ -131,7 +131,7 @@ class Variations:
         self.grown = False
         """Whether any stage was given another layout than the sample leads to."""
 
-    def __call__(self, kind: Kind, calls: Sequence[StageCall]) -> None:
+    def __call__(self, kind: StageKind, calls: Sequence[StageCall]) -> None:
         """Find the paths of a kind; it becomes the one that takes the most.
 
         Args:
@@ -151,7 +151,7 @@ class Variations:
             kind.varies, count = _reads_values(kind)
             again()
             apart = [] if isinstance(kind.call, ModuleStage) else _spread(calls[1:])
-            candidates: Iterable[Kind] = (replace(kind, call=call) for call in apart)
+            candidates: Iterable[StageKind] = (replace(kind, call=call) for call in apart)
             if kind.varies:
                 candidates = itertools.chain(candidates, _candidates(kind, own))
             elif not apart:
@@ -171,7 +171,7 @@ class Variations:
                 leave_sides(kind)
                 again()
 
-    def _take(self, kind: Kind, paths: _Paths, again: Callable[[], None]) -> None:
+    def _take(self, kind: StageKind, paths: _Paths, again: Callable[[], None]) -> None:
         """Let a kind be the path that takes the most, and have the others beside it."""
         largest, *others = paths.chosen()
         sample = paths.sample
@@ -198,7 +198,7 @@ class Variations:
 class _Paths:
     """The paths of a stage that have been seen, and a run that takes each."""
 
-    def __init__(self, kind: Kind, begins_with: RandomState, most: float) -> None:
+    def __init__(self, kind: StageKind, begins_with: RandomState, most: float) -> None:
         """Begin with what the stage makes of the sample.
 
         Args:
@@ -207,13 +207,13 @@ class _Paths:
             most: After how many operations a run is given up.
         """
         self.sample = replace(kind, begins_with=begins_with)
-        self.found: dict[_Path, Kind] = {}
+        self.found: dict[_Path, StageKind] = {}
         self.carries = list(kind.carries)
         self.draws = kind.draws
         self._most = most
         self.look(self.sample)
 
-    def look(self, kind: Kind) -> None:
+    def look(self, kind: StageKind) -> None:
         """Run a stage, and keep it if its path is new and may take the most."""
         kind.begin()
         before = RandomState.take(kind.x.leaves[0].device)
@@ -236,12 +236,12 @@ class _Paths:
                 if path in wanted or kept is self.sample
             }
 
-    def chosen(self) -> list[Kind]:
+    def chosen(self) -> list[StageKind]:
         """The largest of the paths, then others that may take the most in some respect."""
         return [self.found[path] for path in _most(self.found)]
 
 
-def _holds_compiled(kind: Kind) -> bool:
+def _holds_compiled(kind: StageKind) -> bool:
     """Whether modules of a stage are compiled: a mode would have them compiled anew."""
     return any(
         getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
@@ -249,7 +249,7 @@ def _holds_compiled(kind: Kind) -> bool:
     )
 
 
-def _reads_values(kind: Kind) -> tuple[bool, int]:
+def _reads_values(kind: StageKind) -> tuple[bool, int]:
     """Whether a stage reads values, and how many operations a run of it has."""
     operations, functions = _Operations(), _Functions()
     with torch.no_grad(), uncompiled(), functions, operations:
@@ -267,7 +267,7 @@ def _either(one: Carries, other: Carries) -> Carries:
     return Carries.GRAPH
 
 
-def _path(kind: Kind, tape: Tape, output: State) -> _Path:
+def _path(kind: StageKind, tape: Tape, output: State) -> _Path:
     """What tells the path of a run."""
     kind.note_contents(tape, output)
     (contents,) = tape.contents()
@@ -285,7 +285,7 @@ def _path(kind: Kind, tape: Tape, output: State) -> _Path:
     )
 
 
-def _most(found: dict[_Path, Kind]) -> list[_Path]:
+def _most(found: dict[_Path, StageKind]) -> list[_Path]:
     """The largest path, and of the others those that may take the most in some respect."""
     paths = sorted(found, key=lambda path: path.size, reverse=True)
     alike: dict[Any, _Path] = {}
@@ -305,7 +305,7 @@ def _spread(calls: Sequence[StageCall]) -> list[StageCall]:
     return [calls[(k + 1) * len(calls) // count - 1] for k in range(count)]
 
 
-def _candidates(kind: Kind, own: Sequence[torch.Generator]) -> Iterator[Kind]:
+def _candidates(kind: StageKind, own: Sequence[torch.Generator]) -> Iterator[StageKind]:
     """The stage with other draws, and on other inputs."""
     device = kind.x.leaves[0].device
     states = _seeded(device, own)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..base.errors import TimingWarning
 from ..torch_state.replay_context import now
-from .stage_probe import Kind, layout
+from .stage_kind import StageKind, layout
 
 # Rounds of timing: three tell a disturbed one, more where they are cheap; then on until two halves
 # of them agree, within limits of rounds and seconds.
@@ -80,7 +80,7 @@ class _Samples:
     uses: int = 0
     """How many stages of the chain have this look."""
 
-    def take(self, kind: Kind) -> None:
+    def take(self, kind: StageKind) -> None:
         """Time a stage forward without tape, forward with tape, and backward."""
         watch = _Watch(kind.x.leaves[0].device)
         if self.uses > 1:
@@ -114,7 +114,7 @@ class _Samples:
         one, other = self.seconds(slice(0, None, 2)), self.seconds(slice(1, None, 2))
         return self.uses * sum(abs(a - b) for a, b in zip(one, other, strict=True))
 
-    def tell(self, kind: Kind) -> None:
+    def tell(self, kind: StageKind) -> None:
         """Give a stage its seconds."""
         kind.forward_seconds, backward = self.seconds()
         # Where nothing comes back there is nothing to run, and what the clock shows is noise.
@@ -145,7 +145,7 @@ def _spread(samples: Iterable[_Samples]) -> float:
 
 
 def time_stages(
-    kinds: Sequence[Kind],
+    kinds: Sequence[StageKind],
     loss: Callable[[], object],
     device: torch.device,
     done: Callable[[], None],
@@ -199,7 +199,7 @@ def time_stages(
     return _typical(of_loss), spread
 
 
-def _look(kind: Kind) -> Hashable:
+def _look(kind: StageKind) -> Hashable:
     """Equal for stages that compute the same with other values; unequal wherever in doubt."""
     parts = list(kind.call.module.modules())
     places = {id(part): k for k, part in enumerate(parts)}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..tensors.wrapper_tensors import dense_parts
+from ..tensors.comparison import same_values
 from ..torch_state.replay_context import Generators, RandomState
 from .fsdp import class_before
 from .parameter_swap import Place, Slots
@@ -149,7 +149,7 @@ class Watch:
         if now is not before or before._version != version:
             return True
         # Code that goes by `.data` leaves no other trace.
-        return not before.is_meta and not _same(before, value)
+        return not before.is_meta and not same_values(before, value)
 
     def replaced_bytes(self) -> int:
         """Bytes of buffers in whose places others are now."""
@@ -178,13 +178,6 @@ class Watch:
         held = {place: id(then[0]) for place, then in self._before.items() if then is not None}
         chosen = {held[place] for place in wanted if place in held}
         return wanted | {place for place, buffer in held.items() if buffer in chosen}
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return all(
-        torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
-        for a, b in zip(dense_parts(one), dense_parts(other), strict=True)
-    )
 
 
 def own_generators(
@@ -242,7 +235,7 @@ def _is_steady(computed: nn.Module, device: torch.device) -> bool:
         first = computed()
         if watch.changed() or RandomState.take(device, own).to_bytes() != before:
             return False
-        return _same(first, computed())
+        return same_values(first, computed())
     finally:
         watch.put_back(watch.changed())
         random.restore()

@@ -14,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from ...base.errors import ExecutionError, ProfileError
 from ...memory.meters import Measurement, ProfilerMeter, default_meter
 from ...profiler.side_output_search import is_in_a_graph, still, whereabouts
-from ...profiler.stage_probe import tolerance_of
+from ...tensors.comparison import tolerance_of
 from ...torch_state.locks import InTurn, Lent
 from ...torch_state.replay_context import Generators
 from ...torch_state.surroundings import Ambient
