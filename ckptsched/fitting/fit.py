@@ -12,6 +12,7 @@ from ..base.budget import Budget
 from ..base.errors import ProfileError
 from ..capture.inspection import inspect_model
 from ..executor.checkpointed import Checkpointed
+from ..executor.prepared_plan import PreparedPlan
 from ..planner.planner import plan_one
 from ..profiler.profile import measure
 from ..profiler.stage_kind import Loss
@@ -53,4 +54,4 @@ def fit(
     made = plan_one(chain, budget, solver=solver)
     if isinstance(model, Checkpointed):
         context_fn = context_fn or model.context_fn
-    return Checkpointed(inspection, made, context_fn=context_fn)
+    return Checkpointed(PreparedPlan(inspection, made, context_fn=context_fn))

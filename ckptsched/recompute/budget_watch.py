@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ..base.budget import format_bytes
 from ..base.errors import BudgetWarning
-from ..recompute.tape_contents import Contents
 from ..tensors.pytree import storages
 from ..workload.chain import Chain
 from ..workload.stage import StageLedger, StageParts
+from .tape_contents import Contents
 
 
 @final
