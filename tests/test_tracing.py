@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ckptsched.base.errors import ProfileError
 from ckptsched.capture.stage_discovery import (
-    Block,
     FusedStage,
     ModuleStage,
     StageCall,
     StagedModule,
+    TracedBlock,
     trace,
 )
 from ckptsched.ode import ODEBlock
@@ -28,7 +28,7 @@ def names(model: nn.Module) -> list[list[str]]:
     return [[stage.name for stage in block.stages] for block in trace(model)]
 
 
-def run(blocks: tuple[Block, ...], x: Tensor) -> Tensor:
+def run(blocks: tuple[TracedBlock, ...], x: Tensor) -> Tensor:
     for block in blocks:
         for stage in block.stages:
             x = stage(x)

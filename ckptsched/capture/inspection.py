@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..base.errors import CkptschedError, PlanMismatchError
 from ..recompute.fsdp import class_before, own_hooks
-from ..recompute.parameter_swap import Place, Slots
+from ..recompute.parameter_swap import Slot, Slots
 from ..recompute.stateful_buffers import own_generators
 from .stage_discovery import StagedModule, has_hooks, taken_apart
 from .wrappers import refuse_wrapped, unwrapped
@@ -116,13 +116,13 @@ class Inspection:
         """Name of a parameter of the model; "?" for one that it does not own now."""
         return next((name for _, name, p in self.named_tensors() if p is parameter), "?")
 
-    def name_of(self, place: Place) -> str:
+    def name_of(self, place: Slot) -> str:
         """Name of a place as in the model's `state_dict`; empty where no module has it."""
         module, name = place
         pairs = zip(self.paths, self.modules, strict=True)
         return next((_joined(path, name) for path, m in pairs if m is module), "")
 
-    def buffer_places(self, names: Iterable[str]) -> list[Place]:
+    def buffer_places(self, names: Iterable[str]) -> list[Slot]:
         """The places of some buffers.
 
         Args:

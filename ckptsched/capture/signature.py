@@ -13,27 +13,27 @@ from torch import Tensor, nn
 
 from ..base.errors import PlanMismatchError
 from ..recompute.fsdp import class_before, is_sharded
-from ..recompute.parameter_swap import Place
+from ..recompute.parameter_swap import Slot
 from ..tensors.pytree import NO_EXTRAS, State
 from ..tensors.wrapper_tensors import is_plain, type_name
 from ..torch_state.saved_hooks import describe_hooks
 from ..torch_state.surroundings import Ambient
 from ..workload.stage import Signature
 from .inspection import Inspection, dtype_of
-from .stage_discovery import Block
+from .stage_discovery import TracedBlock
 
 _DIGITS = "0123"
 _INDEX = re.compile(r"\[\d+\]$")
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+\b")
 
 
-def stage_label(block: Block, name: str) -> str:
+def stage_label(block: TracedBlock, name: str) -> str:
     """Name of a stage within its block, equal for all steps of an ODE."""
     inner = name.removeprefix(block.name).removeprefix(".") if block.name else name
     return _INDEX.sub("", inner)
 
 
-def structure_digest(blocks: Iterable[Block], computed_in: torch.dtype | None = None) -> str:
+def structure_digest(blocks: Iterable[TracedBlock], computed_in: torch.dtype | None = None) -> str:
     """SHA-256 of the blocks, their stages, how they print, and what tensors they own.
 
     Args:
@@ -143,14 +143,14 @@ def read_carries(text: str) -> list[tuple[int, ...]]:
 
 def sign(
     inspection: Inspection,
-    blocks: Iterable[Block],
+    blocks: Iterable[TracedBlock],
     inputs: State,
     given: State,
     carries: Iterable[Sequence[int]],
     need_tapes: Sequence[int] = (),
     own_leaves: Sequence[bool] = (),
     sides: Sequence[bool] = (),
-    hidden: Iterable[Place] = (),
+    hidden: Iterable[Slot] = (),
     frozen: int = 0,
 ) -> Signature:
     """The signature of a model and one batch.
@@ -195,7 +195,7 @@ def sign(
     )
 
 
-def _names(inspection: Inspection, places: Iterable[Place]) -> tuple[str, ...]:
+def _names(inspection: Inspection, places: Iterable[Slot]) -> tuple[str, ...]:
     """Names of buffers as in the model's `state_dict`, in order."""
     found = set()
     for place in places:

@@ -212,7 +212,7 @@ class StagedModule(nn.Module, abc.ABC):
 
 @final
 @dataclass(frozen=True, slots=True)
-class Block:
+class TracedBlock:
     """Consecutive stages that autograd sees as one node."""
 
     name: str
@@ -223,7 +223,7 @@ class Block:
     """At least one, in the order in which they run."""
 
 
-def trace(model: nn.Module, *, frozen: int = 0) -> tuple[Block, ...]:
+def trace(model: nn.Module, *, frozen: int = 0) -> tuple[TracedBlock, ...]:
     """Cut a model into blocks of stages, without running it.
 
     Each child of an `nn.Sequential` is a block. A child that is an `nn.Sequential` in turn is
@@ -269,7 +269,7 @@ def trace(model: nn.Module, *, frozen: int = 0) -> tuple[Block, ...]:
     return tuple(_blocks(children, fused))
 
 
-def count_frozen(blocks: Iterable[Block], leaves: Iterable[Tensor]) -> int:
+def count_frozen(blocks: Iterable[TracedBlock], leaves: Iterable[Tensor]) -> int:
     """How many leading stages need no gradient, and so can be run as one.
 
     Args:
@@ -394,7 +394,7 @@ def _may_return_a_view(module: nn.Module) -> bool:
 
 def _blocks(
     children: Sequence[tuple[str, nn.Module]], owned: Iterable[tuple[int, StageCall]]
-) -> Iterator[Block]:
+) -> Iterator[TracedBlock]:
     """Put stages back into blocks; a block that lost all its stages is gone."""
     for owner, group in itertools.groupby(owned, key=lambda pair: pair[0]):
         path, module = children[owner]
@@ -403,7 +403,7 @@ def _blocks(
         if isinstance(last, FusedStage):
             inside = set(module.modules())
             module = _joined([module, *(s.module for s in last.stages if s.module not in inside)])
-        yield Block(path, module, stages)
+        yield TracedBlock(path, module, stages)
 
 
 def _joined(modules: Sequence[nn.Module]) -> nn.Module:

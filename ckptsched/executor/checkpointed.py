@@ -26,7 +26,7 @@ from ..recompute.fsdp import call_as_forward, is_sharded
 from ..recompute.graph_holds import Hold, keep
 from ..recompute.parameter_swap import take_out_what_was_left
 from ..tensors.pytree import Extras, State
-from ..torch_state.locks import Turn
+from ..torch_state.locks import LendingLock
 from ..torch_state.replay_context import ContextFn, is_recomputing
 from ..torch_state.saved_hooks import no_hooks
 from ..torch_state.surroundings import Ambient
@@ -117,7 +117,7 @@ class Checkpointed(StandsFor):
         """What gives the contexts of first runs and of those again; see `checkpointed`."""
         return cast(PreparedPlan, self.__dict__["_prepared"]).context_fn
 
-    def share_lock(self, lock: Turn) -> None:
+    def share_lock(self, lock: LendingLock) -> None:
         """Run in turn with other models that hold the lock, as they have modules in common.
 
         Args:

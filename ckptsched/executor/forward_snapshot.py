@@ -226,7 +226,7 @@ class ForwardSnapshot:
             now = slots.in_place()
             if not all(map(is_, now, bound)):
                 place = slots.parameter_place(list(map(is_, now, bound)).index(False))
-                self._refuse_change(self.prepared.owner_of_place(place), "was replaced")
+                self._refuse_change(self.prepared.owner_of_slot(place), "was replaced")
 
     def _refuse_change(self, owner: str, what: str) -> NoReturn:
         raise ExecutionError(

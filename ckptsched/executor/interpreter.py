@@ -16,7 +16,7 @@ from ..profiler.side_output_search import still, whereabouts
 from ..recompute.budget_watch import storage_sizes
 from ..recompute.engine import nodes_made
 from ..recompute.output_check import SeenOutputs
-from ..recompute.side_outputs import Look, Place, SideOutputs, aliases_kept, attributes_kept
+from ..recompute.side_outputs import Look, SideOutputs, SidePlace, aliases_kept, attributes_kept
 from ..recompute.tape import Tape, run_alone, run_stage, run_under, sources_of
 from ..schedule.language import Code, Kind
 from ..simulator.liveness import Segment
@@ -342,7 +342,7 @@ class Interpreter:
             return _NO_LOOK
         return self.sides.looking(i, self.prepared.stages[i - 1].module)
 
-    def _take_sides(self, looks: Sequence[tuple[int, Look]]) -> dict[Place, GradientEdge]:
+    def _take_sides(self, looks: Sequence[tuple[int, Look]]) -> dict[SidePlace, GradientEdge]:
         """Note what runs have left, their outputs let go."""
         try:
             return self.sides.take(looks)

@@ -14,17 +14,17 @@ from ..base.errors import PlanMismatchError
 from ..capture.inspection import Inspection
 from ..capture.signature import read_carries, structure_digest
 from ..capture.signature_check import Expected, refuse_tensors
-from ..capture.stage_discovery import Block, StageCall, trace
+from ..capture.stage_discovery import StageCall, TracedBlock, trace
 from ..planner.plan import Plan
 from ..recompute.budget_watch import Overruns
 from ..recompute.engine import nodes_made
 from ..recompute.fsdp import Sharding, sharded_of
-from ..recompute.parameter_swap import Place, Slots
+from ..recompute.parameter_swap import Slot, Slots
 from ..recompute.stateful_buffers import HiddenBuffers, is_write_only
 from ..recompute.tape import Carries, as_asked
 from ..tensors.devices import several_devices
 from ..tensors.pytree import State, storages
-from ..torch_state.locks import InTurn, Stay, Turn
+from ..torch_state.locks import LendingLock, Locked, Stay
 from ..torch_state.replay_context import ContextFn, Generators, contexts
 from ..workload.chain import Chain
 from ..workload.stage import Signature
@@ -132,7 +132,7 @@ class PreparedPlan:
         self.plan = plan
         self.check: Check = check
         self.context_fn = context_fn
-        self.lock = Turn()
+        self.lock = LendingLock()
         self.chain, self.signature = _chain_of(plan)
         self.facts = StageFacts.of(self.chain, self.signature)
         # -- the model
@@ -225,13 +225,13 @@ class PreparedPlan:
             forward: Whether this is a forward pass: one of a model that draws none ends with a look
                 whether it did, which others that draw by turns would confuse.
         """
-        draws = self.chain.draws or (forward and Generators.turn.is_wanted_elsewhere())
+        draws = self.chain.draws or (forward and Generators.lock.is_wanted_elsewhere())
         # In this order: a model inside another's stage asks for its own lock after both.
-        return InTurn((Generators.turn, self.lock) if draws else (self.lock,), within)
+        return Locked((Generators.lock, self.lock) if draws else (self.lock,), within)
 
     def made_within(self) -> tuple[Stay, ...]:
         """The turns during which the calling thread begins a step: those of a model around it."""
-        return (*Generators.turn.mine(), *self.lock.mine())
+        return (*Generators.lock.mine(), *self.lock.mine())
 
     def first_context(self) -> AbstractContextManager[Any]:
         """What the user wants around the first run of stages."""
@@ -249,10 +249,10 @@ class PreparedPlan:
         for module in self.inspection.modules:
             for name, p in module._parameters.items():
                 if p is not None and storages([p]).keys() == home:
-                    return self.owner_of_place((module, name))
+                    return self.owner_of_slot((module, name))
         return "a parameter"
 
-    def owner_of_place(self, place: Place) -> str:
+    def owner_of_slot(self, place: Slot) -> str:
         """The same for the place where a parameter is kept."""
         owners = (s.name for s in self.stages if place[0] in set(s.module.modules()))
         name = self.inspection.name_of(place) or place[1]
@@ -302,7 +302,7 @@ def _chain_of(plan: Plan) -> tuple[Chain, Signature]:
 
 
 def _dtype_of_stages(
-    chain: Chain, signature: Signature, blocks: Sequence[Block]
+    chain: Chain, signature: Signature, blocks: Sequence[TracedBlock]
 ) -> torch.dtype | None:
     """The dtype that parameters must be cast to when they are gathered; None for their own."""
     stages = sum(len(block.stages) for block in blocks)
@@ -363,7 +363,7 @@ def _to_glance_at(stages: Sequence[StageCall], repeated: Sequence[int]) -> bytes
     return bytes(chosen)
 
 
-def _changeable(blocks: Sequence[Slots], hidden: Sequence[Place]) -> list[list[bool]]:
+def _changeable(blocks: Sequence[Slots], hidden: Sequence[Slot]) -> list[list[bool]]:
     known = {(id(module), name) for module, name in hidden}
     return [
         [(id(p[0]), p[1]) in known or is_write_only(p) for p in slots.buffer_places()]

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..capture.stage_discovery import Block as TracedBlock
+from ..capture.stage_discovery import TracedBlock
 from ..memory.meters import storage_bytes
 from ..recompute.parameter_swap import Slots
 from ..recompute.stateful_buffers import HiddenBuffers

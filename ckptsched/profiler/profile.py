@@ -18,12 +18,12 @@ from ..base.progress_bar import progress_bar
 from ..capture.inspection import Inspection, inspect_model
 from ..capture.model_state import ModelState, left_as_it_was
 from ..capture.signature import sign
-from ..capture.stage_discovery import Block
+from ..capture.stage_discovery import TracedBlock
 from ..memory.meters import Meter, default_meter
 from ..recompute.parameter_swap import Slots, make_alias, take_out_what_was_left
 from ..recompute.tape import Carries, as_asked
 from ..tensors.pytree import Extras, State
-from ..torch_state.locks import InTurn
+from ..torch_state.locks import Locked
 from ..torch_state.replay_context import Autocast, Generators, OneWay, RandomState, Recomputing
 from ..workload.chain import Chain
 from .chain_builder import assemble
@@ -134,7 +134,7 @@ def measure(
     generators = inspection.generators(given.constants())
     with (
         torch.inference_mode(False),
-        InTurn((Generators.turn,)),  # one thread at a time: measuring draws, and counts bytes
+        Locked((Generators.lock,)),  # one thread at a time: measuring draws, and counts bytes
         left_as_it_was(inspection, RandomState.take(device, generators)) as (state, _),
         _reason_first(state),
         _aliased(inspection.slots),
@@ -211,7 +211,7 @@ def _aliased(slots: Slots) -> Iterator[None]:
 
 
 _Surveyed: TypeAlias = tuple[
-    tuple[tuple[Block, ...], int, list[StageKind]],
+    tuple[tuple[TracedBlock, ...], int, list[StageKind]],
     tuple[Loss, State, tuple[Carries, ...]],
     LossWeight,
 ]

@@ -9,9 +9,9 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor
 
-from ..capture.stage_discovery import Block, StageCall
+from ..capture.stage_discovery import StageCall, TracedBlock
 from ..memory.meters import storage_bytes
-from ..recompute.parameter_swap import Place, Slots
+from ..recompute.parameter_swap import Slot, Slots
 from ..recompute.side_outputs import Look, cut_all, edges_of
 from ..recompute.tape import Alone, Carries, Tape, record, run_alone
 from ..tensors.pytree import Extras, State, storages
@@ -51,7 +51,7 @@ class Standing:
     """Of buffers: a stage that runs again has clones instead."""
 
     @classmethod
-    def of(cls, blocks: Iterable[Block], extras: Extras) -> Standing:
+    def of(cls, blocks: Iterable[TracedBlock], extras: Extras) -> Standing:
         """Those of a model and one call."""
         slots = Slots(block.module for block in blocks)
         fixed = storages([*slots.parameters(), *extras.apart().leaves])
@@ -93,7 +93,7 @@ class StageKind:
     """How it runs where no tape is kept."""
     own_leaves: bool = False
     """Whether it makes leaves that require gradients, which nobody else is to see."""
-    hidden: tuple[Place, ...] = ()
+    hidden: tuple[Slot, ...] = ()
     """Buffers that hold what it, or another stage, reads and changes."""
     sides: tuple[Tensor, ...] = ()
     """Gradients of its side outputs, made up: what it leaves by another way than its output."""

@@ -26,7 +26,7 @@ from ..base.errors import CkptschedError
 from ..capture.stage_discovery import ModuleStage, StageCall
 from ..memory.meters import storage_bytes
 from ..recompute.parameter_swap import Slots
-from ..recompute.stateful_buffers import Watch, is_write_only, own_generators
+from ..recompute.stateful_buffers import BufferWatch, is_write_only, own_generators
 from ..recompute.tape import Carries, Tape
 from ..tensors.pytree import Extras, State, copied, storages
 from ..tensors.wrapper_tensors import is_plain
@@ -140,7 +140,7 @@ class Variations:
         """
         device = kind.x.leaves[0].device
         own = own_generators(kind.call.module.modules(), kind.extras.apart().constants())
-        watch = Watch(Slots([kind.call.module]))
+        watch = BufferWatch(Slots([kind.call.module]))
         before = RandomState.take(device, own)
 
         def again() -> None:

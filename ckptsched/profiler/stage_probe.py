@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ..base.errors import CkptschedError, ProfileError
 from ..capture.model_state import ModelState
 from ..capture.signature import stage_label
-from ..capture.stage_discovery import Block, StageCall
+from ..capture.stage_discovery import StageCall, TracedBlock
 from ..memory.meters import storage_bytes
-from ..recompute.parameter_swap import Place, Slots
+from ..recompute.parameter_swap import Slot, Slots
 from ..recompute.side_outputs import Look, cut_all
-from ..recompute.stateful_buffers import Watch, is_write_only, own_generators
+from ..recompute.stateful_buffers import BufferWatch, is_write_only, own_generators
 from ..recompute.tape import Alone, Carries, Tape, record, run_alone, run_under, sources_of
 from ..tensors.comparison import agree
 from ..tensors.devices import drawn_elsewhere
@@ -31,7 +31,7 @@ from .stage_kind import StageKind, Standing, take_sides
 
 
 def examine(
-    block: Block,
+    block: TracedBlock,
     call: StageCall,
     x: State,
     extras: Extras,
@@ -178,7 +178,7 @@ class _Probe:
         self._whole, self._found = whole, ModelState(slots.modules, whole=whole)
         self._writes = False  # to what is no buffer, each time
         self._sets_up = False  # plain tensors, in its first run
-        self.hidden: tuple[Place, ...] = ()
+        self.hidden: tuple[Slot, ...] = ()
         """Places of buffers that it changes, and may read."""
         self.draws = False
         """Whether it draws random numbers."""
@@ -187,7 +187,7 @@ class _Probe:
         self.cached_bytes = 0
         """Bytes of plain tensors that it makes once and keeps."""
         self._buffers = storages(slots.buffers())
-        self._watch = Watch(slots)
+        self._watch = BufferWatch(slots)
         self._own = own_generators(slots.modules, extras.apart().constants())
         self._random = self._random_now()
 

@@ -45,7 +45,7 @@ class _Run:
 
 @final
 @dataclass(slots=True)
-class _Watch:
+class _StopWatch:
     """Times runs that follow each other."""
 
     device: torch.device
@@ -82,7 +82,7 @@ class _Samples:
 
     def take(self, kind: StageKind) -> None:
         """Time a stage forward without tape, forward with tape, and backward."""
-        watch = _Watch(kind.x.leaves[0].device)
+        watch = _StopWatch(kind.x.leaves[0].device)
         if self.uses > 1:
             # Equal steps run one after the other, and find caches and memory as the last left them.
             kind.begin()
@@ -166,12 +166,12 @@ def time_stages(
         Seconds of the loss, and by how much two halves of the rounds still differ, as a share of
         all seconds. Where that is much, people are warned.
     """
-    looks = [_look(kind) for kind in kinds]
+    looks = [_likeness(kind) for kind in kinds]
     samples = {look: _Samples() for look in looks}
     for kind, look in zip(kinds, looks, strict=True):
         samples[look].uses += kind.count
     of_loss: list[_Run] = []
-    watch, begun = _Watch(device), now(device)
+    watch, begun = _StopWatch(device), now(device)
     for turn in range(_MAX_ROUNDS):
         if _is_enough(turn, now(device) - begun) and (
             now(device) - begun > _MOST_SECONDS or _spread(samples.values()) <= _AGREED
@@ -199,7 +199,7 @@ def time_stages(
     return _typical(of_loss), spread
 
 
-def _look(kind: StageKind) -> Hashable:
+def _likeness(kind: StageKind) -> Hashable:
     """Equal for stages that compute the same with other values; unequal wherever in doubt."""
     parts = list(kind.call.module.modules())
     places = {id(part): k for k, part in enumerate(parts)}

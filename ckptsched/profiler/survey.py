@@ -17,10 +17,10 @@ from torch import Tensor
 from ..base.errors import ProfileError
 from ..capture.inspection import Inspection
 from ..capture.model_state import ModelState
-from ..capture.stage_discovery import Block, StageCall, count_frozen, trace
+from ..capture.stage_discovery import StageCall, TracedBlock, count_frozen, trace
 from ..memory.meters import storage_bytes
-from ..recompute.parameter_swap import Place, Slots
-from ..recompute.stateful_buffers import Watch
+from ..recompute.parameter_swap import Slot, Slots
+from ..recompute.stateful_buffers import BufferWatch
 from ..recompute.tape import Carries
 from ..tensors.comparison import agree
 from ..tensors.devices import matters
@@ -44,7 +44,7 @@ def survey_model(
     extras: Extras,
     whole: ModelState,
     vary: Callable[[StageKind, Sequence[StageCall]], None] | None = None,
-) -> tuple[tuple[Block, ...], int, list[StageKind]]:
+) -> tuple[tuple[TracedBlock, ...], int, list[StageKind]]:
     """Trace a model and run every distinct stage of it forward.
 
     Args:
@@ -72,7 +72,7 @@ def survey_model(
 
 
 def survey_forward(
-    blocks: tuple[Block, ...],
+    blocks: tuple[TracedBlock, ...],
     x: State,
     extras: Extras,
     whole: ModelState,
@@ -98,7 +98,7 @@ def survey_forward(
     carries = tuple(map(Carries.of, x.leaves))
     state = x.detached()
     standing = Standing.of(blocks, extras)
-    watch = Watch(Slots(block.module for block in blocks))
+    watch = BufferWatch(Slots(block.module for block in blocks))
     calls: dict[Hashable, list[StageCall]] = {}
     for block in blocks if vary else ():
         for call in block.stages:
@@ -185,7 +185,7 @@ def survey_backward(order: list[StageKind], gradients: Gradients) -> list[StageK
     return list(known.values())
 
 
-def _find_readers(kinds: Iterable[StageKind], watch: Watch) -> None:
+def _find_readers(kinds: Iterable[StageKind], watch: BufferWatch) -> None:
     """Let every stage know of the buffers that it shares with one that hides a state in them.
 
     What a layer changes and does not read itself, such as the statistics of BatchNorm, may be read
@@ -199,7 +199,7 @@ def _find_readers(kinds: Iterable[StageKind], watch: Watch) -> None:
     owned = [(kind, set(Slots([kind.call.module]).buffer_places())) for kind in kinds]
     changed = watch.together(watch.changed()) - watch.together(hidden)
     for kind, own in owned if changed else ():
-        others = set[Place]().union(*(them for k, them in owned if k.call.key != kind.call.key))
+        others = set[Slot]().union(*(them for k, them in owned if k.call.key != kind.call.key))
         shared = own & changed & watch.together(others & changed)
         if shared and not _ignores(kind, shared, watch):
             hidden |= shared
@@ -208,7 +208,7 @@ def _find_readers(kinds: Iterable[StageKind], watch: Watch) -> None:
         kind.hidden = tuple(place for place in own if place in hidden)
 
 
-def _ignores(kind: StageKind, places: set[Place], watch: Watch) -> bool:
+def _ignores(kind: StageKind, places: set[Slot], watch: BufferWatch) -> bool:
     """Whether a stage gives the same with the buffers as they were before any stage ran."""
     random = RandomState.take(kind.x.leaves[0].device)
     now = [leaf.clone() for leaf in kind.run().leaves]

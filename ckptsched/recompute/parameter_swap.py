@@ -29,10 +29,10 @@ from ..torch_state.locks import in_engine, in_forked_process, is_first, waits
 Held: TypeAlias = dict[str, Tensor | None]
 """Parameters or buffers of a module, by name."""
 
-Place: TypeAlias = tuple[nn.Module, str]
+Slot: TypeAlias = tuple[nn.Module, str]
 """A module, and the name under which it keeps a buffer."""
 
-Kind: TypeAlias = Literal["_parameters", "_buffers"]
+Table: TypeAlias = Literal["_parameters", "_buffers"]
 """Where a module keeps them."""
 
 _PLAIN = nn.Module.__setattr__
@@ -128,7 +128,7 @@ class _Placed:
 
     __slots__ = ("_kind", "_pairs", "thread")
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: Table) -> None:
         self._kind = kind
         self._pairs: list[tuple[nn.Module, StandIns]] = []
         self.thread = get_ident()
@@ -233,11 +233,11 @@ class Slots:
         """What is in each place for a buffer now, in the order of the places."""
         return [module._buffers[name] for module, name in self._buffers]
 
-    def buffer_places(self) -> list[Place]:
+    def buffer_places(self) -> list[Slot]:
         """The places for buffers themselves, in their order."""
         return list(self._buffers)
 
-    def parameter_place(self, k: int) -> Place:
+    def parameter_place(self, k: int) -> Slot:
         """The place for a parameter of a number, in the order of `in_place`."""
         return self._parameters[k]
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from ..tensors.comparison import same_values
 from ..torch_state.replay_context import Generators, RandomState
 from .fsdp import class_before
-from .parameter_swap import Place, Slots
+from .parameter_swap import Slot, Slots
 
 # In training they give what they give whatever their running statistics are. Exact types: what a
 # subclass does is not known.
@@ -30,7 +30,7 @@ Values: TypeAlias = tuple[tuple[int, Tensor | None], ...]
 """Copies of hidden buffers, with the number of the place of each; None where there was none."""
 
 
-def is_write_only(place: Place) -> bool:
+def is_write_only(place: Slot) -> bool:
     """Whether a stage that changes the buffer in this place is known not to read it."""
     return class_before(place[0]) in _WRITE_ONLY
 
@@ -39,7 +39,7 @@ def is_write_only(place: Place) -> bool:
 class HiddenBuffers:
     """The places of buffers that stages read and change, by the block that uses them."""
 
-    def __init__(self, blocks: Sequence[Slots], places: Iterable[Place]) -> None:
+    def __init__(self, blocks: Sequence[Slots], places: Iterable[Slot]) -> None:
         """Find the places in the blocks.
 
         Args:
@@ -122,7 +122,7 @@ def _put(module: nn.Module, name: str, value: Tensor | None) -> None:
 
 
 @final
-class Watch:
+class BufferWatch:
     """Buffers as they are now: shows later which have changed, and puts them back."""
 
     def __init__(self, slots: Slots) -> None:
@@ -136,11 +136,11 @@ class Watch:
             for place, b in zip(slots.buffer_places(), slots.buffers_in_place(), strict=True)
         }
 
-    def changed(self) -> list[Place]:
+    def changed(self) -> list[Slot]:
         """The places whose buffer was changed or replaced, if only by the same values."""
         return [place for place in self._before if self._has_changed(place)]
 
-    def _has_changed(self, place: Place) -> bool:
+    def _has_changed(self, place: Slot) -> bool:
         module, name = place
         now, then = module._buffers.get(name), self._before[place]
         if then is None:
@@ -161,14 +161,14 @@ class Watch:
         )
 
     @torch.no_grad()
-    def put_back(self, places: Iterable[Place]) -> None:
+    def put_back(self, places: Iterable[Slot]) -> None:
         """Put the buffers of some places, and their values, back."""
         for place in places:
             module, name = place
             then = self._before[place]
             module._buffers[name] = None if then is None else then[0].copy_(then[2])
 
-    def together(self, places: Iterable[Place]) -> set[Place]:
+    def together(self, places: Iterable[Slot]) -> set[Slot]:
         """These places, and all that held the same buffers.
 
         Args:
@@ -228,7 +228,7 @@ def unsteady_weight(modules: Iterable[nn.Module], device: torch.device) -> str:
 
 @torch.no_grad()
 def _is_steady(computed: nn.Module, device: torch.device) -> bool:
-    watch, own = Watch(Slots([computed])), own_generators(computed.modules())
+    watch, own = BufferWatch(Slots([computed])), own_generators(computed.modules())
     # Within a step: what is kept of the generators is no tensor, whose bytes would count.
     random, before = Generators(device, own), RandomState.take(device, own).to_bytes()
     try:

@@ -23,10 +23,10 @@ from ..tensors.pytree import NO_EXTRAS, Extras, State
 from ..torch_state.replay_context import uncompiled
 from ..torch_state.saved_hooks import hooks_now
 from .engine import Root, edge_of, go_back
-from .side_outputs import Look, Place
+from .side_outputs import Look, SidePlace
 from .tape_contents import NOTHING, Contents, walk
 
-_NO_SIDES: Mapping[Place, Tensor] = {}
+_NO_SIDES: Mapping[SidePlace, Tensor] = {}
 
 # Something that requires a gradient, so that a source does; it never receives one.
 _ANCHOR = torch.empty(0, requires_grad=True, device="cpu")
@@ -72,7 +72,7 @@ class _Box(list[Tensor]):
     __slots__ = ("__weakref__",)
 
 
-_Place: TypeAlias = _Box | Tensor | None
+_Outlet: TypeAlias = _Box | Tensor | None
 """Where the gradient of a tensor of the input comes out: a box that a node fills, or the `grad` of
 a leaf; None where none is wanted."""
 
@@ -125,7 +125,7 @@ class Tape:
         *("carries", "shapes", "sides"),
     )
 
-    def __init__(self, boxes: list[_Place], outputs: Sequence[Tensor]) -> None:
+    def __init__(self, boxes: list[_Outlet], outputs: Sequence[Tensor]) -> None:
         """Take what a run made.
 
         Args:
@@ -138,7 +138,7 @@ class Tape:
         """Which tensors of the output depend on something that wants a gradient."""
         self.shapes = tuple([y.shape for y in outputs])
         """Of the output's tensors."""
-        self.sides: Mapping[Place, GradientEdge] = {}
+        self.sides: Mapping[SidePlace, GradientEdge] = {}
         """Where the gradients of side outputs come in."""
         self._box: list[Tensor | None] = []
         self._fed: Sequence[Tensor] = ()
@@ -211,7 +211,7 @@ class Tape:
         return any(box.grad is not None if isinstance(box, Tensor) else box for box in self._boxes)
 
     def backward(
-        self, gradients: list[Tensor | None], further: Mapping[Place, Tensor] = _NO_SIDES
+        self, gradients: list[Tensor | None], further: Mapping[SidePlace, Tensor] = _NO_SIDES
     ) -> tuple[Tensor | None, ...]:
         """Go back once.
 
@@ -256,7 +256,7 @@ class Tape:
         return tuple([_taken_from(box) for box in self._boxes])
 
 
-def _taken_from(box: _Place) -> Tensor | None:
+def _taken_from(box: _Outlet) -> Tensor | None:
     if isinstance(box, Tensor):
         gradient, box.grad = box.grad, None
         return gradient
@@ -283,7 +283,7 @@ def as_asked(x: State, wanted: Sequence[int]) -> State:
     )
 
 
-def sources_of(x: State, wanted: Sequence[int]) -> tuple[list[_Place], State]:
+def sources_of(x: State, wanted: Sequence[int]) -> tuple[list[_Outlet], State]:
     """Where a tape begins; gradients must be on.
 
     Args:
@@ -293,11 +293,11 @@ def sources_of(x: State, wanted: Sequence[int]) -> tuple[list[_Place], State]:
     Returns:
         Where the gradients come out, None where none is wanted, and the input of the first stage.
     """
-    boxes: list[_Place] = []
+    boxes: list[_Outlet] = []
     sources = []
     for leaf, wants in zip(x.leaves, wanted, strict=True):
         source = leaf.detach()
-        box: _Place = None
+        box: _Outlet = None
         if wants == _GRAPH:
             box = _Box((source,))
             source = cast(Tensor, _Source.apply(_ANCHOR, box))

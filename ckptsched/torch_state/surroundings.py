@@ -179,7 +179,7 @@ def _operation_modes() -> tuple[Any, ...]:
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Kind:
+class _ModeStack:
     """A kind of modes: what is in force, and the class whose `with` puts one in force.
 
     That class's own: what a mode does besides when its user enters it, such as to set a counter
@@ -190,12 +190,12 @@ class _Kind:
     base: Any
 
 
-_FUNCTIONS = _Kind(_function_modes, TorchFunctionMode)
-_OPERATIONS = _Kind(_operation_modes, dispatch.TorchDispatchMode)
+_FUNCTIONS = _ModeStack(_function_modes, TorchFunctionMode)
+_OPERATIONS = _ModeStack(_operation_modes, dispatch.TorchDispatchMode)
 
 
 @contextmanager
-def _in_force(kind: _Kind, modes: tuple[Any, ...]) -> Iterator[None]:
+def _in_force(kind: _ModeStack, modes: tuple[Any, ...]) -> Iterator[None]:
     """Have these modes in force and no others, and those that are now at the end."""
     before = kind.now()
     common = 0
@@ -208,7 +208,7 @@ def _in_force(kind: _Kind, modes: tuple[Any, ...]) -> Iterator[None]:
         _exchange(kind, modes[common:], before[common:])
 
 
-def _exchange(kind: _Kind, off: tuple[Any, ...], on: tuple[Any, ...]) -> None:
+def _exchange(kind: _ModeStack, off: tuple[Any, ...], on: tuple[Any, ...]) -> None:
     for mode in reversed(off):
         kind.base.__exit__(mode, None, None, None)
     for mode in on:

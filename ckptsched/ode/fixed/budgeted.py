@@ -17,7 +17,7 @@ from ...planner.plan import Plan
 from ...planner.planner import plan_one
 from ...profiler.profile import profile
 from ...recompute.graph_holds import Hold, take_over
-from ...torch_state.locks import InTurn
+from ...torch_state.locks import Locked
 from ...torch_state.replay_context import Generators
 from ...torch_state.surroundings import Ambient
 from ...workload.chain import Chain
@@ -75,7 +75,7 @@ def solve_planned(
     )
     for attempt in range(2):
         # Who draws random numbers waits meanwhile: measuring draws, and puts the generator back.
-        with InTurn((Generators.turn, kept.lock)):
+        with Locked((Generators.lock, kept.lock)):
             # Nor does another thread have stand-ins in their places.
             tensors = (() if grid.clock is None else (grid.clock,)) + closure.tensors
             found: Plan | Checkpointed | None = kept.find(key)
