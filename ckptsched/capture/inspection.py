@@ -40,7 +40,7 @@ Layout: TypeAlias = tuple[torch.Size, torch.dtype, torch.device, tuple[int, ...]
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Inspection:
-    """What a model is made of, as `inspect_model` found it. A copy with the model is the copy's."""
+    """Modules, parameters, buffers and stage lists of a model, found by one walk."""
 
     model: nn.Module
     modules: tuple[nn.Module, ...]
@@ -87,7 +87,7 @@ class Inspection:
         )
 
     def with_layouts(self, computed_in: torch.dtype | None) -> Inspection:
-        """The same, and the layouts that a step must find.
+        """Record the layouts of parameters and buffers, which each step must find again.
 
         Args:
             computed_in: The dtype that FSDP casts parameters of floating point to when it gathers
@@ -165,7 +165,7 @@ class Inspection:
         return any(p.requires_grad for p in Slots([self.model]).parameters())
 
     def check(self, waiting: Collection[int] = ()) -> None:
-        """Refuse a step of a model that is no longer what was inspected.
+        """Raise if the model is no longer what was inspected.
 
         The tensors in the places may be others, as in `torch.func.functional_call`.
 
@@ -213,7 +213,7 @@ class Inspection:
             )
 
     def changed(self) -> str:
-        """What was replaced, added, moved or taken out since, in words; empty where nothing was."""
+        """Name what was replaced, added, moved or taken out since; empty if nothing was."""
         return self._tree.changed()
 
     def changed_settings(self) -> list[nn.Module]:
@@ -225,7 +225,7 @@ class Inspection:
 
 
 def inspect_model(model: object, caller: str, error: type[CkptschedError]) -> Inspection:
-    """Look at a model that a user has given, taken out of what makes it follow a plan.
+    """Inspect a model that a user has given; of one that follows a plan, the model inside.
 
     Args:
         model: What a user has given.
@@ -252,7 +252,7 @@ def _trained(slots: Slots) -> tuple[bool, ...]:
 
 
 def _listed(containers: Iterable[nn.Module]) -> tuple[Hashable, ...]:
-    """What the stages follow from that modules list themselves."""
+    """Keys of the stage lists of `StagedModule`s, which change when their stages do."""
     return tuple([m.stages_follow_from() for m in containers if isinstance(m, StagedModule)])
 
 
@@ -292,7 +292,7 @@ def dtype_of(tensor: Tensor, computed_in: torch.dtype | None) -> torch.dtype:
 
 @final
 class _Tree:
-    """What the module tree is made of, noted so that a change shows at a glance."""
+    """Contents of the module tree, recorded so that a change shows at a glance."""
 
     def __init__(self, modules: tuple[nn.Module, ...]) -> None:
         self._modules = modules

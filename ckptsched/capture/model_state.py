@@ -1,4 +1,4 @@
-"""What running a model may change in it: noted, compared, and put back.
+"""Records everything that running a model may change in it, to compare and to restore.
 
 Tensors by their values, wherever they lie; attributes, and the lists, dictionaries and sets among
 them, by what they held. So hooks, training modes, counters and caches are covered, too. Objects of
@@ -36,7 +36,7 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 @final
 class _Noted:
-    """A tensor as it was."""
+    """A tensor with the values, version and gradient that it had."""
 
     __slots__ = ("data", "gradient", "kind", "path", "tensor", "trained", "value", "version")
 
@@ -58,7 +58,7 @@ class _Noted:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Let it be what it was; what has not changed is not touched."""
+        """Restore the tensor; one that has not changed is not touched."""
         tensor = self.tensor
         now, before = _own(tensor), self.data
         if now.shape != before.shape or now.dtype != before.dtype or not _same_place(now, before):
@@ -115,7 +115,7 @@ def _same_place(one: Tensor, other: Tensor) -> bool:
 
 @final
 class ModelState:
-    """Everything that running a model may change in it, as it is now."""
+    """Tensors, attributes and containers of a model as they are now, to restore them later."""
 
     def __init__(
         self,
@@ -235,7 +235,7 @@ class ModelState:
         return bool(written)
 
     def note_set_up(self, part: ModelState) -> bool:
-        """Let plain tensors count no more that a stage has written to in its first run.
+        """Ignore from now on the plain tensors that a stage has written to in its first run.
 
         Args:
             part: The state of the stage before it, which lets them count no more, either.
@@ -284,7 +284,7 @@ class ModelState:
     # -- putting back
 
     def put_back(self) -> None:
-        """Let everything be what it was; what has not changed is not touched."""
+        """Restore everything; what has not changed is not touched."""
         for now, before, _ in self._held.values():
             _refill(now, before)
         for noted in self._tensors.values():
@@ -308,7 +308,7 @@ def _comes_from(value: Any, origin: str) -> bool:
 
 
 def _refill(now: Any, before: Any) -> None:
-    """Let a container hold what it held; it stays the same object."""
+    """Restore the contents of a container; it stays the same object."""
     if isinstance(now, dict):
         for name in [name for name in now if name not in before]:
             del now[name]
@@ -329,7 +329,7 @@ def _refill(now: Any, before: Any) -> None:
 def left_as_it_was(
     inspection: Inspection, random: RandomState, leaves: Iterable[Tensor] = ()
 ) -> Iterator[tuple[ModelState, Callable[[], None]]]:
-    """Leave a model as it was, however this ends, and the random state, too.
+    """Restore a model and the random state at the end of a `with` block, however it ends.
 
     Args:
         inspection: The model.

@@ -1,4 +1,4 @@
-"""What of a model a plan depends on: its blocks, parameters, buffers and modes."""
+"""Signs a model: a digest and descriptions of all that a plan for it depends on."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def write_carries(carries: Iterable[Sequence[int]]) -> str:
 
 
 def read_carries(text: str) -> list[tuple[int, ...]]:
-    """What `write_carries` wrote; equal states share one tuple.
+    """Read what `write_carries` wrote; equal states share one tuple.
 
     Raises:
         PlanMismatchError: The text is none of that kind.

@@ -1,4 +1,4 @@
-"""Whether a step is given, and finds around it, what its plan's signature says."""
+"""Checks a call, and the settings around it, against the signature of its plan."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OF_BACKWARDS = ("mkldnn", "cudnn", "cudnn.benchmark", "cudnn.deterministic")
 
 
 def refuse_tensors(leaves: Sequence[Tensor]) -> None:
-    """Refuse tensors that a stage cannot be run on again.
+    """Raise if a stage cannot be run again on some tensors.
 
     Args:
         leaves: The tensors of a call's arguments.
@@ -49,10 +49,10 @@ def refuse_tensors(leaves: Sequence[Tensor]) -> None:
 
 @final
 class Expected:
-    """What a plan was profiled among; each step asks whether it is still so."""
+    """The call, modes and settings that a plan was profiled with, checked before each step."""
 
     def __init__(self, signature: Signature, peak_bytes: int) -> None:
-        """Note it.
+        """Record what to expect.
 
         Args:
             signature: Of the model when it was profiled.
@@ -69,7 +69,7 @@ class Expected:
         return {**self.__dict__, "_settings": None, "_steady_in": None, "_told": set()}
 
     def check_call(self, inputs: State, given: State) -> None:
-        """Refuse a call that is not like the one the model was profiled with.
+        """Raise if a call is not like the one that the model was profiled with.
 
         Args:
             inputs: The model's first argument, taken apart.
@@ -143,7 +143,7 @@ class Expected:
             )
 
     def check_modes(self, training: Sequence[bool]) -> None:
-        """Refuse a model that trains in other parts than when it was profiled.
+        """Raise if modules are in another mode (train or eval) than when the model was profiled.
 
         Args:
             training: For each module whether it trains, in the order of `model.modules()`.
@@ -162,7 +162,7 @@ class Expected:
             )
 
     def check(self, ambient: Ambient, inspection: Inspection) -> None:
-        """Refuse what changes results or bytes; say once what only changes bytes.
+        """Raise if settings change results or bytes; warn once if saved-tensor hooks change bytes.
 
         Args:
             ambient: What is around the first run of stages.
@@ -190,7 +190,7 @@ class Expected:
             self._tell_of(hooks)
 
     def check_backward(self, ambient: Ambient) -> None:
-        """Say once where other kernels may run in a backward than were measured.
+        """Warn once if other kernels may run in a backward than were measured.
 
         Args:
             ambient: What is around the backward.

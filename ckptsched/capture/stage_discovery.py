@@ -173,7 +173,7 @@ class StagedModule(nn.Module, abc.ABC):
         """
 
     def stages_follow_from(self) -> Hashable:
-        """What the list of stages follows from: a plan is refused once it has changed.
+        """A key of the list of stages: a plan is refused once it has changed.
 
         Asked at every step; override it where it is slow to list the stages, or where the same
         number of them may be others.
@@ -184,7 +184,7 @@ class StagedModule(nn.Module, abc.ABC):
         return len(self.stages())
 
     def sent_ahead(self, *args: Any, **kwargs: Any) -> list[tuple[Tensor, Tensor]]:
-        """What left the stages otherwise than by the state, as they ran again as one graph.
+        """Tensors that left the stages otherwise than by the state, in a run as one graph.
 
         Asked after such a run alone, when gradients are to be differentiated again.
 

@@ -1,4 +1,4 @@
-"""Modules that stand around a model: which are taken off, and which are refused by name.
+"""Modules that wrap a model: those of ckptsched are taken off, others are refused by name.
 
 A plan is for the stages of the model itself. Wrapped, it would be one stage without a word, or its
 parameters could not be replaced while stages run.
@@ -115,7 +115,7 @@ _NOT_AS_PARTS = frozenset(_BY_NAME) - {"OptimizedModule"}
 
 
 def unwrapped(model: object, caller: str, error: type[CkptschedError]) -> nn.Module:
-    """The model itself, out of what already makes it follow a plan.
+    """The model inside a module that makes it follow a plan; another module itself.
 
     Args:
         model: What a user has given.
@@ -132,7 +132,7 @@ def unwrapped(model: object, caller: str, error: type[CkptschedError]) -> nn.Mod
 def refuse_wrapped(
     named: Iterable[tuple[str, nn.Module]], caller: str, error: type[CkptschedError]
 ) -> None:
-    """Refuse a model that is, or has as a part, what cannot be cut into stages.
+    """Raise if a model is, or contains, a module that cannot be cut into stages.
 
     Args:
         named: The modules of a model by path, first the model itself.

@@ -114,7 +114,7 @@ class Checkpointed(StandsFor):
 
     @property
     def context_fn(self) -> ContextFn | None:
-        """What gives the contexts of first runs and of those again; see `checkpointed`."""
+        """The function that gives the contexts of first runs and recomputations, or None."""
         return cast(PreparedPlan, self.__dict__["_prepared"]).context_fn
 
     def share_lock(self, lock: LendingLock) -> None:

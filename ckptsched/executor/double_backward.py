@@ -24,7 +24,7 @@ from .forward_snapshot import ForwardSnapshot
 @final
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """What came out, each connected to its graph."""
+    """Gradients of one backward, each connected to its graph."""
 
     inputs: tuple[Tensor | None, ...]
     """With respect to the tensors of the input."""
@@ -39,14 +39,14 @@ def differentiable_gradients(
     gradients: Sequence[Tensor | None],
     sides: SideOutputs,
 ) -> Gradients:
-    """Go back through the whole chain so that one can go back through that, too.
+    """Run the whole chain again as one graph, and differentiate it with `create_graph=True`.
 
     Args:
-        seen: What the forward pass found.
+        seen: The snapshot of the forward pass.
         inputs: The input as the caller gave it, with its graph.
         given: What every stage is given besides, with its graph.
         gradients: With respect to the tensors of the output.
-        sides: What stages have left besides, and the gradients of that.
+        sides: The side outputs of stages, with their gradients.
     """
     prepared = seen.prepared
     # Stand-ins that are no leaves: asking for their gradients fires no hooks of the parameters,

@@ -1,8 +1,7 @@
-"""What a forward pass found around its stages: its backward must find the same again.
+"""Records parameters, buffers, modes and random state in a forward pass, for recomputation.
 
-Parameters, buffers, training modes, the random state, and torch's own settings and modes are
-noted when a forward begins. What runs again runs among these, and what has changed meanwhile in a
-way that would give wrong gradients is an error.
+Torch's own settings and modes are recorded, too. Stages that run again in the backward find all of
+it restored; a change in between that would give wrong gradients is an error.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _NOTHING = NO_EXTRAS.apart()
 
 @final
 class ForwardSnapshot:
-    """What one forward pass found, and how to go back to it."""
+    """The parameters, buffers, modes and random state of one forward pass, to check and restore."""
 
     def __init__(
         self,
@@ -45,7 +44,7 @@ class ForwardSnapshot:
         inside: Ambient | None = None,
         within: Sequence[Stay] = (),
     ) -> None:
-        """Note everything.
+        """Record everything, and make an alias of each parameter.
 
         Args:
             prepared: The model and its plan.
@@ -81,7 +80,7 @@ class ForwardSnapshot:
         self._replaying = False
 
     def give(self, given: State) -> None:
-        """Take what every stage is given besides the state.
+        """Make aliases of the further arguments that every stage is given.
 
         Args:
             given: It, as the caller gave it, taken apart.
@@ -99,7 +98,7 @@ class ForwardSnapshot:
         self.aliases = [*self._parameter_aliases, *stand_ins]
 
     def replace(self, k: int, parameter: Tensor) -> None:
-        """Take another tensor for a parameter from here on: what FSDP has gathered.
+        """Put the tensor that FSDP has gathered in the place of a parameter from here on.
 
         Args:
             k: Its number among the parameters.
@@ -125,7 +124,7 @@ class ForwardSnapshot:
         return RandomState.take(self.device, self._generators_found)
 
     def snapshot(self, i: int) -> StateSnapshot:
-        """Note what it takes to run on from state i, once stage i has run.
+        """Take a snapshot of random state and hidden buffers, to recompute from state i.
 
         Args:
             i: The stage, counted from 1; 0 before the first.
@@ -144,7 +143,7 @@ class ForwardSnapshot:
         self.prepared.hidden.put(values)
 
     def let_go(self) -> None:
-        """Forget what was given."""
+        """Let go of the further arguments."""
         if self.extras:
             self.give(_NOTHING)
 
@@ -153,7 +152,7 @@ class ForwardSnapshot:
         return [b._version for b in held]
 
     def end_forward(self) -> None:
-        """Note what the forward pass itself has changed.
+        """Record which buffers the forward pass itself has changed.
 
         Raises:
             ExecutionError: It drew random numbers, which the plan does not put back.
@@ -172,7 +171,7 @@ class ForwardSnapshot:
         self._unchanged = [a == b for a, b in zip(self._buffer_versions, now, strict=True)]
 
     def check_parameters(self, when: str) -> None:
-        """Refuse that stages have changed parameters in place.
+        """Raise if stages have changed parameters in place.
 
         Args:
             when: What has been run, in words.
@@ -187,7 +186,7 @@ class ForwardSnapshot:
         self._refuse_change(self.prepared.owner_of(changed), "was changed in place in " + when)
 
     def versions_in(self, blocks: Iterable[int]) -> list[int]:
-        """The versions of the parameters of some blocks.
+        """The version counters of the parameters of some blocks.
 
         Args:
             blocks: Indices of the blocks.
@@ -195,7 +194,7 @@ class ForwardSnapshot:
         return [p._version for k in blocks for p in self.bound[k] if p is not None]
 
     def check_again(self, blocks: Sequence[int], before: list[int]) -> None:
-        """Refuse that stages that ran again have changed parameters in place.
+        """Raise if stages that ran again have changed parameters in place.
 
         Args:
             blocks: Indices of their blocks.
@@ -213,7 +212,7 @@ class ForwardSnapshot:
             )
 
     def check_places(self, blocks: Iterable[int]) -> None:
-        """Refuse that stages have put other tensors in the place of their parameters.
+        """Raise if stages have put other tensors in the place of their parameters.
 
         Args:
             blocks: Indices of the blocks, whose stand-ins are still in place.
@@ -253,7 +252,7 @@ class ForwardSnapshot:
             )
 
     def check(self) -> None:
-        """Refuse to go back through a model that is no longer the same.
+        """Raise if the model has changed since the forward pass in a way that matters to gradients.
 
         Raises:
             ExecutionError: A parameter or buffer was changed, moved or taken out meanwhile.
@@ -298,7 +297,7 @@ class ForwardSnapshot:
             )
 
     def begin_backward(self) -> None:
-        """Look at what is around a backward, whose stages find what was around the forward."""
+        """Record the settings and modes of the caller of a backward, to return to them."""
         around = Ambient.take(self.device)
         wanted = self._ambient.found_from(around)
         self._wanted = self._around = around
@@ -310,18 +309,18 @@ class ForwardSnapshot:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Keep other threads out, and run among what the forward pass found."""
+        """Keep other threads out, and restore the settings and modes of the forward pass."""
         with self.prepared.alone(self._within), self._wanted.again(self._around), OneWay():
             yield
 
     def going_back(self) -> AbstractContextManager[None]:
-        """Run a backward among what is around who called it, as autograd does."""
+        """Restore the settings and modes of the backward's caller, as autograd has them."""
         if self._around is self._wanted:
             return nullcontext()
         return self._around.again(self._wanted)
 
     def again(self) -> AbstractContextManager[None]:
-        """Around stages that run again."""
+        """The context of stages that run again, with that of the user's `context_fn`."""
         return Recomputing() if self.prepared.context_fn is None else self._again_in_context()
 
     @contextmanager
@@ -336,7 +335,7 @@ class ForwardSnapshot:
             yield
 
     def modes(self, blocks: Iterable[int]) -> AbstractContextManager[None]:
-        """Let the modules of some blocks train, or not, as in the forward pass.
+        """Set the modules of some blocks to train or eval as in the forward pass.
 
         Args:
             blocks: Indices of the blocks.
@@ -362,7 +361,7 @@ class ForwardSnapshot:
     def parameters_replaced(
         self, blocks: Sequence[int], bound: Sequence[Sequence[Tensor | None]]
     ) -> AbstractContextManager[None]:
-        """Put other tensors where some blocks keep their parameters.
+        """Replace the parameters of some blocks by other tensors.
 
         Args:
             blocks: Indices of the blocks.
@@ -384,7 +383,7 @@ class ForwardSnapshot:
 
     @contextmanager
     def traceless(self, blocks: Iterable[int]) -> Iterator[None]:
-        """Leave no trace of what is run again: random numbers drawn, buffers changed.
+        """Undo what stages that run again do to random state and buffers.
 
         Args:
             blocks: Indices of the blocks whose stages run again.
@@ -425,7 +424,7 @@ class ForwardSnapshot:
 
 @final
 class StateSnapshot:
-    """What it takes to run on from a stored state: random state, and buffers stages hide."""
+    """Random state and hidden buffers with which recomputation from a stored state begins."""
 
     __slots__ = ("_hidden", "_random", "_seen")
 

@@ -1,4 +1,4 @@
-"""One step of a model that FSDP shards in parts: whose parameters are there when, and in what form.
+"""One step of a model whose parts FSDP shards: when its parameters are gathered.
 
 A parameter that is sharded has two forms, one tensor each: its shard, which is in the module while
 nothing runs, and all of it, which FSDP gathers. The second is the same tensor each time, so what
@@ -29,7 +29,7 @@ _DROP = int(Code.DROP)
 
 @final
 class Gathering:
-    """Which form of its parameters a step finds in the modules of each block."""
+    """Parameters of each block of one step, as shards or gathered by FSDP."""
 
     def __init__(self, sharding: Sharding, seen: ForwardSnapshot) -> None:
         """Note the shards.
@@ -108,7 +108,7 @@ class Gathering:
         return found
 
     def check(self) -> None:
-        """Refuse to go back where shards were changed since the step began.
+        """Raise if a shard was changed since the step began.
 
         Raises:
             ExecutionError: One was. Torch does not tell of all changes: an optimizer that treats
@@ -123,7 +123,7 @@ class Gathering:
                 )
 
     def one_at_a_time(self) -> OneAtATime:
-        """Lets the stages of one block after another run."""
+        """A context in which the stages of one block at a time run."""
         return OneAtATime(self._one_block)
 
     @contextmanager
@@ -157,7 +157,7 @@ class Gathering:
         )
 
     def by_block(self, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
-        """Cut some operations where runs go on to another block.
+        """Cut a range of operations at the borders of blocks.
 
         Args:
             start: Position of the first.

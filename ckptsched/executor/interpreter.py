@@ -1,4 +1,4 @@
-"""Runs the operations of a schedule, and stores the states and tapes that they make."""
+"""Runs the operations of a schedule, and stores the states and tapes of one step."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class _StoredTape:
 
 @final
 class Interpreter:
-    """What one call of the model has stored, and how each operation is run."""
+    """States and tapes that one call of the model has stored; runs each operation on them."""
 
     def __init__(self, seen: ForwardSnapshot, gathering: Gathering | None, inputs: State) -> None:
         """Store the input.
@@ -118,7 +118,7 @@ class Interpreter:
         return self.seen.snapshot(i) if wanted and self.prepared.replays else None
 
     def state(self, i: int) -> State:
-        """State i, which is stored."""
+        """State i, taken from a checkpoint or from the tape of stage i."""
         stored = self.states.get(i) or self.tapes[i].output
         assert stored is not None
         return stored.state
@@ -147,7 +147,7 @@ class Interpreter:
     # -- the operations
 
     def run(self, segment: Segment, *, again: bool = False) -> None:
-        """Run some operations, a stretch at a time.
+        """Run the operations of a segment, a stretch at a time.
 
         Args:
             segment: The operations.

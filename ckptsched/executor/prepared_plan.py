@@ -1,4 +1,4 @@
-"""A model and a plan brought together: made once, and checked at every step."""
+"""Binds a plan to the model that it was made for, once; checks the model before each step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Check: TypeAlias = Literal["none", "glance", "outputs"]
 @final
 @dataclass(frozen=True, slots=True)
 class StageFacts:
-    """What the profile has found of each stage, one byte a stage, and of each state."""
+    """Facts from the profile about each stage, one byte a stage, and about each state."""
 
     carries: list[tuple[int, ...]]
     """For each state, from the input on, what each of its tensors carries, one of `Carries`."""
@@ -60,7 +60,7 @@ class StageFacts:
 
     @classmethod
     def of(cls, chain: Chain, signature: Signature) -> StageFacts:
-        """Read them.
+        """Read them from the signature of a chain.
 
         Raises:
             PlanMismatchError: The signature tells of another number of stages.
@@ -82,7 +82,7 @@ class StageFacts:
         return cls(carries, alone, own_leaves, sides, varies, any(sides), asks)
 
     def input_carries(self, inputs: State) -> tuple[int, ...]:
-        """What the first stage finds of each tensor of the input, one of `Carries`.
+        """What each tensor of the input carries as the first stage finds it, one of `Carries`.
 
         Args:
             inputs: The model's first argument, taken apart, as the caller gave it.
@@ -108,7 +108,7 @@ def _read(chain: Chain, what: str, text: str, count: int) -> list[tuple[int, ...
 
 @final
 class PreparedPlan:
-    """A plan, and the model that it was found to be for."""
+    """A plan bound to its model: stages, the script of operations, and what steps learn."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class PreparedPlan:
     # -- sharding
 
     def sharding(self) -> Sharding | None:
-        """Which blocks `fully_shard` has sharded, as the model is now; None where it has none.
+        """The blocks that `fully_shard` has sharded, as the model is now; None if there are none.
 
         Raises:
             PlanMismatchError: They are sharded in a way that a plan cannot follow.
@@ -218,7 +218,7 @@ class PreparedPlan:
     def alone(
         self, within: Sequence[Stay] = (), *, forward: bool = False
     ) -> AbstractContextManager[None]:
-        """Keep other threads from the model, and from drawing random numbers if it draws some.
+        """Hold the model's lock, and that of the random generators if stages draw from them.
 
         Args:
             within: What `made_within` gave when what runs now was made.
@@ -230,11 +230,11 @@ class PreparedPlan:
         return Locked((Generators.lock, self.lock) if draws else (self.lock,), within)
 
     def made_within(self) -> tuple[Stay, ...]:
-        """The turns during which the calling thread begins a step: those of a model around it."""
+        """The holds of locks during which the calling thread begins a step."""
         return (*Generators.lock.mine(), *self.lock.mine())
 
     def first_context(self) -> AbstractContextManager[Any]:
-        """What the user wants around the first run of stages."""
+        """The context for first runs of stages, from the user's `context_fn`."""
         return nullcontext() if self.context_fn is None else contexts(self.context_fn)[0]
 
     # -- names for messages

@@ -44,7 +44,7 @@ Collects = Callable[[int], AbstractSet[int]]
 @final
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """The blocks, by index, that a segment's operations run."""
+    """Indices of the blocks whose stages a segment of operations runs."""
 
     all: tuple[int, ...]
     again: tuple[int, ...]

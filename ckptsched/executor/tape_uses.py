@@ -1,4 +1,4 @@
-"""Which of the aliases that collect gradients the tapes of a step use, and whether a tape fits.
+"""Finds which aliases the tapes of a step use, and checks that no tape exceeds its projection.
 
 What is known of a tape's path is taken; a tape on another path is walked. The walk shows what the
 tape uses, whether it would lose a gradient, and whether it takes more than was projected.
@@ -39,13 +39,13 @@ class TapedRun(NamedTuple):
 
 @final
 class TapeUses:
-    """What the tapes of one step use."""
+    """Finds the aliases that the tapes of one step use, by their paths or by a walk."""
 
     def __init__(self, seen: ForwardSnapshot) -> None:
         self._prepared, self._seen = seen.prepared, seen
 
     def of_stage(self, tape: Tape, run: TapedRun, x: State, output: State) -> Uses:
-        """What the tape of one stage uses.
+        """The aliases that the tape of one stage uses.
 
         Args:
             tape: The tape.
@@ -64,7 +64,7 @@ class TapeUses:
         return uses
 
     def known(self, first: int, last: int, path: JointPath) -> Uses | None:
-        """What stages use that have one tape together; None where it is to be looked at."""
+        """The known uses of stages that share one tape; None if the tape must be walked."""
         usage = self._prepared.usage
         if any(self._prepared.facts.varies[first - 1 : last]):
             return None
@@ -88,7 +88,7 @@ class TapeUses:
         inputs: Mapping[int, int],
         output: State,
     ) -> Uses:
-        """Look at a tape of several stages.
+        """Walk a tape that several stages share.
 
         Args:
             tape: The tape.

@@ -1,4 +1,4 @@
-"""One training step: what is stored, and the interpreter of the schedule's operations."""
+"""One training step: forward, end of the forward pass, and backward, block by block."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .interpreter import NOT_SEEN, Interpreter
 
 
 class _Phase(enum.Enum):
-    """How far a run is."""
+    """How far a step is."""
 
     FORWARD = enum.auto()
     TURNED = enum.auto()
@@ -35,7 +35,7 @@ class _Phase(enum.Enum):
 
 @final
 class TrainingStep:
-    """One call of the model: what is stored, and where in the schedule it stands."""
+    """One call of the model: drives the interpreter, and hands gradients to the outer graph."""
 
     def __init__(self, seen: ForwardSnapshot, inputs: State) -> None:
         """Begin a step.
@@ -70,7 +70,7 @@ class TrainingStep:
         return assigned
 
     def let_ask(self, inputs: State) -> None:
-        """Let those tensors of the input require a gradient that the first stage would let."""
+        """Set `requires_grad` on the tensors of the input on which the first stage itself would."""
         if Carries.ASKED in self.interpreter.inputs_wanted:
             for leaf, wants in zip(inputs.leaves, self.interpreter.inputs_wanted, strict=True):
                 leaf.requires_grad_(leaf.requires_grad or wants == Carries.ASKED)
@@ -78,7 +78,7 @@ class TrainingStep:
     # -- the three parts of a step
 
     def begin(self, block: int) -> None:
-        """Take a block's parameters as FSDP has gathered them; it does so when the block begins."""
+        """Take over the parameters of a block that FSDP has just gathered."""
         if self.gathering is not None:
             found = self.gathering.begin(block)
             mine = self.parameters_by_block[block]
@@ -105,7 +105,7 @@ class TrainingStep:
         return output.leaves
 
     def graft(self, sides: list[Tensor]) -> None:
-        """Let what stages have left besides their outputs be outputs of the step's own graph.
+        """Make the side outputs of stages outputs of the step's own graph.
 
         Args:
             sides: What `sides.outputs` returned, with the graph; emptied.
@@ -246,7 +246,7 @@ class TrainingStep:
         return [self.seen.alias_of[id(t)] for t in self.tensors_of(block)]
 
     def tensors_of(self, block: int) -> list[Tensor]:
-        """Whose gradients a block hands over: further inputs at the first, and its parameters."""
+        """Tensors whose gradients a block returns: its parameters; further inputs at the first."""
         further = self.seen.given.leaves if block == 0 else ()
         return [*further, *self.parameters_by_block[block]]
 
@@ -255,7 +255,7 @@ class TrainingStep:
         return self.interpreter.take_gradients()
 
     def release(self) -> None:
-        """Forget everything that is stored."""
+        """Let go of everything that is stored."""
         self.phase = _Phase.RELEASED
         self.interpreter.clear()
         self.sides.let_go()

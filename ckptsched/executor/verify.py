@@ -1,4 +1,4 @@
-"""Runs a planned step beside plain autograd, and shows promised beside measured.
+"""Runs a planned step and one by plain autograd, and compares gradients, bytes and seconds.
 
 One call compares the loss, all gradients, all buffers and the random state at the end, bit
 by bit, and the measured peak with the projected one and the budget.
@@ -33,7 +33,7 @@ from .checkpointed import Checkpointed, checkpointed
 @final
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What a planned step did, beside what was promised."""
+    """Comparison of one planned step with plain autograd and with the plan's projection."""
 
     budget_bytes: int
     """Bytes that the step may use."""
@@ -251,7 +251,7 @@ class _Call:
         return model(*self._sample, **self._kwargs)
 
     def generators(self) -> tuple[torch.Generator, ...]:
-        """What the model may draw from besides torch's own generators."""
+        """Random generators that the model may draw from besides torch's own."""
         return own_generators(self._inspection.modules, self._constants)
 
     def gradients(self) -> dict[str, Tensor | None]:

@@ -1,4 +1,4 @@
-"""The whole way in one call: profile, plan, and a model that follows the plan."""
+"""Profiles a model, plans it, and returns a model that follows the plan, in one call."""
 
 from __future__ import annotations
 

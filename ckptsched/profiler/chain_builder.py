@@ -1,4 +1,4 @@
-"""Puts the distinct stages of a model, once their figures are known, in order: a chain."""
+"""Assembles a chain from the measured figures of the distinct stages of a model."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def assemble(
 
 
 def _left(order: Iterable[StageKind]) -> int:
-    """What all modules keep from their last run."""
+    """Bytes that all modules keep from their last run."""
     found: dict[int, int] = {}
     for kind in order:
         key, before = id(kind.call.module), found.get(id(kind.call.module), 0)
@@ -126,7 +126,7 @@ def _with_copies(kind: StageKind, inputs: Sequence[Tensor], fresh: int) -> Stage
 
 
 def _sent_bytes(kind: StageKind) -> int:
-    """The most that a stage sends back."""
+    """The most bytes of gradients that a stage sends back."""
     return max(map(_bytes, kind.sends_back))
 
 
@@ -159,7 +159,7 @@ def _stage(
     extra: int,
     last: bool,
 ) -> Stage:
-    """The planning model's figures of a stage: upper bounds of what its ledger charges."""
+    """A stage of the planning model: upper bounds of the bytes that its ledger charges."""
     ledger = replace(cast(StageLedger, kind.ledger), shares_parameters_partly=partly)
     parts = ledger.parts
     whole = ledger.state_bytes if parts is None else sum(parts.output_bytes)

@@ -174,7 +174,7 @@ def _assess(kind: StageKind) -> None:
 
 
 def _assess_loss(loss: Loss, last: StageKind) -> LossWeight:
-    """What a loss is likely to take, and the gradient that it sends back."""
+    """Estimate the bytes and seconds of a loss, and the gradient that it sends back."""
     output = last.output
     try:
         with _saved() as saved:

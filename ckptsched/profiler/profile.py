@@ -56,7 +56,7 @@ def default_loss(output: Any) -> Tensor:
 
 
 def _default_loss_with(sides: Sequence[Tensor]) -> Loss:
-    """The same for what stages leave besides: an auxiliary loss, or features for one."""
+    """The same, and a term for each side output: an auxiliary loss, or features for one."""
 
     def loss(output: Any) -> Tensor:
         further = [default_loss(t.abs() if t.is_complex() else t) for t in sides]
@@ -186,7 +186,7 @@ def _failure_of_loss(loss: Loss | None) -> Iterator[None]:
 
 @contextmanager
 def _reason_first(state: ModelState) -> Iterator[None]:
-    """Where a stage changes what it must not, blame that for what fails then."""
+    """Turn a failure into an error that names the stage that changes what it must not."""
     try:
         yield
     except ProfileError as error:
@@ -197,7 +197,7 @@ def _reason_first(state: ModelState) -> Iterator[None]:
 
 @contextmanager
 def _aliased(slots: Slots) -> Iterator[None]:
-    """Let aliases and clones take what profiling does to parameters and buffers."""
+    """Replace parameters by aliases and buffers by clones while the model is profiled."""
     aliases = {id(p): make_alias(p) for p in slots.parameters()}
     clones = {id(buffer): buffer.clone() for buffer in slots.buffers()}
     bound = slots.bind(aliases)
@@ -225,7 +225,7 @@ def _surveyed(
     loss: Loss | None,
     meter: Meter,
 ) -> _Surveyed:
-    """What `survey_model` returns, what the loss is called with, and what it takes."""
+    """Survey the model forward, and measure the loss on its output."""
 
     def surveyed(variations: Variations) -> _Surveyed:
         found = survey_model(inspection, inputs, extras, state, variations)

@@ -1,4 +1,4 @@
-"""A distinct stage of a model: what it computes on which layout, and the figures found of it."""
+"""A distinct stage of a model, with everything that the profile finds out about it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Gradients: TypeAlias = tuple[Tensor | None, ...]
 @final
 @dataclass(frozen=True, slots=True)
 class LossWeight:
-    """What a loss takes, and what it sends back."""
+    """Bytes and seconds of a loss, and the gradients that it sends back."""
 
     gradients: tuple[Tensor | None, ...]
     """With respect to the tensors of the output."""
@@ -43,7 +43,7 @@ class LossWeight:
 @final
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Storages that a step finds and leaves, by identity; stages may hand them on."""
+    """Storages that exist before a step and after it, by identity; stages may pass them on."""
 
     fixed: frozenset[int]
     """Of parameters and of what every stage is given: no step pays for them."""
@@ -139,7 +139,7 @@ class StageKind:
     """Bytes of the parameters that its tape uses."""
 
     def begin(self) -> None:
-        """Let the next run take this path."""
+        """Set the random state with which the stage takes this path."""
         if self.begins_with is not None:
             self.begins_with.restore()
 
@@ -176,7 +176,7 @@ class StageKind:
             )
 
     def note_contents(self, tape: Tape, output: State) -> None:
-        """Note what a walk of a tape finds."""
+        """Record the bytes that a walk of a tape finds saved."""
         (contents,) = tape.contents()
         theirs = set(storages((*self.x.leaves, *output.leaves)))
         theirs |= self.standing.fixed | self.standing.buffers
@@ -185,7 +185,7 @@ class StageKind:
         self.used_bytes = sum(a.nbytes for a in self.aliases if id(a) in contents.leaves)
 
     def set_gradients(self, *, first: bool) -> None:
-        """Let the parameters have no gradients yet, or let them all have some already."""
+        """Clear the gradients of the aliases, or give all of them some (first=False)."""
         for alias in self.aliases:
             given = not first and id(alias) in self.gradient_bytes
             alias.grad = torch.zeros_like(alias) if given else None
@@ -204,7 +204,7 @@ def leave_sides(kind: StageKind) -> None:
 
 
 def take_sides(tape: Tape, look: Look | None) -> list[Tensor]:
-    """Let a tape know where its side outputs are in it, and return them without their graphs."""
+    """Register the side outputs of a run with its tape; returns them without their graphs."""
     if look is None:
         return []
     found = look.take()
@@ -213,7 +213,7 @@ def take_sides(tape: Tape, look: Look | None) -> list[Tensor]:
 
 
 def layout(leaves: Iterable[Tensor]) -> tuple[Any, ...]:
-    """What of tensors decides the bytes that operations on them take."""
+    """Shapes, dtypes, strides and storages of tensors, which decide the bytes of operations."""
     homes: dict[int, int] = {}
     found: list[Any] = []
     for leaf in leaves:

@@ -25,7 +25,7 @@ _MOST_STORAGES = 4  # whose combinations are measured one by one
 @final
 @dataclass(frozen=True, slots=True)
 class _Weight:
-    """What one run and one backward of a stage have shown, in bytes."""
+    """Bytes measured in one run and one backward of a stage."""
 
     taped_peak: int
     tape: int
@@ -39,7 +39,7 @@ class _Weight:
 @final
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """Which storages outlive the tape."""
+    """Storages of input and output that outlive the tape, by number."""
 
     inputs: Container[int] = ()
     outputs: Container[int] = ()

@@ -1,4 +1,4 @@
-"""Looks for other paths of a stage: what it computes where its data or its draws are others.
+"""Finds other paths of a stage, which it takes on other data or other random draws.
 
 A stage that reads values of tensors (`item`, a mask as an index, `nonzero`) may compute something
 else on the next batch, or on the next draw, and take other bytes. Such a stage is found by the
@@ -48,12 +48,12 @@ _LEAVES_TORCH = frozenset({"tolist", "numpy", "__array__", "__dlpack__"})
 
 
 class _EnoughError(CkptschedError):
-    """A run that goes on and on."""
+    """A run has too many operations."""
 
 
 @final
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Looks at each operation: whether it reads values, and how many there are."""
+    """Counts operations, and notes whether one reads values of tensors."""
 
     def __init__(self, most: float = float("inf")) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -69,7 +69,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @final
 class _Functions(TorchFunctionMode):
-    """Sees what leaves torch: Python decides by it then."""
+    """Notes whether values leave torch for Python, which may decide by them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def _reads(func: Any, args: Sequence[Any]) -> bool:
 @final
 @dataclass(frozen=True, slots=True)
 class _Path:
-    """What tells paths of a stage apart, and which takes more."""
+    """Layout and bytes of one path of a stage; equal for runs that take the same path."""
 
     output: tuple[Any, ...]
     """Layout of the output."""
@@ -261,14 +261,14 @@ def _reads_values(kind: StageKind) -> tuple[bool, int]:
 
 
 def _either(one: Carries, other: Carries) -> Carries:
-    """What a tensor is taken to carry that carries the one on a path and the other on another."""
+    """What a tensor is taken to carry if it carries different things on two paths."""
     if one is other or not (one and other):
         return max(one, other)
     return Carries.GRAPH
 
 
 def _path(kind: StageKind, tape: Tape, output: State) -> _Path:
-    """What tells the path of a run."""
+    """The path that a run has taken."""
     kind.note_contents(tape, output)
     (contents,) = tape.contents()
     inputs, outputs = [*storages(kind.x.leaves)], [*storages(output.leaves)]

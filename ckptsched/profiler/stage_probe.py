@@ -1,8 +1,4 @@
-"""Finds the distinct stages of a model, and checks that each can be run again.
-
-A stage is known by what it computes (`StageCall.key`) and by the layout of its input and of
-the gradient that comes back to it, since these decide what PyTorch allocates.
-"""
+"""Probes one stage: whether it can be run again, and which state, draws and outputs it has."""
 
 from __future__ import annotations
 
@@ -99,7 +95,7 @@ def examine(
 
 
 def _check_gradients(name: str, tape: Tape, collecting: Iterable[Tensor]) -> None:
-    """Refuse a stage whose forward went back to what collects gradients."""
+    """Raise if the forward of a stage has called `backward()` itself."""
     if tape.is_used or any(leaf.grad is not None for leaf in collecting):
         raise ProfileError(
             f"stage {name!r} calls backward() in its forward, which adds to the .grad of "
@@ -159,7 +155,7 @@ class _AsksForGradients(Exception):
 
 
 class _Probe:
-    """Runs a stage from where it began, to see what it depends on."""
+    """Runs one stage repeatedly from the same state, to find out what it depends on."""
 
     def __init__(
         self,
@@ -199,7 +195,7 @@ class _Probe:
         return RandomState.take(self.x.leaves[0].device, self._own)
 
     def begin_again(self) -> None:
-        """Put random state and hidden buffers to where they were."""
+        """Restore random state and hidden buffers to before the first run."""
         self._random.restore()
         if self._writes:
             self._found.put_back()
@@ -260,7 +256,7 @@ class _Probe:
         return Look() if self._leaves_sides else None
 
     def asked(self) -> tuple[Carries, ...]:
-        """What the tensors of the input carry once the stage has run."""
+        """What the tensors of the input carry after a run, which may let them require gradients."""
         if self._alone is Alone.PLAIN:
             return self.wanted
         self.begin_again()
@@ -273,7 +269,7 @@ class _Probe:
         )
 
     def side_outputs(self, collecting: Sequence[Tensor]) -> Found:
-        """What it leaves by another way than its output.
+        """The side outputs of the stage.
 
         Args:
             collecting: What collects its gradients.
@@ -310,7 +306,7 @@ class _Probe:
         return found
 
     def find_way(self, output: State, taped: State) -> Alone:
-        """How the stage gives, without a tape, what it gives with one.
+        """Find a way to run the stage without a tape that gives the same bits as with one.
 
         Args:
             output: What `run_twice` returned.
@@ -406,7 +402,7 @@ class _Probe:
         return output
 
     def look(self) -> None:
-        """Note whether it changes what is no buffer in place.
+        """Record whether the stage changes anything but buffers in place.
 
         Raises:
             ProfileError: It replaces a parameter.

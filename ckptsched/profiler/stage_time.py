@@ -53,7 +53,7 @@ class _StopWatch:
     _busy: float = 0.0
 
     def start(self) -> None:
-        """Begin."""
+        """Start the clock."""
         self._wall, self._busy = now(self.device), _thread_seconds()
 
     def lap(self) -> _Run:
@@ -69,7 +69,7 @@ class _StopWatch:
 @final
 @dataclass(eq=False, slots=True)
 class _Samples:
-    """What the clock has shown of all stages of one look."""
+    """Seconds measured of all stages that look alike."""
 
     plain: list[_Run] = field(default_factory=list)
     """Runs without tape."""

@@ -78,7 +78,7 @@ def survey_forward(
     whole: ModelState,
     vary: Callable[[StageKind, Sequence[StageCall]], None] | None = None,
 ) -> list[StageKind]:
-    """Run every distinct stage on what the stage before it made.
+    """Run every distinct stage on the output of the stage before it.
 
     Args:
         blocks: The model, its parameters replaced by aliases.
@@ -151,7 +151,7 @@ def sides_held(order: Sequence[StageKind]) -> Iterator[list[Tensor]]:
 
 
 def _check_device(kind: StageKind, device: torch.device) -> None:
-    """Refuse a stage that hands a state to another device."""
+    """Raise if a stage returns a tensor on another device."""
     for leaf in kind.output.leaves:
         if leaf.device != device and matters(leaf):
             name = kind.call.name or type(kind.call.module).__name__
@@ -186,7 +186,7 @@ def survey_backward(order: list[StageKind], gradients: Gradients) -> list[StageK
 
 
 def _find_readers(kinds: Iterable[StageKind], watch: BufferWatch) -> None:
-    """Let every stage know of the buffers that it shares with one that hides a state in them.
+    """Add to the hidden buffers of each stage those that it shares with another stage.
 
     What a layer changes and does not read itself, such as the statistics of BatchNorm, may be read
     by another stage.
@@ -218,7 +218,7 @@ def _ignores(kind: StageKind, places: set[Slot], watch: BufferWatch) -> bool:
 
 
 def _for_gradients(found: StageKind, arriving: list[Gradients], *, is_last: bool) -> StageKind:
-    """The kind for gradients of these layouts, on each of its paths, after going back once."""
+    """A copy of the kind for gradients of these layouts, on each path, after one backward."""
     first = _for_gradient(found, arriving[0], is_last=is_last)
     rest = []
     for gradients in arriving:
@@ -250,7 +250,7 @@ def _fitted(gradients: Gradients, path: StageKind) -> Gradients:
 
 
 def _for_gradient(found: StageKind, gradients: Gradients, *, is_last: bool) -> StageKind:
-    """The kind for gradients of this layout, after going back once."""
+    """A copy of the kind for gradients of this layout, after one backward."""
     kind = replace(
         found,
         is_last=is_last,

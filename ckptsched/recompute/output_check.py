@@ -1,4 +1,4 @@
-"""Whether a stage that runs again gives what it gave: checksums of outputs, or a look at them."""
+"""Checks that a stage that runs again returns the same output, by checksums or a few bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GLANCE = 32  # bytes at each place
 
 @final
 class SeenOutputs:
-    """What the stages of one step have given first, to compare with what they give again."""
+    """First outputs of the stages of one step, as checksums to compare with later runs."""
 
     def __init__(self, *, whole: bool) -> None:
         """Begin with nothing seen.

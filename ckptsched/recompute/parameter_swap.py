@@ -39,7 +39,7 @@ _PLAIN = nn.Module.__setattr__
 
 
 class StandIns(Held, abc.ABC):
-    """What one thread finds where a module keeps its parameters or buffers; others find those.
+    """A module's dict of parameters or buffers in which one thread finds stand-ins.
 
     Reading is on the way of every stage, so what the thread finds is in the dictionary itself.
     """
@@ -101,7 +101,7 @@ class StandIns(Held, abc.ABC):
 
 @final
 class _Alone(StandIns):
-    """Where no other thread is: a single tensor that is asked for is found by all, at no cost.
+    """For processes with one thread: lookups of single tensors cost nothing.
 
     A thread that a stage starts belongs to the step in that.
     """
@@ -111,7 +111,7 @@ class _Alone(StandIns):
 
 @final
 class _AmongThreads(StandIns):
-    """Where other threads are, which ask for single tensors, too."""
+    """For processes with several threads: each lookup asks which thread it is."""
 
     __slots__ = ()
 
@@ -316,7 +316,7 @@ class Slots:
 
 
 def _list_anew(module: nn.Module, names: Iterable[str]) -> None:
-    """Let a module know of the parameters that it has now, if it keeps a list of its own.
+    """Assign parameters anew to a module that keeps a list of its own.
 
     nn.RNNBase does, and only its own __setattr__ updates it. That takes parameters only; what else
     is there, functional_call has put there.

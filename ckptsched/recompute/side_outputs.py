@@ -1,4 +1,4 @@
-"""What leaves a stage by another way than its output, such as an auxiliary loss on a module.
+"""Side outputs: tensors with a graph that a stage leaves elsewhere, such as an auxiliary loss.
 
 A tensor with a graph that something still holds once a stage has returned, and its output is let
 go, is a side output. A mode numbers the tensors that a stage meets, in order, so that a side output

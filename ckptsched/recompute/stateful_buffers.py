@@ -1,4 +1,4 @@
-"""What stages keep for themselves: buffers that they read and change, generators of their own.
+"""State that stages keep: buffers that they read and change, random generators of their own.
 
 A stage that runs again must begin with the values that its first run began with. Spectral
 normalisation reads and moves its vectors; a counter may enter an output. The layers that
@@ -37,7 +37,7 @@ def is_write_only(place: Slot) -> bool:
 
 @final
 class HiddenBuffers:
-    """The places of buffers that stages read and change, by the block that uses them."""
+    """The slots of buffers that stages read and change, by the block that uses them."""
 
     def __init__(self, blocks: Sequence[Slots], places: Iterable[Slot]) -> None:
         """Find the places in the blocks.
@@ -82,7 +82,7 @@ class HiddenBuffers:
         return [(buffer, k) for buffer, k in found if buffer is not None]
 
     def take(self, first: int) -> Values:
-        """Copy what the stages of a block and of those after it will find.
+        """Copy the hidden buffers of a block and of all blocks after it.
 
         Args:
             first: Index of the block.
@@ -123,7 +123,7 @@ def _put(module: nn.Module, name: str, value: Tensor | None) -> None:
 
 @final
 class BufferWatch:
-    """Buffers as they are now: shows later which have changed, and puts them back."""
+    """Copies of buffers, to find out later which have changed and to restore them."""
 
     def __init__(self, slots: Slots) -> None:
         """Copy every buffer.

@@ -33,7 +33,7 @@ _ANCHOR = torch.empty(0, requires_grad=True, device="cpu")
 
 
 class Carries(enum.IntEnum):
-    """What a stage finds of a tensor's gradient, as plain autograd would have it."""
+    """How a tensor between stages takes part in autograd, as a stage finds it."""
 
     NOTHING = 0
     """It requires none."""
@@ -94,7 +94,7 @@ class _Source(torch.autograd.Function):
 
 
 class _Handing(torch.autograd.Function):
-    """Hands over what is in a box, as the first of all; its inputs are who receives it.
+    """Passes the gradients in a box to its inputs, before any other node of the tape runs.
 
     For the sums of gradients collected so far: autograd adds up what arrives at a parameter in
     one buffer, in order of arrival. Where a tape uses a parameter several times, starting that
@@ -118,7 +118,7 @@ class _Handing(torch.autograd.Function):
 
 @final
 class Tape:
-    """What one run of a stage, or of several, leaves for its backward."""
+    """The autograd graph of one run of a stage, or of several, and the way back through it."""
 
     __slots__ = (
         *("_box", "_boxes", "_edges", "_fed", "_hands_on", "_more", "_token"),
@@ -151,7 +151,7 @@ class Tape:
         return {leaf for leaf, (_, count) in self.contents()[0].leaves.items() if count > 1}
 
     def contents(self, marks: Sequence[int] = (0,)) -> list[Contents]:
-        """What the tape holds, its input apart, by stage; it takes a walk of the graph.
+        """Walk the graph, and find the leaves and storages that it holds, by stage; not the input.
 
         What another stage left for this one counts as a leaf, and is none.
 
@@ -195,7 +195,7 @@ class Tape:
         self._more = cast(Tensor, _Handing.apply(box, *aliases)), box, aliases
 
     def watch(self) -> Callable[[], object]:
-        """Gives what shows, once the tape has been let go, whether something else holds its graph.
+        """A weak reference that shows, once the tape is gone, whether something holds its graph.
 
         Returns:
             A function that returns None then; None always where the input has no gradient.
@@ -213,7 +213,7 @@ class Tape:
     def backward(
         self, gradients: list[Tensor | None], further: Mapping[SidePlace, Tensor] = _NO_SIDES
     ) -> tuple[Tensor | None, ...]:
-        """Go back once.
+        """Run the backward once.
 
         Args:
             gradients: With respect to the output's tensors, each in its shape and dtype; None
@@ -309,7 +309,7 @@ def sources_of(x: State, wanted: Sequence[int]) -> tuple[list[_Outlet], State]:
 
 
 def _nothing() -> None:
-    """There is nothing to see."""
+    """A reference to nothing."""
 
 
 def record(

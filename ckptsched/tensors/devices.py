@@ -1,4 +1,4 @@
-"""Which devices a model touches: bytes are counted, and random states kept, on one."""
+"""Checks that a model lies on one device, where bytes are counted and random states kept."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def several_devices(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def what_is_wrong(owned: Iterable[tuple[str, Tensor]], inputs: State, given: State) -> str:
-    """Why a model cannot be measured where it is, in words; empty where it can.
+    """Say why a model cannot be measured where it lies; empty if it can.
 
     Args:
         owned: The parameters and buffers of the model, each with what it is.

@@ -1,4 +1,4 @@
-"""What a run of a stage sees besides its input: random state, autocast, time, and how often."""
+"""Random state and autocast of a run of a stage, restored when it runs again; a clock."""
 
 from __future__ import annotations
 
