@@ -7,6 +7,8 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -141,17 +143,69 @@ def read_carries(text: str) -> list[tuple[int, ...]]:
     return found
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class StageFacts:
+    """Facts about the stages of a chain that a profile finds, and that steps rely on."""
+
+    carries: Sequence[tuple[int, ...]]
+    """For each state, from the input on, what each of its tensors carries, one of `Carries`."""
+    alone: Sequence[int]
+    """For each stage how it runs without a tape, one of `Alone`."""
+    own_leaves: Sequence[int]
+    """For each stage whether it makes leaves that require gradients."""
+    sides: Sequence[int]
+    """For each stage whether it has side outputs."""
+
+    def write(self) -> dict[str, str]:
+        """The fields of a signature that keep them; empty for flags that no stage has."""
+        flags = {"need_tapes": self.alone, "own_leaves": self.own_leaves, "sides": self.sides}
+        texts = {n: write_carries((f,) for f in fs) if any(fs) else "" for n, fs in flags.items()}
+        return {"carries": write_carries(self.carries), **texts}
+
+    @classmethod
+    def read(cls, signature: Signature, stages: int) -> StageFacts:
+        """Read what `write` wrote; the flags are bytes.
+
+        Args:
+            signature: Of the model.
+            stages: How many stages the chain has.
+
+        Raises:
+            PlanMismatchError: The signature tells of another number of stages.
+        """
+        carries = _read("carries", signature.carries or f"{stages + 1}x1", stages + 1)
+        alone, own_leaves, sides = (
+            bytes([flag for (flag,) in _read(name, text or f"{stages}x0", stages)])
+            for name, text in (
+                ("need_tapes", signature.need_tapes),
+                ("own_leaves", signature.own_leaves),
+                ("sides", signature.sides),
+            )
+        )
+        return cls(carries, alone, own_leaves, sides)
+
+
+def _read(what: str, text: str, count: int) -> list[tuple[int, ...]]:
+    found = read_carries(text)
+    if len(found) != count:
+        raise PlanMismatchError(
+            f"the plan's {what!r} tells of {len(found)} states or stages, and its chain has "
+            f"{count}: its file is damaged; plan again"
+        )
+    return found
+
+
 def sign(
     inspection: Inspection,
     blocks: Iterable[TracedBlock],
     inputs: State,
     given: State,
-    carries: Iterable[Sequence[int]],
-    need_tapes: Sequence[int] = (),
-    own_leaves: Sequence[bool] = (),
-    sides: Sequence[bool] = (),
+    facts: StageFacts,
+    *,
     hidden: Iterable[Slot] = (),
     frozen: int = 0,
+    unfit: str = "",
 ) -> Signature:
     """The signature of a model and one batch.
 
@@ -160,12 +214,10 @@ def sign(
         blocks: Its blocks.
         inputs: Its first argument, taken apart.
         given: Its further arguments, taken apart.
-        carries: For each state, from the input on, which of its tensors carry a gradient.
-        need_tapes: For each stage how it runs without a tape.
-        own_leaves: For each stage whether it makes leaves that require gradients.
-        sides: For each stage whether it has side outputs.
-        hidden: Places of buffers that stages read and change.
+        facts: What the profile has found of its stages.
+        hidden: Buffers that stages read and change.
         frozen: How many leading stages are run as one.
+        unfit: Why the model cannot follow a plan; empty if it can.
 
     Raises:
         PlanMismatchError: A hidden buffer belongs to a module that is none of the model's.
@@ -184,14 +236,12 @@ def sign(
         autocast=str(ambient.autocast),
         torch_version=str(torch.__version__),
         inputs=describe_inputs(inputs, given),
-        carries=write_carries(carries),
-        need_tapes=write_carries((flag,) for flag in need_tapes) if any(need_tapes) else "",
-        own_leaves=write_carries((flag,) for flag in own_leaves) if any(own_leaves) else "",
-        sides=write_carries((flag,) for flag in sides) if any(sides) else "",
         hidden=_names(inspection, hidden),
         frozen=frozen,
+        unfit=unfit,
         settings=ambient.described(),
         hooks=describe_hooks(ambient.hooks),
+        **facts.write(),
     )
 
 

@@ -159,7 +159,7 @@ class Checkpointed(StandsFor):
         prepared = cast(PreparedPlan, self.__dict__["_prepared"])
         inputs, given = _apart(x, Extras(extras, options))
         tensors = [*inputs.leaves, *given.leaves, *prepared.inspection.slots.parameters()]
-        trained = prepared.facts.asks or any(tensor.requires_grad for tensor in tensors)
+        trained = prepared.asks or any(tensor.requires_grad for tensor in tensors)
         if not trained and not prepared.inspection.trains_something_new():
             return _without_graph(self.plainly(x, *extras, **options))
         transform = transform_at_work(tensors)
@@ -260,7 +260,7 @@ def _step(prepared: PreparedPlan, inputs: State, given: State) -> Any:
         with no_hooks():
             output = _OutputNode.apply(hold, *entry, (inputs, given))
     leaves = output if isinstance(output, tuple) else (output,)
-    if run.prepared.facts.has_sides:
+    if run.prepared.has_sides:
         count = len(run.prepared.facts.carries[-1])
         leaves, sides = leaves[:count], list(leaves[count:])
         del output
@@ -352,7 +352,7 @@ class _OutputNode(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         run: TrainingStep = hold.value
         keep(ctx, hold)
-        if run.prepared.facts.has_sides:  # which lead to this node, too
+        if run.prepared.has_sides:  # which lead to this node, too
             ctx.always = hold
         run.trees = tuple([State((), state.tree) for state in inputs])
         ctx.count = len(inputs[0].leaves)
@@ -363,7 +363,7 @@ class _OutputNode(torch.autograd.Function):
         ctx.mark_non_differentiable(
             *[leaf for leaf, carried in zip(leaves, carries, strict=True) if not carried]
         )
-        if run.prepared.facts.has_sides:
+        if run.prepared.has_sides:
             leaves += run.sides.outputs()
         return leaves if len(leaves) > 1 else leaves[0]
 

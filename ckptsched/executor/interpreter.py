@@ -91,7 +91,7 @@ class Interpreter:
             inputs: The input as the caller gave it, taken apart.
         """
         self.prepared, self.seen, self.gathering = seen.prepared, seen, gathering
-        self.inputs_wanted = self.prepared.facts.input_carries(inputs)
+        self.inputs_wanted = self.prepared.input_carries(inputs)
         wanted = any(self.inputs_wanted) or any(leaf.requires_grad for leaf in seen.given.leaves)
         self.first_trained = 0 if wanted else self.prepared.first_trained
         """The first stage whose output may need a gradient; 0 where an input does."""
@@ -211,7 +211,7 @@ class Interpreter:
         if first == 1 or first - 1 < self.first_trained or nodes_made is None:
             return False
         # The gradient of such a leaf stays with the tape, and is let go with it.
-        if self.prepared.facts.own_leaves.find(1, first - 1, last) >= 0:
+        if any(self.prepared.facts.own_leaves[first - 1 : last]):
             return False
         return self.prepared.usage.knows(first, last)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, final
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ..base.errors import PlanMismatchError
 from ..capture.inspection import Inspection
-from ..capture.signature import read_carries, structure_digest
+from ..capture.signature import StageFacts, structure_digest
 from ..capture.signature_check import Expected, refuse_tensors
 from ..capture.stage_discovery import StageCall, TracedBlock, trace
 from ..planner.plan import Plan
@@ -36,74 +35,6 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 Check: TypeAlias = Literal["none", "glance", "outputs"]
 """What of the output of a stage that runs again is compared with that of its first run."""
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class StageFacts:
-    """Facts from the profile about each stage, one byte a stage, and about each state."""
-
-    carries: list[tuple[int, ...]]
-    """For each state, from the input on, what each of its tensors carries, one of `Carries`."""
-    alone: bytes
-    """How it runs without a tape, one of `Alone`."""
-    own_leaves: bytes
-    """Whether it makes leaves that require gradients."""
-    sides: bytes
-    """Whether it has side outputs."""
-    varies: bytes
-    """Whether the tape of each of its runs is looked at."""
-    has_sides: bool
-    """Whether any stage has side outputs."""
-    asks: bool
-    """Whether the first stage lets tensors of the input require a gradient."""
-
-    @classmethod
-    def of(cls, chain: Chain, signature: Signature) -> StageFacts:
-        """Read them from the signature of a chain.
-
-        Raises:
-            PlanMismatchError: The signature tells of another number of stages.
-        """
-        n = len(chain)
-        carries = _read(chain, "carries", signature.carries or f"{n + 1}x1", n + 1)
-        alone, own_leaves, sides = (
-            bytes([flag for (flag,) in _read(chain, name, text or f"{n}x0", n)])
-            for name, text in (
-                ("need_tapes", signature.need_tapes),
-                ("own_leaves", signature.own_leaves),
-                ("sides", signature.sides),
-            )
-        )
-        bounds = [stage.ledger and stage.ledger.bounds for stage in chain.stages]
-        # Without a count of nodes nothing tells whether tapes are alike.
-        varies = bytes([nodes_made is None or bool(b and b.varies) for b in bounds])
-        asks = Carries.ASKED in carries[0]
-        return cls(carries, alone, own_leaves, sides, varies, any(sides), asks)
-
-    def input_carries(self, inputs: State) -> tuple[int, ...]:
-        """What each tensor of the input carries as the first stage finds it, one of `Carries`.
-
-        Args:
-            inputs: The model's first argument, taken apart, as the caller gave it.
-        """
-        if not self.asks:
-            return tuple(map(Carries.of, inputs.leaves))
-        return tuple(
-            Carries.of(leaf) or (planned if planned == Carries.ASKED else 0)
-            for leaf, planned in zip(inputs.leaves, self.carries[0], strict=True)
-        )
-
-
-def _read(chain: Chain, what: str, text: str, count: int) -> list[tuple[int, ...]]:
-    """What the signature says of each tensor of each state, or of each stage."""
-    found = read_carries(text)
-    if len(found) != count:
-        raise PlanMismatchError(
-            f"the plan's {what!r} tells of {len(found)} states or stages, and its chain has "
-            f"{count}: its file is damaged; plan again"
-        )
-    return found
 
 
 @final
@@ -134,7 +65,11 @@ class PreparedPlan:
         self.context_fn = context_fn
         self.lock = LendingLock()
         self.chain, self.signature = _chain_of(plan)
-        self.facts = StageFacts.of(self.chain, self.signature)
+        self.facts = StageFacts.read(self.signature, len(self.chain))
+        self.asks = Carries.ASKED in self.facts.carries[0]
+        """Whether the first stage lets tensors of the input require a gradient."""
+        self.has_sides = any(self.facts.sides)
+        """Whether any stage has side outputs."""
         # -- the model
         self.blocks = trace(inspection.model, frozen=self.signature.frozen)
         self.stages: list[StageCall] = [stage for block in self.blocks for stage in block.stages]
@@ -165,6 +100,10 @@ class PreparedPlan:
         self.replays = self.chain.draws or bool(self.hidden)
         """Whether a run that does not simply go on begins with something put back."""
         # -- what steps learn
+        bounds = (stage.ledger and stage.ledger.bounds for stage in self.chain.stages)
+        # Without a count of nodes nothing tells whether tapes are alike.
+        self.varies = bytes([nodes_made is None or bool(b and b.varies) for b in bounds])
+        """For each stage whether the tape of each of its runs is looked at."""
         self.expected = Expected(self.signature, plan.peak_bytes)
         self.usage = Usage(self.stages, self.facts.carries[:-1])
         self.overruns = Overruns(self.chain)
@@ -260,6 +199,19 @@ class PreparedPlan:
 
     # -- before each step
 
+    def input_carries(self, inputs: State) -> tuple[int, ...]:
+        """What each tensor of the input carries as the first stage finds it, one of `Carries`.
+
+        Args:
+            inputs: The model's first argument, taken apart, as the caller gave it.
+        """
+        if not self.asks:
+            return tuple(map(Carries.of, inputs.leaves))
+        return tuple(
+            Carries.of(leaf) or (planned if planned == Carries.ASKED else 0)
+            for leaf, planned in zip(inputs.leaves, self.facts.carries[0], strict=True)
+        )
+
     def check_batch(self, inputs: State, given: State) -> None:
         """Refuse a batch, a mode or a choice of trained parameters that was not planned.
 
@@ -271,8 +223,8 @@ class PreparedPlan:
             PlanMismatchError: It is not as planned; the message says what is, and what would work.
         """
         refuse_tensors((*inputs.leaves, *given.leaves))
-        if self.facts.asks and len(inputs.leaves) == len(self.facts.carries[0]):
-            inputs = as_asked(inputs, self.facts.input_carries(inputs))
+        if self.asks and len(inputs.leaves) == len(self.facts.carries[0]):
+            inputs = as_asked(inputs, self.input_carries(inputs))
         self.expected.check_call(inputs, given)
         self.inspection.check(self.sharded_parameters())
         self.expected.check_modes(self.inspection.training())

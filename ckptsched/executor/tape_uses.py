@@ -56,7 +56,7 @@ class TapeUses:
         Raises:
             ExecutionError: The tape would lose a gradient.
         """
-        if not self._prepared.facts.varies[run.i - 1]:
+        if not self._prepared.varies[run.i - 1]:
             uses = self._prepared.usage.get(run.key, run.path)
             if uses is not None:
                 return uses
@@ -66,7 +66,7 @@ class TapeUses:
     def known(self, first: int, last: int, path: JointPath) -> Uses | None:
         """The known uses of stages that share one tape; None if the tape must be walked."""
         usage = self._prepared.usage
-        if any(self._prepared.facts.varies[first - 1 : last]):
+        if any(self._prepared.varies[first - 1 : last]):
             return None
         uses = usage.of_tape(first, last, path)
         if uses is not None:

@@ -95,11 +95,11 @@ def estimate(inspection: Inspection, inputs: State, given: State, loss: Loss) ->
         # What stages make without naming a device must lie where their input lies.
         with torch.device("meta"), torch.enable_grad():
             state = ModelState(bare.modules, bare.paths)
-            blocks, _, order = survey_model(bare, fake, extras, state)
-            lost = _assess_loss(loss, order[-1])
-            for kind in survey_backward(order, lost.gradients):
+            survey = survey_model(bare, fake, extras, state)
+            lost = _assess_loss(loss, survey.order[-1])
+            for kind in survey_backward(survey.order, lost.gradients):
                 _assess(kind)
-        chain = assemble(blocks, order, lost, device)
+        chain = assemble(survey, lost, device)
     finally:
         random.restore()
     plain = {id(stage): replace(stage, ledger=None) for stage in chain.stages}

@@ -18,7 +18,6 @@ from ..base.progress_bar import progress_bar
 from ..capture.inspection import Inspection, inspect_model
 from ..capture.model_state import ModelState, left_as_it_was
 from ..capture.signature import sign
-from ..capture.stage_discovery import TracedBlock
 from ..memory.meters import Meter, default_meter
 from ..recompute.parameter_swap import Slots, make_alias, take_out_what_was_left
 from ..recompute.tape import Carries, as_asked
@@ -33,7 +32,7 @@ from .stage_kind import Loss, LossWeight, StageKind
 from .stage_memory import go_back, weigh, weigh_loss
 from .stage_paths import Variations
 from .stage_time import ROUNDS, time_stages
-from .survey import sides_held, survey_backward, survey_model
+from .survey import Survey, sides_held, survey_backward, survey_model
 
 
 def default_loss(output: Any) -> Tensor:
@@ -145,21 +144,23 @@ def measure(
             given.replaced(make_alias(t) if t.requires_grad else t.detach() for t in given.leaves)
         )
         surveyed = _surveyed(inspection, inputs, extras, state, loss, meter)
-        (blocks, frozen, order), ending, lost = surveyed
-        carries = [order[0].wanted, *(kind.carries for kind in order)]
-        kinds = survey_backward(order, lost.gradients)
+        survey, ending, lost = surveyed
+        facts = survey.facts()
+        kinds = survey_backward(survey.order, lost.gradients)
         seconds, spread = _measure(kinds, lambda: go_back(*ending), meter, progress)
         state.note_unfit(state, "a stage that has run several times")
         lost = replace(lost, seconds=seconds)
-        chain = assemble(blocks, order, lost, device, inputs.leaves, generators)
-    alone, own_leaves = [kind.alone for kind in order], [kind.own_leaves for kind in order]
-    hidden = {place for kind in order for place in kind.hidden}
-    sides = [bool(kind.sides) for kind in order]
-    asked = as_asked(inputs, carries[0])
+        chain = assemble(survey, lost, device, inputs.leaves, generators)
     signature = sign(
-        inspection, blocks, asked, given, carries, alone, own_leaves, sides, hidden, frozen
+        inspection,
+        survey.blocks,
+        as_asked(inputs, facts.carries[0]),
+        given,
+        facts,
+        hidden=survey.hidden(),
+        frozen=survey.frozen,
+        unfit=state.unfit,
     )
-    signature = replace(signature, unfit=state.unfit)
     return replace(chain, signature=signature, seconds_spread=spread)
 
 
@@ -211,7 +212,7 @@ def _aliased(slots: Slots) -> Iterator[None]:
 
 
 _Surveyed: TypeAlias = tuple[
-    tuple[tuple[TracedBlock, ...], int, list[StageKind]],
+    Survey,
     tuple[Loss, State, tuple[Carries, ...]],
     LossWeight,
 ]
@@ -229,7 +230,7 @@ def _surveyed(
 
     def surveyed(variations: Variations) -> _Surveyed:
         found = survey_model(inspection, inputs, extras, state, variations)
-        order = found[2]
+        order = found.order
         last = order[-1]
         ending = loss or default_loss, last.hands_on or last.output, last.carries
         with sides_held(order) as held:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..base.errors import ProfileError
 from ..capture.inspection import Inspection
 from ..capture.model_state import ModelState
+from ..capture.signature import StageFacts
 from ..capture.stage_discovery import StageCall, TracedBlock, count_frozen, trace
 from ..memory.meters import storage_bytes
 from ..recompute.parameter_swap import Slot, Slots
@@ -38,13 +39,39 @@ def _layout_of_gradients(gradients: Gradients) -> tuple[Any, ...]:
     return flags, layout(gradient for gradient in gradients if gradient is not None)
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The stages of a model, as they have run forward on a sample."""
+
+    blocks: tuple[TracedBlock, ...]
+    frozen: int
+    """How many leading stages are run as one, as they need no gradient."""
+    order: list[StageKind]
+    """The kind of each stage; equal stages share one. `survey_backward` puts others in place."""
+
+    def facts(self) -> StageFacts:
+        """What steps rely on."""
+        order = self.order
+        return StageFacts(
+            carries=[order[0].wanted, *(kind.carries for kind in order)],
+            alone=[kind.alone for kind in order],
+            own_leaves=[kind.own_leaves for kind in order],
+            sides=[bool(kind.sides) for kind in order],
+        )
+
+    def hidden(self) -> set[Slot]:
+        """Buffers that stages read and change."""
+        return {slot for kind in self.order for slot in kind.hidden}
+
+
 def survey_model(
     inspection: Inspection,
     x: State,
     extras: Extras,
     whole: ModelState,
     vary: Callable[[StageKind, Sequence[StageCall]], None] | None = None,
-) -> tuple[tuple[TracedBlock, ...], int, list[StageKind]]:
+) -> Survey:
     """Trace a model and run every distinct stage of it forward.
 
     Args:
@@ -53,10 +80,6 @@ def survey_model(
         extras: What every stage is given besides, leaves where gradients are wanted.
         whole: What the model was when nothing had run.
         vary: As `survey_forward` has it.
-
-    Returns:
-        Its blocks, how many leading stages are run as one as they need no gradient, and the kind
-        of each stage.
 
     Raises:
         ProfileError: A stage fails, or cannot be run again with the same result.
@@ -67,8 +90,8 @@ def survey_model(
         joined = trace(inspection.model, frozen=frozen)
         kinds = survey_forward(joined, x, extras, whole, vary)
         if not any(kinds[0].carries):  # as it does where a hook lets an output require a gradient
-            return joined, frozen, kinds
-    return blocks, 0, survey_forward(blocks, x, extras, whole, vary)
+            return Survey(joined, frozen, kinds)
+    return Survey(blocks, 0, survey_forward(blocks, x, extras, whole, vary))
 
 
 def survey_forward(
