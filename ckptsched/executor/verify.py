@@ -175,7 +175,6 @@ def verify(
     inspection = inspect_model(model, "verify", PlanMismatchError)
     planned = checkpointed(model, plan, check="none")  # what differs is measured
     call = _Call(sample, kwargs or {}, inspection)
-    plain = planned.model
     if not torch.is_grad_enabled():
         raise PlanMismatchError("verify needs gradients; call it outside torch.no_grad")
     if loss is not None and not callable(loss):
@@ -184,6 +183,56 @@ def verify(
         )
     loss = loss or default_loss
     meter = meter or default_meter(call.device)
+    runs = _run_both(inspection, planned, call, loss, meter, rounds)
+    expected, found, uncached = runs.expected, runs.found, runs.uncached
+    difference, worst, largest = _compare(expected.gradients, found.gradients)
+    without = None if uncached is None else _compare(uncached.gradients, found.gradients)[0]
+    return Verification(
+        budget_bytes=plan.budget_bytes,
+        projected_peak_bytes=plan.peak_bytes,
+        measured_peak_bytes=found.peak_bytes,
+        plain_peak_bytes=expected.peak_bytes,
+        seconds=runs.seconds[0],
+        plain_seconds=runs.seconds[1],
+        max_gradient_difference=difference,
+        max_gradient=largest,
+        loss=float(expected.loss.double().abs()),
+        loss_difference=_difference(expected.loss, found.loss),
+        buffers_equal=all(
+            same_values(found.buffers[name], buffer) for name, buffer in expected.buffers.items()
+        ),
+        random_state_equal=expected.random == found.random,
+        worst_gradient=worst,
+        tolerance=tolerance,
+        uncached_gradient_difference=without,
+    )
+
+
+@final
+@dataclass(frozen=True)
+class _Runs:
+    """The steps that are compared."""
+
+    expected: _Outcome
+    """By plain autograd."""
+    uncached: _Outcome | None
+    """The same without autocast's cache of cast weights, where the caller has one."""
+    found: _Outcome
+    """By the plan."""
+    seconds: tuple[float, float]
+    """Of a step by the plan and one by plain autograd."""
+
+
+def _run_both(
+    inspection: Inspection,
+    planned: Checkpointed,
+    call: _Call,
+    loss: Loss,
+    meter: Meter,
+    rounds: int,
+) -> _Runs:
+    """Run all steps from the same state, and leave the model as it was."""
+    plain = inspection.model
     autocast = Autocast.take(call.device)
     cached = autocast.is_on and torch.is_autocast_cache_enabled()
     # torch asks for backwards outside of autocast, and autograd follows where they are called.
@@ -206,28 +255,7 @@ def verify(
         reset()
         found = _measure(planned, step, meter)
         reset()
-        seconds = _time(planned, plain, step, rounds, reset)
-    difference, worst, largest = _compare(expected.gradients, found.gradients)
-    without = None if uncached is None else _compare(uncached.gradients, found.gradients)[0]
-    return Verification(
-        budget_bytes=plan.budget_bytes,
-        projected_peak_bytes=plan.peak_bytes,
-        measured_peak_bytes=found.peak_bytes,
-        plain_peak_bytes=expected.peak_bytes,
-        seconds=seconds[0],
-        plain_seconds=seconds[1],
-        max_gradient_difference=difference,
-        max_gradient=largest,
-        loss=float(expected.loss.double().abs()),
-        loss_difference=_difference(expected.loss, found.loss),
-        buffers_equal=all(
-            same_values(found.buffers[name], buffer) for name, buffer in expected.buffers.items()
-        ),
-        random_state_equal=expected.random == found.random,
-        worst_gradient=worst,
-        tolerance=tolerance,
-        uncached_gradient_difference=without,
-    )
+        return _Runs(expected, uncached, found, _time(planned, plain, step, rounds, reset))
 
 
 @final

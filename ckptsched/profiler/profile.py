@@ -128,9 +128,20 @@ def measure(
     if fake:
         with Recomputing():
             return estimate(inspection, inputs, given, loss or default_loss)
-    device = inputs.leaves[0].device
-    meter = meter or default_meter(device, own_thread=True)
-    generators = inspection.generators(given.constants())
+    meter = meter or default_meter(inputs.leaves[0].device, own_thread=True)
+    return _measured(inspection, inputs, given, loss, meter, progress)
+
+
+def _measured(
+    inspection: Inspection,
+    inputs: State,
+    given: State,
+    loss: Loss | None,
+    meter: Meter,
+    progress: bool | None,
+) -> Chain:
+    """Survey, weigh and time all stages, and leave the model as it was."""
+    device, generators = inputs.leaves[0].device, inspection.generators(given.constants())
     with (
         torch.inference_mode(False),
         Locked((Generators.lock,)),  # one thread at a time: measuring draws, and counts bytes
@@ -143,11 +154,10 @@ def measure(
         extras = Extras.of(
             given.replaced(make_alias(t) if t.requires_grad else t.detach() for t in given.leaves)
         )
-        surveyed = _surveyed(inspection, inputs, extras, state, loss, meter)
-        survey, ending, lost = surveyed
+        survey, ending, lost = _surveyed(inspection, inputs, extras, state, loss, meter)
         facts = survey.facts()
         kinds = survey_backward(survey.order, lost.gradients)
-        seconds, spread = _measure(kinds, lambda: go_back(*ending), meter, progress)
+        seconds, spread = _weigh_and_time(kinds, lambda: go_back(*ending), meter, progress)
         state.note_unfit(state, "a stage that has run several times")
         lost = replace(lost, seconds=seconds)
         chain = assemble(survey, lost, device, inputs.leaves, generators)
@@ -248,7 +258,7 @@ def _surveyed(
     return surveyed(Variations(grow=False))
 
 
-def _measure(
+def _weigh_and_time(
     kinds: list[StageKind], loss: Callable[[], object], meter: Meter, progress: bool | None
 ) -> tuple[float, float]:
     """Measure bytes, then seconds; returns those of the loss, and the spread of all."""
