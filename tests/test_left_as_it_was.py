@@ -441,7 +441,8 @@ class Interrupting:
 
 
 @pytest.mark.parametrize(
-    "files", [("profile.py", "stage_probe.py"), ("model_state.py", "parameter_swap.py")]
+    "files",
+    [("profile.py", "survey.py", "stage_probe.py"), ("model_state.py", "parameter_swap.py")],
 )
 def test_it_is_left_as_it_was_by_ctrl_c_at_any_line(files: tuple[str, ...]) -> None:
     """Also while it is being put back."""

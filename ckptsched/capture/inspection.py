@@ -21,14 +21,13 @@ from ..base.errors import CkptschedError, PlanMismatchError
 from ..recompute.fsdp import class_before, own_hooks
 from ..recompute.parameter_swap import Slot, Slots
 from ..recompute.stateful_buffers import own_generators
-from .stage_discovery import StagedModule, has_hooks, taken_apart
+from .stage_discovery import HOOKS, StagedModule, has_hooks, taken_apart
 from .wrappers import refuse_wrapped, unwrapped
 
 _children_of = attrgetter("_modules")
 _parameters_of = attrgetter("_parameters")
 _buffers_of = attrgetter("_buffers")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_hooks_of = attrgetter(*_HOOKS)
+_hooks_of = attrgetter(*HOOKS)
 _forward_of = methodcaller("get", "forward")  # of what a module itself holds
 # What an attribute may be that decides what a module computes: how many experts, which layers.
 _PLAIN = frozenset({bool, int, float, str, bytes, type(None)})
@@ -72,8 +71,8 @@ class Inspection:
             named: What `named_modules` of it has given, if it has been asked.
         """
         named = named or tuple(model.named_modules())
-        modules, slots = tuple([module for _, module in named]), Slots([model])
-        containers = tuple(taken_apart(model))
+        modules = tuple([module for _, module in named])
+        slots, containers = Slots(modules, flat=True), tuple(taken_apart(model))
         return cls(
             model=model,
             modules=modules,
@@ -352,7 +351,7 @@ class _Tree:
 
     def _own_hooks(self) -> list[tuple[tuple[int, ...], ...]]:
         """The hooks of each module, FSDP's apart, and those that a wrapper brings."""
-        return [tuple(tuple(own_hooks(m, kind)) for kind in _HOOKS) for m in self._modules]
+        return [tuple(tuple(own_hooks(m, kind)) for kind in HOOKS) for m in self._modules]
 
     def changed_settings(self) -> list[nn.Module]:
         found = []

@@ -38,7 +38,7 @@ _MOST_NAMED = 6  # parts of a fused stage that its name tells one by one
 
 # torch has no public way to ask a module for its hooks. These names are part of what a
 # pickled module holds, and a test shows that each kind of hook is still found under them.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class StageCall(abc.ABC):
@@ -306,7 +306,7 @@ def _can_flatten(module: nn.Module) -> TypeGuard[nn.Sequential]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks run before or after the module itself, forward or backward; FSDP's apart."""
-    return any(own_hooks(module, kind) for kind in _HOOKS)
+    return any(own_hooks(module, kind) for kind in HOOKS)
 
 
 def taken_apart(module: nn.Module) -> Iterator[nn.Module]:
@@ -325,8 +325,8 @@ def taken_apart(module: nn.Module) -> Iterator[nn.Module]:
 
 def _children(model: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """Paths and modules; `named_children` would drop a module's second appearance."""
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name and "." not in name:
+    for name, module in model._modules.items():
+        if module is not None:
             yield (f"{prefix}.{name}" if prefix else name), module
 
 

@@ -164,7 +164,7 @@ def _spans(survey: Survey) -> tuple[Block, ...]:
     """The blocks of the chain, with the bytes of their buffers."""
     blocks = survey.blocks
     slots = [Slots([block.module]) for block in blocks]
-    hidden = HiddenBuffers(slots, survey.hidden()).bytes_by_block(len(blocks))
+    hidden = HiddenBuffers(slots, survey.hidden()).bytes_by_block()
     spans, first = [], 1
     for block, own, size in zip(blocks, slots, hidden, strict=True):
         last = first + len(block.stages) - 1

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..base.errors import CkptschedError
 from ..capture.stage_discovery import ModuleStage, StageCall
+from ..capture.wrappers import is_compiled
 from ..memory.meters import storage_bytes
 from ..recompute.parameter_swap import Slots
 from ..recompute.stateful_buffers import BufferWatch, is_write_only, own_generators
@@ -244,8 +245,7 @@ class _Paths:
 def _holds_compiled(kind: StageKind) -> bool:
     """Whether modules of a stage are compiled: a mode would have them compiled anew."""
     return any(
-        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-        for module in kind.call.module.modules()
+        is_compiled(module) or hasattr(module, "_orig_mod") for module in kind.call.module.modules()
     )
 
 

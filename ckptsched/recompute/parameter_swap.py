@@ -200,16 +200,15 @@ def take_out_what_was_left() -> None:
 class Slots:
     """The places in some modules where parameters and buffers are kept."""
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], *, flat: bool = False) -> None:
         """Find the places, each once.
 
         Args:
             modules: Modules; their submodules count, too.
+            flat: Whether the submodules are among the modules, so that no tree is walked.
         """
-        seen: dict[int, nn.Module] = {}
-        for root in modules:
-            for module in root.modules():
-                seen.setdefault(id(module), module)
+        found = modules if flat else (part for root in modules for part in root.modules())
+        seen = {id(module): module for module in found}
         # `_parameters` and `_buffers` are what `torch.func.functional_call` swaps, too: there
         # is no public way to put a tensor that is not a new parameter into a module.
         self._parameters = [(m, name) for m in seen.values() for name in m._parameters]

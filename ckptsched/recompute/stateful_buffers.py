@@ -65,14 +65,10 @@ class HiddenBuffers:
         """Whether there are any."""
         return bool(self._places)
 
-    def bytes_by_block(self, blocks: int) -> list[int]:
-        """Bytes of the buffers, each with the last block that uses it.
-
-        Args:
-            blocks: Number of blocks.
-        """
+    def bytes_by_block(self) -> list[int]:
+        """Bytes of the buffers by block, each with the last block that uses it."""
         last = {id(b): (k, b.nbytes) for b, k in self._held()}
-        sizes = [0] * blocks
+        sizes = [0] * len(self.flags)
         for k, size in last.values():
             sizes[k] += size
         return sizes

@@ -75,7 +75,7 @@ class Carried:
     @property
     def nbytes(self) -> int:
         """What one moment takes in tensors."""
-        return sum(self._hidden.bytes_by_block(1))
+        return sum(self._hidden.bytes_by_block())
 
     def look(self, evaluate: Callable[[], Tensor]) -> Tensor:
         """Evaluate f, and see what that draws and changes.
