@@ -317,7 +317,7 @@ class _BlockNode(torch.autograd.Function):
         if k > 0:
             before = (_token(run, higher) if wanted[0] else None,)
         elif higher is None:
-            before = run.take_gradients() or (None,) * ctx.entries
+            before = run.interpreter.take_gradients() or (None,) * ctx.entries
         else:
             before = higher.inputs
         return None, None, None, *before, *gradients

@@ -144,6 +144,9 @@ class Interpreter:
         for alias in self.seen.aliases:
             alias.grad = None
 
+    def _name(self, i: int) -> str:
+        return self.prepared.stages[i - 1].name
+
     # -- the operations
 
     def run(self, segment: Segment, *, again: bool = False) -> None:
@@ -224,7 +227,7 @@ class Interpreter:
             stored = kept.output
         if stored.state.versions() != stored.versions:
             raise ExecutionError(
-                f"the input of stage {self.prepared.stages[i - 1].name!r} was changed in place "
+                f"the input of stage {self._name(i)!r} was changed in place "
                 "since it was made, by the caller or by another stage that holds a view of it; "
                 "change a copy instead (x = x + 1, not x += 1)"
             )
@@ -347,7 +350,7 @@ class Interpreter:
         try:
             return self.sides.take(looks)
         except ExecutionError as error:
-            names = " or ".join(repr(self.prepared.stages[i - 1].name) for i, _ in looks)
+            names = " or ".join(repr(self._name(i)) for i, _ in looks)
             raise ExecutionError(f"stage {names} {error}") from error
 
     def _keep(
@@ -369,7 +372,7 @@ class Interpreter:
     def _check_input(self, x: State, versions: tuple[int, ...], i: int) -> None:
         if x.versions() != versions:
             raise ExecutionError(
-                f"stage {self.prepared.stages[i - 1].name!r} changed its input in place, so it "
+                f"stage {self._name(i)!r} changed its input in place, so it "
                 "cannot be run again; use an operation that is not in place, or make the stage one "
                 "with the stage before it"
             )
@@ -379,19 +382,19 @@ class Interpreter:
         carries, leaves = self.prepared.facts.carries[i], output.leaves
         if len(leaves) != len(carries):
             raise ExecutionError(
-                f"stage {self.prepared.stages[i - 1].name!r} returned {len(leaves)} tensors, and "
+                f"stage {self._name(i)!r} returned {len(leaves)} tensors, and "
                 f"{len(carries)} when the model was profiled; let it return the same always, or "
                 "profile and plan again"
             )
         for leaf, carried in zip(leaves, carries, strict=True):
             if leaf.requires_grad and not carried:
                 raise ExecutionError(
-                    f"stage {self.prepared.stages[i - 1].name!r} returned a tensor that depends on "
+                    f"stage {self._name(i)!r} returned a tensor that depends on "
                     "parameters or inputs that are trained, and it did not when the model was "
                     "profiled, so its gradient would be lost; profile and plan again"
                 )
         if self._outputs is not None and self.prepared.compared[i - 1]:
-            self._outputs.see(i, self.prepared.stages[i - 1].name, leaves)
+            self._outputs.see(i, self._name(i), leaves)
 
     def _backwards(self, last: int, first: int) -> None:
         """Backwards of stages that follow each other, by the tapes that there are."""
@@ -447,7 +450,7 @@ class Interpreter:
         for gradient, shape in zip(gradients, shapes, strict=True):
             if gradient is not None and gradient.shape != shape:
                 raise ExecutionError(
-                    f"stage {self.prepared.stages[i - 1].name!r} returned shape "
+                    f"stage {self._name(i)!r} returned shape "
                     f"{tuple(gradient.shape)} when it first ran and {tuple(shape)} when it ran "
                     "again; a stage must depend on its input and parameters only"
                 )

@@ -250,10 +250,6 @@ class TrainingStep:
         further = self.seen.given.leaves if block == 0 else ()
         return [*further, *self.parameters_by_block[block]]
 
-    def take_gradients(self) -> tuple[Tensor | None, ...]:
-        """The gradients with respect to the input's tensors, given away."""
-        return self.interpreter.take_gradients()
-
     def release(self) -> None:
         """Let go of everything that is stored."""
         self.phase = _Phase.RELEASED

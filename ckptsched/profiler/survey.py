@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from ..torch_state.replay_context import RandomState
 from .refusals import failures_named, refuse_tensors
 from .stage_kind import Gradients, StageKind, Standing, layout
 from .stage_probe import examine
+
+Vary: TypeAlias = Callable[[StageKind, Sequence[StageCall]], None]
 
 _MOST_GRADIENTS = 4  # layouts of a state's gradient that are weighed
 
@@ -70,16 +72,16 @@ def survey_model(
     x: State,
     extras: Extras,
     whole: ModelState,
-    vary: Callable[[StageKind, Sequence[StageCall]], None] | None = None,
+    vary: Vary | None = None,
 ) -> Survey:
     """Trace a model and run every distinct stage of it forward.
 
     Args:
         inspection: The model, its parameters replaced by aliases.
-        x: The sample.
+        x: The sample; on the meta device there are no results to compare.
         extras: What every stage is given besides, leaves where gradients are wanted.
         whole: What the model was when nothing had run.
-        vary: As `survey_forward` has it.
+        vary: Looks at a new kind of stage, and the calls that are of this kind, for other paths.
 
     Raises:
         ProfileError: A stage fails, or cannot be run again with the same result.
@@ -88,34 +90,20 @@ def survey_model(
     frozen = count_frozen(blocks, [*x.leaves, *extras.apart().leaves])
     if frozen:
         joined = trace(inspection.model, frozen=frozen)
-        kinds = survey_forward(joined, x, extras, whole, vary)
+        kinds = _survey_forward(joined, x, extras, whole, vary)
         if not any(kinds[0].carries):  # as it does where a hook lets an output require a gradient
             return Survey(joined, frozen, kinds)
-    return Survey(blocks, 0, survey_forward(blocks, x, extras, whole, vary))
+    return Survey(blocks, 0, _survey_forward(blocks, x, extras, whole, vary))
 
 
-def survey_forward(
+def _survey_forward(
     blocks: tuple[TracedBlock, ...],
     x: State,
     extras: Extras,
     whole: ModelState,
-    vary: Callable[[StageKind, Sequence[StageCall]], None] | None = None,
+    vary: Vary | None,
 ) -> list[StageKind]:
-    """Run every distinct stage on the output of the stage before it.
-
-    Args:
-        blocks: The model, its parameters replaced by aliases.
-        x: The sample; on the meta device there are no results to compare.
-        extras: What every stage is given besides, leaves where gradients are wanted.
-        whole: What the model was when nothing had run.
-        vary: Looks at a new kind of stage, and the calls that are of this kind, for other paths.
-
-    Returns:
-        The kind of each stage, in order; equal stages share one.
-
-    Raises:
-        ProfileError: A stage fails, or cannot be run again with the same result.
-    """
+    """Run every distinct stage on the output of the stage before it; returns all in order."""
     known: dict[Hashable, StageKind] = {}
     order: list[StageKind] = []
     carries = tuple(map(Carries.of, x.leaves))
