@@ -165,25 +165,11 @@ class ForwardSnapshot:
                 "draws; or another thread drew from torch's generator meanwhile: give that one a "
                 "torch.Generator of its own"
             )
-        self.check_parameters("the forward pass")
+        if [p._version for p in self.parameters] != self._versions:
+            self._refuse_changed(self.parameters, self._versions, "in the forward pass")
         now = self._versions_of_buffers()
         self._check_changes(now)
         self._unchanged = [a == b for a, b in zip(self._buffer_versions, now, strict=True)]
-
-    def check_parameters(self, when: str) -> None:
-        """Raise if stages have changed parameters in place.
-
-        Args:
-            when: What has been run, in words.
-
-        Raises:
-            ExecutionError: They have.
-        """
-        if [p._version for p in self.parameters] == self._versions:
-            return
-        pairs = zip(self.parameters, self._versions, strict=True)
-        changed = next(p for p, version in pairs if p._version != version)
-        self._refuse_change(self.prepared.owner_of(changed), "was changed in place in " + when)
 
     def versions_in(self, blocks: Iterable[int]) -> list[int]:
         """The version counters of the parameters of some blocks.
@@ -203,13 +189,9 @@ class ForwardSnapshot:
         Raises:
             ExecutionError: They have.
         """
-        now = self.versions_in(blocks)
-        if now != before:
+        if self.versions_in(blocks) != before:
             held = [p for k in blocks for p in self.bound[k] if p is not None]
-            changed = next(p for p, a, b in zip(held, now, before, strict=True) if a != b)
-            self._refuse_change(
-                self.prepared.owner_of(changed), "was changed in place as it ran again"
-            )
+            self._refuse_changed(held, before, "as it ran again")
 
     def check_places(self, blocks: Iterable[int]) -> None:
         """Raise if stages have put other tensors in the place of their parameters.
@@ -226,6 +208,13 @@ class ForwardSnapshot:
             if not all(map(is_, now, bound)):
                 place = slots.parameter_place(list(map(is_, now, bound)).index(False))
                 self._refuse_change(self.prepared.owner_of_slot(place), "was replaced")
+
+    def _refuse_changed(
+        self, parameters: Sequence[Tensor], versions: Sequence[int], when: str
+    ) -> NoReturn:
+        pairs = zip(parameters, versions, strict=True)
+        changed = next(p for p, version in pairs if p._version != version)
+        self._refuse_change(self.prepared.owner_of(changed), f"was changed in place {when}")
 
     def _refuse_change(self, owner: str, what: str) -> NoReturn:
         raise ExecutionError(
