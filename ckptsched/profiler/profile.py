@@ -92,7 +92,7 @@ def profile(
         progress: Whether to show a progress bar on stderr where measuring takes more than a
             second; None shows it if stderr is a terminal.
         fake: Whether to estimate instead: nothing is run on data, seconds are guesses, and what
-            operations need while they run is left out (see `estimate.estimate`). The chain is
+            operations need while they run is left out (see `meta_estimate.estimate`). The chain is
             for planning; `checkpointed` refuses its plans.
 
     Returns:

@@ -6,7 +6,7 @@ operations that it runs, and run with other draws and on other inputs of the sam
 one module that the clock alone tells apart are looked at, too, at a few of their times.
 
 What attributes of a module decide, and what no input here brings out, is not seen: that is left to
-the look at tapes while the model trains (`overruns`).
+the look at tapes while the model trains (`Overruns`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 What a stage computes may hang on its data, on draws or on attributes of its modules; a profile
 sees some of it. The look costs a walk of the tape, so it is taken where a tape seems to be another
-than those seen before (see `usage`). A run without tape takes the path of the run with tape that
+than those seen before (see `Usage`). A run without tape takes the path of the run with tape that
 each step has, so it is seen there.
 """
 
