@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import BudgetWarning, ExecutionError, PlanMismatchError
-from ..capture.inspection import inspect_model
+from ..capture.inspection import Inspection, inspect_model
 from ..capture.wrappers import StandsFor
 from ..planner.plan import Plan
 from ..recompute.fsdp import call_as_forward, is_sharded
@@ -89,9 +89,32 @@ def checkpointed(
         raise ExecutionError(
             f"context_fn is {context_fn!r}; give a function that returns two context managers"
         )
+    inspection = inspect_model(model, "checkpointed", PlanMismatchError)
+    return follow(inspection, model, plan, check=check, context_fn=context_fn)
+
+
+def follow(
+    inspection: Inspection,
+    model: nn.Module,
+    plan: Plan,
+    *,
+    check: Check = "glance",
+    context_fn: ContextFn | None = None,
+) -> Checkpointed:
+    """The same for a model that has been inspected.
+
+    Args:
+        inspection: The model.
+        model: It as the user gave it, which may follow a plan already.
+        plan: The plan.
+        check: As for `checkpointed`.
+        context_fn: As for `checkpointed`.
+
+    Raises:
+        PlanMismatchError: The plan was made for another model, or by hand, or is none.
+    """
     if isinstance(model, Checkpointed):
         context_fn = context_fn or model.context_fn
-    inspection = inspect_model(model, "checkpointed", PlanMismatchError)
     if not isinstance(plan, Plan):
         advice = "; make one of it: plan(chain, budget=...)" if isinstance(plan, Chain) else ""
         raise PlanMismatchError(f"a model follows a Plan, found a {type(plan).__name__}{advice}")

@@ -27,7 +27,7 @@ from ..recompute.stateful_buffers import own_generators
 from ..tensors.comparison import same_values
 from ..tensors.pytree import State
 from ..torch_state.replay_context import Autocast, RandomState, now
-from .checkpointed import Checkpointed, checkpointed
+from .checkpointed import Checkpointed, follow
 
 
 @final
@@ -173,7 +173,7 @@ def verify(
         PlanMismatchError: The plan does not belong to the model or the sample.
     """
     inspection = inspect_model(model, "verify", PlanMismatchError)
-    planned = checkpointed(model, plan, check="none")  # what differs is measured
+    planned = follow(inspection, model, plan, check="none")  # what differs is measured
     call = _Call(sample, kwargs or {}, inspection)
     if not torch.is_grad_enabled():
         raise PlanMismatchError("verify needs gradients; call it outside torch.no_grad")

@@ -11,8 +11,7 @@ from torch import nn
 from ..base.budget import Budget
 from ..base.errors import ProfileError
 from ..capture.inspection import inspect_model
-from ..executor.checkpointed import Checkpointed
-from ..executor.prepared_plan import PreparedPlan
+from ..executor.checkpointed import Checkpointed, follow
 from ..planner.planner import plan_one
 from ..profiler.profile import measure
 from ..profiler.stage_kind import Loss
@@ -52,6 +51,4 @@ def fit(
     with nullcontext() if context_fn is None else contexts(context_fn)[0]:
         chain = measure(inspection, sample, kwargs, loss)
     made = plan_one(chain, budget, solver=solver)
-    if isinstance(model, Checkpointed):
-        context_fn = context_fn or model.context_fn
-    return Checkpointed(PreparedPlan(inspection, made, context_fn=context_fn))
+    return follow(inspection, model, made, context_fn=context_fn)
