@@ -1,1 +1,1 @@
-"""What a model is: its stages, its signature, its modules and their state."""
+"""Inspects a model: its modules, stages, signature, and the state that running it changes."""

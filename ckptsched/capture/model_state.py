@@ -1,4 +1,4 @@
-"""What running a model may change in it: noted, compared, and put back.
+"""Records everything that running a model may change in it, to compare and to restore.
 
 Tensors by their values, wherever they lie; attributes, and the lists, dictionaries and sets among
 them, by what they held. So hooks, training modes, counters and caches are covered, too. Objects of
@@ -9,7 +9,7 @@ known of others, such as a queue that another thread fills, is not enough to put
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
 from typing import Any, cast, final
@@ -17,10 +17,12 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 
+from ..tensors.comparison import same_values
 from ..tensors.pytree import storages
 from ..tensors.wrapper_tensors import cannot_be_followed, dense_parts
 from ..torch_state.foreign_generators import ForeignGenerators
 from ..torch_state.replay_context import RandomState
+from .inspection import Inspection
 
 _PARAMETER, _BUFFER, _ATTRIBUTE = "parameter", "buffer", "tensor"
 _KINDS = {"_parameters": _PARAMETER, "_buffers": _BUFFER}
@@ -34,7 +36,7 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 @final
 class _Noted:
-    """A tensor as it was."""
+    """A tensor with the values, version and gradient that it had."""
 
     __slots__ = ("data", "gradient", "kind", "path", "tensor", "trained", "value", "version")
 
@@ -56,7 +58,7 @@ class _Noted:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Let it be what it was; what has not changed is not touched."""
+        """Restore the tensor; one that has not changed is not touched."""
         tensor = self.tensor
         now, before = _own(tensor), self.data
         if now.shape != before.shape or now.dtype != before.dtype or not _same_place(now, before):
@@ -95,12 +97,8 @@ def _same(tensor: Tensor, value: Tensor) -> bool:
     if tensor.is_meta:
         return True
     here = tensor if tensor.device == value.device else tensor.to(value.device)
-    pairs = zip(dense_parts(here), dense_parts(value), strict=True)
     try:
-        return all(
-            torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
-            for a, b in pairs
-        )
+        return same_values(here, value)
     except (RuntimeError, NotImplementedError):  # of a kind that cannot be compared
         return False
 
@@ -117,27 +115,31 @@ def _same_place(one: Tensor, other: Tensor) -> bool:
 
 @final
 class ModelState:
-    """Everything that running a model may change in it, as it is now."""
+    """Tensors, attributes and containers of a model as they are now, to restore them later."""
 
     def __init__(
-        self, model: nn.Module, *, whole: ModelState | None = None, copied: bool = True
+        self,
+        modules: Sequence[nn.Module],
+        paths: Sequence[str] = (),
+        *,
+        whole: ModelState | None = None,
+        copied: bool = True,
     ) -> None:
         """Note everything.
 
         Args:
-            model: The model, or a part of it; its submodules belong to it, and so do modules that
-                it knows otherwise.
+            modules: All modules of the model, or of a part of it. Those that they know otherwise
+                than as submodules belong to a model, and not to a part.
+            paths: Of the modules; for a whole model alone.
             whole: For a part: the state of the whole model, which has names for what is in the
-                part. Then submodules alone count.
+                part.
             copied: Whether to copy the values of tensors, so that they can be put back.
         """
-        modules = list(model.modules())
         self._inside = None if whole is None else {id(module) for module in modules}
         self._copied = copied
         self._tensors: dict[int, _Noted] = {}
         self._held: dict[int, tuple[Any, Any, str]] = {}
-        named = model.named_modules() if whole is None else ()
-        self.paths = {id(module): path for path, module in named}
+        self.paths = {id(m): path for m, path in zip(modules, paths, strict=bool(paths))}
         """Path of each module, by its id."""
         self.set_up: set[int] = set()
         """Plain tensors that are written to in a first run alone, by identity."""
@@ -209,8 +211,31 @@ class ModelState:
                 return f"{what} {noted.path!r}"
         return ""
 
+    def note_unfit(self, seen: ModelState, stage: str) -> bool:
+        """Note that parameters or plain tensors were written to: such a model follows no plan.
+
+        It is measured to the end, and left as it was.
+
+        Args:
+            seen: The state that shows what was written to since it was taken: this one, or that of
+                a part.
+            stage: By whom, in words.
+
+        Returns:
+            Whether any were.
+        """
+        written = seen.written()
+        if written and not self.unfit:
+            self.unfit = (
+                f"{stage} changes {written} in its forward, so it would be changed once more each "
+                "time that the stage runs again; keep it in a buffer: register_buffer (or, if a "
+                "first run sets it up, run the model once, under torch.no_grad, before it is "
+                "profiled)"
+            )
+        return bool(written)
+
     def note_set_up(self, part: ModelState) -> bool:
-        """Let plain tensors count no more that a stage has written to in its first run.
+        """Ignore from now on the plain tensors that a stage has written to in its first run.
 
         Args:
             part: The state of the stage before it, which lets them count no more, either.
@@ -259,7 +284,7 @@ class ModelState:
     # -- putting back
 
     def put_back(self) -> None:
-        """Let everything be what it was; what has not changed is not touched."""
+        """Restore everything; what has not changed is not touched."""
         for now, before, _ in self._held.values():
             _refill(now, before)
         for noted in self._tensors.values():
@@ -283,7 +308,7 @@ def _comes_from(value: Any, origin: str) -> bool:
 
 
 def _refill(now: Any, before: Any) -> None:
-    """Let a container hold what it held; it stays the same object."""
+    """Restore the contents of a container; it stays the same object."""
     if isinstance(now, dict):
         for name in [name for name in now if name not in before]:
             del now[name]
@@ -302,19 +327,20 @@ def _refill(now: Any, before: Any) -> None:
 
 @contextmanager
 def left_as_it_was(
-    model: nn.Module, random: RandomState, leaves: Iterable[Tensor] = ()
+    inspection: Inspection, random: RandomState, leaves: Iterable[Tensor] = ()
 ) -> Iterator[tuple[ModelState, Callable[[], None]]]:
-    """Leave a model as it was, however this ends, and the random state, too.
+    """Restore a model and the random state at the end of a `with` block, however it ends.
 
     Args:
-        model: The model.
+        inspection: The model.
         random: The random state, as it is.
         leaves: Further tensors whose gradients are put back.
 
     Yields:
         The state, and what puts everything back already in between.
     """
-    state, foreign, is_back = ModelState(model), ForeignGenerators(model.modules()), False
+    state = ModelState(inspection.modules, inspection.paths)
+    foreign, is_back = ForeignGenerators(inspection.modules), False
     state.note_gradients(leaves)
 
     def put_back() -> None:

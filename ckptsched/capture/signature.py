@@ -1,4 +1,4 @@
-"""What of a model a plan depends on: its blocks, parameters, buffers and modes."""
+"""Signs a model: a digest and descriptions of all that a plan for it depends on."""
 
 from __future__ import annotations
 
@@ -7,32 +7,35 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from ..base.errors import PlanMismatchError
 from ..recompute.fsdp import class_before, is_sharded
-from ..recompute.parameter_swap import Place
+from ..recompute.parameter_swap import Slot
 from ..tensors.pytree import NO_EXTRAS, State
 from ..tensors.wrapper_tensors import is_plain, type_name
 from ..torch_state.saved_hooks import describe_hooks
 from ..torch_state.surroundings import Ambient
 from ..workload.stage import Signature
-from .stage_discovery import Block
+from .inspection import Inspection, dtype_of
+from .stage_discovery import TracedBlock
 
 _DIGITS = "0123"
 _INDEX = re.compile(r"\[\d+\]$")
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+\b")
 
 
-def stage_label(block: Block, name: str) -> str:
+def stage_label(block: TracedBlock, name: str) -> str:
     """Name of a stage within its block, equal for all steps of an ODE."""
     inner = name.removeprefix(block.name).removeprefix(".") if block.name else name
     return _INDEX.sub("", inner)
 
 
-def structure_digest(blocks: Iterable[Block], computed_in: torch.dtype | None = None) -> str:
+def structure_digest(blocks: Iterable[TracedBlock], computed_in: torch.dtype | None = None) -> str:
     """SHA-256 of the blocks, their stages, how they print, and what tensors they own.
 
     Args:
@@ -63,18 +66,6 @@ def structure_digest(blocks: Iterable[Block], computed_in: torch.dtype | None = 
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def dtype_of(tensor: Tensor, computed_in: torch.dtype | None) -> torch.dtype:
-    """The dtype in which stages find a parameter or buffer.
-
-    Args:
-        tensor: It, as the model owns it.
-        computed_in: What FSDP casts parameters of floating point to when it gathers them; None
-            where it leaves them.
-    """
-    cast = computed_in and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-    return computed_in if computed_in and cast else tensor.dtype
-
-
 def _printed(module: nn.Module) -> str:
     """How a module prints, or would print if no part of it were sharded."""
     text = repr(module)
@@ -83,13 +74,12 @@ def _printed(module: nn.Module) -> str:
     return text
 
 
-def training_mode(model: nn.Module) -> str:
-    """Which modules train: "train", "eval", or a digest where they differ."""
-    return describe_modes([module.training for module in model.modules()])
-
-
 def describe_modes(flags: Sequence[bool]) -> str:
-    """The same of whether each module trains, in the order of `model.modules()`."""
+    """Which modules train: "train", "eval", or a digest where they differ.
+
+    Args:
+        flags: For each module whether it does, in the order of `model.modules()`.
+    """
     if all(flags):
         return "train"
     if not any(flags):
@@ -136,7 +126,7 @@ def write_carries(carries: Iterable[Sequence[int]]) -> str:
 
 
 def read_carries(text: str) -> list[tuple[int, ...]]:
-    """What `write_carries` wrote; equal states share one tuple.
+    """Read what `write_carries` wrote; equal states share one tuple.
 
     Raises:
         PlanMismatchError: The text is none of that kind.
@@ -153,31 +143,81 @@ def read_carries(text: str) -> list[tuple[int, ...]]:
     return found
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class StageFacts:
+    """Facts about the stages of a chain that a profile finds, and that steps rely on."""
+
+    carries: Sequence[tuple[int, ...]]
+    """For each state, from the input on, what each of its tensors carries, one of `Carries`."""
+    alone: Sequence[int]
+    """For each stage how it runs without a tape, one of `Alone`."""
+    own_leaves: Sequence[int]
+    """For each stage whether it makes leaves that require gradients."""
+    sides: Sequence[int]
+    """For each stage whether it has side outputs."""
+
+    def write(self) -> dict[str, str]:
+        """The fields of a signature that keep them; empty for flags that no stage has."""
+        flags = {"need_tapes": self.alone, "own_leaves": self.own_leaves, "sides": self.sides}
+        texts = {n: write_carries((f,) for f in fs) if any(fs) else "" for n, fs in flags.items()}
+        return {"carries": write_carries(self.carries), **texts}
+
+    @classmethod
+    def read(cls, signature: Signature, stages: int) -> StageFacts:
+        """Read what `write` wrote; the flags are bytes.
+
+        Args:
+            signature: Of the model.
+            stages: How many stages the chain has.
+
+        Raises:
+            PlanMismatchError: The signature tells of another number of stages.
+        """
+        carries = _read("carries", signature.carries or f"{stages + 1}x1", stages + 1)
+        alone, own_leaves, sides = (
+            bytes([flag for (flag,) in _read(name, text or f"{stages}x0", stages)])
+            for name, text in (
+                ("need_tapes", signature.need_tapes),
+                ("own_leaves", signature.own_leaves),
+                ("sides", signature.sides),
+            )
+        )
+        return cls(carries, alone, own_leaves, sides)
+
+
+def _read(what: str, text: str, count: int) -> list[tuple[int, ...]]:
+    found = read_carries(text)
+    if len(found) != count:
+        raise PlanMismatchError(
+            f"the plan's {what!r} tells of {len(found)} states or stages, and its chain has "
+            f"{count}: its file is damaged; plan again"
+        )
+    return found
+
+
 def sign(
-    model: nn.Module,
-    blocks: Iterable[Block],
+    inspection: Inspection,
+    blocks: Iterable[TracedBlock],
     inputs: State,
     given: State,
-    carries: Iterable[Sequence[int]],
-    need_tapes: Sequence[int] = (),
-    own_leaves: Sequence[bool] = (),
-    sides: Sequence[bool] = (),
-    hidden: Iterable[Place] = (),
+    facts: StageFacts,
+    *,
+    hidden: Iterable[Slot] = (),
     frozen: int = 0,
+    unfit: str = "",
 ) -> Signature:
     """The signature of a model and one batch.
 
     Args:
-        model: The model.
+        inspection: The model.
         blocks: Its blocks.
         inputs: Its first argument, taken apart.
         given: Its further arguments, taken apart.
-        carries: For each state, from the input on, which of its tensors carry a gradient.
-        need_tapes: For each stage how it runs without a tape.
-        own_leaves: For each stage whether it makes leaves that require gradients.
-        sides: For each stage whether it has side outputs.
-        hidden: Places of buffers that stages read and change.
+        facts: What the profile has found of its stages.
+        hidden: Buffers that stages read and change.
         frozen: How many leading stages are run as one.
+        unfit: Why the model cannot follow a plan; empty if it can.
 
     Raises:
         PlanMismatchError: A hidden buffer belongs to a module that is none of the model's.
@@ -192,53 +232,29 @@ def sign(
         input_requires_grad=x.requires_grad,
         device=x.device.type,
         threads=torch.get_num_threads(),
-        training=training_mode(model),
+        training=describe_modes(inspection.training()),
         autocast=str(ambient.autocast),
         torch_version=str(torch.__version__),
         inputs=describe_inputs(inputs, given),
-        carries=write_carries(carries),
-        need_tapes=write_carries((flag,) for flag in need_tapes) if any(need_tapes) else "",
-        own_leaves=write_carries((flag,) for flag in own_leaves) if any(own_leaves) else "",
-        sides=write_carries((flag,) for flag in sides) if any(sides) else "",
-        hidden=_names(model, hidden),
+        hidden=_names(inspection, hidden),
         frozen=frozen,
+        unfit=unfit,
         settings=ambient.described(),
         hooks=describe_hooks(ambient.hooks),
+        **facts.write(),
     )
 
 
-def _names(model: nn.Module, places: Iterable[Place]) -> tuple[str, ...]:
+def _names(inspection: Inspection, places: Iterable[Slot]) -> tuple[str, ...]:
     """Names of buffers as in the model's `state_dict`, in order."""
-    paths = {id(module): path for path, module in model.named_modules()}
     found = set()
-    for module, name in places:
-        if id(module) not in paths:
+    for place in places:
+        full = inspection.name_of(place)
+        if not full:
+            module, name = place
             raise PlanMismatchError(
                 f"buffer {name!r} of a {type(module).__name__} is read and changed by a stage, and "
                 "belongs to no module of the model; register the module in the model"
             )
-        found.add(f"{paths[id(module)]}.{name}".removeprefix("."))
+        found.add(full)
     return tuple(sorted(found))
-
-
-def find_places(model: nn.Module, names: Iterable[str]) -> list[Place]:
-    """The places that a signature names.
-
-    Args:
-        model: The model.
-        names: Of buffers, as in its `state_dict`.
-
-    Raises:
-        PlanMismatchError: The model has no such buffer.
-    """
-    places = []
-    for full in names:
-        path, _, name = full.rpartition(".")
-        module = dict(model.named_modules()).get(path)
-        if module is None or name not in module._buffers:
-            raise PlanMismatchError(
-                f"the plan says that the buffer {full!r} is read and changed, and the model has "
-                "none of that name; profile and plan again"
-            )
-        places.append((module, name))
-    return places

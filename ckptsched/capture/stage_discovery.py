@@ -38,7 +38,7 @@ _MOST_NAMED = 6  # parts of a fused stage that its name tells one by one
 
 # torch has no public way to ask a module for its hooks. These names are part of what a
 # pickled module holds, and a test shows that each kind of hook is still found under them.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class StageCall(abc.ABC):
@@ -173,7 +173,7 @@ class StagedModule(nn.Module, abc.ABC):
         """
 
     def stages_follow_from(self) -> Hashable:
-        """What the list of stages follows from: a plan is refused once it has changed.
+        """A key of the list of stages: a plan is refused once it has changed.
 
         Asked at every step; override it where it is slow to list the stages, or where the same
         number of them may be others.
@@ -184,7 +184,7 @@ class StagedModule(nn.Module, abc.ABC):
         return len(self.stages())
 
     def sent_ahead(self, *args: Any, **kwargs: Any) -> list[tuple[Tensor, Tensor]]:
-        """What left the stages otherwise than by the state, as they ran again as one graph.
+        """Tensors that left the stages otherwise than by the state, in a run as one graph.
 
         Asked after such a run alone, when gradients are to be differentiated again.
 
@@ -212,7 +212,7 @@ class StagedModule(nn.Module, abc.ABC):
 
 @final
 @dataclass(frozen=True, slots=True)
-class Block:
+class TracedBlock:
     """Consecutive stages that autograd sees as one node."""
 
     name: str
@@ -223,7 +223,7 @@ class Block:
     """At least one, in the order in which they run."""
 
 
-def trace(model: nn.Module, *, frozen: int = 0) -> tuple[Block, ...]:
+def trace(model: nn.Module, *, frozen: int = 0) -> tuple[TracedBlock, ...]:
     """Cut a model into blocks of stages, without running it.
 
     Each child of an `nn.Sequential` is a block. A child that is an `nn.Sequential` in turn is
@@ -269,7 +269,7 @@ def trace(model: nn.Module, *, frozen: int = 0) -> tuple[Block, ...]:
     return tuple(_blocks(children, fused))
 
 
-def count_frozen(blocks: Iterable[Block], leaves: Iterable[Tensor]) -> int:
+def count_frozen(blocks: Iterable[TracedBlock], leaves: Iterable[Tensor]) -> int:
     """How many leading stages need no gradient, and so can be run as one.
 
     Args:
@@ -306,7 +306,7 @@ def _can_flatten(module: nn.Module) -> TypeGuard[nn.Sequential]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks run before or after the module itself, forward or backward; FSDP's apart."""
-    return any(own_hooks(module, kind) for kind in _HOOKS)
+    return any(own_hooks(module, kind) for kind in HOOKS)
 
 
 def taken_apart(module: nn.Module) -> Iterator[nn.Module]:
@@ -325,8 +325,8 @@ def taken_apart(module: nn.Module) -> Iterator[nn.Module]:
 
 def _children(model: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """Paths and modules; `named_children` would drop a module's second appearance."""
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name and "." not in name:
+    for name, module in model._modules.items():
+        if module is not None:
             yield (f"{prefix}.{name}" if prefix else name), module
 
 
@@ -394,7 +394,7 @@ def _may_return_a_view(module: nn.Module) -> bool:
 
 def _blocks(
     children: Sequence[tuple[str, nn.Module]], owned: Iterable[tuple[int, StageCall]]
-) -> Iterator[Block]:
+) -> Iterator[TracedBlock]:
     """Put stages back into blocks; a block that lost all its stages is gone."""
     for owner, group in itertools.groupby(owned, key=lambda pair: pair[0]):
         path, module = children[owner]
@@ -403,7 +403,7 @@ def _blocks(
         if isinstance(last, FusedStage):
             inside = set(module.modules())
             module = _joined([module, *(s.module for s in last.stages if s.module not in inside)])
-        yield Block(path, module, stages)
+        yield TracedBlock(path, module, stages)
 
 
 def _joined(modules: Sequence[nn.Module]) -> nn.Module:

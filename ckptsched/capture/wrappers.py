@@ -1,4 +1,4 @@
-"""Modules that stand around a model: which are taken off, and which are refused by name.
+"""Modules that wrap a model: those of ckptsched are taken off, others are refused by name.
 
 A plan is for the stages of the model itself. Wrapped, it would be one stage without a word, or its
 parameters could not be replaced while stages run.
@@ -7,7 +7,7 @@ parameters could not be replaced while stages run.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -114,31 +114,38 @@ _BY_NAME = {
 _NOT_AS_PARTS = frozenset(_BY_NAME) - {"OptimizedModule"}
 
 
-def plain_model(model: object, caller: str, error: type[CkptschedError]) -> nn.Module:
-    """The model itself, out of what already makes it follow a plan.
+def unwrapped(model: object, caller: str, error: type[CkptschedError]) -> nn.Module:
+    """The model inside a module that makes it follow a plan; another module itself.
 
     Args:
         model: What a user has given.
         caller: Name of the function that it was given to.
-        error: What to raise.
-
-    Raises:
-        CkptschedError: Of the class that was given: it is no module, or one that cannot be cut
-            into stages because of what it is wrapped in, or has such a part. The message says what
-            to give instead.
+        error: What to raise if it is no module.
     """
     while isinstance(model, StandsFor):
         model = model.model
     if not isinstance(model, nn.Module):
         raise error(f"{caller} needs an nn.Module, found a {type(model).__name__}")
-    for path, module in model.named_modules():
+    return model
+
+
+def refuse_wrapped(
+    named: Iterable[tuple[str, nn.Module]], caller: str, error: type[CkptschedError]
+) -> None:
+    """Raise if a model is, or contains, a module that cannot be cut into stages.
+
+    Args:
+        named: The modules of a model by path, first the model itself.
+        caller: Name of the function that it was given to.
+        error: What to raise; the message says what to give instead.
+    """
+    for path, module in named:
         kind = _torch_kind(module)
         if kind is not None and (not path or kind in _NOT_AS_PARTS):
             where = f"{path!r} of the model" if path else "the model"
             raise error(f"{caller}: {where} is a {type(module).__name__}: it {_BY_NAME[kind]}")
-    if is_compiled(model):
-        raise error(f"{caller}: the model has been compiled by model.compile(): it {_COMPILED}")
-    return model
+        if not path and is_compiled(module):
+            raise error(f"{caller}: the model has been compiled by model.compile(): it {_COMPILED}")
 
 
 def is_compiled(module: nn.Module) -> bool:

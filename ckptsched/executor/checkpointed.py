@@ -2,7 +2,7 @@
 
 The outer graph has one node a block, so that each parameter's gradient arrives once and as
 early as in plain autograd, and one node that hands out the output. All nodes of one call
-share a `Run`, which owns what is stored and interprets the schedule: a block's forward node
+share a `TrainingStep`, which owns what is stored and runs the schedule: a block's forward node
 runs the operations up to the next block, its backward node those up to its first stage's
 Backward. Between nodes travel empty tokens, never states, so that the outer graph keeps no
 data alive.
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import BudgetWarning, ExecutionError, PlanMismatchError
-from ..capture.wrappers import StandsFor, plain_model
+from ..capture.inspection import Inspection, inspect_model
+from ..capture.wrappers import StandsFor
 from ..planner.plan import Plan
 from ..recompute.fsdp import call_as_forward, is_sharded
 from ..recompute.graph_holds import Hold, keep
 from ..recompute.parameter_swap import take_out_what_was_left
 from ..tensors.pytree import Extras, State
-from ..torch_state.locks import Turn
+from ..torch_state.locks import LendingLock
 from ..torch_state.replay_context import ContextFn, is_recomputing
 from ..torch_state.saved_hooks import no_hooks
 from ..torch_state.surroundings import Ambient
@@ -38,9 +39,10 @@ from ..torch_state.torch_modes import (
 )
 from ..workload.chain import Chain
 from .double_backward import Gradients
+from .forward_snapshot import ForwardSnapshot
 from .fsdp_step import TOKEN
-from .prepared_plan import Check, Program
-from .training_step import Run
+from .prepared_plan import Check, PreparedPlan
+from .training_step import TrainingStep
 
 _HIGHER = "_ckptsched_gradients"  # attribute of a token
 
@@ -87,48 +89,64 @@ def checkpointed(
         raise ExecutionError(
             f"context_fn is {context_fn!r}; give a function that returns two context managers"
         )
+    inspection = inspect_model(model, "checkpointed", PlanMismatchError)
+    return follow(inspection, model, plan, check=check, context_fn=context_fn)
+
+
+def follow(
+    inspection: Inspection,
+    model: nn.Module,
+    plan: Plan,
+    *,
+    check: Check = "glance",
+    context_fn: ContextFn | None = None,
+) -> Checkpointed:
+    """The same for a model that has been inspected.
+
+    Args:
+        inspection: The model.
+        model: It as the user gave it, which may follow a plan already.
+        plan: The plan.
+        check: As for `checkpointed`.
+        context_fn: As for `checkpointed`.
+
+    Raises:
+        PlanMismatchError: The plan was made for another model, or by hand, or is none.
+    """
     if isinstance(model, Checkpointed):
         context_fn = context_fn or model.context_fn
-    model = plain_model(model, "checkpointed", PlanMismatchError)
     if not isinstance(plan, Plan):
         advice = "; make one of it: plan(chain, budget=...)" if isinstance(plan, Chain) else ""
         raise PlanMismatchError(f"a model follows a Plan, found a {type(plan).__name__}{advice}")
-    return Checkpointed(model, plan, check=check, context_fn=context_fn)
+    return Checkpointed(PreparedPlan(inspection, plan, check=check, context_fn=context_fn))
 
 
 @final
 class Checkpointed(StandsFor):
     """A model that trains by a plan; see `checkpointed`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        *,
-        check: Check = "glance",
-        context_fn: ContextFn | None = None,
-    ) -> None:
-        """Share everything that the model owns, and check that the plan is for it."""
-        super().__init__(model)
-        self.__dict__["_program"] = Program(model, plan, check=check, context_fn=context_fn)
+    def __init__(self, prepared: PreparedPlan) -> None:
+        """Share everything that the model owns."""
+        super().__init__(prepared.inspection.model)
+        self.__dict__["_prepared"] = prepared
 
     @property
     def plan(self) -> Plan:
         """The plan that is followed."""
-        return cast(Program, self.__dict__["_program"]).plan
+        return cast(PreparedPlan, self.__dict__["_prepared"]).plan
 
     @property
     def context_fn(self) -> ContextFn | None:
-        """What gives the contexts of first runs and of those again; see `checkpointed`."""
-        return cast(Program, self.__dict__["_program"]).context_fn
+        """The function that gives the contexts of first runs and recomputations, or None."""
+        return cast(PreparedPlan, self.__dict__["_prepared"]).context_fn
 
-    def share_lock(self, lock: Turn) -> None:
+    def share_lock(self, lock: LendingLock) -> None:
         """Run in turn with other models that hold the lock, as they have modules in common.
 
         Args:
             lock: Theirs; in place of one that only the threads in this model ask for.
         """
-        cast(Program, self.__dict__["_program"]).lock = lock
+        cast(PreparedPlan, self.__dict__["_prepared"]).lock = lock
 
     def forward(self, x: Any, *extras: Any, **options: Any) -> Any:
         """Run the model; a backward from the output follows the plan.
@@ -155,17 +173,17 @@ class Checkpointed(StandsFor):
             extras: What every stage is given besides.
             options: The same by name.
         """
-        with cast(Program, self.__dict__["_program"]).first_context():
+        with cast(PreparedPlan, self.__dict__["_prepared"]).first_context():
             return self.model(x, *extras, **options)
 
     @outside_of_compiled_code
     def _follow_plan(self, x: Any, extras: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """The same where gradients are on."""
-        program = cast(Program, self.__dict__["_program"])
+        prepared = cast(PreparedPlan, self.__dict__["_prepared"])
         inputs, given = _apart(x, Extras(extras, options))
-        tensors = [*inputs.leaves, *given.leaves, *program.all_slots.parameters()]
-        trained = program.asks or any(tensor.requires_grad for tensor in tensors)
-        if not trained and not program.trains_something_new():
+        tensors = [*inputs.leaves, *given.leaves, *prepared.inspection.slots.parameters()]
+        trained = prepared.asks or any(tensor.requires_grad for tensor in tensors)
+        if not trained and not prepared.inspection.trains_something_new():
             return _without_graph(self.plainly(x, *extras, **options))
         transform = transform_at_work(tensors)
         if transform:
@@ -182,12 +200,12 @@ class Checkpointed(StandsFor):
                     "both the model and what makes it follow the plan are sharded by fully_shard, "
                     "and the two own the same parameters: shard one of them"
                 )
-            return call_as_forward(self.model, partial(_call, program), x, *extras, **options)
+            return call_as_forward(self.model, partial(_call, prepared), x, *extras, **options)
         # A stage of another plan was measured with what this one takes.
         if inside_backward() and not is_recomputing():
-            _warn_of_two(program)
+            _warn_of_two(prepared)
         with hidden_from_torch_checkpoint():
-            return _step(program, inputs, given)
+            return _step(prepared, inputs, given)
 
 
 def _without_graph(output: Any) -> Any:
@@ -202,13 +220,13 @@ def _without_graph(output: Any) -> Any:
     return output
 
 
-def _warn_of_two(program: Program) -> None:
+def _warn_of_two(prepared: PreparedPlan) -> None:
     """Say what it takes that a model is run while a backward is at work, as by torch's checkpoint.
 
     Then there may be an earlier run of it with what that has stored, or at least its output.
     """
-    plan = program.plan
-    first = plan.trace.timeline[: program.segments.turn].max(initial=0)
+    plan = prepared.plan
+    first = plan.trace.timeline[: prepared.script.segments.turn].max(initial=0)
     more = int(first) + plan.chain.held_bytes + plan.chain.input_gradient_bytes
     warnings.warn(
         "a model that follows a plan is called inside a backward, as torch.utils.checkpoint calls "
@@ -220,9 +238,9 @@ def _warn_of_two(program: Program) -> None:
     )
 
 
-def _call(program: Program, x: Any, *extras: Any, **options: Any) -> Any:
+def _call(prepared: PreparedPlan, x: Any, *extras: Any, **options: Any) -> Any:
     """A step of a model that is sharded itself, called as FSDP passes the arguments on."""
-    return _step(program, *_apart(x, Extras(extras, options)))
+    return _step(prepared, *_apart(x, Extras(extras, options)))
 
 
 def _apart(x: Any, extras: Extras) -> tuple[State, State]:
@@ -239,33 +257,34 @@ def _apart(x: Any, extras: Extras) -> tuple[State, State]:
     return inputs, extras.apart()
 
 
-def _step(program: Program, inputs: State, given: State) -> Any:
+def _step(prepared: PreparedPlan, inputs: State, given: State) -> Any:
     """One forward pass whose backward follows the schedule."""
     take_out_what_was_left()
-    within = program.made_within()
+    within = prepared.made_within()
     device = inputs.leaves[0].device
     ambient, inside = Ambient.take(device), None
-    with program.alone(forward=True), program.first_context():
-        if program.context_fn is not None:
+    with prepared.alone(forward=True), prepared.first_context():
+        if prepared.context_fn is not None:
             inside = Ambient.take(device)
-        program.check_batch(inputs, given)
-        program.expected.check(inside or ambient, program.inventory)
-        run = Run(program, inputs, given, ambient, inside, within)
+        prepared.check_batch(inputs, given)
+        prepared.expected.check(inside or ambient, prepared.inspection)
+        seen = ForwardSnapshot(prepared, given, ambient, inside, within)
+        run = TrainingStep(seen, inputs)
         run.let_ask(inputs)
         hold = Hold(run)
         entry = inputs.leaves
         if run.gathering is not None:
             entry = run.gathering.run(partial(_run_block, hold), run.state_before, entry)
         else:
-            for k in range(len(program.slots)):
+            for k in range(len(prepared.slots)):
                 entry = _run_block(hold, k, entry)
         # Inside a tuple: the output node keeps the inputs for one more backward, and is no way to
         # them.
         with no_hooks():
             output = _OutputNode.apply(hold, *entry, (inputs, given))
     leaves = output if isinstance(output, tuple) else (output,)
-    if run.program.has_sides:
-        count = len(run.program.carries[-1])
+    if run.prepared.has_sides:
+        count = len(run.prepared.facts.carries[-1])
         leaves, sides = leaves[:count], list(leaves[count:])
         del output
         run.graft(sides)
@@ -277,7 +296,7 @@ def _step(program: Program, inputs: State, given: State) -> Any:
 
 def _run_block(hold: Hold, k: int, entry: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The forward of one block, as a node of the outer graph."""
-    run: Run = hold.value
+    run: TrainingStep = hold.value
     run.begin(k)
     return (_BlockNode.apply(hold, k, len(entry), *entry, *run.tensors_of(k)),)
 
@@ -292,9 +311,9 @@ class _BlockNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hold: Hold, k: int, entries: int, *tensors: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        run: Run = hold.value
+        run: TrainingStep = hold.value
         ctx.hold, ctx.k, ctx.entries = weakref.ref(hold), k, entries
-        run.forward(run.program.segments.forward[k])
+        run.forward(run.prepared.script.segments.forward[k])
         # Whatever the default dtype is then and now: a token that must be cast is copied.
         dtype = torch.float32 if run.gathering is None else TOKEN
         return torch.empty(0, dtype=dtype, device=run.device)
@@ -303,7 +322,7 @@ class _BlockNode(torch.autograd.Function):
     @outside_of_compiled_code
     def backward(ctx: Any, *grads: Any) -> Any:
         hold, k = ctx.hold(), ctx.k
-        run: Run | None = None if hold is None else hold.value
+        run: TrainingStep | None = None if hold is None else hold.value
         if hold is None or run is None:
             raise ExecutionError(
                 "this forward pass has been released: its backward was done; run the model again"
@@ -312,7 +331,7 @@ class _BlockNode(torch.autograd.Function):
         higher = _handed_on(grads[0])
         if higher is None:
             lowest = k == 0 or not wanted[0]
-            gradients = run.backward(run.program.segments.backward[-1 - k], lowest=lowest)
+            gradients = run.backward(run.prepared.script.segments.backward[-1 - k], lowest=lowest)
         else:
             gradients = run.differentiable(higher, k)
         if k == 0 or not wanted[0]:
@@ -321,13 +340,13 @@ class _BlockNode(torch.autograd.Function):
         if k > 0:
             before = (_token(run, higher) if wanted[0] else None,)
         elif higher is None:
-            before = run.take_gradients() or (None,) * ctx.entries
+            before = run.interpreter.take_gradients() or (None,) * ctx.entries
         else:
             before = higher.inputs
         return None, None, None, *before, *gradients
 
 
-def _token(run: Run, higher: Gradients | None) -> Tensor:
+def _token(run: TrainingStep, higher: Gradients | None) -> Tensor:
     """What a backward hands to the node before it: no data, and gradients that have a graph.
 
     The run must not hold those: they lead to the output, and the output to the run, a circle that
@@ -354,20 +373,20 @@ class _OutputNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hold: Hold, token: Tensor, inputs: tuple[State, State]) -> Any:
         ctx.set_materialize_grads(False)
-        run: Run = hold.value
+        run: TrainingStep = hold.value
         keep(ctx, hold)
-        if run.program.has_sides:  # which lead to this node, too
+        if run.prepared.has_sides:  # which lead to this node, too
             ctx.always = hold
         run.trees = tuple([State((), state.tree) for state in inputs])
         ctx.count = len(inputs[0].leaves)
         ctx.save_for_backward(*inputs[0].leaves, *inputs[1].leaves, hold.fuse())
         leaves = run.turn()
-        carries = run.program.carries[-1]
+        carries = run.prepared.facts.carries[-1]
         # The further ones, which stages have left by another way, carry a gradient.
         ctx.mark_non_differentiable(
             *[leaf for leaf, carried in zip(leaves, carries, strict=True) if not carried]
         )
-        if run.program.has_sides:
+        if run.prepared.has_sides:
             leaves += run.sides.outputs()
         return leaves if len(leaves) > 1 else leaves[0]
 
@@ -375,14 +394,14 @@ class _OutputNode(torch.autograd.Function):
     @outside_of_compiled_code
     def backward(ctx: Any, *grads: Any) -> Any:
         hold = ctx.hold()
-        run: Run | None = None if hold is None else hold.value
+        run: TrainingStep | None = None if hold is None else hold.value
         if hold is None or run is None:
             raise _second_backward("its graph is gone")
         refuse_batched_gradients(grads)
         trees = run.trees
         hold.begin()
         try:
-            count = len(run.program.carries[-1])
+            count = len(run.prepared.facts.carries[-1])
             higher = run.start_backward(grads[:count], lambda: _saved(ctx, trees), grads[count:])
         except BaseException:
             hold.end()

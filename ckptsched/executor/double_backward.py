@@ -18,13 +18,13 @@ from ..capture.stage_discovery import StagedModule
 from ..recompute.side_outputs import SideOutputs
 from ..recompute.tape import run_stage
 from ..tensors.pytree import Extras, State
-from .forward_snapshot import Surroundings
+from .forward_snapshot import ForwardSnapshot
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """What came out, each connected to its graph."""
+    """Gradients of one backward, each connected to its graph."""
 
     inputs: tuple[Tensor | None, ...]
     """With respect to the tensors of the input."""
@@ -33,22 +33,22 @@ class Gradients:
 
 
 def differentiable_gradients(
-    seen: Surroundings,
+    seen: ForwardSnapshot,
     inputs: State,
     given: State,
     gradients: Sequence[Tensor | None],
     sides: SideOutputs,
 ) -> Gradients:
-    """Go back through the whole chain so that one can go back through that, too.
+    """Run the whole chain again as one graph, and differentiate it with `create_graph=True`.
 
     Args:
-        seen: What the forward pass found.
+        seen: The snapshot of the forward pass.
         inputs: The input as the caller gave it, with its graph.
         given: What every stage is given besides, with its graph.
         gradients: With respect to the tensors of the output.
-        sides: What stages have left besides, and the gradients of that.
+        sides: The side outputs of stages, with their gradients.
     """
-    program = seen.program
+    prepared = seen.prepared
     # Stand-ins that are no leaves: asking for their gradients fires no hooks of the parameters,
     # and their graph leads on to the parameters themselves.
     aliases = [seen.alias_of[id(t)] for t in (*seen.parameters, *seen.given.leaves)]
@@ -59,7 +59,7 @@ def differentiable_gradients(
     bound = [[None if a is None else stand_in[id(a)] for a in places] for places in seen.bound]
     sources = [leaf.view_as(leaf) for leaf in inputs.leaves]
     extras = Extras.of(given.replaced(stand_in[id(a)] for a in aliases[len(seen.parameters) :]))
-    blocks = range(len(program.slots))
+    blocks = range(len(prepared.slots))
     with (
         seen.entered(),
         seen.modes(blocks),
@@ -70,8 +70,8 @@ def differentiable_gradients(
         seen.begin_again()
         output = inputs.replaced(sources)
         left: dict[int, dict[int, Tensor]] = {}
-        for i, stage in enumerate(program.stages, 1):
-            if not program.sides[i - 1]:
+        for i, stage in enumerate(prepared.stages, 1):
+            if not prepared.facts.sides[i - 1]:
                 output = run_stage(stage, output, extras)
                 continue
             with sides.looking(i, stage.module) as look, look:
@@ -79,8 +79,8 @@ def differentiable_gradients(
                 output = run_stage(stage, output, extras)
             left[i] = look.take()
     ends = [*zip(output.leaves, gradients, strict=True), *sides.gradients_again(left)]
-    if isinstance(program.model, StagedModule):
-        ends += program.model.sent_ahead(*extras.args, **extras.kwargs)
+    if isinstance(prepared.inspection.model, StagedModule):
+        ends += prepared.inspection.model.sent_ahead(*extras.args, **extras.kwargs)
     starts = [*sources, *(stand_in[id(a)] for a in aliases)]
     found = _gradients(ends, starts)
     n = len(sources)

@@ -1,8 +1,7 @@
-"""What a forward pass found around its stages: its backward must find the same again.
+"""Records parameters, buffers, modes and random state in a forward pass, for recomputation.
 
-Parameters, buffers, training modes, the random state, and torch's own settings and modes are
-noted when a forward begins. What runs again runs among these, and what has changed meanwhile in a
-way that would give wrong gradients is an error.
+Torch's own settings and modes are recorded, too. Stages that run again in the backward find all of
+it restored; a change in between that would give wrong gradients is an error.
 """
 
 from __future__ import annotations
@@ -28,60 +27,60 @@ from ..torch_state.replay_context import (
     contexts,
 )
 from ..torch_state.surroundings import Ambient
-from .prepared_plan import Program
+from .prepared_plan import PreparedPlan
 
 _NOTHING = NO_EXTRAS.apart()
 
 
 @final
-class Surroundings:
-    """What one forward pass found, and how to go back to it."""
+class ForwardSnapshot:
+    """The parameters, buffers, modes and random state of one forward pass, to check and restore."""
 
     def __init__(
         self,
-        program: Program,
+        prepared: PreparedPlan,
         given: State,
         ambient: Ambient,
         inside: Ambient | None = None,
         within: Sequence[Stay] = (),
     ) -> None:
-        """Note everything.
+        """Record everything, and make an alias of each parameter.
 
         Args:
-            program: The model and its plan.
+            prepared: The model and its plan.
             given: What every stage is given besides the state, taken apart.
             ambient: What the caller has around.
             inside: The same with the context of a first run; None where the user gives none.
             within: The turns during which the step was begun.
         """
         self._within = within
-        self.program, self.device = program, ambient.device
+        self.prepared, self.device = prepared, ambient.device
         self._ambient = ambient
         # What stages are to find, and what is around; no backward is going on yet.
         self._wanted = self._around = inside or ambient
-        self.parameters = program.all_slots.parameters()
-        later = program.sharded_parameters()
+        self.parameters = prepared.inspection.slots.parameters()
+        later = prepared.sharded_parameters()
         self.waiting = [k for k, p in enumerate(self.parameters) if id(p) in later] if later else []
         """Numbers of the parameters that FSDP is still to gather: no alias stands for them yet."""
         self._parameter_aliases = [p if id(p) in later else make_alias(p) for p in self.parameters]
         self.alias_of: dict[int, Tensor] = {}
         self.give(given)
-        self.bound = [slots.bind(self.alias_of) for slots in program.slots]
+        self.bound = [slots.bind(self.alias_of) for slots in prepared.slots]
         self._versions = [p._version for p in self.parameters]
-        self._buffers = [slots.buffers_in_place() for slots in program.slots]
+        self._buffers = [slots.buffers_in_place() for slots in prepared.slots]
         self._buffer_versions = self._versions_of_buffers()
-        self._generators_found = program.generators(given)
+        self._generators_found = prepared.inspection.generators(given.constants())
         self._unchanged: list[bool] = []
-        self._modes = [[m.training for m in slots.modules] for slots in program.slots]
+        self._modes = [[m.training for m in slots.modules] for slots in prepared.slots]
         # For one more backward; neither of the two is a tensor, whose bytes would count.
         own = self._generators_found
-        self._generators = Generators(self.device, own) if program.random else None
-        self._untouched = b"" if program.random else self._random_state().to_bytes()
-        self._hidden_at_first = program.hidden.take(0) if program.hidden else ()
+        self._generators = Generators(self.device, own) if prepared.chain.draws else None
+        self._untouched = b"" if prepared.chain.draws else self._random_state().to_bytes()
+        self._hidden_at_first = prepared.hidden.take(0) if prepared.hidden else ()
         self._replaying = False
 
     def give(self, given: State) -> None:
-        """Take what every stage is given besides the state.
+        """Make aliases of the further arguments that every stage is given.
 
         Args:
             given: It, as the caller gave it, taken apart.
@@ -99,7 +98,7 @@ class Surroundings:
         self.aliases = [*self._parameter_aliases, *stand_ins]
 
     def replace(self, k: int, parameter: Tensor) -> None:
-        """Take another tensor for a parameter from here on: what FSDP has gathered.
+        """Put the tensor that FSDP has gathered in the place of a parameter from here on.
 
         Args:
             k: Its number among the parameters.
@@ -115,7 +114,7 @@ class Surroundings:
         Args:
             block: Its index.
         """
-        places = zip(self.program.slots[block].in_place(), self.bound[block], strict=True)
+        places = zip(self.prepared.slots[block].in_place(), self.bound[block], strict=True)
         for parameter, alias in places:
             wanted = getattr(parameter, "grad_dtype", None)  # torch 2.9 has none, and casts later
             if alias is not None and alias.is_leaf and getattr(alias, "grad_dtype", None) != wanted:
@@ -124,8 +123,8 @@ class Surroundings:
     def _random_state(self) -> RandomState:
         return RandomState.take(self.device, self._generators_found)
 
-    def snapshot(self, i: int) -> Snapshot:
-        """Note what it takes to run on from state i, once stage i has run.
+    def snapshot(self, i: int) -> StateSnapshot:
+        """Take a snapshot of random state and hidden buffers, to recompute from state i.
 
         Args:
             i: The stage, counted from 1; 0 before the first.
@@ -133,18 +132,18 @@ class Surroundings:
         hidden: Values = ()
         if i == 0:
             hidden = self._hidden_at_first
-        elif self.program.hidden and i + 1 < len(self.program.owner):
-            hidden = self.program.hidden.take(int(self.program.owner[i + 1]))
-        random = self._random_state() if self.program.random else None
-        return Snapshot(self, random, hidden)
+        elif self.prepared.hidden and i + 1 < len(self.prepared.script.owner):
+            hidden = self.prepared.hidden.take(int(self.prepared.script.owner[i + 1]))
+        random = self._random_state() if self.prepared.chain.draws else None
+        return StateSnapshot(self, random, hidden)
 
     def put_hidden(self, values: Values) -> None:
         """Put copied values into the clones of buffers."""
         assert self._replaying
-        self.program.hidden.put(values)
+        self.prepared.hidden.put(values)
 
     def let_go(self) -> None:
-        """Forget what was given."""
+        """Let go of the further arguments."""
         if self.extras:
             self.give(_NOTHING)
 
@@ -153,7 +152,7 @@ class Surroundings:
         return [b._version for b in held]
 
     def end_forward(self) -> None:
-        """Note what the forward pass itself has changed.
+        """Record which buffers the forward pass itself has changed.
 
         Raises:
             ExecutionError: It drew random numbers, which the plan does not put back.
@@ -166,28 +165,14 @@ class Surroundings:
                 "draws; or another thread drew from torch's generator meanwhile: give that one a "
                 "torch.Generator of its own"
             )
-        self.check_parameters("the forward pass")
+        if [p._version for p in self.parameters] != self._versions:
+            self._refuse_changed(self.parameters, self._versions, "in the forward pass")
         now = self._versions_of_buffers()
         self._check_changes(now)
         self._unchanged = [a == b for a, b in zip(self._buffer_versions, now, strict=True)]
 
-    def check_parameters(self, when: str) -> None:
-        """Refuse that stages have changed parameters in place.
-
-        Args:
-            when: What has been run, in words.
-
-        Raises:
-            ExecutionError: They have.
-        """
-        if [p._version for p in self.parameters] == self._versions:
-            return
-        pairs = zip(self.parameters, self._versions, strict=True)
-        changed = next(p for p, version in pairs if p._version != version)
-        self._refuse_change(self.program.owner_of(changed), "was changed in place in " + when)
-
     def versions_in(self, blocks: Iterable[int]) -> list[int]:
-        """The versions of the parameters of some blocks.
+        """The version counters of the parameters of some blocks.
 
         Args:
             blocks: Indices of the blocks.
@@ -195,7 +180,7 @@ class Surroundings:
         return [p._version for k in blocks for p in self.bound[k] if p is not None]
 
     def check_again(self, blocks: Sequence[int], before: list[int]) -> None:
-        """Refuse that stages that ran again have changed parameters in place.
+        """Raise if stages that ran again have changed parameters in place.
 
         Args:
             blocks: Indices of their blocks.
@@ -204,16 +189,12 @@ class Surroundings:
         Raises:
             ExecutionError: They have.
         """
-        now = self.versions_in(blocks)
-        if now != before:
+        if self.versions_in(blocks) != before:
             held = [p for k in blocks for p in self.bound[k] if p is not None]
-            changed = next(p for p, a, b in zip(held, now, before, strict=True) if a != b)
-            self._refuse_change(
-                self.program.owner_of(changed), "was changed in place as it ran again"
-            )
+            self._refuse_changed(held, before, "as it ran again")
 
     def check_places(self, blocks: Iterable[int]) -> None:
-        """Refuse that stages have put other tensors in the place of their parameters.
+        """Raise if stages have put other tensors in the place of their parameters.
 
         Args:
             blocks: Indices of the blocks, whose stand-ins are still in place.
@@ -222,11 +203,18 @@ class Surroundings:
             ExecutionError: They have.
         """
         for k in blocks:
-            slots, bound = self.program.slots[k], self.bound[k]
+            slots, bound = self.prepared.slots[k], self.bound[k]
             now = slots.in_place()
             if not all(map(is_, now, bound)):
                 place = slots.parameter_place(list(map(is_, now, bound)).index(False))
-                self._refuse_change(self.program.owner_of_place(place), "was replaced")
+                self._refuse_change(self.prepared.owner_of_slot(place), "was replaced")
+
+    def _refuse_changed(
+        self, parameters: Sequence[Tensor], versions: Sequence[int], when: str
+    ) -> NoReturn:
+        pairs = zip(parameters, versions, strict=True)
+        changed = next(p for p, version in pairs if p._version != version)
+        self._refuse_change(self.prepared.owner_of(changed), f"was changed in place {when}")
 
     def _refuse_change(self, owner: str, what: str) -> NoReturn:
         raise ExecutionError(
@@ -238,7 +226,7 @@ class Surroundings:
 
     def _check_changes(self, versions: Sequence[int]) -> None:
         """Refuse changes of buffers that the profile did not see."""
-        flags = zip(self._buffers, self.program.may_change, strict=True)
+        flags = zip(self._buffers, self.prepared.may_change, strict=True)
         allowed = (
             may
             for held, block in flags
@@ -253,13 +241,13 @@ class Surroundings:
             )
 
     def check(self) -> None:
-        """Refuse to go back through a model that is no longer the same.
+        """Raise if the model has changed since the forward pass in a way that matters to gradients.
 
         Raises:
             ExecutionError: A parameter or buffer was changed, moved or taken out meanwhile.
         """
-        program = self.program
-        for slots, bound in zip(program.slots, self.bound, strict=True):
+        prepared = self.prepared
+        for slots, bound in zip(prepared.slots, self.bound, strict=True):
             missing = slots.missing()
             if missing:
                 raise ExecutionError(
@@ -268,8 +256,9 @@ class Surroundings:
                 )
             for now, alias in zip(slots.in_place(), bound, strict=True):
                 if now is not None and alias is not None and now.device != alias.device:
+                    name = prepared.inspection.parameter_name(now)
                     raise ExecutionError(
-                        f"parameter {program.parameter_name(now)!r} was on {alias.device} in the "
+                        f"parameter {name!r} was on {alias.device} in the "
                         f"forward pass and is on {now.device} now; move the model before the "
                         "forward pass"
                     )
@@ -284,8 +273,9 @@ class Surroundings:
                 )
         for parameter, version in zip(self.parameters, self._versions, strict=True):
             if parameter._version != version:
+                name = prepared.inspection.parameter_name(parameter)
                 raise ExecutionError(
-                    f"parameter {program.parameter_name(parameter)!r} was changed in place "
+                    f"parameter {name!r} was changed in place "
                     "between forward and backward; call backward before optimizer.step"
                 )
 
@@ -296,7 +286,7 @@ class Surroundings:
             )
 
     def begin_backward(self) -> None:
-        """Look at what is around a backward, whose stages find what was around the forward."""
+        """Record the settings and modes of the caller of a backward, to return to them."""
         around = Ambient.take(self.device)
         wanted = self._ambient.found_from(around)
         self._wanted = self._around = around
@@ -304,37 +294,37 @@ class Surroundings:
             self._wanted = wanted
         convolves = any(p.dim() > 2 for p in self.parameters)  # or may, by its parameters
         if convolves and wanted.settings != around.settings:
-            self.program.expected.check_backward(around)
+            self.prepared.expected.check_backward(around)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Keep other threads out, and run among what the forward pass found."""
-        with self.program.alone(self._within), self._wanted.again(self._around), OneWay():
+        """Keep other threads out, and restore the settings and modes of the forward pass."""
+        with self.prepared.alone(self._within), self._wanted.again(self._around), OneWay():
             yield
 
     def going_back(self) -> AbstractContextManager[None]:
-        """Run a backward among what is around who called it, as autograd does."""
+        """Restore the settings and modes of the backward's caller, as autograd has them."""
         if self._around is self._wanted:
             return nullcontext()
         return self._around.again(self._wanted)
 
     def again(self) -> AbstractContextManager[None]:
-        """Around stages that run again."""
-        return Recomputing() if self.program.context_fn is None else self._again_in_context()
+        """The context of stages that run again, with that of the user's `context_fn`."""
+        return Recomputing() if self.prepared.context_fn is None else self._again_in_context()
 
     @contextmanager
     def _again_in_context(self) -> Iterator[None]:
-        assert self.program.context_fn is not None
+        assert self.prepared.context_fn is not None
         # Autocast is looked at in there, and entered without its cache of cast weights.
         with (
-            contexts(self.program.context_fn)[1],
+            contexts(self.prepared.context_fn)[1],
             Autocast.take(self.device).again(),
             Recomputing(),
         ):
             yield
 
     def modes(self, blocks: Iterable[int]) -> AbstractContextManager[None]:
-        """Let the modules of some blocks train, or not, as in the forward pass.
+        """Set the modules of some blocks to train or eval as in the forward pass.
 
         Args:
             blocks: Indices of the blocks.
@@ -342,7 +332,7 @@ class Surroundings:
         changed = [
             (module, module.training)
             for k in blocks
-            for module, flag in zip(self.program.slots[k].modules, self._modes[k], strict=True)
+            for module, flag in zip(self.prepared.slots[k].modules, self._modes[k], strict=True)
             if module.training != flag
         ]
         return self._turned(changed) if changed else nullcontext()
@@ -360,14 +350,14 @@ class Surroundings:
     def parameters_replaced(
         self, blocks: Sequence[int], bound: Sequence[Sequence[Tensor | None]]
     ) -> AbstractContextManager[None]:
-        """Put other tensors where some blocks keep their parameters.
+        """Replace the parameters of some blocks by other tensors.
 
         Args:
             blocks: Indices of the blocks.
             bound: What to put there, by block and place, such as `bound` of this object.
         """
         if len(blocks) == 1:  # nearly always, and there is one a block
-            return self.program.slots[blocks[0]].parameters_replaced(bound[blocks[0]])
+            return self.prepared.slots[blocks[0]].parameters_replaced(bound[blocks[0]])
         return self._all_replaced(blocks, bound)
 
     @contextmanager
@@ -376,24 +366,24 @@ class Surroundings:
     ) -> Iterator[None]:
         with ExitStack() as stack:
             for k in blocks:
-                slots = self.program.slots[k]
+                slots = self.prepared.slots[k]
                 stack.enter_context(slots.parameters_replaced(bound[k]))
             yield
 
     @contextmanager
     def traceless(self, blocks: Iterable[int]) -> Iterator[None]:
-        """Leave no trace of what is run again: random numbers drawn, buffers changed.
+        """Undo what stages that run again do to random state and buffers.
 
         Args:
             blocks: Indices of the blocks whose stages run again.
         """
-        outer = self._random_state() if self.program.random else None
+        outer = self._random_state() if self.prepared.chain.draws else None
         self._replaying = True
         try:
             with ExitStack() as stack:
                 clones: dict[int, Tensor] = {}
                 for k in self._with_buffers_to_clone(blocks, clones):
-                    slots = self.program.slots[k]
+                    slots = self.prepared.slots[k]
                     stack.enter_context(slots.buffers_replaced(clones, self._buffers[k]))
                 yield
         finally:
@@ -405,7 +395,7 @@ class Surroundings:
         self, blocks: Iterable[int], clones: dict[int, Tensor]
     ) -> Iterator[int]:
         """Clone the buffers of some blocks, and all hidden ones: snapshots are taken of those."""
-        replayed, hidden = set(blocks), self.program.hidden
+        replayed, hidden = set(blocks), self.prepared.hidden
         chosen = replayed | hidden.blocks
         for k in sorted(chosen):
             for buffer, hides in zip(self._buffers[k], hidden.flags[k], strict=True):
@@ -422,12 +412,12 @@ class Surroundings:
 
 
 @final
-class Snapshot:
-    """What it takes to run on from a stored state: random state, and buffers stages hide."""
+class StateSnapshot:
+    """Random state and hidden buffers with which recomputation from a stored state begins."""
 
     __slots__ = ("_hidden", "_random", "_seen")
 
-    def __init__(self, seen: Surroundings, random: RandomState | None, hidden: Values) -> None:
+    def __init__(self, seen: ForwardSnapshot, random: RandomState | None, hidden: Values) -> None:
         self._seen, self._random, self._hidden = seen, random, hidden
 
     def restore(self) -> None:

@@ -1,4 +1,4 @@
-"""One step of a model that FSDP shards in parts: whose parameters are there when, and in what form.
+"""One step of a model whose parts FSDP shards: when its parameters are gathered.
 
 A parameter that is sharded has two forms, one tensor each: its shard, which is in the module while
 nothing runs, and all of it, which FSDP gathers. The second is the same tensor each time, so what
@@ -19,7 +19,7 @@ from ..base.errors import ExecutionError, PlanMismatchError
 from ..recompute.fsdp import OneAtATime, Sharding, Tensors
 from ..schedule.language import Code
 from ..tensors.pytree import State
-from .forward_snapshot import Surroundings
+from .forward_snapshot import ForwardSnapshot
 
 # Dtype of the tokens between blocks. What FSDP casts these to, it would have cast states to.
 TOKEN = torch.float64
@@ -29,9 +29,9 @@ _DROP = int(Code.DROP)
 
 @final
 class Gathering:
-    """Which form of its parameters a step finds in the modules of each block."""
+    """Parameters of each block of one step, as shards or gathered by FSDP."""
 
-    def __init__(self, sharding: Sharding, seen: Surroundings) -> None:
+    def __init__(self, sharding: Sharding, seen: ForwardSnapshot) -> None:
         """Note the shards.
 
         Args:
@@ -43,7 +43,7 @@ class Gathering:
         """
         sharding.check_hooks()
         self._sharding, self._seen = sharding, seen
-        self._in_place = [slots.in_place() for slots in seen.program.slots]
+        self._in_place = [slots.in_place() for slots in seen.prepared.slots]
         self._numbers = {id(p): k for k, p in enumerate(seen.parameters)}
         self._waiting = set(seen.waiting)
         self._shards = [seen.parameters[k] for k in seen.waiting]
@@ -94,7 +94,7 @@ class Gathering:
         seen, before = self._seen, self._in_place[block]
         if block not in self._sharding:
             return {}
-        self._in_place[block] = seen.program.slots[block].in_place()
+        self._in_place[block] = seen.prepared.slots[block].in_place()
         found: dict[int, Tensor] = {}
         for then, now in zip(before, self._in_place[block], strict=True):
             if then is None or now is None:
@@ -102,13 +102,13 @@ class Gathering:
             found[id(then)], k = now, self._numbers[id(then)]
             if k in self._waiting:
                 self._waiting.remove(k)
-                seen.program.check_gathered(now, k)
+                seen.prepared.check_gathered(now, k)
                 seen.replace(k, now)
-        seen.bound[block] = seen.program.slots[block].bind(seen.alias_of)
+        seen.bound[block] = seen.prepared.slots[block].bind(seen.alias_of)
         return found
 
     def check(self) -> None:
-        """Refuse to go back where shards were changed since the step began.
+        """Raise if a shard was changed since the step began.
 
         Raises:
             ExecutionError: One was. Torch does not tell of all changes: an optimizer that treats
@@ -116,14 +116,14 @@ class Gathering:
         """
         for shard, version in zip(self._shards, self._versions, strict=True):
             if shard._version != version:
-                name = self._seen.program.parameter_name(shard)
+                name = self._seen.prepared.inspection.parameter_name(shard)
                 raise ExecutionError(
                     f"the shard of parameter {name!r} was changed in place between "
                     "forward and backward; call backward before optimizer.step"
                 )
 
     def one_at_a_time(self) -> OneAtATime:
-        """Lets the stages of one block after another run."""
+        """A context in which the stages of one block at a time run."""
         return OneAtATime(self._one_block)
 
     @contextmanager
@@ -146,18 +146,18 @@ class Gathering:
 
     def _is_gathered(self, block: int) -> bool:
         """Whether a block has the parameters with which it began."""
-        return all(map(is_, self._seen.program.slots[block].in_place(), self._in_place[block]))
+        return all(map(is_, self._seen.prepared.slots[block].in_place(), self._in_place[block]))
 
     def _refuse(self, block: int) -> NoReturn:
+        name = self._seen.prepared.blocks[block].name
         raise ExecutionError(
-            f"FSDP has not gathered the parameters of block "
-            f"{self._seen.program.blocks[block].name!r} in the tensors in which it had them in the "
-            "forward pass, so its stages cannot run; leave set_unshard_in_backward at True, or "
-            "shard the model as a whole"
+            f"FSDP has not gathered the parameters of block {name!r} in the tensors in which "
+            "it had them in the forward pass, so its stages cannot run; leave "
+            "set_unshard_in_backward at True, or shard the model as a whole"
         )
 
     def by_block(self, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
-        """Cut some operations where runs go on to another block.
+        """Cut a range of operations at the borders of blocks.
 
         Args:
             start: Position of the first.
@@ -166,8 +166,8 @@ class Gathering:
         Yields:
             Positions of a part, as above, and the index of its block; None for drops alone.
         """
-        program = self._seen.program
-        codes, numbers, owner = program.codes.data, program.numbers.data, program.owner
+        script = self._seen.prepared.script
+        codes, numbers, owner = script.codes.data, script.numbers.data, script.owner
         current: int | None = None
         for p in range(start, stop):
             if codes[p] != _DROP:

@@ -1,4 +1,4 @@
-"""Which parameters each kind of stage uses on each of its paths, learned while they run.
+"""Learns which parameters each kind of stage uses, so that gradients are summed in order.
 
 Sums of gradients are made in the order of one graph over all stages (see `tape`): a tape is
 given the gradients so far of what it uses more than once, or of what stages after it have used.
@@ -43,7 +43,7 @@ class Uses:
 
 @final
 class Usage:
-    """What is known of the stages of a chain so far; it fills while they run."""
+    """Parameters that the stages of a chain have been seen to use so far, by kind and path."""
 
     def __init__(self, stages: Sequence[StageCall], carries: Sequence[tuple[int, ...]]) -> None:
         """Tell the kinds of stages apart, and know nothing of them yet.
@@ -82,7 +82,7 @@ class Usage:
         return bool(self._used)
 
     def key(self, i: int, wanted: tuple[int, ...] | None = None) -> Hashable:
-        """What stages have in common that use the same.
+        """A key that is equal for stages that use the same parameters.
 
         Args:
             i: The stage, counted from 1.
@@ -93,7 +93,7 @@ class Usage:
         return kind if wanted is None else (kind, wanted)
 
     def get(self, key: Hashable, path: Path) -> Uses | None:
-        """What is known of a kind of stage on a path; None now and then, to look again."""
+        """The known uses of a kind of stage on a path; None now and then, to look again."""
         found = self._paths.get(key)
         if found is None:
             return None
@@ -105,7 +105,7 @@ class Usage:
         return uses
 
     def learn(self, key: Hashable, path: Path, counts: Sequence[int]) -> Uses:
-        """Note what a kind of stage uses on a path.
+        """Record the parameters that a kind of stage uses on a path.
 
         Args:
             key: What `key` returned for the stage.
@@ -127,7 +127,7 @@ class Usage:
         return uses
 
     def look_again(self, modules: Iterable[nn.Module]) -> None:
-        """Let the next tape of the stages that run some modules be walked, whatever its path.
+        """Forget the paths of stages that run some modules, so that their next tapes are walked.
 
         Args:
             modules: Modules that have changed.
@@ -153,7 +153,7 @@ class Usage:
         return set(self._kinds[first - 1 : last]) <= self._used.keys()
 
     def of_tape(self, first: int, last: int, path: Hashable) -> Uses | None:
-        """What stages use that have one tape together; None where it is to be looked at.
+        """The known uses of stages that share one tape; None if the tape must be walked.
 
         Args:
             first: The first of them.
@@ -171,7 +171,7 @@ class Usage:
         return uses
 
     def join(self, first: int, last: int, path: Hashable, uses: Iterable[Uses]) -> Uses:
-        """Note what `of_tape` is to return, from what each of the stages uses.
+        """Record the joint uses of stages that share one tape, for `of_tape`.
 
         What one of them uses more than once is told apart no more: where no stage after them uses
         it there is no sum so far that could come first.
@@ -183,7 +183,7 @@ class Usage:
         return found
 
     def fed(self, uses: Uses, last: int) -> tuple[int, ...]:
-        """The aliases whose sums so far a tape is given: used again in it, or after it.
+        """The aliases whose gradients so far are fed to a tape: used again in it, or after it.
 
         Outside of a graph a sum is added to in place, even where the gradient that it began with
         is a view of another one, of another alias or of a state.

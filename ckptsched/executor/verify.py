@@ -1,4 +1,4 @@
-"""Runs a planned step beside plain autograd, and shows promised beside measured.
+"""Runs a planned step and one by plain autograd, and compares gradients, bytes and seconds.
 
 One call compares the loss, all gradients, all buffers and the random state at the end, bit
 by bit, and the measured peak with the projected one and the budget.
@@ -17,22 +17,23 @@ from torch import Tensor, nn
 
 from ..base.budget import format_bytes, format_seconds
 from ..base.errors import PlanMismatchError
+from ..capture.inspection import Inspection, inspect_model
 from ..capture.model_state import left_as_it_was
-from ..capture.wrappers import plain_model
 from ..memory.meters import Meter, default_meter
 from ..planner.plan import Plan
 from ..profiler.profile import default_loss
-from ..profiler.stage_probe import Loss
+from ..profiler.stage_kind import Loss
 from ..recompute.stateful_buffers import own_generators
+from ..tensors.comparison import same_values
 from ..tensors.pytree import State
 from ..torch_state.replay_context import Autocast, RandomState, now
-from .checkpointed import Checkpointed, checkpointed
+from .checkpointed import Checkpointed, follow
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What a planned step did, beside what was promised."""
+    """Comparison of one planned step with plain autograd and with the plan's projection."""
 
     budget_bytes: int
     """Bytes that the step may use."""
@@ -171,10 +172,9 @@ def verify(
     Raises:
         PlanMismatchError: The plan does not belong to the model or the sample.
     """
-    plain_model(model, "verify", PlanMismatchError)
-    planned = checkpointed(model, plan, check="none")  # what differs is measured
-    call = _Call(sample, kwargs or {})
-    plain = planned.model
+    inspection = inspect_model(model, "verify", PlanMismatchError)
+    planned = follow(inspection, model, plan, check="none")  # what differs is measured
+    call = _Call(sample, kwargs or {}, inspection)
     if not torch.is_grad_enabled():
         raise PlanMismatchError("verify needs gradients; call it outside torch.no_grad")
     if loss is not None and not callable(loss):
@@ -183,18 +183,68 @@ def verify(
         )
     loss = loss or default_loss
     meter = meter or default_meter(call.device)
+    runs = _run_both(inspection, planned, call, loss, meter, rounds)
+    expected, found, uncached = runs.expected, runs.found, runs.uncached
+    difference, worst, largest = _compare(expected.gradients, found.gradients)
+    without = None if uncached is None else _compare(uncached.gradients, found.gradients)[0]
+    return Verification(
+        budget_bytes=plan.budget_bytes,
+        projected_peak_bytes=plan.peak_bytes,
+        measured_peak_bytes=found.peak_bytes,
+        plain_peak_bytes=expected.peak_bytes,
+        seconds=runs.seconds[0],
+        plain_seconds=runs.seconds[1],
+        max_gradient_difference=difference,
+        max_gradient=largest,
+        loss=float(expected.loss.double().abs()),
+        loss_difference=_difference(expected.loss, found.loss),
+        buffers_equal=all(
+            same_values(found.buffers[name], buffer) for name, buffer in expected.buffers.items()
+        ),
+        random_state_equal=expected.random == found.random,
+        worst_gradient=worst,
+        tolerance=tolerance,
+        uncached_gradient_difference=without,
+    )
+
+
+@final
+@dataclass(frozen=True)
+class _Runs:
+    """The steps that are compared."""
+
+    expected: _Outcome
+    """By plain autograd."""
+    uncached: _Outcome | None
+    """The same without autocast's cache of cast weights, where the caller has one."""
+    found: _Outcome
+    """By the plan."""
+    seconds: tuple[float, float]
+    """Of a step by the plan and one by plain autograd."""
+
+
+def _run_both(
+    inspection: Inspection,
+    planned: Checkpointed,
+    call: _Call,
+    loss: Loss,
+    meter: Meter,
+    rounds: int,
+) -> _Runs:
+    """Run all steps from the same state, and leave the model as it was."""
+    plain = inspection.model
     autocast = Autocast.take(call.device)
     cached = autocast.is_on and torch.is_autocast_cache_enabled()
     # torch asks for backwards outside of autocast, and autograd follows where they are called.
-    random = RandomState.take(call.device, call.generators(plain))
+    random = RandomState.take(call.device, call.generators())
     with (
-        left_as_it_was(plain, random, call.leaves) as (_, put_back),
+        left_as_it_was(inspection, random, call.leaves) as (_, put_back),
         Autocast.off(call.device).again(),
     ):
 
         def reset() -> None:
             put_back()
-            for leaf in (*plain.parameters(), *call.leaves):
+            for leaf in (*inspection.slots.parameters(), *call.leaves):
                 leaf.grad = None
 
         reset()
@@ -205,36 +255,16 @@ def verify(
         reset()
         found = _measure(planned, step, meter)
         reset()
-        seconds = _time(planned, plain, step, rounds, reset)
-    difference, worst, largest = _compare(expected.gradients, found.gradients)
-    without = None if uncached is None else _compare(uncached.gradients, found.gradients)[0]
-    return Verification(
-        budget_bytes=plan.budget_bytes,
-        projected_peak_bytes=plan.peak_bytes,
-        measured_peak_bytes=found.peak_bytes,
-        plain_peak_bytes=expected.peak_bytes,
-        seconds=seconds[0],
-        plain_seconds=seconds[1],
-        max_gradient_difference=difference,
-        max_gradient=largest,
-        loss=float(expected.loss.double().abs()),
-        loss_difference=_difference(expected.loss, found.loss),
-        buffers_equal=all(
-            torch.equal(found.buffers[name], buffer) or _same_nan(found.buffers[name], buffer)
-            for name, buffer in expected.buffers.items()
-        ),
-        random_state_equal=expected.random == found.random,
-        worst_gradient=worst,
-        tolerance=tolerance,
-        uncached_gradient_difference=without,
-    )
+        return _Runs(expected, uncached, found, _time(planned, plain, step, rounds, reset))
 
 
 @final
 class _Call:
     """A call of the model; its tensors are leaves, as what they came from is no part of a step."""
 
-    def __init__(self, sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, sample: tuple[Any, ...], kwargs: Mapping[str, Any], inspection: Inspection
+    ) -> None:
         if not sample:
             raise PlanMismatchError("verify needs a sample to call the model with, found nothing")
         state = State.of((sample, dict(kwargs)), opaque=True)
@@ -242,15 +272,15 @@ class _Call:
             raise PlanMismatchError("verify needs a sample with tensors, found none in it")
         self.leaves = [t if t.is_leaf else t.detach().requires_grad_() for t in state.leaves]
         self._sample, self._kwargs = state.replaced(self.leaves).value()
-        self._constants = tuple(state.constants())
+        self._constants, self._inspection = tuple(state.constants()), inspection
         self.device = self.leaves[0].device
 
     def __call__(self, model: Callable[..., Any]) -> Any:
         return model(*self._sample, **self._kwargs)
 
-    def generators(self, model: nn.Module) -> tuple[torch.Generator, ...]:
-        """What the model may draw from besides torch's own generators."""
-        return own_generators(model.modules(), self._constants)
+    def generators(self) -> tuple[torch.Generator, ...]:
+        """Random generators that the model may draw from besides torch's own."""
+        return own_generators(self._inspection.modules, self._constants)
 
     def gradients(self) -> dict[str, Tensor | None]:
         """By name: "input", or with a number where there are several tensors."""
@@ -293,7 +323,7 @@ def _measure(model: nn.Module, step: _Step, meter: Meter) -> _Outcome:
         loss=value,
         gradients={**named, **call.gradients()},
         buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
-        random=RandomState.take(call.device, call.generators(model)),
+        random=RandomState.take(call.device, call.generators()),
         peak_bytes=window.phases[0].peak_bytes,
     )
 
@@ -318,12 +348,7 @@ def _compare(
 
 def _difference(left: Tensor, right: Tensor) -> float:
     """The largest one; 0 where both are the same, NaN and infinity included."""
-    same = torch.equal(left, right) or _same_nan(left, right)
-    return 0.0 if same else float((left.detach() - right.detach()).abs().max())
-
-
-def _same_nan(left: Tensor, right: Tensor) -> bool:
-    return torch.allclose(left, right, rtol=0.0, atol=0.0, equal_nan=True)
+    return 0.0 if same_values(left, right) else float((left.detach() - right.detach()).abs().max())
 
 
 def _time(

@@ -1,4 +1,4 @@
-"""The whole way in one call: profile, plan, and a model that follows the plan."""
+"""Profiles a model, plans it, and returns a model that follows the plan, in one call."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from ..base.budget import Budget
-from ..executor.checkpointed import Checkpointed, checkpointed
-from ..profiler.profile import profile
-from ..profiler.stage_probe import Loss
+from ..base.errors import ProfileError
+from ..capture.inspection import inspect_model
+from ..executor.checkpointed import Checkpointed, follow
+from ..planner.planner import plan_one
+from ..profiler.profile import measure
+from ..profiler.stage_kind import Loss
 from ..torch_state.replay_context import ContextFn, contexts
-from .planning import plan
 
 
 def fit(
@@ -45,7 +47,8 @@ def fit(
         InfeasibleBudgetError: Nothing fits; the message names the least budget that works.
         ProfileError: The model cannot be measured.
     """
+    inspection = inspect_model(model, "fit", ProfileError)
     with nullcontext() if context_fn is None else contexts(context_fn)[0]:
-        chain = profile(model, *sample, kwargs=kwargs, loss=loss)
-    made = plan(chain, budget=budget, solver=solver)
-    return checkpointed(model, made, context_fn=context_fn)
+        chain = measure(inspection, sample, kwargs, loss)
+    made = plan_one(chain, budget, solver=solver)
+    return follow(inspection, model, made, context_fn=context_fn)

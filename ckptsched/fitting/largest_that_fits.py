@@ -1,4 +1,4 @@
-"""What fits, asked the other way round: the least budget, the largest batch, the most steps."""
+"""Finds what fits: the least budget, the largest batch, the most steps."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class _LeastBudget:
             self._try(sorted({max(low + 1, 1), *inner.astype(np.int64).tolist(), high - 1}))
 
     def describe(self) -> str:
-        """What was asked, and how exact the answer is."""
+        """Tell how exact the answer is, with what was asked."""
         best = self.best
         if best.peak_bytes == best.least_budget_bytes:
             note = "the least budget that works at all"
@@ -309,7 +309,7 @@ def largest_steps(
 
 
 def _first_steps(chain: Chain, most: int, overhead: float | str | None) -> int:
-    """Where to begin: with the most, which fits in nearly any budget that may take any time."""
+    """The first number of steps to try: the most, which fits nearly any budget."""
     if overhead is None:
         return most
     return max((block.last - block.first + 1 for block in chain.blocks), default=1)

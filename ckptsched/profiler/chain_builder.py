@@ -1,15 +1,14 @@
-"""Puts the distinct stages of a model, once their figures are known, in order: a chain."""
+"""Assembles a chain from the measured figures of the distinct stages of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import cast, final
 
 import torch
 from torch import Tensor
 
-from ..capture.stage_discovery import Block as TracedBlock
 from ..memory.meters import storage_bytes
 from ..recompute.parameter_swap import Slots
 from ..recompute.stateful_buffers import HiddenBuffers
@@ -18,12 +17,12 @@ from ..tensors.pytree import storages
 from ..torch_state.replay_context import RandomState
 from ..workload.chain import Chain
 from ..workload.stage import Block, Stage, StageLedger, backward_variant
-from .stage_probe import Kind, LossWeight
+from .stage_kind import LossWeight, StageKind
+from .survey import Survey
 
 
 def assemble(
-    blocks: tuple[TracedBlock, ...],
-    order: list[Kind],
+    survey: Survey,
     lost: LossWeight,
     device: torch.device,
     inputs: Sequence[Tensor] = (),
@@ -32,8 +31,7 @@ def assemble(
     """Make a chain of stages that have been weighed and timed.
 
     Args:
-        blocks: The model.
-        order: The kind of each stage, with its ledger and seconds; equal stages share one.
+        survey: The stages of the model, with their ledgers and seconds.
         lost: What the loss takes.
         device: Where the model is to run; decides whether a random state takes bytes.
         inputs: The input's tensors, as the caller holds them.
@@ -42,7 +40,8 @@ def assemble(
     Returns:
         The chain, without a signature.
     """
-    spans = _spans(blocks, order)
+    order = survey.order
+    spans = _spans(survey)
     draws = any(kind.draws for kind in order)
     random_bytes = RandomState.take(device, generators).counted_bytes
     random = random_bytes if draws else 0
@@ -50,28 +49,8 @@ def assemble(
     # While a block runs again its buffers are cloned, and a random state or two is kept.
     extra = sum(span.buffer_bytes for span in spans) + 2 * random
     kept = snapshots[0] - random + _left(order)
-    cache: dict[tuple[int, int, int, int, bool], Stage] = {}
-    stages: list[Stage] = []
-    seen: set[int] = set()
-    gradient_bytes = _bytes(lost.gradients)
     # Where nothing should draw random numbers, a look at their state at Turn says whether it did.
-    look = 0 if draws else max(0, random_bytes - gradient_bytes)
-    for i in range(len(order), 0, -1):
-        kind = order[i - 1]
-        fresh = sum(size for alias, size in kind.gradient_bytes.items() if alias not in seen)
-        partly = 0 < fresh < sum(kind.gradient_bytes.values())
-        seen.update(kind.gradient_bytes)
-        last = i == len(order)
-        buffers = next(span.buffer_bytes for span in spans if span.last >= i)
-        if i == 1:
-            kind = replace(kind, ledger=_with_copies(kind, inputs, fresh))
-        key = (id(kind), fresh, buffers, snapshots[i], last)
-        if key not in cache:
-            cache[key] = _stage(
-                kind, fresh, partly, gradient_bytes, snapshots[i], buffers, extra, last
-            )
-        stages.append(cache[key])
-        gradient_bytes = _sent_bytes(kind)
+    look = 0 if draws else max(0, random_bytes - _bytes(lost.gradients))
     # What the output shares with the input or a parameter is there anyway.
     theirs = storages(inputs).keys() | order[-1].standing.fixed
     output_bytes = storage_bytes(
@@ -81,8 +60,8 @@ def assemble(
         if storage not in theirs
     )
     return Chain(
-        stages=tuple(reversed(stages)),
-        input_gradient_bytes=gradient_bytes,
+        stages=_stages(order, lost, spans, snapshots, extra, inputs),
+        input_gradient_bytes=_sent_bytes(order[0]),
         loss_seconds=lost.seconds,
         loss_overhead_bytes=max(lost.overhead_bytes, look),
         held_bytes=output_bytes + lost.rest_bytes + kept,
@@ -93,8 +72,55 @@ def assemble(
     )
 
 
-def _left(order: Iterable[Kind]) -> int:
-    """What all modules keep from their last run."""
+@final
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """What decides the figures of a stage besides its kind, in bytes."""
+
+    fresh: int
+    """Of gradients of parameters that no later stage has made."""
+    gradient: int
+    """Of the gradient that comes back to it."""
+    snapshot: int
+    """Of the snapshot that is kept with its output."""
+    buffers: int
+    """Of buffers that are cloned while its block runs again."""
+    extra: int
+    """Of all that may be cloned or kept while any stage runs."""
+    is_last: bool
+
+
+def _stages(
+    order: Sequence[StageKind],
+    lost: LossWeight,
+    spans: Sequence[Block],
+    snapshots: Sequence[int],
+    extra: int,
+    inputs: Sequence[Tensor],
+) -> tuple[Stage, ...]:
+    """The stages of the planning model, from the last to the first; equal ones are one object."""
+    made: dict[tuple[int, _Setting], Stage] = {}
+    stages: list[Stage] = []
+    seen: set[int] = set()
+    gradient = _bytes(lost.gradients)
+    for i in range(len(order), 0, -1):
+        kind = order[i - 1]
+        fresh = sum(size for alias, size in kind.gradient_bytes.items() if alias not in seen)
+        seen.update(kind.gradient_bytes)
+        if i == 1:
+            kind = replace(kind, ledger=_with_copies(kind, inputs, fresh))
+        buffers = next(span.buffer_bytes for span in spans if span.last >= i)
+        setting = _Setting(fresh, gradient, snapshots[i], buffers, extra, i == len(order))
+        key = id(kind), setting
+        if key not in made:
+            made[key] = _stage(kind, setting)
+        stages.append(made[key])
+        gradient = _sent_bytes(kind)
+    return tuple(reversed(stages))
+
+
+def _left(order: Iterable[StageKind]) -> int:
+    """Bytes that all modules keep from their last run."""
     found: dict[int, int] = {}
     for kind in order:
         key, before = id(kind.call.module), found.get(id(kind.call.module), 0)
@@ -103,7 +129,7 @@ def _left(order: Iterable[Kind]) -> int:
     return sum(found.values())
 
 
-def _with_copies(kind: Kind, inputs: Sequence[Tensor], fresh: int) -> StageLedger:
+def _with_copies(kind: StageKind, inputs: Sequence[Tensor], fresh: int) -> StageLedger:
     """Charge the copies that autograd makes where leaves want gradients in another layout."""
     ledger = cast(StageLedger, kind.ledger)
     copies = max(
@@ -125,8 +151,8 @@ def _with_copies(kind: Kind, inputs: Sequence[Tensor], fresh: int) -> StageLedge
     return replace(ledger, parts=replace(ledger.parts, backward_peak_bytes=exact))
 
 
-def _sent_bytes(kind: Kind) -> int:
-    """The most that a stage sends back."""
+def _sent_bytes(kind: StageKind) -> int:
+    """The most bytes of gradients that a stage sends back."""
     return max(map(_bytes, kind.sends_back))
 
 
@@ -134,10 +160,11 @@ def _bytes(tensors: Iterable[Tensor | None]) -> int:
     return storage_bytes(tensor for tensor in tensors if tensor is not None)
 
 
-def _spans(blocks: tuple[TracedBlock, ...], order: Iterable[Kind]) -> tuple[Block, ...]:
+def _spans(survey: Survey) -> tuple[Block, ...]:
+    """The blocks of the chain, with the bytes of their buffers."""
+    blocks = survey.blocks
     slots = [Slots([block.module]) for block in blocks]
-    places = {place for kind in order for place in kind.hidden}
-    hidden = HiddenBuffers(slots, places).bytes_by_block(len(blocks))
+    hidden = HiddenBuffers(slots, survey.hidden()).bytes_by_block()
     spans, first = [], 1
     for block, own, size in zip(blocks, slots, hidden, strict=True):
         last = first + len(block.stages) - 1
@@ -149,22 +176,15 @@ def _spans(blocks: tuple[TracedBlock, ...], order: Iterable[Kind]) -> tuple[Bloc
     return tuple(spans)
 
 
-def _stage(
-    kind: Kind,
-    fresh: int,
-    partly: bool,
-    gradient_bytes: int,
-    snapshot: int,
-    buffers: int,
-    extra: int,
-    last: bool,
-) -> Stage:
-    """The planning model's figures of a stage: upper bounds of what its ledger charges."""
+def _stage(kind: StageKind, setting: _Setting) -> Stage:
+    """A stage of the planning model: upper bounds of the bytes that its ledger charges."""
+    fresh, snapshot = setting.fresh, setting.snapshot
+    partly = 0 < fresh < sum(kind.gradient_bytes.values())
     ledger = replace(cast(StageLedger, kind.ledger), shares_parameters_partly=partly)
     parts = ledger.parts
     whole = ledger.state_bytes if parts is None else sum(parts.output_bytes)
-    state = 0 if last else whole + snapshot  # the caller holds the output
-    tape = ledger.tape_bytes + state + buffers + (snapshot if last else 0)
+    state = 0 if setting.is_last else whole + snapshot  # the caller holds the output
+    tape = ledger.tape_bytes + state + setting.buffers + snapshot * setting.is_last
     forward = max(ledger.forward_peak_bytes - state, ledger.taped_peak_bytes - tape, 0)
     if parts is None:
         highest = max(
@@ -184,9 +204,9 @@ def _stage(
         backward_seconds=kind.backward_seconds,
         state_bytes=state,
         tape_bytes=tape,
-        gradient_bytes=gradient_bytes,
-        forward_overhead_bytes=forward + extra,
-        backward_overhead_bytes=backward + extra,
+        gradient_bytes=setting.gradient,
+        forward_overhead_bytes=forward + setting.extra,
+        backward_overhead_bytes=backward + setting.extra,
         parameter_gradient_bytes=fresh,
         ledger=ledger,
     )

@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.errors import ProfileError
+from ..capture.inspection import Inspection
 from ..capture.model_state import ModelState
 from ..memory.meters import storage_bytes
 from ..recompute.parameter_swap import Slots
@@ -28,8 +29,10 @@ from ..torch_state.replay_context import Autocast, RandomState
 from ..workload.chain import Chain
 from ..workload.stage import StageLedger
 from .chain_builder import assemble
+from .refusals import shape_text
+from .stage_kind import Loss, LossWeight, StageKind
 from .stage_memory import go_back
-from .stage_probe import Kind, Loss, LossWeight, survey_backward, survey_model
+from .survey import survey_backward, survey_model
 
 # Only ratios matter to a plan: which stages are dear, and how dear. 10 operations a byte lies
 # between CPUs and GPUs, so that convolutions count by their arithmetic, activations by memory.
@@ -56,7 +59,7 @@ _DRAWING = (
 )
 
 
-def estimate(model: nn.Module, inputs: State, given: State, loss: Loss) -> Chain:
+def estimate(inspection: Inspection, inputs: State, given: State, loss: Loss) -> Chain:
     """Estimate a model as a chain of stages, for planning before a machine is at hand.
 
     A copy of the model runs on the meta device. States, tapes and gradients are as measured for
@@ -67,7 +70,7 @@ def estimate(model: nn.Module, inputs: State, given: State, loss: Loss) -> Chain
     is not checked.
 
     Args:
-        model: The model; it may lie on the meta device itself.
+        inspection: The model; it may lie on the meta device itself.
         inputs: One batch, taken apart; only shapes, layouts, dtypes and `requires_grad` are used.
         given: What every stage is given besides, taken apart.
         loss: From the output to a scalar; it is called with a tensor without data.
@@ -88,14 +91,15 @@ def estimate(model: nn.Module, inputs: State, given: State, loss: Loss) -> Chain
     random = RandomState.take(device)
     try:
         fake, extras = _fakes(inputs), Extras.of(_fakes(given))
-        bare = _without_data(model)
+        bare = Inspection.of(_without_data(inspection))
         # What stages make without naming a device must lie where their input lies.
         with torch.device("meta"), torch.enable_grad():
-            blocks, _, order = survey_model(bare, fake, extras, ModelState(bare))
-            lost = _assess_loss(loss, order[-1])
-            for kind in survey_backward(order, lost.gradients):
+            state = ModelState(bare.modules, bare.paths)
+            survey = survey_model(bare, fake, extras, state)
+            lost = _assess_loss(loss, survey.order[-1])
+            for kind in survey_backward(survey.order, lost.gradients):
                 _assess(kind)
-        chain = assemble(blocks, order, lost, device)
+        chain = assemble(survey, lost, device)
     finally:
         random.restore()
     plain = {id(stage): replace(stage, ledger=None) for stage in chain.stages}
@@ -109,17 +113,17 @@ def _fakes(state: State) -> State:
     )
 
 
-def _without_data(model: nn.Module) -> nn.Module:
+def _without_data(inspection: Inspection) -> nn.Module:
     """A copy whose parameters and buffers have shapes and no data; none is copied on the way."""
-    slots = Slots([model])
+    slots = inspection.slots
     try:
         memo: dict[int, Any] = {
             id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
             for p in slots.parameters()
         }
-        others = [*slots.buffers(), *_constants(model)]
+        others = [*slots.buffers(), *_constants(inspection.modules)]
         memo |= {id(tensor): torch.empty_like(tensor, device="meta") for tensor in others}
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(inspection.model, memo)
     except Exception as error:
         raise ProfileError(
             f"fake=True runs a copy of the model, and it cannot be copied "
@@ -127,13 +131,13 @@ def _without_data(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _constants(module: nn.Module) -> list[Tensor]:
+def _constants(modules: Iterable[nn.Module]) -> list[Tensor]:
     """Tensors that modules keep as plain attributes; single numbers may stay what they are."""
-    kept = (value for part in module.modules() for value in vars(part).values())
+    kept = (value for module in modules for value in vars(module).values())
     return [value for value in kept if isinstance(value, Tensor) and value.dim()]
 
 
-def _assess(kind: Kind) -> None:
+def _assess(kind: StageKind) -> None:
     """Give a kind of stage its seconds, and its ledger as far as it can be known."""
     flops, kind.draws = _count(kind.run)
     kind.set_gradients(first=True)
@@ -141,7 +145,8 @@ def _assess(kind: Kind) -> None:
         tape, output = kind.record(kind.x)
     back, _ = _count(lambda: tape.backward(list(kind.gradients)))
     kind.set_gradients(first=True)
-    slots, constants = Slots([kind.call.module]), _constants(kind.call.module)
+    slots = Slots([kind.call.module])
+    constants = _constants(slots.modules)
     given = kind.extras.apart().leaves
     own = _storages([*slots.parameters(), *slots.buffers(), *constants, *given])
     entered, made = _storages(kind.x.leaves), _storages(output.leaves)
@@ -168,8 +173,8 @@ def _assess(kind: Kind) -> None:
     kind.backward_seconds = _seconds(back, moved + sent)
 
 
-def _assess_loss(loss: Loss, last: Kind) -> LossWeight:
-    """What a loss is likely to take, and the gradient that it sends back."""
+def _assess_loss(loss: Loss, last: StageKind) -> LossWeight:
+    """Estimate the bytes and seconds of a loss, and the gradient that it sends back."""
     output = last.output
     try:
         with _saved() as saved:
@@ -178,8 +183,8 @@ def _assess_loss(loss: Loss, last: Kind) -> LossWeight:
         raise
     except Exception as error:
         raise ProfileError(
-            f"the loss failed on an output of {output.describe(_shape)}: {type(error).__name__}: "
-            f"{error}; with fake=True the output lies on the meta device: "
+            f"the loss failed on an output of {output.describe(shape_text)}: "
+            f"{type(error).__name__}: {error}; with fake=True the output lies on the meta device: "
             "let targets lie there, too, or leave the loss out"
         ) from error
     kept = _bytes(_storages(saved), besides=_storages(output.leaves))
@@ -204,10 +209,6 @@ def _saved() -> Iterator[list[Tensor]]:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
-
-
-def _shape(tensor: Tensor) -> str:
-    return f"shape {tuple(tensor.shape)}, {tensor.dtype}"
 
 
 def _count(run: Callable[[], object]) -> tuple[int, bool]:

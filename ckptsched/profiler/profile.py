@@ -5,7 +5,6 @@ Stages that repeat, such as the steps of an ODE block, are measured once.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,40 +12,27 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ..base.errors import CkptschedError, ProfileError
 from ..base.progress_bar import progress_bar
+from ..capture.inspection import Inspection, inspect_model
 from ..capture.model_state import ModelState, left_as_it_was
 from ..capture.signature import sign
-from ..capture.stage_discovery import Block, taken_apart
-from ..capture.wrappers import plain_model
 from ..memory.meters import Meter, default_meter
-from ..recompute.fsdp import sharded_part
 from ..recompute.parameter_swap import Slots, make_alias, take_out_what_was_left
-from ..recompute.stateful_buffers import own_generators
 from ..recompute.tape import Carries, as_asked
-from ..tensors.devices import KNOWN, what_is_wrong
 from ..tensors.pytree import Extras, State
-from ..torch_state.locks import InTurn
+from ..torch_state.locks import Locked
 from ..torch_state.replay_context import Autocast, Generators, OneWay, RandomState, Recomputing
 from ..workload.chain import Chain
-from .advice import about_value
 from .chain_builder import assemble
 from .meta_estimate import estimate
+from .refusals import call_of, refuse_unmeasurable
+from .stage_kind import Loss, LossWeight, StageKind
 from .stage_memory import go_back, weigh, weigh_loss
 from .stage_paths import Variations
-from .stage_probe import (
-    Kind,
-    Loss,
-    LossWeight,
-    note_unfit,
-    refuse_tensors,
-    sides_held,
-    survey_backward,
-    survey_model,
-)
 from .stage_time import ROUNDS, time_stages
+from .survey import Survey, sides_held, survey_backward, survey_model
 
 
 def default_loss(output: Any) -> Tensor:
@@ -69,7 +55,7 @@ def default_loss(output: Any) -> Tensor:
 
 
 def _default_loss_with(sides: Sequence[Tensor]) -> Loss:
-    """The same for what stages leave besides: an auxiliary loss, or features for one."""
+    """The same, and a term for each side output: an auxiliary loss, or features for one."""
 
     def loss(output: Any) -> Tensor:
         further = [default_loss(t.abs() if t.is_complex() else t) for t in sides]
@@ -106,7 +92,7 @@ def profile(
         progress: Whether to show a progress bar on stderr where measuring takes more than a
             second; None shows it if stderr is a terminal.
         fake: Whether to estimate instead: nothing is run on data, seconds are guesses, and what
-            operations need while they run is left out (see `estimate.estimate`). The chain is
+            operations need while they run is left out (see `meta_estimate.estimate`). The chain is
             for planning; `checkpointed` refuses its plans.
 
     Returns:
@@ -116,92 +102,76 @@ def profile(
         ProfileError: A stage that cannot be measured, or not be run again with the same
             result; the message names it.
     """
-    model = plain_model(model, "profile", ProfileError)
+    inspection = inspect_model(model, "profile", ProfileError)
+    return measure(inspection, sample, kwargs, loss, meter, progress=progress, fake=fake)
+
+
+def measure(
+    inspection: Inspection,
+    sample: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    loss: Loss | None = None,
+    meter: Meter | None = None,
+    *,
+    progress: bool | None = None,
+    fake: bool = False,
+) -> Chain:
+    """Measure a model that has been looked at; arguments and errors are those of `profile`."""
     if loss is not None and not callable(loss):
         raise ProfileError(
             f"loss is {loss!r}; give a function from the model's output to a number, such as "
             "loss=lambda y: criterion(y, targets)"
         )
     take_out_what_was_left()
-    sharded = sharded_part(model)
-    if sharded is not None:
-        raise ProfileError(
-            f"{f'{sharded!r} of the model' if sharded else 'the model'} is sharded by fully_shard, "
-            "so its parameters are there only while FSDP itself calls it; profile and plan the "
-            "plain model before it is sharded, or a copy of it"
-        )
-    if any(map(is_lazy, itertools.chain(model.parameters(), model.buffers()))):
-        raise ProfileError(
-            "the model has lazy modules whose parameters have no shape yet; run it once on a "
-            "batch, under torch.no_grad(), before it is profiled"
-        )
-    inputs, given = _apart(sample, kwargs or {})
-    # First, as a tensor on another device than the rest is no matter of that device alone.
-    wrong = what_is_wrong(model, inputs, given)
-    if wrong:
-        raise ProfileError(wrong)
-    _refuse_tensors(model, inputs, given, fake=fake)
+    inputs, given = call_of(sample, kwargs or {})
+    refuse_unmeasurable(inspection, inputs, given, fake=fake)
     if fake:
         with Recomputing():
-            return estimate(model, inputs, given, loss or default_loss)
-    device = inputs.leaves[0].device
-    meter = meter or default_meter(device, own_thread=True)
-    if device.type not in KNOWN:
-        raise ProfileError(
-            f"the model is on {str(device)!r}, and the random state of such a device cannot be put "
-            f"back when stages run again: it trains on {' and '.join(KNOWN)} (fake=True estimates "
-            "for others)"
-        )
-    if Extras.of(given) and any(isinstance(m, nn.Sequential) for m in taken_apart(model)):
-        raise ProfileError(
-            "an nn.Sequential takes one argument, so its parts cannot be given more; derive the "
-            "model from ckptsched.StagedModule, and list its parts in stages()"
-        )
-    generators = own_generators(model.modules(), given.constants())
+            return estimate(inspection, inputs, given, loss or default_loss)
+    meter = meter or default_meter(inputs.leaves[0].device, own_thread=True)
+    return _measured(inspection, inputs, given, loss, meter, progress)
+
+
+def _measured(
+    inspection: Inspection,
+    inputs: State,
+    given: State,
+    loss: Loss | None,
+    meter: Meter,
+    progress: bool | None,
+) -> Chain:
+    """Survey, weigh and time all stages, and leave the model as it was."""
+    device, generators = inputs.leaves[0].device, inspection.generators(given.constants())
     with (
         torch.inference_mode(False),
-        InTurn((Generators.turn,)),  # one thread at a time: measuring draws, and counts bytes
-        left_as_it_was(model, RandomState.take(device, generators)) as (state, _),
+        Locked((Generators.lock,)),  # one thread at a time: measuring draws, and counts bytes
+        left_as_it_was(inspection, RandomState.take(device, generators)) as (state, _),
         _reason_first(state),
-        _aliased(model),
+        _aliased(inspection.slots),
         Autocast.take(device).again(),
         OneWay(),
     ):
         extras = Extras.of(
             given.replaced(make_alias(t) if t.requires_grad else t.detach() for t in given.leaves)
         )
-        surveyed = _surveyed(model, inputs, extras, state, loss, meter)
-        (blocks, frozen, order), ending, lost = surveyed
-        carries = [order[0].wanted, *(kind.carries for kind in order)]
-        kinds = survey_backward(order, lost.gradients)
-        seconds, spread = _measure(kinds, lambda: go_back(*ending), meter, progress)
-        note_unfit(state, state, "a stage that has run several times")
+        survey, ending, lost = _surveyed(inspection, inputs, extras, state, loss, meter)
+        facts = survey.facts()
+        kinds = survey_backward(survey.order, lost.gradients)
+        seconds, spread = _weigh_and_time(kinds, lambda: go_back(*ending), meter, progress)
+        state.note_unfit(state, "a stage that has run several times")
         lost = replace(lost, seconds=seconds)
-        chain = assemble(blocks, order, lost, device, inputs.leaves, generators)
-    alone, own_leaves = [kind.alone for kind in order], [kind.own_leaves for kind in order]
-    hidden = {place for kind in order for place in kind.hidden}
-    sides = [bool(kind.sides) for kind in order]
-    asked = as_asked(inputs, carries[0])
-    signature = sign(model, blocks, asked, given, carries, alone, own_leaves, sides, hidden, frozen)
-    signature = replace(signature, unfit=state.unfit)
+        chain = assemble(survey, lost, device, inputs.leaves, generators)
+    signature = sign(
+        inspection,
+        survey.blocks,
+        as_asked(inputs, facts.carries[0]),
+        given,
+        facts,
+        hidden=survey.hidden(),
+        frozen=survey.frozen,
+        unfit=state.unfit,
+    )
     return replace(chain, signature=signature, seconds_spread=spread)
-
-
-def _apart(sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[State, State]:
-    """The arguments of a call, taken apart."""
-    if not sample:
-        raise ProfileError("profile needs a sample to call the model with, found nothing")
-    try:
-        inputs = State.of(sample[0])
-    except CkptschedError as error:
-        raise ProfileError(f"the sample is {_named(sample[0]) or error}") from error
-    if not inputs.leaves:
-        advice = about_value(sample[0])
-        raise ProfileError(
-            "the sample must be a tensor, or a tuple, list, dict or dataclass with some; found a "
-            f"{type(sample[0]).__name__} without tensors{advice and f'; {advice}'}"
-        )
-    return inputs, Extras(sample[1:], kwargs).apart()
 
 
 @contextmanager
@@ -225,30 +195,9 @@ def _failure_of_loss(loss: Loss | None) -> Iterator[None]:
         ) from error
 
 
-def _named(value: Any) -> str:
-    advice = about_value(value)
-    return advice and f"a {type(value).__name__} without tensors; {advice}"
-
-
-def _refuse_tensors(model: nn.Module, inputs: State, given: State, *, fake: bool) -> None:
-    """Refuse tensors whose storages cannot be asked for, before anything does."""
-    refuse_tensors("the sample", inputs.leaves, without_data=fake)
-    refuse_tensors("a further argument", given.leaves, without_data=fake)
-    for name, parameter in model.named_parameters():
-        refuse_tensors(f"parameter {name!r}", [parameter], without_data=fake)
-    for name, buffer in model.named_buffers():
-        refuse_tensors(f"buffer {name!r}", [buffer], without_data=fake)
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_inference():
-            raise ProfileError(
-                f"{name!r} of the model was made under torch.inference_mode, so it cannot be "
-                "trained; make the model outside of it"
-            )
-
-
 @contextmanager
 def _reason_first(state: ModelState) -> Iterator[None]:
-    """Where a stage changes what it must not, blame that for what fails then."""
+    """Turn a failure into an error that names the stage that changes what it must not."""
     try:
         yield
     except ProfileError as error:
@@ -258,9 +207,8 @@ def _reason_first(state: ModelState) -> Iterator[None]:
 
 
 @contextmanager
-def _aliased(model: nn.Module) -> Iterator[None]:
-    """Let aliases and clones take what profiling does to parameters and buffers."""
-    slots = Slots([model])
+def _aliased(slots: Slots) -> Iterator[None]:
+    """Replace parameters by aliases and buffers by clones while the model is profiled."""
     aliases = {id(p): make_alias(p) for p in slots.parameters()}
     clones = {id(buffer): buffer.clone() for buffer in slots.buffers()}
     bound = slots.bind(aliases)
@@ -274,25 +222,25 @@ def _aliased(model: nn.Module) -> Iterator[None]:
 
 
 _Surveyed: TypeAlias = tuple[
-    tuple[tuple[Block, ...], int, list[Kind]],
+    Survey,
     tuple[Loss, State, tuple[Carries, ...]],
     LossWeight,
 ]
 
 
 def _surveyed(
-    model: nn.Module,
+    inspection: Inspection,
     inputs: State,
     extras: Extras,
     state: ModelState,
     loss: Loss | None,
     meter: Meter,
 ) -> _Surveyed:
-    """What `survey_model` returns, what the loss is called with, and what it takes."""
+    """Survey the model forward, and measure the loss on its output."""
 
     def surveyed(variations: Variations) -> _Surveyed:
-        found = survey_model(model, inputs, extras, state, variations)
-        order = found[2]
+        found = survey_model(inspection, inputs, extras, state, variations)
+        order = found.order
         last = order[-1]
         ending = loss or default_loss, last.hands_on or last.output, last.carries
         with sides_held(order) as held:
@@ -310,8 +258,8 @@ def _surveyed(
     return surveyed(Variations(grow=False))
 
 
-def _measure(
-    kinds: list[Kind], loss: Callable[[], object], meter: Meter, progress: bool | None
+def _weigh_and_time(
+    kinds: list[StageKind], loss: Callable[[], object], meter: Meter, progress: bool | None
 ) -> tuple[float, float]:
     """Measure bytes, then seconds; returns those of the loss, and the spread of all."""
     total, done = len(kinds) * (1 + ROUNDS), 0

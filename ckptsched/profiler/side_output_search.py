@@ -1,4 +1,4 @@
-"""Finds what a stage leaves by another way than its output, and refuses what cannot be followed.
+"""Finds side outputs: tensors with a graph that a stage leaves besides its output.
 
 A stage runs with a tape, which is then let go. What is alive of its graph after that somebody
 else holds: side outputs, which a plan can follow, or what it cannot.
@@ -47,7 +47,7 @@ def find_side_outputs(
     module: nn.Module,
     keeps: bool = True,
 ) -> Found:
-    """Run a stage with its tape, and see what it leaves.
+    """Run a stage with its tape, and find its side outputs.
 
     Args:
         name: Of the stage, for messages.
@@ -90,7 +90,7 @@ def find_side_outputs(
 
 @contextmanager
 def _all_young() -> Iterator[None]:
-    """Let what is made stay in Python's youngest generation, which is quickly looked through."""
+    """Keep new objects in Python's youngest generation, which is quickly collected."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -113,7 +113,7 @@ def _only_by_cycle(found: dict[int, Tensor]) -> bool:
 def _check_gone(
     name: str, lives: Callable[[], object], aliases: Iterable[Tensor], module: nn.Module
 ) -> None:
-    """Refuse a stage whose graph is held by what was not found."""
+    """Raise if something that was not found holds the graph of a stage."""
     if not _is_held(lives, aliases) or module_tracker_at_work():
         return
     gc.collect()
@@ -133,7 +133,7 @@ def _is_held(lives: Callable[[], object], aliases: Iterable[Tensor]) -> bool:
 
 
 def still(holds: Callable[[], bool]) -> bool:
-    """Whether something holds on when threads and the collector of cycles have done their work.
+    """Whether something still holds after threads and the collector of cycles have finished.
 
     Args:
         holds: Whether it does now.

@@ -17,7 +17,7 @@ from ..torch_state.locks import Lent
 from ..torch_state.replay_context import Autocast
 from ..workload.ledger_bound import Variant, bound
 from ..workload.stage import StageLedger, StageParts, TapeBounds, backward_variant
-from .stage_probe import Kind, Loss, LossWeight
+from .stage_kind import Loss, LossWeight, StageKind
 
 _MOST_STORAGES = 4  # whose combinations are measured one by one
 
@@ -25,7 +25,7 @@ _MOST_STORAGES = 4  # whose combinations are measured one by one
 @final
 @dataclass(frozen=True, slots=True)
 class _Weight:
-    """What one run and one backward of a stage have shown, in bytes."""
+    """Bytes measured in one run and one backward of a stage."""
 
     taped_peak: int
     tape: int
@@ -39,13 +39,13 @@ class _Weight:
 @final
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """Which storages outlive the tape."""
+    """Storages of input and output that outlive the tape, by number."""
 
     inputs: Container[int] = ()
     outputs: Container[int] = ()
 
 
-def weigh(kind: Kind, meter: Meter) -> StageLedger:
+def weigh(kind: StageKind, meter: Meter) -> StageLedger:
     """Measure the exact bytes of a kind of stage, or what bounds them on all of its paths.
 
     Args:
@@ -65,11 +65,11 @@ def weigh(kind: Kind, meter: Meter) -> StageLedger:
     return replace(ledger, bounds=bounds)
 
 
-def _inputs(kind: Kind) -> int:
+def _inputs(kind: StageKind) -> int:
     return len(storages(kind.x.leaves))
 
 
-def _variant(kind: Kind, ledger: StageLedger) -> Variant:
+def _variant(kind: StageKind, ledger: StageLedger) -> Variant:
     outputs = storages(kind.output.leaves)
     places = list(outputs)
     return Variant(
@@ -82,7 +82,7 @@ def _variant(kind: Kind, ledger: StageLedger) -> Variant:
     )
 
 
-def _weigh_path(kind: Kind, meter: Meter) -> StageLedger:
+def _weigh_path(kind: StageKind, meter: Meter) -> StageLedger:
     kind.begin()
     with meter.window() as window:
         output = kind.run()
@@ -110,7 +110,7 @@ def _weigh_path(kind: Kind, meter: Meter) -> StageLedger:
     return _with_parts(kind, meter, lone, ledger)
 
 
-def _sources(kind: Kind) -> tuple[int, ...]:
+def _sources(kind: StageKind) -> tuple[int, ...]:
     """For each storage of the output the storage of the input that it is; -1 for a new one."""
     inputs = list(storages(kind.x.leaves))
     return tuple(
@@ -119,12 +119,12 @@ def _sources(kind: Kind) -> tuple[int, ...]:
     )
 
 
-def _firsts(kind: Kind) -> tuple[bool, ...]:
+def _firsts(kind: StageKind) -> tuple[bool, ...]:
     # Later backwards add to gradients that are there; a stage that runs once has none.
     return (False, True) if kind.count > 1 and kind.gradient_bytes else (True,)
 
 
-def _simple_peaks(kind: Kind, meter: Meter, lone: _Weight) -> tuple[int, ...]:
+def _simple_peaks(kind: StageKind, meter: Meter, lone: _Weight) -> tuple[int, ...]:
     """Peaks of the backward of a stage from one storage to one."""
     peaks = {}
     for input_held in (False, True) if lone.saved_inputs else (False,):
@@ -139,7 +139,7 @@ def _simple_peaks(kind: Kind, meter: Meter, lone: _Weight) -> tuple[int, ...]:
     return _all_variants(peaks, storage_bytes(kind.output.leaves) if lone.saved_outputs else 0)
 
 
-def _with_parts(kind: Kind, meter: Meter, lone: _Weight, ledger: StageLedger) -> StageLedger:
+def _with_parts(kind: StageKind, meter: Meter, lone: _Weight, ledger: StageLedger) -> StageLedger:
     """Add the storages one by one; the figures beside them become lower bounds."""
     outputs = storages(kind.output.leaves)
     sources = _sources(kind)
@@ -195,7 +195,7 @@ def _all_variants(peaks: dict[tuple[bool, bool, bool], int], output_bytes: int) 
     return tuple(filled)
 
 
-def _weigh_backward(kind: Kind, meter: Meter, held: _Held, *, first: bool) -> _Weight:
+def _weigh_backward(kind: StageKind, meter: Meter, held: _Held, *, first: bool) -> _Weight:
     """Run a stage with tape and go back, with its input born inside the window."""
     kind.set_gradients(first=first)
     kind.begin()

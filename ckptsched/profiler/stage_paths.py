@@ -1,4 +1,4 @@
-"""Looks for other paths of a stage: what it computes where its data or its draws are others.
+"""Finds other paths of a stage, which it takes on other data or other random draws.
 
 A stage that reads values of tensors (`item`, a mask as an index, `nonzero`) may compute something
 else on the next batch, or on the next draw, and take other bytes. Such a stage is found by the
@@ -6,7 +6,7 @@ operations that it runs, and run with other draws and on other inputs of the sam
 one module that the clock alone tells apart are looked at, too, at a few of their times.
 
 What attributes of a module decide, and what no input here brings out, is not seen: that is left to
-the look at tapes while the model trains (`overruns`).
+the look at tapes while the model trains (`Overruns`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..base.errors import CkptschedError
 from ..capture.stage_discovery import ModuleStage, StageCall
+from ..capture.wrappers import is_compiled
 from ..memory.meters import storage_bytes
 from ..recompute.parameter_swap import Slots
-from ..recompute.stateful_buffers import Watch, is_write_only, own_generators
+from ..recompute.stateful_buffers import BufferWatch, is_write_only, own_generators
 from ..recompute.tape import Carries, Tape
 from ..tensors.pytree import Extras, State, copied, storages
 from ..tensors.wrapper_tensors import is_plain
 from ..torch_state.replay_context import RandomState, uncompiled
-from .stage_probe import Kind, Standing, layout, leave_sides
+from .stage_kind import StageKind, Standing, layout, leave_sides
 
 _DRAWS = 16  # a layer that is kept one time in six is kept in one of them, 19 times in 20
 _POSITIONS = 4
@@ -48,12 +49,12 @@ _LEAVES_TORCH = frozenset({"tolist", "numpy", "__array__", "__dlpack__"})
 
 
 class _EnoughError(CkptschedError):
-    """A run that goes on and on."""
+    """A run has too many operations."""
 
 
 @final
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Looks at each operation: whether it reads values, and how many there are."""
+    """Counts operations, and notes whether one reads values of tensors."""
 
     def __init__(self, most: float = float("inf")) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -69,7 +70,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @final
 class _Functions(TorchFunctionMode):
-    """Sees what leaves torch: Python decides by it then."""
+    """Notes whether values leave torch for Python, which may decide by them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ def _reads(func: Any, args: Sequence[Any]) -> bool:
 @final
 @dataclass(frozen=True, slots=True)
 class _Path:
-    """What tells paths of a stage apart, and which takes more."""
+    """Layout and bytes of one path of a stage; equal for runs that take the same path."""
 
     output: tuple[Any, ...]
     """Layout of the output."""
@@ -131,7 +132,7 @@ class Variations:
         self.grown = False
         """Whether any stage was given another layout than the sample leads to."""
 
-    def __call__(self, kind: Kind, calls: Sequence[StageCall]) -> None:
+    def __call__(self, kind: StageKind, calls: Sequence[StageCall]) -> None:
         """Find the paths of a kind; it becomes the one that takes the most.
 
         Args:
@@ -140,7 +141,7 @@ class Variations:
         """
         device = kind.x.leaves[0].device
         own = own_generators(kind.call.module.modules(), kind.extras.apart().constants())
-        watch = Watch(Slots([kind.call.module]))
+        watch = BufferWatch(Slots([kind.call.module]))
         before = RandomState.take(device, own)
 
         def again() -> None:
@@ -151,7 +152,7 @@ class Variations:
             kind.varies, count = _reads_values(kind)
             again()
             apart = [] if isinstance(kind.call, ModuleStage) else _spread(calls[1:])
-            candidates: Iterable[Kind] = (replace(kind, call=call) for call in apart)
+            candidates: Iterable[StageKind] = (replace(kind, call=call) for call in apart)
             if kind.varies:
                 candidates = itertools.chain(candidates, _candidates(kind, own))
             elif not apart:
@@ -171,7 +172,7 @@ class Variations:
                 leave_sides(kind)
                 again()
 
-    def _take(self, kind: Kind, paths: _Paths, again: Callable[[], None]) -> None:
+    def _take(self, kind: StageKind, paths: _Paths, again: Callable[[], None]) -> None:
         """Let a kind be the path that takes the most, and have the others beside it."""
         largest, *others = paths.chosen()
         sample = paths.sample
@@ -198,7 +199,7 @@ class Variations:
 class _Paths:
     """The paths of a stage that have been seen, and a run that takes each."""
 
-    def __init__(self, kind: Kind, begins_with: RandomState, most: float) -> None:
+    def __init__(self, kind: StageKind, begins_with: RandomState, most: float) -> None:
         """Begin with what the stage makes of the sample.
 
         Args:
@@ -207,13 +208,13 @@ class _Paths:
             most: After how many operations a run is given up.
         """
         self.sample = replace(kind, begins_with=begins_with)
-        self.found: dict[_Path, Kind] = {}
+        self.found: dict[_Path, StageKind] = {}
         self.carries = list(kind.carries)
         self.draws = kind.draws
         self._most = most
         self.look(self.sample)
 
-    def look(self, kind: Kind) -> None:
+    def look(self, kind: StageKind) -> None:
         """Run a stage, and keep it if its path is new and may take the most."""
         kind.begin()
         before = RandomState.take(kind.x.leaves[0].device)
@@ -236,20 +237,19 @@ class _Paths:
                 if path in wanted or kept is self.sample
             }
 
-    def chosen(self) -> list[Kind]:
+    def chosen(self) -> list[StageKind]:
         """The largest of the paths, then others that may take the most in some respect."""
         return [self.found[path] for path in _most(self.found)]
 
 
-def _holds_compiled(kind: Kind) -> bool:
+def _holds_compiled(kind: StageKind) -> bool:
     """Whether modules of a stage are compiled: a mode would have them compiled anew."""
     return any(
-        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-        for module in kind.call.module.modules()
+        is_compiled(module) or hasattr(module, "_orig_mod") for module in kind.call.module.modules()
     )
 
 
-def _reads_values(kind: Kind) -> tuple[bool, int]:
+def _reads_values(kind: StageKind) -> tuple[bool, int]:
     """Whether a stage reads values, and how many operations a run of it has."""
     operations, functions = _Operations(), _Functions()
     with torch.no_grad(), uncompiled(), functions, operations:
@@ -261,14 +261,14 @@ def _reads_values(kind: Kind) -> tuple[bool, int]:
 
 
 def _either(one: Carries, other: Carries) -> Carries:
-    """What a tensor is taken to carry that carries the one on a path and the other on another."""
+    """What a tensor is taken to carry if it carries different things on two paths."""
     if one is other or not (one and other):
         return max(one, other)
     return Carries.GRAPH
 
 
-def _path(kind: Kind, tape: Tape, output: State) -> _Path:
-    """What tells the path of a run."""
+def _path(kind: StageKind, tape: Tape, output: State) -> _Path:
+    """The path that a run has taken."""
     kind.note_contents(tape, output)
     (contents,) = tape.contents()
     inputs, outputs = [*storages(kind.x.leaves)], [*storages(output.leaves)]
@@ -285,7 +285,7 @@ def _path(kind: Kind, tape: Tape, output: State) -> _Path:
     )
 
 
-def _most(found: dict[_Path, Kind]) -> list[_Path]:
+def _most(found: dict[_Path, StageKind]) -> list[_Path]:
     """The largest path, and of the others those that may take the most in some respect."""
     paths = sorted(found, key=lambda path: path.size, reverse=True)
     alike: dict[Any, _Path] = {}
@@ -305,7 +305,7 @@ def _spread(calls: Sequence[StageCall]) -> list[StageCall]:
     return [calls[(k + 1) * len(calls) // count - 1] for k in range(count)]
 
 
-def _candidates(kind: Kind, own: Sequence[torch.Generator]) -> Iterator[Kind]:
+def _candidates(kind: StageKind, own: Sequence[torch.Generator]) -> Iterator[StageKind]:
     """The stage with other draws, and on other inputs."""
     device = kind.x.leaves[0].device
     states = _seeded(device, own)

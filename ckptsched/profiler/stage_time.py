@@ -13,7 +13,7 @@ from torch import nn
 
 from ..base.errors import TimingWarning
 from ..torch_state.replay_context import now
-from .stage_probe import Kind, layout
+from .stage_kind import StageKind, layout
 
 # Rounds of timing: three tell a disturbed one, more where they are cheap; then on until two halves
 # of them agree, within limits of rounds and seconds.
@@ -45,7 +45,7 @@ class _Run:
 
 @final
 @dataclass(slots=True)
-class _Watch:
+class _StopWatch:
     """Times runs that follow each other."""
 
     device: torch.device
@@ -53,7 +53,7 @@ class _Watch:
     _busy: float = 0.0
 
     def start(self) -> None:
-        """Begin."""
+        """Start the clock."""
         self._wall, self._busy = now(self.device), _thread_seconds()
 
     def lap(self) -> _Run:
@@ -69,7 +69,7 @@ class _Watch:
 @final
 @dataclass(eq=False, slots=True)
 class _Samples:
-    """What the clock has shown of all stages of one look."""
+    """Seconds measured of all stages that look alike."""
 
     plain: list[_Run] = field(default_factory=list)
     """Runs without tape."""
@@ -80,9 +80,9 @@ class _Samples:
     uses: int = 0
     """How many stages of the chain have this look."""
 
-    def take(self, kind: Kind) -> None:
+    def take(self, kind: StageKind) -> None:
         """Time a stage forward without tape, forward with tape, and backward."""
-        watch = _Watch(kind.x.leaves[0].device)
+        watch = _StopWatch(kind.x.leaves[0].device)
         if self.uses > 1:
             # Equal steps run one after the other, and find caches and memory as the last left them.
             kind.begin()
@@ -114,7 +114,7 @@ class _Samples:
         one, other = self.seconds(slice(0, None, 2)), self.seconds(slice(1, None, 2))
         return self.uses * sum(abs(a - b) for a, b in zip(one, other, strict=True))
 
-    def tell(self, kind: Kind) -> None:
+    def tell(self, kind: StageKind) -> None:
         """Give a stage its seconds."""
         kind.forward_seconds, backward = self.seconds()
         # Where nothing comes back there is nothing to run, and what the clock shows is noise.
@@ -145,7 +145,7 @@ def _spread(samples: Iterable[_Samples]) -> float:
 
 
 def time_stages(
-    kinds: Sequence[Kind],
+    kinds: Sequence[StageKind],
     loss: Callable[[], object],
     device: torch.device,
     done: Callable[[], None],
@@ -166,12 +166,12 @@ def time_stages(
         Seconds of the loss, and by how much two halves of the rounds still differ, as a share of
         all seconds. Where that is much, people are warned.
     """
-    looks = [_look(kind) for kind in kinds]
+    looks = [_likeness(kind) for kind in kinds]
     samples = {look: _Samples() for look in looks}
     for kind, look in zip(kinds, looks, strict=True):
         samples[look].uses += kind.count
     of_loss: list[_Run] = []
-    watch, begun = _Watch(device), now(device)
+    watch, begun = _StopWatch(device), now(device)
     for turn in range(_MAX_ROUNDS):
         if _is_enough(turn, now(device) - begun) and (
             now(device) - begun > _MOST_SECONDS or _spread(samples.values()) <= _AGREED
@@ -199,7 +199,7 @@ def time_stages(
     return _typical(of_loss), spread
 
 
-def _look(kind: Kind) -> Hashable:
+def _likeness(kind: StageKind) -> Hashable:
     """Equal for stages that compute the same with other values; unequal wherever in doubt."""
     parts = list(kind.call.module.modules())
     places = {id(part): k for k, part in enumerate(parts)}

@@ -77,7 +77,7 @@ def _way() -> _Backward:
 
 
 def go_back(roots: tuple[Root, ...], gradients: tuple[Tensor, ...]) -> None:
-    """Go back from some roots to all leaves, and let nodes that need it have the turn meanwhile.
+    """Run autograd's engine from some roots to all leaves; the thread's locks are lent meanwhile.
 
     Args:
         roots: Where to begin.
@@ -89,7 +89,7 @@ def go_back(roots: tuple[Root, ...], gradients: tuple[Tensor, ...]) -> None:
 
 
 def counter(count: Any) -> Callable[[], int] | None:
-    """What tells how many nodes of graphs the calling thread has made; None if nothing does.
+    """A function that counts the graph nodes of the calling thread; None if torch has none.
 
     Args:
         count: What should tell; None where torch has nothing under the name that is known.

@@ -1,4 +1,4 @@
-"""FSDP2 around the blocks of a plan: what `fully_shard` does to a model, and how a plan goes along.
+"""FSDP2 around the blocks of a plan: gathers parameters block by block, as FSDP does itself.
 
 FSDP gathers the parameters of a module when the module is called, and lets them go when the call
 ends; in the backward it does so by hooks on the tensors that went in and came out. A plan calls
@@ -31,7 +31,7 @@ Tensors = tuple[Tensor, ...]
 
 
 def _kind() -> type | None:
-    """What `fully_shard` makes modules an instance of."""
+    """The class that `fully_shard` adds to modules; None if FSDP was not imported."""
     # Importing it takes half a second, and before anyone has done so nothing is sharded.
     found: type | None = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return found
@@ -79,11 +79,6 @@ def _of_torch_distributed(hook: Any) -> bool:
     return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
 
 
-def sharded_part(model: nn.Module) -> str | None:
-    """Path of the first module that is sharded, empty for the model itself; None if none is."""
-    return next((name for name, module in model.named_modules() if is_sharded(module)), None)
-
-
 def call_as_forward(
     module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
@@ -117,7 +112,7 @@ class Span:
 
 @final
 class Sharding:
-    """Which blocks of a model are sharded by which modules."""
+    """Maps the blocks of a model to the sharded modules that their parameters belong to."""
 
     def __init__(self, blocks: Sequence[nn.Module], sharded: Iterable[nn.Module]) -> None:
         """Find for each sharded module the blocks that it stands around, or is a part of.
@@ -235,7 +230,7 @@ class Sharding:
 
 @final
 class OneAtATime:
-    """Is within one of many contexts at a time."""
+    """A context manager that is within one of many contexts at a time."""
 
     def __init__(self, enter: Callable[[int], AbstractContextManager[None]]) -> None:
         """Begin within none.
@@ -275,7 +270,7 @@ def _owners(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _in_place(owners: Iterable[nn.Module]) -> list[Tensor | None]:
-    """What is in the places for parameters now."""
+    """The tensors in the places for parameters now."""
     return [p for owner in owners for p in owner._parameters.values()]
 
 

@@ -1,4 +1,4 @@
-"""What a graph needs of the caller's for its backward, held so that it can be collected.
+"""Holds what a graph needs for its backward in a way that Python can collect.
 
 A module that keeps what it has computed is a circle: the module, its tensor, the tensor's graph,
 and what the graph runs again in its backward, the module. Python's collector finds its way from a
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @final
 class Hold:
-    """Something that is there as long as a backward may come."""
+    """Keeps an object alive as long as a backward may come."""
 
     __slots__ = ("__weakref__", "_begun", "_going_back", "_spent", "besides", "value")
 
@@ -43,7 +43,7 @@ class Hold:
         self._begun = self._going_back = True
 
     def end(self) -> None:
-        """It has come to its end, or failed."""
+        """The backward has ended, or failed."""
         self._going_back = False
         self._look()
 

@@ -29,17 +29,17 @@ from ..torch_state.locks import in_engine, in_forked_process, is_first, waits
 Held: TypeAlias = dict[str, Tensor | None]
 """Parameters or buffers of a module, by name."""
 
-Place: TypeAlias = tuple[nn.Module, str]
+Slot: TypeAlias = tuple[nn.Module, str]
 """A module, and the name under which it keeps a buffer."""
 
-Kind: TypeAlias = Literal["_parameters", "_buffers"]
+Table: TypeAlias = Literal["_parameters", "_buffers"]
 """Where a module keeps them."""
 
 _PLAIN = nn.Module.__setattr__
 
 
 class StandIns(Held, abc.ABC):
-    """What one thread finds where a module keeps its parameters or buffers; others find those.
+    """A module's dict of parameters or buffers in which one thread finds stand-ins.
 
     Reading is on the way of every stage, so what the thread finds is in the dictionary itself.
     """
@@ -101,7 +101,7 @@ class StandIns(Held, abc.ABC):
 
 @final
 class _Alone(StandIns):
-    """Where no other thread is: a single tensor that is asked for is found by all, at no cost.
+    """For processes with one thread: lookups of single tensors cost nothing.
 
     A thread that a stage starts belongs to the step in that.
     """
@@ -111,7 +111,7 @@ class _Alone(StandIns):
 
 @final
 class _AmongThreads(StandIns):
-    """Where other threads are, which ask for single tensors, too."""
+    """For processes with several threads: each lookup asks which thread it is."""
 
     __slots__ = ()
 
@@ -128,7 +128,7 @@ class _Placed:
 
     __slots__ = ("_kind", "_pairs", "thread")
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: Table) -> None:
         self._kind = kind
         self._pairs: list[tuple[nn.Module, StandIns]] = []
         self.thread = get_ident()
@@ -200,16 +200,15 @@ def take_out_what_was_left() -> None:
 class Slots:
     """The places in some modules where parameters and buffers are kept."""
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], *, flat: bool = False) -> None:
         """Find the places, each once.
 
         Args:
             modules: Modules; their submodules count, too.
+            flat: Whether the submodules are among the modules, so that no tree is walked.
         """
-        seen: dict[int, nn.Module] = {}
-        for root in modules:
-            for module in root.modules():
-                seen.setdefault(id(module), module)
+        found = modules if flat else (part for root in modules for part in root.modules())
+        seen = {id(module): module for module in found}
         # `_parameters` and `_buffers` are what `torch.func.functional_call` swaps, too: there
         # is no public way to put a tensor that is not a new parameter into a module.
         self._parameters = [(m, name) for m in seen.values() for name in m._parameters]
@@ -233,11 +232,11 @@ class Slots:
         """What is in each place for a buffer now, in the order of the places."""
         return [module._buffers[name] for module, name in self._buffers]
 
-    def buffer_places(self) -> list[Place]:
+    def buffer_places(self) -> list[Slot]:
         """The places for buffers themselves, in their order."""
         return list(self._buffers)
 
-    def parameter_place(self, k: int) -> Place:
+    def parameter_place(self, k: int) -> Slot:
         """The place for a parameter of a number, in the order of `in_place`."""
         return self._parameters[k]
 
@@ -316,7 +315,7 @@ class Slots:
 
 
 def _list_anew(module: nn.Module, names: Iterable[str]) -> None:
-    """Let a module know of the parameters that it has now, if it keeps a list of its own.
+    """Assign parameters anew to a module that keeps a list of its own.
 
     nn.RNNBase does, and only its own __setattr__ updates it. That takes parameters only; what else
     is there, functional_call has put there.

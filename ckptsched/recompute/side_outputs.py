@@ -1,4 +1,4 @@
-"""What leaves a stage by another way than its output, such as an auxiliary loss on a module.
+"""Side outputs: tensors with a graph that a stage leaves elsewhere, such as an auxiliary loss.
 
 A tensor with a graph that something still holds once a stage has returned, and its output is let
 go, is a side output. A mode numbers the tensors that a stage meets, in order, so that a side output
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from ..base.errors import ExecutionError
 from ..torch_state.saved_hooks import Hooks, hooks_now
 
-Place: TypeAlias = tuple[int, int]
+SidePlace: TypeAlias = tuple[int, int]
 """The stage that leaves a tensor, counted from 1, and its number among what the stage meets."""
 
 # What every module has; the rest of its attributes is the user's.
@@ -187,7 +187,7 @@ def cut(tensor: Tensor, like: Tensor | None = None) -> None:
     swap(tensor, (tensor if like is None else like).detach())
 
 
-def edges_of(i: int, found: Mapping[int, Tensor]) -> dict[Place, GradientEdge]:
+def edges_of(i: int, found: Mapping[int, Tensor]) -> dict[SidePlace, GradientEdge]:
     """Where the gradients of the side outputs of stage i enter the graph of a run."""
     return {(i, k): get_gradient_edge(tensor) for k, tensor in found.items()}
 
@@ -246,9 +246,9 @@ class SideOutputs:
     def __init__(self) -> None:
         """None yet."""
         self._first: dict[int, dict[int, weakref.ref[Tensor]]] = {}
-        self._places: list[Place] = []
-        self._retaining: set[Place] = set()
-        self._gradients: dict[Place, Tensor] = {}
+        self._places: list[SidePlace] = []
+        self._retaining: set[SidePlace] = set()
+        self._gradients: dict[SidePlace, Tensor] = {}
 
     @contextmanager
     def looking(self, i: int, module: nn.Module) -> Iterator[Look]:
@@ -262,7 +262,7 @@ class SideOutputs:
         with nullcontext() if first is None else attributes_kept(module.modules()):
             yield Look(first)
 
-    def take(self, looks: Sequence[tuple[int, Look]]) -> dict[Place, GradientEdge]:
+    def take(self, looks: Sequence[tuple[int, Look]]) -> dict[SidePlace, GradientEdge]:
         """Note what runs that share a graph have left.
 
         Args:
@@ -276,7 +276,7 @@ class SideOutputs:
         """
         found = {i: look.take() for i, look in looks}
         retained = {i: look.retained for i, look in looks}
-        edges: dict[Place, GradientEdge] = {}
+        edges: dict[SidePlace, GradientEdge] = {}
         for i, tensors in found.items():
             edges |= edges_of(i, tensors)
             for k, tensor in tensors.items():
@@ -310,7 +310,7 @@ class SideOutputs:
             found.append(tensor.detach())
         return tuple(found)
 
-    def _alive(self) -> Iterator[tuple[Place, Tensor]]:
+    def _alive(self) -> Iterator[tuple[SidePlace, Tensor]]:
         for i, first in self._first.items():
             for k, reference in first.items():
                 tensor = reference()
@@ -338,7 +338,7 @@ class SideOutputs:
         for (i, k), tensor in alive.items():
             self._first[i][k] = weakref.ref(tensor)
 
-    def _retain(self, place: Place) -> Callable[[Tensor], None]:
+    def _retain(self, place: SidePlace) -> Callable[[Tensor], None]:
         """A hook that keeps a gradient where the caller asked for it."""
         i, k = place
         first = self._first  # not the object itself: a weak reference would stop it from swapping
@@ -370,7 +370,7 @@ class SideOutputs:
             if (i, k) in self._gradients
         ]
 
-    def gradients_of(self, places: Iterable[Place]) -> dict[Place, Tensor]:
+    def gradients_of(self, places: Iterable[SidePlace]) -> dict[SidePlace, Tensor]:
         """The gradients that have arrived for some of them, given away."""
         return {p: self._gradients.pop(p) for p in places if p in self._gradients}
 

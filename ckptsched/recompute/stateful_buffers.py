@@ -1,4 +1,4 @@
-"""What stages keep for themselves: buffers that they read and change, generators of their own.
+"""State that stages keep: buffers that they read and change, random generators of their own.
 
 A stage that runs again must begin with the values that its first run began with. Spectral
 normalisation reads and moves its vectors; a counter may enter an output. The layers that
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..tensors.wrapper_tensors import dense_parts
+from ..tensors.comparison import same_values
 from ..torch_state.replay_context import Generators, RandomState
 from .fsdp import class_before
-from .parameter_swap import Place, Slots
+from .parameter_swap import Slot, Slots
 
 # In training they give what they give whatever their running statistics are. Exact types: what a
 # subclass does is not known.
@@ -30,16 +30,16 @@ Values: TypeAlias = tuple[tuple[int, Tensor | None], ...]
 """Copies of hidden buffers, with the number of the place of each; None where there was none."""
 
 
-def is_write_only(place: Place) -> bool:
+def is_write_only(place: Slot) -> bool:
     """Whether a stage that changes the buffer in this place is known not to read it."""
     return class_before(place[0]) in _WRITE_ONLY
 
 
 @final
 class HiddenBuffers:
-    """The places of buffers that stages read and change, by the block that uses them."""
+    """The slots of buffers that stages read and change, by the block that uses them."""
 
-    def __init__(self, blocks: Sequence[Slots], places: Iterable[Place]) -> None:
+    def __init__(self, blocks: Sequence[Slots], places: Iterable[Slot]) -> None:
         """Find the places in the blocks.
 
         Args:
@@ -65,14 +65,10 @@ class HiddenBuffers:
         """Whether there are any."""
         return bool(self._places)
 
-    def bytes_by_block(self, blocks: int) -> list[int]:
-        """Bytes of the buffers, each with the last block that uses it.
-
-        Args:
-            blocks: Number of blocks.
-        """
+    def bytes_by_block(self) -> list[int]:
+        """Bytes of the buffers by block, each with the last block that uses it."""
         last = {id(b): (k, b.nbytes) for b, k in self._held()}
-        sizes = [0] * blocks
+        sizes = [0] * len(self.flags)
         for k, size in last.values():
             sizes[k] += size
         return sizes
@@ -82,7 +78,7 @@ class HiddenBuffers:
         return [(buffer, k) for buffer, k in found if buffer is not None]
 
     def take(self, first: int) -> Values:
-        """Copy what the stages of a block and of those after it will find.
+        """Copy the hidden buffers of a block and of all blocks after it.
 
         Args:
             first: Index of the block.
@@ -122,8 +118,8 @@ def _put(module: nn.Module, name: str, value: Tensor | None) -> None:
 
 
 @final
-class Watch:
-    """Buffers as they are now: shows later which have changed, and puts them back."""
+class BufferWatch:
+    """Copies of buffers, to find out later which have changed and to restore them."""
 
     def __init__(self, slots: Slots) -> None:
         """Copy every buffer.
@@ -136,11 +132,11 @@ class Watch:
             for place, b in zip(slots.buffer_places(), slots.buffers_in_place(), strict=True)
         }
 
-    def changed(self) -> list[Place]:
+    def changed(self) -> list[Slot]:
         """The places whose buffer was changed or replaced, if only by the same values."""
         return [place for place in self._before if self._has_changed(place)]
 
-    def _has_changed(self, place: Place) -> bool:
+    def _has_changed(self, place: Slot) -> bool:
         module, name = place
         now, then = module._buffers.get(name), self._before[place]
         if then is None:
@@ -149,7 +145,7 @@ class Watch:
         if now is not before or before._version != version:
             return True
         # Code that goes by `.data` leaves no other trace.
-        return not before.is_meta and not _same(before, value)
+        return not before.is_meta and not same_values(before, value)
 
     def replaced_bytes(self) -> int:
         """Bytes of buffers in whose places others are now."""
@@ -161,14 +157,14 @@ class Watch:
         )
 
     @torch.no_grad()
-    def put_back(self, places: Iterable[Place]) -> None:
+    def put_back(self, places: Iterable[Slot]) -> None:
         """Put the buffers of some places, and their values, back."""
         for place in places:
             module, name = place
             then = self._before[place]
             module._buffers[name] = None if then is None else then[0].copy_(then[2])
 
-    def together(self, places: Iterable[Place]) -> set[Place]:
+    def together(self, places: Iterable[Slot]) -> set[Slot]:
         """These places, and all that held the same buffers.
 
         Args:
@@ -178,13 +174,6 @@ class Watch:
         held = {place: id(then[0]) for place, then in self._before.items() if then is not None}
         chosen = {held[place] for place in wanted if place in held}
         return wanted | {place for place, buffer in held.items() if buffer in chosen}
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return all(
-        torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
-        for a, b in zip(dense_parts(one), dense_parts(other), strict=True)
-    )
 
 
 def own_generators(
@@ -235,14 +224,14 @@ def unsteady_weight(modules: Iterable[nn.Module], device: torch.device) -> str:
 
 @torch.no_grad()
 def _is_steady(computed: nn.Module, device: torch.device) -> bool:
-    watch, own = Watch(Slots([computed])), own_generators(computed.modules())
+    watch, own = BufferWatch(Slots([computed])), own_generators(computed.modules())
     # Within a step: what is kept of the generators is no tensor, whose bytes would count.
     random, before = Generators(device, own), RandomState.take(device, own).to_bytes()
     try:
         first = computed()
         if watch.changed() or RandomState.take(device, own).to_bytes() != before:
             return False
-        return _same(first, computed())
+        return same_values(first, computed())
     finally:
         watch.put_back(watch.changed())
         random.restore()

@@ -23,17 +23,17 @@ from ..tensors.pytree import NO_EXTRAS, Extras, State
 from ..torch_state.replay_context import uncompiled
 from ..torch_state.saved_hooks import hooks_now
 from .engine import Root, edge_of, go_back
-from .side_outputs import Look, Place
+from .side_outputs import Look, SidePlace
 from .tape_contents import NOTHING, Contents, walk
 
-_NO_SIDES: Mapping[Place, Tensor] = {}
+_NO_SIDES: Mapping[SidePlace, Tensor] = {}
 
 # Something that requires a gradient, so that a source does; it never receives one.
 _ANCHOR = torch.empty(0, requires_grad=True, device="cpu")
 
 
 class Carries(enum.IntEnum):
-    """What a stage finds of a tensor's gradient, as plain autograd would have it."""
+    """How a tensor between stages takes part in autograd, as a stage finds it."""
 
     NOTHING = 0
     """It requires none."""
@@ -72,7 +72,7 @@ class _Box(list[Tensor]):
     __slots__ = ("__weakref__",)
 
 
-_Place: TypeAlias = _Box | Tensor | None
+_Outlet: TypeAlias = _Box | Tensor | None
 """Where the gradient of a tensor of the input comes out: a box that a node fills, or the `grad` of
 a leaf; None where none is wanted."""
 
@@ -94,7 +94,7 @@ class _Source(torch.autograd.Function):
 
 
 class _Handing(torch.autograd.Function):
-    """Hands over what is in a box, as the first of all; its inputs are who receives it.
+    """Passes the gradients in a box to its inputs, before any other node of the tape runs.
 
     For the sums of gradients collected so far: autograd adds up what arrives at a parameter in
     one buffer, in order of arrival. Where a tape uses a parameter several times, starting that
@@ -118,14 +118,14 @@ class _Handing(torch.autograd.Function):
 
 @final
 class Tape:
-    """What one run of a stage, or of several, leaves for its backward."""
+    """The autograd graph of one run of a stage, or of several, and the way back through it."""
 
     __slots__ = (
         *("_box", "_boxes", "_edges", "_fed", "_hands_on", "_more", "_token"),
         *("carries", "shapes", "sides"),
     )
 
-    def __init__(self, boxes: list[_Place], outputs: Sequence[Tensor]) -> None:
+    def __init__(self, boxes: list[_Outlet], outputs: Sequence[Tensor]) -> None:
         """Take what a run made.
 
         Args:
@@ -138,7 +138,7 @@ class Tape:
         """Which tensors of the output depend on something that wants a gradient."""
         self.shapes = tuple([y.shape for y in outputs])
         """Of the output's tensors."""
-        self.sides: Mapping[Place, GradientEdge] = {}
+        self.sides: Mapping[SidePlace, GradientEdge] = {}
         """Where the gradients of side outputs come in."""
         self._box: list[Tensor | None] = []
         self._fed: Sequence[Tensor] = ()
@@ -151,7 +151,7 @@ class Tape:
         return {leaf for leaf, (_, count) in self.contents()[0].leaves.items() if count > 1}
 
     def contents(self, marks: Sequence[int] = (0,)) -> list[Contents]:
-        """What the tape holds, its input apart, by stage; it takes a walk of the graph.
+        """Walk the graph, and find the leaves and storages that it holds, by stage; not the input.
 
         What another stage left for this one counts as a leaf, and is none.
 
@@ -195,7 +195,7 @@ class Tape:
         self._more = cast(Tensor, _Handing.apply(box, *aliases)), box, aliases
 
     def watch(self) -> Callable[[], object]:
-        """Gives what shows, once the tape has been let go, whether something else holds its graph.
+        """A weak reference that shows, once the tape is gone, whether something holds its graph.
 
         Returns:
             A function that returns None then; None always where the input has no gradient.
@@ -211,9 +211,9 @@ class Tape:
         return any(box.grad is not None if isinstance(box, Tensor) else box for box in self._boxes)
 
     def backward(
-        self, gradients: list[Tensor | None], further: Mapping[Place, Tensor] = _NO_SIDES
+        self, gradients: list[Tensor | None], further: Mapping[SidePlace, Tensor] = _NO_SIDES
     ) -> tuple[Tensor | None, ...]:
-        """Go back once.
+        """Run the backward once.
 
         Args:
             gradients: With respect to the output's tensors, each in its shape and dtype; None
@@ -256,7 +256,7 @@ class Tape:
         return tuple([_taken_from(box) for box in self._boxes])
 
 
-def _taken_from(box: _Place) -> Tensor | None:
+def _taken_from(box: _Outlet) -> Tensor | None:
     if isinstance(box, Tensor):
         gradient, box.grad = box.grad, None
         return gradient
@@ -283,7 +283,7 @@ def as_asked(x: State, wanted: Sequence[int]) -> State:
     )
 
 
-def sources_of(x: State, wanted: Sequence[int]) -> tuple[list[_Place], State]:
+def sources_of(x: State, wanted: Sequence[int]) -> tuple[list[_Outlet], State]:
     """Where a tape begins; gradients must be on.
 
     Args:
@@ -293,11 +293,11 @@ def sources_of(x: State, wanted: Sequence[int]) -> tuple[list[_Place], State]:
     Returns:
         Where the gradients come out, None where none is wanted, and the input of the first stage.
     """
-    boxes: list[_Place] = []
+    boxes: list[_Outlet] = []
     sources = []
     for leaf, wants in zip(x.leaves, wanted, strict=True):
         source = leaf.detach()
-        box: _Place = None
+        box: _Outlet = None
         if wants == _GRAPH:
             box = _Box((source,))
             source = cast(Tensor, _Source.apply(_ANCHOR, box))
@@ -309,7 +309,7 @@ def sources_of(x: State, wanted: Sequence[int]) -> tuple[list[_Place], State]:
 
 
 def _nothing() -> None:
-    """There is nothing to see."""
+    """A reference to nothing."""
 
 
 def record(

@@ -1,4 +1,4 @@
-"""What tapes hold, found by a walk of the autograd graph: leaves that are used, storages kept.
+"""Finds by a walk of an autograd graph the leaves that it uses and the storages that it keeps.
 
 A walk sees what operations and `torch.autograd.Function`s save. What the nodes of extensions in
 C++ keep for themselves, and what a hook has packed into objects of its own, it does not see: what
@@ -31,7 +31,7 @@ _names: dict[type, tuple[str, ...]] = {}
 @final
 @dataclass(slots=True)
 class Contents:
-    """What a tape holds, or the part of it that one stage has made."""
+    """Leaves and storages of a tape, or of the part of it that one stage has made."""
 
     leaves: dict[int, tuple[object, int]] = field(default_factory=dict)
     """Each leaf that it uses, and how often; by the leaf's id."""

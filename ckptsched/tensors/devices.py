@@ -1,11 +1,11 @@
-"""Which devices a model touches: bytes are counted, and random states kept, on one."""
+"""Checks that a model lies on one device, where bytes are counted and random states kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .pytree import State
 
@@ -38,23 +38,15 @@ def several_devices(named: Iterable[tuple[str, Tensor]]) -> str:
     return ", ".join(places) if len(places) > 1 else ""
 
 
-def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """The parameters and buffers of a model, each with what it is."""
-    return [
-        *((f"parameter {name!r}", p) for name, p in model.named_parameters()),
-        *((f"buffer {name!r}", b) for name, b in model.named_buffers()),
-    ]
-
-
-def what_is_wrong(model: nn.Module, inputs: State, given: State) -> str:
-    """Why a model cannot be measured where it is, in words; empty where it can.
+def what_is_wrong(owned: Iterable[tuple[str, Tensor]], inputs: State, given: State) -> str:
+    """Say why a model cannot be measured where it lies; empty if it can.
 
     Args:
-        model: The model.
+        owned: The parameters and buffers of the model, each with what it is.
         inputs: The first argument of its call, taken apart.
         given: The further ones.
     """
-    owned = named_tensors(model)
+    owned = list(owned)
     sample = [
         *(("the sample", leaf) for leaf in inputs.leaves),
         *(("what every stage is given", leaf) for leaf in given.leaves),

@@ -30,7 +30,7 @@ _PLAIN = (
 @final
 @dataclass(frozen=True, slots=True)
 class _Leaf:
-    """Where a tensor was."""
+    """The place of a tensor in a value."""
 
     index: int
 
@@ -52,7 +52,7 @@ class _Branch:
 @final
 @dataclass(frozen=True, slots=True)
 class _Constant:
-    """What is no tensor and contains none."""
+    """A value that is no tensor and contains none."""
 
     value: Any
 
@@ -126,7 +126,7 @@ class State:
         return tuple([leaf._version for leaf in self.leaves])
 
     def constants(self) -> Iterator[Any]:
-        """What it holds besides tensors, in order."""
+        """The values besides tensors, in order."""
         return _constants(self.tree)
 
     @property
@@ -150,7 +150,7 @@ class State:
 @final
 @dataclass(frozen=True)
 class Extras:
-    """What every stage is given besides the state: further arguments, such as a condition."""
+    """Further arguments that every stage is given, such as a mask or a condition."""
 
     args: tuple[Any, ...] = ()
     """By position, after the state."""
@@ -214,11 +214,6 @@ def _copy_of(tensor: Tensor, fixed: Container[int], fresh: dict[int, Tensor]) ->
     made = made.conj() if tensor.is_conj() else made
     negated = getattr(made, "_neg_view", None) if tensor.is_neg() else None
     return made if negated is None else negated()
-
-
-def can_carry(tensor: Tensor) -> bool:
-    """Whether a tensor of this dtype can have a gradient."""
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _take_apart(value: Any, leaves: dict[int, tuple[int, Tensor]], opaque: bool) -> _Node:

@@ -60,7 +60,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def type_name(tensor: Tensor) -> str:
-    """Name of what a tensor is besides a plain one, such as "DTensor"; empty for those."""
+    """Name of the type of a tensor that is not plain, such as "DTensor"; empty for plain ones."""
     return "" if type(tensor) in _PLAIN else type(tensor).__name__
 
 

@@ -1,1 +1,1 @@
-"""What surrounds a call of the model: settings, modes, hooks, autocast, random state, locks."""
+"""State around a call of the model: settings, modes, hooks, autocast, random state, locks."""

@@ -1,4 +1,4 @@
-"""Whose turn it is: locks for one thread at a time, lent while autograd's engine works for it.
+"""Locks for one thread at a time, lent while autograd's engine works for that thread.
 
 Autograd runs the nodes of a graph in threads of its own where they are on a GPU. A thread that
 holds a lock and calls the engine waits for those threads, and a node that asks for the same lock
@@ -46,7 +46,7 @@ def in_forked_process(renew: Callable[[], None]) -> None:
 
 @final
 class Stay:
-    """What one thread has of a turn from when it comes in to when it leaves."""
+    """One thread's hold of a lock, from when it comes in to when it leaves."""
 
     __slots__ = ("above", "below", "depth", "ended", "lent", "lock", "thread")
 
@@ -57,7 +57,7 @@ class Stay:
         self.above = threading.RLock()
         """For who comes in while it is lent."""
         self.lock: Any = None
-        """What it holds: the turn's lock, or `above` of the stay below."""
+        """What it holds: the lock itself, or `above` of the stay below."""
         self.below: Stay | None = None
 
     def lets_in(self, within: Iterable[Stay]) -> bool:
@@ -73,12 +73,12 @@ class _Mine(threading.local):
 
 
 _mine = _Mine()
-_turns: weakref.WeakSet[Turn] = weakref.WeakSet()
+_locks: weakref.WeakSet[LendingLock] = weakref.WeakSet()
 _waiting: set[int] = set()
 
 
 @final
-class Turn:
+class LendingLock:
     """A lock that its holder may take again, and lends to nodes of the engine that it calls.
 
     A copy is a lock of its own.
@@ -90,10 +90,10 @@ class Turn:
         self._lock = threading.RLock()
         self._last: Stay | None = None
         self._threads: set[int] = set()
-        _turns.add(self)
+        _locks.add(self)
 
-    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
-        return Turn, ()
+    def __reduce__(self) -> tuple[type[LendingLock], tuple[()]]:
+        return LendingLock, ()
 
     def __enter__(self) -> None:
         self.enter((), [])
@@ -104,7 +104,7 @@ class Turn:
         self.leave(stay, stay.depth - 1)
 
     def mine(self) -> tuple[Stay, ...]:
-        """The stay of the calling thread, if it is its turn."""
+        """The stay of the calling thread, if it holds the lock."""
         last = self._last
         return () if last is None or last.thread != get_ident() else (last,)
 
@@ -112,8 +112,8 @@ class Turn:
         """Whether other threads have had it already, and may ask for it again."""
         return bool(self._threads - {get_ident()})
 
-    def enter(self, within: Sequence[Stay], entered: list[tuple[Turn, Stay, int]]) -> None:
-        """Wait for the turn, and have it.
+    def enter(self, within: Sequence[Stay], entered: list[tuple[LendingLock, Stay, int]]) -> None:
+        """Wait for the lock, and hold it.
 
         Args:
             within: Stays during which what asks now was made: who made it waits for it, in another
@@ -182,33 +182,33 @@ class Turn:
 
 
 @final
-class InTurn:
-    """A `with` block in which some turns are those of the calling thread."""
+class Locked:
+    """A `with` block in which the calling thread holds some locks."""
 
-    __slots__ = ("_entered", "_turns", "_within")
+    __slots__ = ("_entered", "_locks", "_within")
 
-    def __init__(self, turns: Sequence[Turn], within: Sequence[Stay] = ()) -> None:
+    def __init__(self, locks: Sequence[LendingLock], within: Sequence[Stay] = ()) -> None:
         """Say which.
 
         Args:
-            turns: In the order in which everybody asks for them.
-            within: As for `Turn.enter`.
+            locks: In the order in which everybody asks for them.
+            within: As for `LendingLock.enter`.
         """
-        self._turns, self._within = turns, within
-        self._entered: list[tuple[Turn, Stay, int]] = []
+        self._locks, self._within = locks, within
+        self._entered: list[tuple[LendingLock, Stay, int]] = []
 
     def __enter__(self) -> None:
         try:
-            for turn in self._turns:
-                turn.enter(self._within, self._entered)
+            for lock in self._locks:
+                lock.enter(self._within, self._entered)
         except BaseException:
             self.__exit__()
             raise
 
     def __exit__(self, *exception: object) -> None:
         while self._entered:
-            turn, stay, depth = self._entered[-1]
-            turn.leave(stay, depth)
+            lock, stay, depth = self._entered[-1]
+            lock.leave(stay, depth)
             del self._entered[-1]
 
     # Of a block that an interrupt ends just as it is entered or left.
@@ -216,12 +216,12 @@ class InTurn:
 
 
 def is_first() -> bool:
-    """Whether the calling thread has no turn at all."""
+    """Whether the calling thread holds no such lock."""
     return not _mine.stays
 
 
 def waits(thread: int) -> bool:
-    """Whether a thread is waiting for the engine, and has lent its turns.
+    """Whether a thread is waiting for the engine, and has lent its locks.
 
     Args:
         thread: Its identity.
@@ -231,7 +231,7 @@ def waits(thread: int) -> bool:
 
 @final
 class Lent:
-    """A `with` block around a call of the engine: the thread's turns are lent meanwhile."""
+    """A `with` block around a call of the engine: the thread's locks are lent meanwhile."""
 
     __slots__ = ("_first", "_stays")
 
@@ -252,8 +252,8 @@ class Lent:
 
 
 def _after_fork() -> None:
-    for turn in list(_turns):
-        turn.keep_own()
+    for lock in list(_locks):
+        lock.keep_own()
     _waiting.intersection_update({get_ident()})
 
 

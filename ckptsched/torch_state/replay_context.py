@@ -1,4 +1,4 @@
-"""What a run of a stage sees besides its input: random state, autocast, time, and how often."""
+"""Random state and autocast of a run of a stage, restored when it runs again; a clock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from ..base.errors import ExecutionError
-from .locks import Turn, in_forked_process
+from .locks import LendingLock, in_forked_process
 
 _AS_IT_IS = nullcontext()
 
@@ -155,7 +155,7 @@ def _same_states(some: Sequence[tuple[Any, Tensor]], others: Sequence[tuple[Any,
 class Generators:
     """Copies of random generators: a state that is kept without a tensor."""
 
-    turn: ClassVar[Turn] = Turn()
+    lock: ClassVar[LendingLock] = LendingLock()
     """Held by who draws random numbers that must come again: all threads share a generator."""
 
     def __init__(self, device: torch.device, own: Iterable[torch.Generator] = ()) -> None:
@@ -251,7 +251,7 @@ class OneWay:
     others, who would lose gradients; and what others left there leads out of a stage's tape.
     """
 
-    _turn: ClassVar[threading.Lock] = threading.Lock()
+    _lock: ClassVar[threading.Lock] = threading.Lock()
     _inside: ClassVar[list[int]] = []
     """The threads that are inside, each as often as it has come in."""
     _before: ClassVar[bool] = True
@@ -262,7 +262,7 @@ class OneWay:
 
     def __enter__(self) -> None:
         cls = type(self)
-        with cls._turn:
+        with cls._lock:
             if not cls._inside:
                 cls._before = torch.backends.mha.get_fastpath_enabled()
                 torch.backends.mha.set_fastpath_enabled(False)
@@ -278,7 +278,7 @@ class OneWay:
             # Others may have come or gone meanwhile: who was last to go has emptied the cache.
             parametrize._cache_enabled += depth
             parametrize._cache = cache if parametrize._cache_enabled else {}
-        with cls._turn:
+        with cls._lock:
             cls._inside.remove(get_ident())
             if not cls._inside:
                 torch.backends.mha.set_fastpath_enabled(cls._before)
@@ -286,7 +286,7 @@ class OneWay:
     @classmethod
     def keep_own(cls) -> None:
         """In a forked process: forget the threads that are not there."""
-        cls._turn = threading.Lock()
+        cls._lock = threading.Lock()
         if cls._inside:
             cls._inside[:] = [thread for thread in cls._inside if thread == get_ident()]
             if not cls._inside:

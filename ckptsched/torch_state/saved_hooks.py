@@ -1,4 +1,4 @@
-"""Hooks on what autograd saves for a backward: who packs it, and how to be without.
+"""Saved-tensor hooks: which are in force, and contexts with others or none.
 
 Of the hooks that are in force at a time the innermost pair alone counts. torch tells of it by names
 that are not public; where they are not there, nothing is known of hooks, and they stay as they are.
@@ -41,7 +41,7 @@ def hooks_now() -> Hooks | None:
 
 
 def describe_hooks(hooks: Hooks | None) -> str:
-    """What packs, such as "save_on_cpu.pack_to_cpu"; empty where there are no hooks."""
+    """Name of the pack hook, such as "save_on_cpu.pack_to_cpu"; empty where there are no hooks."""
     if hooks is None:
         return ""
     name = getattr(hooks[0], "__qualname__", type(hooks[0]).__qualname__)
@@ -50,7 +50,7 @@ def describe_hooks(hooks: Hooks | None) -> str:
 
 @contextmanager
 def no_hooks() -> Iterator[None]:
-    """Let autograd save as it is."""
+    """A context without saved-tensor hooks."""
     taken: list[Hooks] = []
     while (hooks := innermost_hooks()) is not None:
         taken.append(hooks)
@@ -63,5 +63,5 @@ def no_hooks() -> Iterator[None]:
 
 
 def only_hooks(hooks: Hooks | None) -> AbstractContextManager[object]:
-    """Let these alone pack what autograd saves, or nothing."""
+    """A context in which only these saved-tensor hooks are in force, or none."""
     return no_hooks() if hooks is None else saved_tensors_hooks(*hooks)

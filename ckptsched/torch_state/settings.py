@@ -173,7 +173,7 @@ _ON_CPU, _ON_CUDA = (*EVERYWHERE, THREADS), (*EVERYWHERE, *ON_CUDA)
 
 
 def read(settings: Iterable[Setting]) -> tuple[Any, ...]:
-    """What is set now; None where torch does not say."""
+    """The current values; None where torch does not say."""
     try:
         return tuple([setting.read() for setting in settings])
     except RuntimeError:  # of float32 precisions where old and new names of them are mixed
@@ -188,7 +188,7 @@ def _read(setting: Setting) -> Any:
 
 
 def write(settings: Iterable[Setting], values: Iterable[Any]) -> None:
-    """Set what is set otherwise now.
+    """Set the settings that have other values now.
 
     Args:
         settings: The settings.
@@ -201,7 +201,7 @@ def write(settings: Iterable[Setting], values: Iterable[Any]) -> None:
 
 @contextmanager
 def written(settings: tuple[Setting, ...], values: tuple[Any, ...]) -> Iterator[None]:
-    """Have other values meanwhile; they are those of all threads, as torch has it."""
+    """A context with other values; torch has them for all threads."""
     before = read(settings)
     try:
         write(settings, values)

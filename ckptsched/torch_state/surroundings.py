@@ -1,4 +1,4 @@
-"""What a forward pass runs among, and what is run again in its backward must find again.
+"""Records the settings, modes and hooks around a forward pass, and restores them.
 
 Autocast, torch's settings of the process, the modes that see every call of torch or every
 operation, hooks on what autograd saves, and context variables, in which libraries keep flags of
@@ -32,7 +32,7 @@ _PASSING = ("torch.utils.flop_counter", "torch.utils.checkpoint")
 @final
 @dataclass(frozen=True, slots=True)
 class Ambient:
-    """What surrounds the code that takes it."""
+    """Settings, autocast, modes, hooks and context variables at one point of a program."""
 
     device: torch.device
     autocast: Autocast
@@ -51,7 +51,7 @@ class Ambient:
 
     @classmethod
     def take(cls, device: torch.device) -> Ambient:
-        """Note everything.
+        """Record everything.
 
         Args:
             device: Where stages run.
@@ -72,7 +72,7 @@ class Ambient:
         return described(settings_of(self.device), self.settings)
 
     def key(self) -> tuple[Hashable, ...]:
-        """What kernels and bytes depend on, to find again what was measured among the same."""
+        """A key of all that kernels and bytes depend on."""
         modes = tuple([type(m) for m in (*self.functions, *self.operations) if not _passes(m)])
         return str(self.autocast), self.described(), describe_hooks(self.hooks), modes
 
@@ -92,7 +92,7 @@ class Ambient:
     __hash__ = None  # type: ignore[assignment]
 
     def found_from(self, outer: Ambient) -> Ambient:
-        """This, as it is to be found again by who goes back.
+        """The same, as a backward must restore it.
 
         Args:
             outer: What surrounds the backward.
@@ -104,7 +104,7 @@ class Ambient:
         return replace(self, operations=tuple(operations), hooks=hooks)
 
     def again(self, now: Ambient) -> AbstractContextManager[None]:
-        """Run among this, where something else is around.
+        """A context in which this is restored, where something else is around.
 
         Autocast runs without its cache, whatever is around: see `Autocast.again`.
 
@@ -179,8 +179,8 @@ def _operation_modes() -> tuple[Any, ...]:
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Kind:
-    """A kind of modes: what is in force, and the class whose `with` puts one in force.
+class _ModeStack:
+    """One of torch's stacks of modes: those in force, and the class that enters one.
 
     That class's own: what a mode does besides when its user enters it, such as to set a counter
     to zero, is not done again.
@@ -190,12 +190,12 @@ class _Kind:
     base: Any
 
 
-_FUNCTIONS = _Kind(_function_modes, TorchFunctionMode)
-_OPERATIONS = _Kind(_operation_modes, dispatch.TorchDispatchMode)
+_FUNCTIONS = _ModeStack(_function_modes, TorchFunctionMode)
+_OPERATIONS = _ModeStack(_operation_modes, dispatch.TorchDispatchMode)
 
 
 @contextmanager
-def _in_force(kind: _Kind, modes: tuple[Any, ...]) -> Iterator[None]:
+def _in_force(kind: _ModeStack, modes: tuple[Any, ...]) -> Iterator[None]:
     """Have these modes in force and no others, and those that are now at the end."""
     before = kind.now()
     common = 0
@@ -208,7 +208,7 @@ def _in_force(kind: _Kind, modes: tuple[Any, ...]) -> Iterator[None]:
         _exchange(kind, modes[common:], before[common:])
 
 
-def _exchange(kind: _Kind, off: tuple[Any, ...], on: tuple[Any, ...]) -> None:
+def _exchange(kind: _ModeStack, off: tuple[Any, ...], on: tuple[Any, ...]) -> None:
     for mode in reversed(off):
         kind.base.__exit__(mode, None, None, None)
     for mode in on:

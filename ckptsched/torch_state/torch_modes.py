@@ -1,4 +1,4 @@
-"""What else of torch is at work around a call: there a plan cannot be followed.
+"""Transforms, compilers and modes of torch around a call, with which no plan can be followed.
 
 Some names here are private to torch. Each has a way out where it is missing.
 """
@@ -37,7 +37,7 @@ def outside_of_compiled_code(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def transform_at_work(tensors: Iterable[Tensor]) -> str:
-    """Name what transforms the computation, so that only plain autograd can run it.
+    """Name a transform of torch that is at work, so that only plain autograd can run the model.
 
     Args:
         tensors: Inputs and parameters of the model.

@@ -12,13 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import ckptsched as cs
 from ckptsched.base.errors import ProfileError
+from ckptsched.capture.inspection import Inspection
 from ckptsched.capture.stage_discovery import (
-    Block,
     FusedStage,
     ModuleStage,
     StageCall,
     StagedModule,
+    TracedBlock,
     trace,
 )
 from ckptsched.ode import ODEBlock
@@ -28,7 +30,7 @@ def names(model: nn.Module) -> list[list[str]]:
     return [[stage.name for stage in block.stages] for block in trace(model)]
 
 
-def run(blocks: tuple[Block, ...], x: Tensor) -> Tensor:
+def run(blocks: tuple[TracedBlock, ...], x: Tensor) -> Tensor:
     for block in blocks:
         for stage in block.stages:
             x = stage(x)
@@ -332,3 +334,43 @@ def test_a_long_chain_is_small_objects() -> None:
     assert sys.getsizeof(block.stages[0]) <= 100
     assert not hasattr(block.stages[0], "__dict__")
     assert not hasattr(ModuleStage(nn.Tanh()), "__dict__")
+
+
+def shared_and_nested() -> nn.Sequential:
+    """A layer that occurs twice, a buffer and a parameter that two modules share, a bare name."""
+    layer, norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+    tied = nn.Linear(4, 4)
+    tied.weight = layer.weight
+    other = nn.BatchNorm1d(4)
+    other.running_mean = norm.running_mean
+    return nn.Sequential(layer, nn.Sequential(norm, layer, tied), other, nn.Tanh())
+
+
+def test_an_inspection_names_what_torch_names() -> None:
+    model = shared_and_nested()
+    found = Inspection.of(model)
+    assert list(zip(found.paths, found.modules, strict=True)) == list(model.named_modules())
+    named = [(name, tensor) for _, name, tensor in found.named_tensors()]
+    expected = [*model.named_parameters(), *model.named_buffers()]
+    assert [name for name, _ in named] == [name for name, _ in expected]
+    assert all(a is b for (_, a), (_, b) in zip(named, expected, strict=True))
+    assert found.slots.parameters() == list(model.parameters())
+    assert found.name_of((model[1][0], "running_var")) == "1.0.running_var"
+    assert found.name_of((nn.BatchNorm1d(4), "running_var")) == ""
+    assert found.buffer_places(["2.running_var"]) == [(model[2], "running_var")]
+
+
+def test_fit_walks_the_tree_of_a_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)])
+    walks, walk = 0, nn.Module.named_modules
+
+    def counted(module: nn.Module, *args: object, **kwargs: object) -> object:
+        nonlocal walks
+        walks += module is model
+        return walk(module, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    trained = cs.fit(model, torch.randn(2, 4), budget="100%")
+    assert walks == 1
+    trained(torch.randn(2, 4)).sum().backward()
+    assert walks == 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.executor.recompute_check import checksum
+from ckptsched.recompute.output_check import checksum
 from tests.support.networks import NETWORKS, ode_net, planned
 
 

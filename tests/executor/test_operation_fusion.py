@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import ckptsched as cs
 from ckptsched.base.errors import ExecutionError
 from ckptsched.capture.stage_discovery import StageCall, StagedModule
-from ckptsched.executor.operation_fusion import between, find_stretches
+from ckptsched.executor.script import between, find_stretches
 from ckptsched.ode import ODEBlock
 from ckptsched.recompute import tape
 from ckptsched.schedule.language import Schedule

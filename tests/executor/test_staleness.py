@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import ckptsched as cs
-from ckptsched.capture.module_check import Inventory
+from ckptsched.capture.inspection import Inspection
 from tests.support.networks import conv_block, planned
 
 
@@ -90,14 +90,14 @@ def test_each_module_that_is_replaced_added_or_taken_out_is_seen() -> None:
 def test_a_module_that_moves_to_the_container_beside_it_is_seen() -> None:
     first, second = nn.Sequential(nn.Tanh(), nn.ReLU()), nn.Sequential(nn.Sigmoid())
     model = nn.Sequential(first, second)
-    inventory = Inventory(model)
+    inspection = Inspection.of(model)
     moved = first[1]
     del first[1]
     second.insert(0, moved)
-    assert inventory.changed()
+    assert inspection.changed()
     del second[0]
     first.append(moved)
-    assert not inventory.changed()
+    assert not inspection.changed()
 
 
 def _parametrized(layer: nn.Linear) -> None:

@@ -113,8 +113,8 @@ def test_copies_are_independent_and_work() -> None:
     loaded = torch.load(file, weights_only=False)
     trained(x)  # what the first step finds out about modules must not go into copies
     twin = copy.deepcopy(trained)
-    assert trained.__dict__["_program"].usage
-    assert not twin.__dict__["_program"].usage
+    assert trained.__dict__["_prepared"].usage
+    assert not twin.__dict__["_prepared"].usage
     plain = copy.deepcopy(model)
     plain(x).sum().backward()
     for twin in (copy.deepcopy(trained), loaded):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ckptsched as cs
 from ckptsched.cli.commands import main
-from ckptsched.executor.training_step import _Stored
+from ckptsched.executor.interpreter import _Checkpoint
 from ckptsched.executor.verify import _compare
 from ckptsched.tensors.pytree import State
 from ckptsched.torch_state.replay_context import RandomState
@@ -105,12 +105,12 @@ def test_a_wrong_replay_of_random_numbers_is_caught(monkeypatch: pytest.MonkeyPa
     class Forgetful:
         def restore(self) -> None: ...
 
-    def forget(self: _Stored, state: State, random: RandomState | None) -> None:
+    def forget(self: _Checkpoint, state: State, random: RandomState | None) -> None:
         self.state, self.versions = state, state.versions()
         self.random = None if random is None else Forgetful()  # type: ignore[assignment]
 
     plans = [planned(model, x, solver) for solver in ("store_all", "every_2")]
-    monkeypatch.setattr(_Stored, "__init__", forget)
+    monkeypatch.setattr(_Checkpoint, "__init__", forget)
     assert cs.verify(model, plans[0], x).ok  # which runs nothing again
     result = cs.verify(model, plans[1], x)
     assert not result.gradients_equal
@@ -208,7 +208,7 @@ def test_a_generator_that_is_not_put_back_is_caught(monkeypatch: pytest.MonkeyPa
     model, x = nn.Sequential(*[Drawing() for _ in range(4)]), torch.randn(4, 8)
     plan = planned(model, x, "every_2")
     assert cs.verify(model, plan, x).ok
-    monkeypatch.setattr("ckptsched.executor.prepared_plan.own_generators", lambda *_: ())
+    monkeypatch.setattr("ckptsched.capture.inspection.own_generators", lambda *_: ())
     result = cs.verify(model, plan, x)
     assert not result.gradients_equal
     assert not result.random_state_equal

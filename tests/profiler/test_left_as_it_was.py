@@ -441,7 +441,8 @@ class Interrupting:
 
 
 @pytest.mark.parametrize(
-    "files", [("profile.py", "stage_probe.py"), ("model_state.py", "parameter_swap.py")]
+    "files",
+    [("profile.py", "survey.py", "stage_probe.py"), ("model_state.py", "parameter_swap.py")],
 )
 def test_it_is_left_as_it_was_by_ctrl_c_at_any_line(files: tuple[str, ...]) -> None:
     """Also while it is being put back."""
@@ -550,7 +551,7 @@ def test_states_are_put_back_whatever_tensors_became() -> None:
     layer.round.append(layer.round)  # a circle
     layer.many = (torch.zeros(3), [torch.ones(2)])
     before = looks(layer)
-    state = ModelState(layer)
+    state = ModelState([*layer.modules()])
     with torch.no_grad():
         layer.frozen.data = torch.zeros(3, 3)
         layer.buffer.resize_(2)
@@ -570,7 +571,7 @@ def test_what_has_not_changed_is_not_touched() -> None:
     layer = Layer()
     layer.frozen.data.fill_(float("nan"))
     versions = [t._version for t in (*layer.parameters(), *layer.buffers(), layer.plain)]
-    state = ModelState(layer)
+    state = ModelState([*layer.modules()])
     layer.buffer.add_(1)
     state.put_back()
     now = [t._version for t in (*layer.parameters(), layer.plain)]

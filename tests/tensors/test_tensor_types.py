@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.profiler.stage_probe import tolerance_of
+from ckptsched.tensors.comparison import tolerance_of
 from ckptsched.tensors.wrapper_tensors import cannot_be_followed, dense_parts, rebuilt
 from tests.support import tensor_kinds
 from tests.support.tensor_kinds import KINDS, Bare, Layer, Named, Telling, Weight, X

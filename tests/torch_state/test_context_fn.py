@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ckptsched as cs
-from ckptsched.executor.recompute_check import glance
+from ckptsched.recompute.output_check import glance
 from tests.support.networks import planned
 from tests.support.surroundings import (
     FLAG,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.torch_state.locks import InTurn, Lent, Turn, is_first
+from ckptsched.torch_state.locks import LendingLock, Lent, Locked, is_first
 from ckptsched.torch_state.replay_context import Generators
 from tests.support.networks import planned
 
@@ -165,13 +165,13 @@ def test_a_backward_that_a_thread_of_the_engine_does_first_for_somebody_else() -
     trained = cs.checkpointed(net, planned(net, x, "input_only"))
     torch.manual_seed(1)
     loss = trained(x).square().sum()
-    with InTurn((Generators.turn,)), Lent():
+    with Locked((Generators.lock,)), Lent():
         in_thread(loss.backward)
     assert same([p.grad for p in net.parameters()], expected)
 
 
 def test_a_turn_that_is_lent_is_not_given_to_who_begins_a_step() -> None:
-    turn, log, asks = Turn(), list[str](), threading.Event()
+    turn, log, asks = LendingLock(), list[str](), threading.Event()
 
     def other() -> None:
         asks.set()
@@ -190,7 +190,7 @@ def test_a_turn_that_is_lent_is_not_given_to_who_begins_a_step() -> None:
 
 
 def test_who_lends_goes_on_when_the_last_has_left() -> None:
-    turn, log = Turn(), list[str]()
+    turn, log = LendingLock(), list[str]()
     came, leave = threading.Event(), threading.Event()
 
     class Node(torch.autograd.Function):
@@ -218,14 +218,14 @@ def test_who_lends_goes_on_when_the_last_has_left() -> None:
     assert log == ["node", "lender"]
 
 
-def come_and_go(turns: tuple[Turn, ...]) -> None:
-    with InTurn(turns):
+def come_and_go(turns: tuple[LendingLock, ...]) -> None:
+    with Locked(turns):
         pass
 
 
 def test_an_interrupt_leaves_no_turn_behind() -> None:
     """At any line inside of the code that takes and leaves turns."""
-    turns, left = (Turn(), Turn()), 0
+    turns, left = (LendingLock(), LendingLock()), 0
     for nth in range(160):
         lines = 0
 
@@ -238,7 +238,7 @@ def test_an_interrupt_leaves_no_turn_behind() -> None:
                     raise KeyboardInterrupt
             return trace
 
-        block = InTurn(turns)
+        block = Locked(turns)
         with contextlib.suppress(KeyboardInterrupt):
             try:
                 sys.settrace(trace)
@@ -254,7 +254,7 @@ def test_an_interrupt_leaves_no_turn_behind() -> None:
 
 
 def test_a_copy_is_a_turn_of_its_own() -> None:
-    turn = Turn()
+    turn = LendingLock()
     with turn:
         for other in (copy.deepcopy(turn), pickle.loads(pickle.dumps(turn))):
             in_thread(other.__enter__)

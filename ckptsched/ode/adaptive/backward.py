@@ -54,7 +54,7 @@ class TapedStep:
         self, f: RightHandSide, record: Record, problem: Problem, n: int, z0: Tensor, every: bool
     ) -> None:
         """Run the step after n others with gradients on; keep edges of its graph, not its data."""
-        self._record, self._problem, self._n = record, problem, n
+        self._record, self._problem = record, problem
         self.step, self._tableau = record[n], problem.tableau
         outputs = [(j, record.share(n, j)) for j in record.outputs(n)]
         self._inside = [(j, share) for j, share in outputs if share != 1.0]

@@ -20,7 +20,7 @@ from ...base.errors import BudgetWarning, ExecutionError
 from ...recompute.graph_holds import Hold, joined, keep, take_over
 from ...recompute.stateful_buffers import unsteady_weight
 from ...solvers.binomial.online import OnlinePlacement
-from ...torch_state.locks import InTurn, Lent, Turn
+from ...torch_state.locks import LendingLock, Lent, Locked
 from ...torch_state.replay_context import Autocast, OneWay, caching
 from ...torch_state.saved_hooks import no_hooks
 from ...torch_state.torch_modes import outside_of_compiled_code, refuse_batched_gradients
@@ -39,7 +39,7 @@ from .step_memory import Room
 class Turns:
     """Turns of who evaluates f while others might have stand-ins in its modules, or draw."""
 
-    def __init__(self, *turns: Turn) -> None:
+    def __init__(self, *turns: LendingLock) -> None:
         """Note within whose turn the solve begins.
 
         Args:
@@ -48,9 +48,9 @@ class Turns:
         self._turns = turns
         self._within = tuple([stay for turn in turns for stay in turn.mine()])
 
-    def mine(self) -> InTurn:
+    def mine(self) -> Locked:
         """A `with` block that waits for the turn, and has it."""
-        return InTurn(self._turns, self._within)
+        return Locked(self._turns, self._within)
 
 
 @final

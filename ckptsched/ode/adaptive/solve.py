@@ -22,7 +22,7 @@ from torch import Tensor
 from ...base.budget import Budget, parse_budget
 from ...base.errors import BudgetSyntaxError, BudgetWarning, ExecutionError, WorkloadError
 from ...tensors.devices import KNOWN, several_devices
-from ...torch_state.locks import InTurn
+from ...torch_state.locks import Locked
 from ...torch_state.replay_context import Generators
 from ...torch_state.torch_modes import (
     as_numbers,
@@ -224,7 +224,7 @@ def solve_problem(
         WorkloadError: A gradient of times that steps are to meet.
     """
     kept, which = kept_with(func, closure)
-    with InTurn((kept.lock,)):  # else another thread may have stand-ins in their places
+    with Locked((kept.lock,)):  # else another thread may have stand-ins in their places
         given = closure.parameters if given is None else given
     wanted = list({id(p): p for p in given if p.requires_grad}.values())
     if problem.meet and (t.requires_grad or has_gradient(t)):
@@ -266,7 +266,7 @@ def solve_problem(
     if bounds.budget_bytes is not None and found.footprint is not None:
         statistics.footprint = found.footprint
         room = found.footprint.room(bounds.budget_bytes)
-    turns = Turns(*((Generators.turn,) if found.draws else ()), kept.lock)
+    turns = Turns(*((Generators.lock,) if found.draws else ()), kept.lock)
     states = BoundedSolve(problem, closure, wanted, room, turns, statistics).run(y0, t)
     return AdaptiveSolution(states, statistics)
 

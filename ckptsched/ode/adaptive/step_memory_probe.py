@@ -14,8 +14,8 @@ from torch.autograd.graph import get_gradient_edge
 from ...base.errors import ExecutionError, ProfileError
 from ...memory.meters import Measurement, ProfilerMeter, default_meter
 from ...profiler.side_output_search import is_in_a_graph, still, whereabouts
-from ...profiler.stage_probe import tolerance_of
-from ...torch_state.locks import InTurn, Lent
+from ...tensors.comparison import tolerance_of
+from ...torch_state.locks import Lent, Locked
 from ...torch_state.replay_context import Generators
 from ...torch_state.surroundings import Ambient
 from ..function.attributes import Attributes
@@ -121,7 +121,7 @@ class Trial:
         """
         key = ("adaptive", which, self._key())
         # Who draws random numbers waits meanwhile, and who has stand-ins in modules.
-        with InTurn((Generators.turn, kept.lock)):
+        with Locked((Generators.lock, kept.lock)):
             found: Findings | None = kept.find(key)
             if found is None:
                 found = Findings(self._apart(self._check))

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ...base.budget import Budget, exact_bytes, format_bytes, parse_budget
 from ...base.errors import InfeasibleBudgetError, PlanMismatchError, ProfileError
-from ...capture.signature import training_mode
+from ...capture.signature import describe_modes
 from ...executor.checkpointed import Checkpointed, checkpointed
 from ...planner.plan import Plan
 from ...planner.planner import plan_one
 from ...profiler.profile import profile
 from ...recompute.graph_holds import Hold, take_over
-from ...torch_state.locks import InTurn
+from ...torch_state.locks import Locked
 from ...torch_state.replay_context import Generators
 from ...torch_state.surroundings import Ambient
 from ...workload.chain import Chain
@@ -75,7 +75,7 @@ def solve_planned(
     )
     for attempt in range(2):
         # Who draws random numbers waits meanwhile: measuring draws, and puts the generator back.
-        with InTurn((Generators.turn, kept.lock)):
+        with Locked((Generators.lock, kept.lock)):
             # Nor does another thread have stand-ins in their places.
             tensors = (() if grid.clock is None else (grid.clock,)) + closure.tensors
             found: Plan | Checkpointed | None = kept.find(key)
@@ -113,7 +113,10 @@ def _key(
     budget: int | float | str | Budget,
     solver: str,
 ) -> tuple[Hashable, ...]:
-    modes = tuple((Identity(module), training_mode(module)) for module in closure.modules)
+    modes = tuple(
+        (Identity(module), describe_modes([part.training for part in module.modules()]))
+        for module in closure.modules
+    )
     return (
         *(solve.shapes, solve.counts, solve.parts, grid.clock is not None, grid.between),
         *(tuple(y0.shape), y0.dtype, y0.stride(), str(y0.device), y0.requires_grad),

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, final
 
 from torch import nn
 
-from ...torch_state.locks import Turn
+from ...torch_state.locks import LendingLock
 from .captures import Closure
 from .fingerprint import Identity, fingerprint
 from .places import KEPT
@@ -28,7 +28,7 @@ class Kept:
     def __init__(self) -> None:
         self.found: dict[Hashable, Any] = {}
         self._owner: weakref.ref[Any] | None = None
-        self.lock = Turn()
+        self.lock = LendingLock()
         """Of who runs steps again: they replace what the same modules and functions read."""
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ...base.errors import ExecutionError
-from ...recompute.parameter_swap import Place, Slots
+from ...recompute.parameter_swap import Slot, Slots
 from ...recompute.stateful_buffers import (
+    BufferWatch,
     HiddenBuffers,
     Values,
-    Watch,
     is_write_only,
     own_generators,
 )
@@ -65,7 +65,7 @@ class Carried:
         self._hidden = HiddenBuffers([self._slots], ())
         self.draws = False
         """Whether f draws random numbers."""
-        self._unmoved: tuple[bytes, list[tuple[Place, Tensor | None, int]]] = (b"", [])
+        self._unmoved: tuple[bytes, list[tuple[Slot, Tensor | None, int]]] = (b"", [])
 
     @property
     def matters(self) -> bool:
@@ -75,7 +75,7 @@ class Carried:
     @property
     def nbytes(self) -> int:
         """What one moment takes in tensors."""
-        return sum(self._hidden.bytes_by_block(1))
+        return sum(self._hidden.bytes_by_block())
 
     def look(self, evaluate: Callable[[], Tensor]) -> Tensor:
         """Evaluate f, and see what that draws and changes.
@@ -84,7 +84,7 @@ class Carried:
             evaluate: Evaluates it.
         """
         before = self._random()
-        watch = Watch(self._slots) if self._slots.buffer_places() else None
+        watch = BufferWatch(self._slots) if self._slots.buffer_places() else None
         slope = evaluate()
         after = self._random()
         self.draws = after != before
@@ -142,7 +142,7 @@ class Carried:
         with untransformed():
             return RandomState.take(self._device, self.own).to_bytes()
 
-    def _steady(self) -> list[tuple[Place, Tensor | None, int]]:
+    def _steady(self) -> list[tuple[Slot, Tensor | None, int]]:
         """Buffers that are not hidden state, with their versions."""
         places = zip(self._slots.buffer_places(), self._hidden.flags[0], strict=True)
         found = [(p, p[0]._buffers.get(p[1])) for p, hides in places if not hides]

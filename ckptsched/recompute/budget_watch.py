@@ -1,8 +1,8 @@
-"""Compares tapes with what was projected, and says once a stage where one takes more.
+"""Compares tapes with the projected bytes, and warns once a stage if one takes more.
 
 What a stage computes may hang on its data, on draws or on attributes of its modules; a profile
 sees some of it. The look costs a walk of the tape, so it is taken where a tape seems to be another
-than those seen before (see `usage`). A run without tape takes the path of the run with tape that
+than those seen before (see `Usage`). A run without tape takes the path of the run with tape that
 each step has, so it is seen there.
 """
 
@@ -18,15 +18,15 @@ from torch import Tensor
 
 from ..base.budget import format_bytes
 from ..base.errors import BudgetWarning
-from ..recompute.tape_contents import Contents
 from ..tensors.pytree import storages
 from ..workload.chain import Chain
 from ..workload.stage import StageLedger, StageParts
+from .tape_contents import Contents
 
 
 @final
 class Overruns:
-    """The stages of a chain whose tapes take more than was projected."""
+    """Warns about stages of a chain whose tapes take more bytes than projected."""
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
@@ -120,7 +120,7 @@ def _projected(ledger: StageLedger) -> int:
 @final
 @dataclass(frozen=True, slots=True)
 class _States:
-    """What a tape of one or several stages is charged for of the states at its ends and inside."""
+    """Storages of states that a tape of one or several stages is charged for."""
 
     inputs: frozenset[int]
     """The storages of the first stage's input, by number."""

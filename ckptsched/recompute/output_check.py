@@ -1,4 +1,4 @@
-"""Whether a stage that runs again gives what it gave: checksums of outputs, or a look at them."""
+"""Checks that a stage that runs again returns the same output, by checksums or a few bytes."""
 
 from __future__ import annotations
 
@@ -17,41 +17,24 @@ _GLANCE = 32  # bytes at each place
 
 
 @final
-class Checksums:
-    """The outputs of the stages of one step as they were first, 16 bytes each."""
+class SeenOutputs:
+    """First outputs of the stages of one step, as checksums to compare with later runs."""
 
-    def __init__(self) -> None:
-        self._first: dict[int, bytes] = {}
+    def __init__(self, *, whole: bool) -> None:
+        """Begin with nothing seen.
+
+        Args:
+            whole: Whether to compare all of each output, by a checksum of 16 bytes a stage. Else a
+                few bytes of it, which costs next to nothing: what changes a stage from outside,
+                such as a flag of another library, nearly always changes all of its output.
+        """
+        self._whole = whole
+        self._first: dict[tuple[int, int], object] = {}
 
     def see(self, i: int, name: str, output: Iterable[Tensor]) -> None:
         """Note the output of a stage's first run, and compare that of every later one.
 
-        Args:
-            i: The stage, counted from 1.
-            name: Its name, for the message.
-            output: The tensors that it returned.
-
-        Raises:
-            ExecutionError: It returned something else before.
-        """
-        found = checksum(output)
-        if self._first.setdefault(i, found) != found:
-            raise _another_result(name)
-
-
-@final
-class Glances:
-    """The same of a few bytes of each output, which costs next to nothing.
-
-    What changes a stage from outside, such as a flag of another library, nearly always changes
-    all of its output. Only tensors on the CPU are looked at.
-    """
-
-    def __init__(self) -> None:
-        self._first: dict[int, tuple[int, int]] = {}
-
-    def see(self, i: int, name: str, output: Iterable[Tensor]) -> None:
-        """Note and compare, as `Checksums.see` does; not where there is more or less of it.
+        Of outputs that are compared by a few bytes only those of one size are.
 
         Args:
             i: The stage, counted from 1.
@@ -61,10 +44,17 @@ class Glances:
         Raises:
             ExecutionError: It returned something else before.
         """
-        found = glance(output)
-        first = self._first.setdefault(i, found)
-        if first != found and first[0] == found[0]:
-            raise _another_result(name)
+        size, found = (0, checksum(output)) if self._whole else glance(output)
+        if self._first.setdefault((i, size), found) != found:
+            raise ExecutionError(
+                f"stage {name!r} gave another result when it ran again on the same input: it has a "
+                "state of its own, depends on something that changed since (a number, a mode, a "
+                "generator that is not torch's default), or its kernels differ from run to run "
+                "(torch.use_deterministic_algorithms(True) helps) or with and without gradients; "
+                "let it depend on its input, parameters and buffers only, give what a library "
+                "keeps for itself by checkpointed(..., context_fn=), or plan with "
+                "solver='store_all', which runs nothing again"
+            )
 
 
 def glance(tensors: Iterable[Tensor]) -> tuple[int, int]:
@@ -95,18 +85,6 @@ def glance(tensors: Iterable[Tensor]) -> tuple[int, int]:
 
 def _is_dense(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided
-
-
-def _another_result(name: str) -> ExecutionError:
-    return ExecutionError(
-        f"stage {name!r} gave another result when it ran again on the same input: it has a "
-        "state of its own, depends on something that changed since (a number, a mode, a "
-        "generator that is not torch's default), or its kernels differ from run to run "
-        "(torch.use_deterministic_algorithms(True) helps) or with and without gradients; "
-        "let it depend on its input, parameters and buffers only, give what a library keeps "
-        "for itself by checkpointed(..., context_fn=), or plan with solver='store_all', which "
-        "runs nothing again"
-    )
 
 
 def checksum(tensors: Iterable[Tensor]) -> bytes:
