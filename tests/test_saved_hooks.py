@@ -142,7 +142,7 @@ def test_hooks_of_ckptsched_are_no_hooks() -> None:
 
 
 class Regions(nn.Module):
-    """A layer as it is, one in a region of torch's checkpoint, one that is packed to be got once."""
+    """Layers as they are, one in a region of torch's checkpoint, one whose hook unpacks once."""
 
     def __init__(self) -> None:
         super().__init__()
