@@ -17,12 +17,8 @@ from tests.networks import dropout_ode, ode_net
 
 BACKENDS = ("eager", "aot_eager")
 
-# The compiler hides the first of these warnings of its own from users, but not where warnings are
-# errors; the second is of one version of Python.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),
-]
+# The compiler hides this warning of its own from users, but not where warnings are errors.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
 
 @pytest.fixture(autouse=True)
