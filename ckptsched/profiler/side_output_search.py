@@ -20,6 +20,7 @@ from ..base.errors import ProfileError
 from ..recompute.side_outputs import Look, cut_all
 from ..recompute.tape import record
 from ..tensors.pytree import Extras, State
+from ..tensors.weak import referent
 from ..torch_state.torch_modes import module_tracker_at_work
 
 _PATIENCE = 5  # milliseconds
@@ -84,7 +85,7 @@ def find_side_outputs(
     if not first:
         return Found()
     second = look()
-    piled = [tensor.requires_grad_(False) for r in first if (tensor := r()) is not None]
+    piled = [tensor.requires_grad_(False) for r in first if (tensor := referent(r)) is not None]
     return Found(tuple(second), bool(piled))
 
 
@@ -106,7 +107,7 @@ def _only_by_cycle(found: dict[int, Tensor]) -> bool:
     count = len(found)
     found.clear()
     gc.collect(0)
-    found |= {k: t for k, reference in references.items() if (t := reference()) is not None}
+    found |= {k: t for k, reference in references.items() if (t := referent(reference)) is not None}
     return len(found) < count
 
 

@@ -17,15 +17,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias, final
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from ..base.errors import ExecutionError
+from ..tensors.weak import referent
 from ..torch_state.saved_hooks import Hooks, hooks_now
 
 SidePlace: TypeAlias = tuple[int, int]
 """The stage that leaves a tensor, counted from 1, and its number among what the stage meets."""
+
+# What torch 2.9's checkpoint keeps a region's inputs with: a tensor whose graph it reads again.
+_KEEPS_INPUTS: Any = getattr(
+    getattr(torch.utils.checkpoint, "_NoopSaveInputs", None), "_backward_cls", None
+)
 
 # What every module has; the rest of its attributes is the user's.
 _OWN = frozenset(vars(nn.Module()))
@@ -133,16 +140,20 @@ class Look(TorchFunctionMode):
         """
         found, self._held = self._held, {}
         if self._wanted is None:
-            alive = ((k, reference()) for k, reference in enumerate(self._order))
+            alive = ((k, referent(reference)) for k, reference in enumerate(self._order))
             found = {k: tensor for k, tensor in alive if tensor is not None}
         self._known.clear()
         self._order.clear()
-        retaining = {
-            id(tensor) for reference in self._retaining if (tensor := reference()) is not None
-        }
+        retaining = {id(tensor) for tensor in map(referent, self._retaining)}
         self._retaining.clear()
         self.retained = {k for k, tensor in found.items() if id(tensor) in retaining}
-        return {k: t for k, t in found.items() if t.requires_grad and t.grad_fn is not None}
+        return {k: t for k, t in found.items() if t.requires_grad and _is_the_stages(t)}
+
+
+def _is_the_stages(tensor: Tensor) -> bool:
+    """Whether a tensor has a graph, and is none that torch's checkpoint keeps with the tape."""
+    node = tensor.grad_fn
+    return node is not None and not (_KEEPS_INPUTS and isinstance(node, _KEEPS_INPUTS))
 
 
 def aliases_kept(wanted: bool) -> AbstractContextManager[object]:
@@ -299,7 +310,7 @@ class SideOutputs:
                     "input and parameters only"
                 )
             for k in reversed(list(tensors)):  # a view before what it is a view of
-                cut(tensors.pop(k), first[k]())
+                cut(tensors.pop(k), referent(first[k]))
         return edges
 
     def outputs(self) -> tuple[Tensor, ...]:
@@ -313,7 +324,7 @@ class SideOutputs:
     def _alive(self) -> Iterator[tuple[SidePlace, Tensor]]:
         for i, first in self._first.items():
             for k, reference in first.items():
-                tensor = reference()
+                tensor = referent(reference)
                 if tensor is not None and tensor.requires_grad:
                     yield (i, k), tensor
 
@@ -344,7 +355,7 @@ class SideOutputs:
         first = self._first  # not the object itself: a weak reference would stop it from swapping
 
         def hook(gradient: Tensor) -> None:
-            tensor = first[i][k]()
+            tensor = referent(first[i][k])
             if tensor is not None:
                 tensor.grad = gradient.clone()
 

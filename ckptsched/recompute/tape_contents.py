@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ..tensors.wrapper_tensors import cannot_be_followed, dense_parts
+from ..torch_state.saved_hooks import unpacked
 
 _PYTHON_NODE: type = getattr(torch._C, "_FunctionBase", type(None))
 NOTHING = object()
 """In place of a leaf that does not count."""
 
 _RAW = "_raw_saved_"  # such attributes show what is saved, and do not unpack it as "_saved_" do
-# Up to torch 2.9 they do not show it: there it is unpacked.
+# Those of torch 2.9 do not show it: there it is unpacked, where no hook of others has packed it.
 _SHOWS = hasattr(getattr(torch._C._autograd, "SavedTensor", None), "data")
 _names: dict[type, tuple[str, ...]] = {}
 
@@ -88,18 +89,24 @@ def _note_saved(node: Node, saved: dict[int, int]) -> None:
 def _tensors(node: Node) -> Iterator[Tensor]:
     """The tensors that a node keeps, as far as it shows them."""
     is_python = isinstance(node, _PYTHON_NODE)
-    for name in (f"{_RAW}tensors",) if is_python else _raw_names(type(node)):
-        if not _SHOWS:
-            name = name.removeprefix("_raw_" if is_python else "_raw")
+    names = (f"{_RAW}tensors",) if is_python else _raw_names(type(node))
+    if not _SHOWS:
+        names = tuple([name.removeprefix("_raw_" if is_python else "_raw") for name in names])
+    for value in _raw_data(node, names) if _SHOWS else unpacked(node, names):
+        yield from _inside(value)
+    if is_python:  # attributes of what torch calls ctx
+        for value in list(vars(node).values()):
+            yield from _inside(value)
+
+
+def _raw_data(node: Node, names: Iterable[str]) -> Iterator[Any]:
+    for name in names:
         try:
             value = getattr(node, name, ())
         except RuntimeError:  # let go already
             continue
         for raw in value if isinstance(value, (tuple, list)) else (value,):
-            yield from _inside(getattr(raw, "data", None) if _SHOWS else raw)
-    if is_python:  # attributes of what torch calls ctx
-        for value in list(vars(node).values()):
-            yield from _inside(value)
+            yield getattr(raw, "data", None)
 
 
 def _raw_names(kind: type) -> tuple[str, ...]:

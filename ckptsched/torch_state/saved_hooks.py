@@ -6,8 +6,12 @@ that are not public; where they are not there, nothing is known of hooks, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import gc
+import operator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import starmap
 from typing import Any, TypeAlias
 
 import torch
@@ -65,3 +69,47 @@ def no_hooks() -> Iterator[None]:
 def only_hooks(hooks: Hooks | None) -> AbstractContextManager[object]:
     """A context in which only these saved-tensor hooks are in force, or none."""
     return no_hooks() if hooks is None else saved_tensors_hooks(*hooks)
+
+
+class _OthersHook(Exception):
+    """A hook that is not ckptsched's was about to unpack."""
+
+
+def _stop_others(frame: Any, event: str, argument: object) -> None:
+    if event == "call" and not str(frame.f_globals.get("__name__", "")).startswith(_OURS):
+        raise _OthersHook
+
+
+def unpacked(node: object, names: Sequence[str]) -> list[Any]:
+    """Read attributes of an autograd node that unpack what it has saved, and call no hook for it.
+
+    A hook may compute, and may count on being called once in a backward: that of torch's
+    checkpoint runs its region again. Nothing of torch tells of a hook before it is called, so
+    Python's profiler stops it as it is entered, before its first line.
+
+    Args:
+        node: The node.
+        names: Of the attributes.
+
+    Returns:
+        Their values; without those that hooks of others have packed, or that torch does not give.
+        None at all where another profiler is at work that would not be found again.
+    """
+    before = sys.getprofile()
+    if before is not None and not callable(before):  # one in C, as cProfile on Python 3.11
+        return []
+    was_on, found = gc.isenabled(), list[Any]()
+    gc.disable()  # what is collected may have a finalizer, which is no hook
+    try:
+        for name in names:
+            # In one call of C, which lets nothing in between its steps, such as signal handlers.
+            steps = (sys.setprofile, _stop_others), (getattr, node, name), (sys.setprofile, before)
+            try:
+                found.append(list(starmap(operator.call, steps))[1])
+            except (_OthersHook, RuntimeError, AttributeError):  # such as: let go already
+                sys.setprofile(before)
+    finally:
+        sys.setprofile(before)
+        if was_on:
+            gc.enable()
+    return found

@@ -24,6 +24,7 @@ from .stage import (
     StageParts,
     TapeBounds,
     TapeOption,
+    check_name,
     check_size,
     check_stage,
     check_time,
@@ -104,6 +105,7 @@ class Chain:
             raise WorkloadError("a chain needs at least one stage, found none")
         for name in _CHAIN_SIZES:
             check_size(f"the chain's {name}", getattr(self, name))
+        check_name("the chain", self.name)
         check_time("the loss", self.loss_seconds)
         check_time("the chain's seconds_spread", self.seconds_spread)
         seen: set[int] = set()
@@ -113,6 +115,7 @@ class Chain:
                 check_stage(f"stage {i}", stage)
         expected = 1
         for block in self.blocks:
+            check_name(f"the block from stage {block.first}", block.name)
             check_size(f"buffer_bytes of block {block.name!r}", block.buffer_bytes)
             check_size(f"hidden_bytes of block {block.name!r}", block.hidden_bytes)
             if block.first != expected or block.last < block.first:

@@ -299,11 +299,27 @@ def check_stage(what: str, stage: Stage) -> None:
         )
     for k, option in enumerate(stage.other_tapes, 1):
         _check_option(f"tape {k} of {what}", option, stage.state_bytes)
+    check_name(what, stage.name)
     if stage.ledger is not None:
         _check_ledger(f"the ledger of {what}", stage.ledger)
 
 
+def check_name(what: str, name: object) -> None:
+    """Refuse a name that is no text.
+
+    Args:
+        what: What has it, for the message.
+        name: The name.
+
+    Raises:
+        WorkloadError: It is something else.
+    """
+    if not isinstance(name, str):
+        raise WorkloadError(f"the name of {what} must be a text, found {name!r}")
+
+
 def _check_option(what: str, option: TapeOption, state_bytes: int) -> None:
+    check_name(what, option.name)
     check_time(f"the forward of {what}", option.forward_seconds)
     check_time(f"the backward of {what}", option.backward_seconds)
     for name in ("tape_bytes", "forward_overhead_bytes", "backward_overhead_bytes"):

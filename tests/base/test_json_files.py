@@ -239,6 +239,31 @@ def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("kind", SAVED)
+def test_what_does_not_fit_its_place_is_a_typed_error_or_can_be_shown(
+    tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "file.json"
+    SAVED[kind](path)
+    saved = path.read_text()
+    for *way, last in places(json.loads(saved)):
+        for value in ([], {}, [[]], "x", True, -1):
+            content = json.loads(saved)
+            spot: Any = content
+            for key in way:
+                spot = spot[key]
+            spot[last] = value
+            if last != "checksum":
+                content["checksum"] = checksum(content)
+            path.write_text(json.dumps(content))
+            try:
+                found = LOADS[kind](path)
+            except CkptschedError:
+                continue
+            str(found)
+            assert found.fingerprint
+
+
+@pytest.mark.parametrize("kind", SAVED)
 @given(data=st.data())
 def test_absurd_files_are_typed_errors(
     tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from ...base.errors import WorkloadError
+from ...tensors.weak import referent
 from .places import Place, walk
 
 
@@ -149,4 +150,4 @@ def outlive(leaves: list[Tensor]) -> list[Tensor]:
     leaves.clear()
     if any(reference() is not None for reference in references):
         gc.collect()  # it may be a circle that holds one
-    return [leaf for leaf in (reference() for reference in references) if leaf is not None]
+    return [leaf for leaf in map(referent, references) if leaf is not None]
