@@ -24,7 +24,7 @@ from .adjoint_arguments import AdjointSettings, hand_on_callbacks
 from .continuous_adjoint import backsolve
 from .fixed.budgeted import solve_planned
 from .fixed.slope_stages import slope_count
-from .fixed.solve import Call, Solve
+from .fixed.step_chain import Call, Solve
 from .fixed.time_grid import Grid, check_times, make_grid
 from .function.callbacks import STEP, Callbacks, check_callbacks, find_callbacks
 from .function.captures import Closure, find_closure

@@ -28,7 +28,7 @@ from ..function.fingerprint import Identity, fingerprint
 from ..function.tuple_state import check_plain
 from ..methods.integrators import Integrator, UserStep
 from ..output_loss import Loss, LossNeeds, identity_of_loss, needs_of_loss
-from .solve import Call, Outputs, Solve
+from .step_chain import Call, Outputs, Solve
 from .time_grid import Grid
 
 

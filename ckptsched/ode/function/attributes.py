@@ -16,7 +16,7 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor, nn
 
-from .places import LONGEST, NOT_READ, Place, global_names, walk
+from .references import LONGEST, NOT_READ, Place, global_names, walk
 
 _NOTHING: Any = object()
 _LIBRARY: Any = object()

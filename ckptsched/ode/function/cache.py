@@ -13,7 +13,7 @@ from torch import nn
 from ...torch_state.locks import Turn
 from .captures import Closure
 from .fingerprint import Identity, fingerprint
-from .places import KEPT
+from .references import KEPT
 
 _MOST = 32
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from ...base.errors import WorkloadError
-from .places import Place, walk
+from .references import Place, walk
 
 
 @final

@@ -16,7 +16,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .places import global_names
+from .references import global_names
 
 _LONGEST = 1000
 _BY_VALUE = (int, str, bytes, type(None), torch.dtype, torch.device, types.EllipsisType)
