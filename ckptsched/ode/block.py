@@ -9,13 +9,13 @@ from collections.abc import Callable, Hashable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, final
 
-import torch
 from torch import Tensor, nn
 
 from ..base.errors import WorkloadError
-from ..capture.stage_discovery import StageCall, StagedModule
-from .fixed.slope_stages import slope_count, slope_step
+from ..capture.stage_discovery import StageCall
+from .fixed.slope_stages import SteppedModule, slope_step, step_stages
 from .methods.explicit import Slope, Time, runge_kutta_step
+from .methods.integrators import as_time
 from .methods.table import find_tableau
 from .methods.tableau import ButcherTableau
 
@@ -27,46 +27,7 @@ _TWO_KINDS = (
 
 
 @final
-class StepStage(StageCall):
-    """One time step of an `ODEBlock`."""
-
-    __slots__ = ("index", "module", "part")
-
-    module: ODEBlock
-
-    def __init__(self, block: ODEBlock, index: int, part: int | None = None) -> None:
-        """Name a step.
-
-        Args:
-            block: The block that the step belongs to.
-            index: 0 for the first step.
-            part: Which of its slopes, from 0; None for the whole step.
-        """
-        self.prefix = ""
-        self.module = block
-        self.index = index
-        self.part = part
-
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Advance the state by this step, or this slope of it."""
-        if self.part is None:
-            return self.module.step(self.index, x, *args, **kwargs)
-        return self.module.step_part(self.index, self.part, x, *args, **kwargs)
-
-    @property
-    def label(self) -> str:
-        """The index as in "step[7]", or "slope 2 of step[7]"."""
-        prefix = "" if self.part is None else f"slope {self.part} of "
-        return f"{prefix}step[{self.index}]"
-
-    @property
-    def key(self) -> Hashable:
-        """Equal for all steps of a block: they differ in the time only."""
-        return ("step", id(self.module), self.part)
-
-
-@final
-class ODEBlock(StagedModule):
+class ODEBlock(SteppedModule):
     """Solves dz/dt = f(z) or f(t, z) from t0 to t1 in equal steps; each step is a stage.
 
     The steps share the parameters of f. With `method="euler"` and one step the block is a
@@ -83,7 +44,7 @@ class ODEBlock(StagedModule):
         t0: Time of the state that comes in.
         t1: Time of the state that goes out; may lie before t0.
         time_dependent: Whether f takes the time; None reads it off the signature of f.
-        granularity: What a stage is: a "step", or each "slope" of a step, so that the tape of one
+        granularity: A stage is a "step", or each "slope" of a step, so that the tape of one
             evaluation of f is the least memory, and not that of all in a step.
 
     Raises:
@@ -131,10 +92,8 @@ class ODEBlock(StagedModule):
 
     def stages(self) -> list[StageCall]:
         """The time steps, or their slopes, in order; a small object each."""
-        if self.granularity == "step":
-            return [StepStage(self, index) for index in range(self.steps)]
-        parts = range(slope_count(self.tableau))
-        return [StepStage(self, index, part) for index in range(self.steps) for part in parts]
+        slopes = self.tableau.evaluations if self.granularity == "slope" else None
+        return step_stages(self, [1] * self.steps, slopes)
 
     def stages_follow_from(self) -> Hashable:
         """The attributes that `stages` reads."""
@@ -146,7 +105,7 @@ class ODEBlock(StagedModule):
         Args:
             index: 0 for the first step.
             z: State at the start of the step.
-            args: What f is given besides the state, such as a condition.
+            args: Arguments of f besides the state, such as a condition.
             kwargs: The same by name.
 
         Returns:
@@ -164,12 +123,12 @@ class ODEBlock(StagedModule):
         Args:
             index: 0 for the first step.
             part: 0 for its first slope.
-            state: The state at the start of the step, or what the slope before returned.
-            args: What f is given besides the state.
+            state: The state at the start of the step, or the output of the part before.
+            args: Arguments of f besides the state.
             kwargs: The same by name.
 
         Returns:
-            What the next slope takes; the state at the end of the step from the last.
+            The input of the next part; from the last one the state at the end of the step.
         """
         slope = self._right_hand_side(args, kwargs)
         return slope_step(slope, self.tableau, self._start(index), self.h, part, state)
@@ -198,10 +157,7 @@ class ODEBlock(StagedModule):
     ) -> Tensor:
         if not self.time_dependent:
             return self.f(z, *args, **kwargs)
-        # Filled on the device: a tensor made from a Python number would be copied there,
-        # and on CUDA the step would wait for it.
-        time = torch.full((), float(t), dtype=z.dtype.to_real(), device=z.device)
-        return self.f(time, z, *args, **kwargs)
+        return self.f(as_time(t, z), z, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """Method, steps and times, for `print(model)`."""

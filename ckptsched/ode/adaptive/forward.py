@@ -12,13 +12,12 @@ from torch import Tensor
 from ...base.errors import IntegrationError
 from ...torch_state.torch_modes import as_number, under_transform
 from ..function.callbacks import ACCEPT, REJECT, STEP
-from ..function.rng_and_buffers import Carried, Moment
+from ..function.rng_and_buffers import RngAndBuffers, StepSnapshot
 from ..methods.embedded import (
     Slopes,
     Step,
     combined,
     end_slope,
-    inside_rates,
     inside_slopes,
     inside_weights,
     run_step,
@@ -34,16 +33,16 @@ class Accepted:
     """A step that was accepted."""
 
     n: int
-    """How many came before it."""
+    """Number of accepted steps before it."""
     step: Step
     z0: Tensor
-    """State at its start."""
+    """Flat state at its start."""
     slopes: Slopes
-    """State at its end, and slopes."""
+    """Flat state at its end, and slopes."""
     reached: range
-    """Indices of the requested times inside."""
-    moment: Moment | None
-    """What f carried at its start: random generators and buffers; None where that is nothing."""
+    """Indices of the requested times that it reaches."""
+    snapshot: StepSnapshot | None
+    """Random generators and buffers of f at its start; None where f uses none."""
 
 
 @final
@@ -51,21 +50,21 @@ class Integration:
     """One forward pass, accepted step by accepted step."""
 
     def __init__(
-        self, problem: Problem, z0: Tensor, carried: Carried, shift: Tensor | None = None
+        self, problem: Problem, z0: Tensor, carried: RngAndBuffers, shift: Tensor | None = None
     ) -> None:
-        """Evaluate the first slope, and find the first step.
+        """Evaluate the first slope, and choose the size of the first step.
 
         Args:
-            problem: What to solve.
-            z0: Its initial state.
-            carried: What f carries from one evaluation to the next; it is looked at here.
+            problem: The problem.
+            z0: Flat initial state.
+            carried: Random generators and buffers of f; those it uses are found out here.
             shift: A zero, whose gradient is that of a shift of time; None where none is wanted.
 
         Raises:
             IntegrationError: f gives no finite slope at the first time.
         """
         self.problem, self.tableau = problem, problem.tableau
-        self.f = RightHandSide(problem.func, z0, shift)
+        self.f = RightHandSide(problem, shift)
         self.carried = carried
         self.record = Record(problem)
         self.z = z0
@@ -75,7 +74,7 @@ class Integration:
         self._attempts = 0
         first = carried.look(lambda: self.f(self._t, z0))
         self._h = self._first_size(first)
-        # A slope that is used twice would be drawn once.
+        # An f that draws would draw once for a slope that is used twice.
         self._first = None if carried.matters else first
         self.keep = forward_slopes(self.tableau, every=carried.matters)
 
@@ -106,19 +105,19 @@ class Integration:
 
     @property
     def planned(self) -> Step:
-        """The step to attempt next, but for what limits it."""
+        """The step to attempt next, before `meet` shortens it."""
         h = self.problem.direction * self._h
         return Step(self._t, self._t + h, h)
 
     def cut(self) -> None:
-        """Go on from the state as it is, without the tapes that led to it."""
+        """Detach the state and the first slope from the tapes that led to them."""
         self.z = self.z.detach()
         if self._first is not None:
             self._first = self._first.detach()
         self.f.still()
 
     def forced(self, step: Step) -> Accepted:
-        """Take a step whatever its error is, to measure what a step takes."""
+        """Take a step whatever its error is, to measure its memory."""
         slopes, _ = self._attempt(step)
         return self._accept(step, slopes, 1.0, self.carried.take())
 
@@ -147,8 +146,8 @@ class Integration:
             after_rejection = True
             del slopes
             if before is not None:
-                # The next attempt begins as this one did: what f carries follows from the accepted
-                # steps alone, which are all that is run again.
+                # The next attempt begins as this one did: random state and buffers follow from the
+                # accepted steps alone, as only those are run again.
                 before.restore()
             self._check_size(step, ratio)
 
@@ -188,7 +187,9 @@ class Integration:
             )
         return slopes, ratio
 
-    def _accept(self, step: Step, slopes: Slopes, ratio: float, moment: Moment | None) -> Accepted:
+    def _accept(
+        self, step: Step, slopes: Slopes, ratio: float, snapshot: StepSnapshot | None
+    ) -> Accepted:
         n, z0 = len(self.record), self.z
         reached = self.record.append(step)
         if reached:
@@ -200,7 +201,7 @@ class Integration:
         self._first = None if anew else slopes.k[end]
         self.z, self._t = slopes.z1, step.t1
         self._error = max(ratio, 1e-4)
-        return Accepted(n, step, z0, slopes, reached, moment)
+        return Accepted(n, step, z0, slopes, reached, snapshot)
 
     def _check_size(self, step: Step, ratio: float) -> None:
         if self._t + self.problem.direction * self._h == self._t:
@@ -230,12 +231,12 @@ class Integration:
 
 
 def forward_slopes(tableau: ButcherTableau, *, every: bool) -> frozenset[int]:
-    """The slopes that an attempt leaves: for its error, states inside, and the next step.
+    """Indices of the slopes that an attempt needs: for its error, states inside, the next step.
 
     Args:
         tableau: The method.
-        every: Whether all are evaluated, so that each draws what it drew when the step is run
-            again.
+        every: Whether all slopes are evaluated, so that each draws the same numbers when the step
+            is run again.
     """
     b_error = tableau.b_error or ()
     keep = {i for i, weight in enumerate(b_error) if weight != 0.0} | inside_slopes(tableau)
@@ -248,14 +249,14 @@ def forward_slopes(tableau: ButcherTableau, *, every: bool) -> frozenset[int]:
 def state_inside(
     tableau: ButcherTableau, step: Step, share: float, z0: Tensor, slopes: Slopes
 ) -> Tensor:
-    """The state at a requested time inside a step.
+    """The flat state at a requested time inside a step.
 
     Args:
         tableau: The method.
         step: The step.
-        share: Where in it.
-        z0: State at its start.
-        slopes: State at its end, and slopes.
+        share: Where in the step the time lies: 0 at its start, 1 at its end.
+        z0: Flat state at the start.
+        slopes: Flat state at the end, and slopes.
     """
     if share == 1.0:
         return slopes.z1
@@ -265,12 +266,12 @@ def state_inside(
 def reached_states(
     integration: Integration, accepted: Accepted, t: Tensor | None = None
 ) -> list[Tensor]:
-    """The states at the requested times that a step reaches.
+    """The flat states at the requested times that a step reaches.
 
     Args:
         integration: The forward pass.
         accepted: Its latest step.
-        t: The requested times, where their gradient is wanted.
+        t: Requested times with their graph; None where their gradient is not wanted.
     """
     found = []
     for j in accepted.reached:
@@ -292,24 +293,24 @@ def moving(
     t: Tensor,
     j: int,
 ) -> Tensor:
-    """The state at a requested time, as a function of that time.
+    """The flat state at the requested time t[j], as a function of that time.
 
     Args:
-        state: It.
+        state: The state.
         tableau: The method.
-        step: The step that it is in.
-        share: Where in the step.
-        slopes: Its slopes.
-        t: The requested times.
-        j: Index of the one there.
+        step: The step that the time lies in.
+        share: Where in the step: 0 at its start, 1 at its end.
+        slopes: Slopes of the step.
+        t: Requested times, with their graph.
+        j: Index of the time.
     """
     rates = []
     for order in range(1, rates_inside(tableau) + 1):
-        weights = [w * step.h ** (1 - order) for w in inside_rates(tableau, share, order)]
+        weights = [w * step.h ** (1 - order) for w in inside_weights(tableau, share, order)]
         rates.append(combined(None, 1.0, weights, slopes.k))
     shift = (t[j] - t[0]) - (t[j] - t[0]).detach()
     shift = shift.to(device=state.device, dtype=state.dtype.to_real())
-    if under_transform():  # which follow torch's own operations only
+    if under_transform():  # transforms follow torch's own operations only
         weight: float | Tensor = 1.0
         for k, rate in enumerate(rates, 1):
             weight = weight * shift / k
@@ -320,7 +321,7 @@ def moving(
 
 
 def rates_inside(tableau: ButcherTableau) -> int:
-    """How many derivatives in time the polynomial inside a step has; each output keeps them."""
+    """Number of derivatives in time of the polynomial inside a step; each output keeps them."""
     return 3 if tableau.mid is None else 4
 
 
@@ -356,10 +357,10 @@ def _product(gradient: Tensor, rate: Tensor) -> Tensor:
 
 
 def time_shift(t: Tensor, like: Tensor) -> Tensor:
-    """A zero whose gradient is that of a shift of all times.
+    """A zero without dimensions whose gradient is that of a shift of all times.
 
     Args:
-        t: The requested times.
-        like: A state, whose dtype and device it gets.
+        t: Requested times, with their graph.
+        like: A state, for the real dtype and the device.
     """
     return (t[0] - t[0].detach()).to(device=like.device, dtype=like.dtype.to_real())

@@ -18,7 +18,7 @@ class Footprint:
 
     state_bytes: int
     """Of one state, and of what f carries that is kept with it."""
-    moment_bytes: int = 0
+    snapshot_bytes: int = 0
     """Of what f carries alone."""
     forward_bytes: int
     """Peak of an attempt beyond the state at its start: slopes, error, a state inside."""
@@ -60,16 +60,16 @@ class Footprint:
     @property
     def _forward_bytes(self) -> int:
         # What f carried at first is not the caller's, as the state there is.
-        states = (self.outputs + 1) * self.output_bytes + self.moment_bytes
+        states = (self.outputs + 1) * self.output_bytes + self.snapshot_bytes
         return states + self.forward_bytes + self.beside_bytes
 
     @property
     def _backward_bytes(self) -> int:
         # With the first state, with the last step's, and with the one that runs on.
-        states = (2 * self.outputs + 2) * self.output_bytes + 3 * self.moment_bytes
+        states = (2 * self.outputs + 2) * self.output_bytes + 3 * self.snapshot_bytes
         backward = states + self.gradient_bytes + self.backward_bytes
         # The input of the last step is kept from the forward pass on.
-        loss = self._outputs_and_loss_bytes + self.state_bytes + self.moment_bytes
+        loss = self._outputs_and_loss_bytes + self.state_bytes + self.snapshot_bytes
         return max(backward, loss) + _LOSS_BYTES + self.beside_bytes
 
     @property

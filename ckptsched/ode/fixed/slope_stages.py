@@ -1,22 +1,114 @@
-"""A Runge-Kutta step taken apart: one evaluation of f at a time, so that its tape is kept alone.
+"""Time steps, or the slopes of Runge-Kutta steps, as stages of a chain.
 
-Between two slopes flow the state at the start of the step, the sum of what the step has so far,
-and the slopes that later arguments need: tensors that are handed on and not copied.
+A stage that is a slope evaluates f once, so that one evaluation's tape is kept at a time. Between
+two slopes flow the state at the start of the step, the sum of what the step has so far, and the
+slopes that later arguments need: tensors that are handed on and not copied.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import abc
+from collections.abc import Hashable, Iterable
+from typing import Any, final
 
 from torch import Tensor
 
+from ...capture.stage_discovery import StageCall, StagedModule
 from ..methods.explicit import Slope, Time, add, last_uses, slope_at
 from ..methods.tableau import ButcherTableau
 
 
-def slope_count(tableau: ButcherTableau) -> int:
-    """Number of parts of a step: one for each slope that it needs."""
-    return len(last_uses(tableau))
+class SteppedModule(StagedModule, abc.ABC):
+    """A module whose stages are time steps, or slopes of these."""
+
+    @abc.abstractmethod
+    def step(self, index: int, z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Advance the state by one time step.
+
+        Args:
+            index: 0 for the first step.
+            z: State at the start of the step.
+            args: What the module was called with besides the state.
+            kwargs: The same by name.
+
+        Returns:
+            The state at the end of the step; same shape and dtype.
+        """
+
+    @abc.abstractmethod
+    def step_part(self, index: int, part: int, state: Any, *args: Any, **kwargs: Any) -> Any:
+        """Do one slope of a time step; see `slope_step`.
+
+        Args:
+            index: 0 for the first step.
+            part: 0 for its first slope.
+            state: The state at the start of the step, or the output of the part before.
+            args: As for `step`.
+            kwargs: As for `step`.
+
+        Returns:
+            The input of the next part; from the last one the state at the end of the step.
+        """
+
+
+@final
+class StepStage(StageCall):
+    """One time step of a module, or one slope of it."""
+
+    __slots__ = ("index", "module", "outputs", "part")
+
+    module: SteppedModule
+
+    def __init__(
+        self, module: SteppedModule, index: int, part: int | None = None, outputs: int = 1
+    ) -> None:
+        """Name a step.
+
+        Args:
+            module: The module that the step belongs to.
+            index: 0 for the first step.
+            part: Which of its slopes, from 0; None for the whole step.
+            outputs: Number of outputs that leave the chain in this step, at least 1.
+        """
+        self.prefix = ""
+        self.module, self.index, self.part, self.outputs = module, index, part, outputs
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Advance the state by this step, or this slope of it."""
+        if self.part is None:
+            return self.module.step(self.index, x, *args, **kwargs)
+        return self.module.step_part(self.index, self.part, x, *args, **kwargs)
+
+    @property
+    def label(self) -> str:
+        """The index as in "step[7]", or "slope 2 of step[7]"."""
+        prefix = "" if self.part is None else f"slope {self.part} of "
+        return f"{prefix}step[{self.index}]"
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for steps that give equally many outputs: they differ in the time only."""
+        return ("step", id(self.module), self.part, self.outputs)
+
+
+def step_stages(
+    module: SteppedModule, outputs: Iterable[int], slopes: int | None
+) -> list[StageCall]:
+    """All stages of a module.
+
+    Args:
+        module: The module.
+        outputs: For each step the number of outputs that leave in it. Steps with none count as
+            those with one, so that equal steps make one long run, whichever of them give outputs:
+            all are planned as if they did, which takes at most two states more than needed.
+        slopes: Number of slopes that a step is taken apart into; None for whole steps.
+    """
+    parts = (None,) if slopes is None else range(slopes)
+    return [
+        StepStage(module, index, part, max(1, count))
+        for index, count in enumerate(outputs)
+        for part in parts
+    ]
 
 
 def slope_step(f: Slope, tableau: ButcherTableau, t: Time, h: Time, k: int, state: Any) -> Any:
@@ -24,14 +116,14 @@ def slope_step(f: Slope, tableau: ButcherTableau, t: Time, h: Time, k: int, stat
 
     Args:
         f: Right-hand side.
-        tableau: The method.
+        tableau: The method; a step has `tableau.evaluations` parts.
         t: Time at the start of the step.
-        h: Size of the step.
+        h: Size of the step, in units of t.
         k: Which part, counted from 0.
-        state: The state for the first part, then what the part before returned.
+        state: The state at time t for the first part, then the output of the part before.
 
     Returns:
-        What the next part takes; the state at t + h from the last.
+        The input of the next part; from the last one the state at time t + h.
 
     Raises:
         ExecutionError: f returns something else than a slope of the state's shape and dtype.
@@ -39,7 +131,8 @@ def slope_step(f: Slope, tableau: ButcherTableau, t: Time, h: Time, k: int, stat
     last_use = last_uses(tableau)
     needed = list(last_use)
     i = needed[k]
-    z, result, kept = (state, state, {}) if k == 0 else _unpack(last_use, k, state)
+    z, result, *slopes = (state, state) if k == 0 else state
+    kept = dict(zip(_alive(last_use, k), slopes, strict=True))
     argument = z
     for j, a_ij in enumerate(tableau.a[i]):
         if a_ij != 0.0:
@@ -54,7 +147,7 @@ def slope_step(f: Slope, tableau: ButcherTableau, t: Time, h: Time, k: int, stat
 
 
 def start_of(state: Any) -> Tensor:
-    """The state at the start of the step, from what any of its parts takes."""
+    """The state at the start of the step, from the input of any of its parts."""
     found: Tensor = state[0] if isinstance(state, tuple) else state
     return found
 
@@ -63,10 +156,3 @@ def _alive(last_use: dict[int, int], k: int) -> list[int]:
     """The slopes that part k or a later one reads."""
     needed = list(last_use)
     return [j for j in needed[:k] if last_use[j] >= needed[k]]
-
-
-def _unpack(
-    last_use: dict[int, int], k: int, state: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-    z, result, *slopes = state
-    return z, result, dict(zip(_alive(last_use, k), slopes, strict=True))

@@ -1,7 +1,7 @@
 """A solve over a fixed grid as a chain of stages, a step each, with outputs that leave on the way.
 
-What changes from call to call, the times and where outputs go, is not part of the module: it is
-given to every stage, as a `Call`. So one plan serves all calls of one shape.
+The times and the tensor that outputs are written into change from call to call. They are no part of
+the module: every stage is given them as a `Call`. So one plan serves all calls of one shape.
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ...base.errors import ExecutionError, IntegrationError
-from ...capture.stage_discovery import StageCall, StagedModule
+from ...base.errors import IntegrationError
+from ...capture.stage_discovery import StageCall
 from ...recompute.graph_holds import Hold, keep
 from ...torch_state.replay_context import is_recomputing
 from ...torch_state.torch_modes import under_transform
-from ..function.attributes import Found
+from ..function.attributes import ForwardAttributes
 from ..function.captures import Closure
-from ..methods.explicit import Slope, Time, add, number
-from ..methods.integrators import Integrator, Leapfrog, RungeKutta, UserStep, as_time, join, split
+from ..function.tuple_state import joined_slope
+from ..methods.explicit import Slope, Time, add
+from ..methods.integrators import Integrator, Leapfrog, RungeKutta, UserStep, as_time, split
 from ..methods.separable import SeparableSlope
-from .slope_stages import slope_step, start_of
-from .time_grid import Grid
+from .slope_stages import SteppedModule, slope_step, start_of, step_stages
+from .time_grid import TimeGrid
 
 
 @final
 class Call:
-    """What one call gives to every step: function, times, and a place for the outputs."""
+    """One call of `odeint`, given to every step: function, times, integrator and outputs."""
 
     def __init__(
         self,
         func: Callable[..., Any],
-        grid: Grid,
+        grid: TimeGrid,
         closure: Closure,
         integrator: Integrator,
         result: Tensor | None = None,
@@ -46,9 +47,9 @@ class Call:
         Args:
             func: The right-hand side, f(t, y).
             grid: Times of the steps and outputs.
-            closure: What the right-hand side reads besides.
+            closure: The modules and tensors that the right-hand side reads.
             integrator: The rule for one step.
-            result: Where outputs are written, along its first dimension. None collects them with
+            result: Outputs are written here, along the first dimension. None collects them with
                 their graphs, for plain autograd.
             first: The first output whose gradient is asked for: 1 where y0 has none.
         """
@@ -56,41 +57,39 @@ class Call:
         self.integrator = integrator
         self.collects = result is None
         self.kept: list[Tensor] = []
+        """Outputs that were collected."""
         self.gradients: Tensor | None = None
+        """With respect to all outputs, stacked, during a backward."""
         self._first = first
         self.sampling = False
-        """Whether every step is to do what the dearest does, because it is measured."""
+        """Whether every step does as much as the dearest, because it is measured."""
         self.looked = False
-        """Whether it was seen in a step that func is made for the integrator."""
-        self.found: Found | None = None
-        """What the forward pass left func with, once it is over."""
+        """Whether the dependences of func were checked against the integrator in a step."""
+        self.found: ForwardAttributes | None = None
+        """Attributes of func as the forward pass left them, once it is over."""
 
-    @classmethod
-    def to_measure(
-        cls,
-        func: Callable[..., Any],
-        grid: Grid,
-        closure: Closure,
-        integrator: Integrator,
-        y0: Tensor,
-    ) -> Call:
-        """A call for the profiler: outputs are not written, and gradients of them are zero."""
-        call = cls(func, grid, closure, integrator)
+    def writing_into(self, result: Tensor, first: int) -> Call:
+        """The same call with outputs written into a tensor; arguments as for `Call`."""
+        return Call(self.func, self.grid, self.closure, self.integrator, result, first)
+
+    def to_measure(self, y0: Tensor) -> Call:
+        """The same call for the profiler: no output is written, and their gradients are zero."""
+        call = Call(self.func, self.grid, self.closure, self.integrator)
         call.collects, call.sampling = False, True
         zero = torch.zeros((), dtype=y0.dtype, device=y0.device)
-        call.gradients = zero.expand(1 + sum(map(len, grid.outputs)), *y0.shape)
+        call.gradients = zero.expand(self.grid.count, *y0.shape)
         return call
 
     def emit(self, j: int, z: Tensor, output: Tensor) -> Tensor:
-        """Let an output leave the chain; its gradient will join that of the state.
+        """Let output j leave the chain; its gradient will join that of the state.
 
         Args:
-            j: Its index.
-            z: The state to go on with.
+            j: Index of the output.
+            z: The state at the end of the step.
             output: The output: the state itself, or made from it.
 
         Returns:
-            The state to go on with: the same values.
+            The state to continue with: the same values.
         """
         if self.collects:
             self.kept.append(output)
@@ -100,37 +99,34 @@ class Call:
         return state
 
     def write(self, j: int, output: Tensor) -> None:
-        """Write an output, in the first run of its step."""
+        """Write output j into the result, in the first run of its step."""
         if self.result is not None and not is_recomputing():
             self.result[j].copy_(output)
 
     def again(self) -> AbstractContextManager[None]:
-        """Around an evaluation of func: in a backward it finds what the forward pass left."""
+        """Around an evaluation of func: in a backward its attributes are those of the forward."""
         return nullcontext() if self.found is None else self.found.again()
 
     def gradient(self, j: int) -> Tensor | None:
-        """The gradient that came to an output; the first one is asked for last."""
+        """The gradient of output j; that of the first one is asked for last."""
         found = None if self.gradients is None else self.gradients[j]
         if j == self._first and not self.sampling:
             self.gradients = None
         return found
 
     def arrived(self, gradients: Tensor) -> None:
-        """Note the gradients of the outputs for the steps, which go back next.
+        """Note the gradients of all outputs, stacked, for the backward of the steps.
 
         Where gradients can be differentiated again, the steps first run again as one graph, in
         which outputs are collected as for plain autograd: a graph may be gone through several
         times, each with other gradients, and must not hold those of one of them.
-
-        Args:
-            gradients: With respect to all outputs, stacked.
         """
         self.kept, self.collects = [], torch.is_grad_enabled()
         asked = self.collects or self._first < len(gradients) - 1
         self.gradients = gradients if asked else None
 
     def collected(self) -> list[tuple[Tensor, Tensor]]:
-        """The outputs on the way that a run as one graph collected, with their gradients."""
+        """The outputs that a run as one graph collected, each with its gradient."""
         kept, gradients = self.kept, self.gradients
         self.kept, self.gradients, self.collects = [], None, False
         return [] if gradients is None else list(zip(kept, gradients, strict=False))
@@ -177,7 +173,7 @@ class Outputs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, last: Tensor, call: Call, hold: Hold) -> Tensor:
-        """Take the last state, which is the last output."""
+        """Take the last state, which is the last output, and return all outputs stacked."""
         keep(ctx, hold)
         ctx.call = weakref.ref(call)
         result, call.result = call.result, None
@@ -197,104 +193,46 @@ class Outputs(torch.autograd.Function):
 
 
 @final
-class SolveStage(StageCall):
-    """One step of a `Solve`, or one slope of a step."""
-
-    __slots__ = ("index", "module", "part")
-
-    module: Solve
-
-    def __init__(self, solve: Solve, index: int, part: int | None = None) -> None:
-        """Name a step; the first has the index 0.
-
-        Args:
-            solve: The steps.
-            index: Which one.
-            part: Which of its slopes; None for the whole step.
-        """
-        self.prefix = ""
-        self.module = solve
-        self.index = index
-        self.part = part
-
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Advance the state by this step, or this part of it."""
-        if self.part is None:
-            return self.module.step(self.index, x, *args)
-        return self.module.step_part(self.index, self.part, x, *args)
-
-    @property
-    def label(self) -> str:
-        """The index as in "step[7]", or "slope 2 of step[7]"."""
-        prefix = "" if self.part is None else f"slope {self.part} of "
-        return f"{prefix}step[{self.index}]"
-
-    @property
-    def key(self) -> Hashable:
-        """Equal for steps that give equally many outputs; those that give none count as one.
-
-        So equal steps make one long run, whichever of them give outputs: planned for all to do
-        so, between their ends if any is there, which takes at most two states more than some of
-        them need.
-        """
-        return ("step", id(self.module), self.part, max(1, self.module.counts[self.index]))
-
-
-@final
-class Solve(StagedModule):
+class StepChain(SteppedModule):
     """All steps of a solve; called with the initial state, a `Call`, and tensors.
 
     Args:
-        closure: What the right-hand side reads; its modules are this module's parts.
-        integrator: The rule for one step.
-        shapes: Of the parts of the state where it is a tuple.
-        counts: How many outputs each step gives.
-        parts: How many stages a step is: its slopes, or 1.
+        call: A call of the solve, for its modules, integrator and numbers of outputs.
+        shapes: Shapes of the parts of the state where it is a tuple.
+        slopes: Number of slopes that a step is taken apart into; None for whole steps.
     """
 
     def __init__(
-        self,
-        closure: Closure,
-        integrator: Integrator,
-        shapes: tuple[torch.Size, ...] | None,
-        counts: tuple[int, ...],
-        parts: int = 1,
+        self, call: Call, shapes: tuple[torch.Size, ...] | None, slopes: int | None
     ) -> None:
         super().__init__()
-        self.owners = nn.ModuleList(closure.modules)
+        self.owners = nn.ModuleList(call.closure.modules)
         # A plan must not keep a function of the user's, and serves others like it.
-        self.integrator = None if isinstance(integrator, UserStep) else integrator
-        self.shapes = shapes
-        self.counts = counts
-        self.parts = parts
+        self.integrator = None if isinstance(call.integrator, UserStep) else call.integrator
+        self.shapes, self.slopes = shapes, slopes
+        self.counts = tuple(map(len, call.grid.outputs))
 
     def stages(self) -> list[StageCall]:
         """The steps, or their slopes, in order."""
-        steps = range(len(self.counts))
-        if self.parts == 1:
-            return [SolveStage(self, index) for index in steps]
-        return [SolveStage(self, index, part) for index in steps for part in range(self.parts)]
+        return step_stages(self, self.counts, self.slopes)
 
     def stages_follow_from(self) -> Hashable:
         """The attributes that `stages` reads."""
-        return self.parts, self.counts
+        return self.slopes, self.counts
 
     def sent_ahead(self, *args: Any, **kwargs: Any) -> list[tuple[Tensor, Tensor]]:
-        """The outputs on the way."""
+        """The outputs that left on the way, in the graph of a run again, with their gradients."""
         call: Call = args[0]
         return call.collected()
 
     def step(self, index: int, z: Tensor, call: Call, *tensors: Tensor) -> Tensor:
-        """Advance by one step, and let its outputs leave.
+        """Advance the flat state by one step, and let its outputs leave.
 
         Args:
             index: 0 for the first step.
             z: Flat state at its start.
             call: The call.
-            tensors: The clock where the call has one, then stand-ins for what the closure reads.
-
-        Returns:
-            The state at its end.
+            tensors: The clock where the call has one, then stand-ins for the closure's tensors.
 
         Raises:
             IntegrationError: The integrator cannot do the step; the error has time and step.
@@ -306,12 +244,12 @@ class Solve(StagedModule):
         try:
             with call.again(), call.closure.replaced(tensors):
                 slope = self.slope_of(call)
+                watched = None
                 if isinstance(call.integrator, Leapfrog) and self._is_to_be_seen(call):
-                    slope = seen = SeparableSlope(slope, call.closure)
-                    after = call.integrator.step(slope, start, end - start, z)
-                    call.looked = seen.moved
-                else:
-                    after = call.integrator.step(slope, start, end - start, z)
+                    slope = watched = SeparableSlope(slope, call.closure)
+                after = call.integrator.step(slope, start, end - start, z)
+                if watched is not None:
+                    call.looked = watched.moved
         except IntegrationError as error:
             error.step = index
             raise
@@ -320,23 +258,12 @@ class Solve(StagedModule):
         return self._emit(index, call, times, z, after)
 
     def _is_to_be_seen(self, call: Call) -> bool:
-        """Whether to look at what func depends on: once a call, and where that is measured."""
+        """Whether to check the dependences of func: once a call, and in each measured step."""
         first = not call.looked and not is_recomputing()
         return (first or call.sampling) and not under_transform()
 
     def step_part(self, index: int, part: int, state: Any, call: Call, *tensors: Tensor) -> Any:
-        """Do one slope of a step of a Runge-Kutta method.
-
-        Args:
-            index: 0 for the first step.
-            part: 0 for its first slope.
-            state: What the part before returned.
-            call: The call.
-            tensors: As for `step`.
-
-        Returns:
-            What the next part takes.
-        """
+        """Do one slope of a Runge-Kutta step; arguments as for `step` and `slope_step`."""
         assert isinstance(self.integrator, RungeKutta)
         times, tensors = self._times(call, tensors)
         start, end = times[index], times[index + 1]
@@ -345,7 +272,7 @@ class Solve(StagedModule):
         tableau = self.integrator.tableau
         with call.again(), call.closure.replaced(tensors):
             after = slope_step(self.slope_of(call), tableau, start, end - start, part, state)
-        if part < self.parts - 1:
+        if part < tableau.evaluations - 1:
             return after
         return self._emit(index, call, times, start_of(state), after)
 
@@ -356,7 +283,7 @@ class Solve(StagedModule):
         return call.grid.times, tensors
 
     def _emit(self, index: int, call: Call, times: Any, z: Tensor, after: Tensor) -> Tensor:
-        """Let the outputs of a step leave, which led from z to after."""
+        """Let the outputs of a step from state z to state `after` leave; returns `after`."""
         start, end = times[index], times[index + 1]
         outputs = call.grid.outputs[index]
         if call.sampling:
@@ -375,11 +302,11 @@ class Solve(StagedModule):
         return after
 
     def slope_of(self, call: Call) -> Slope:
-        """The right-hand side of a call, on flat states; does not keep the call.
+        """The right-hand side of a call, on flat states; holds the call weakly.
 
         The graph of an implicit step evaluates it in its backward, and the caller's module may keep
-        what comes of that graph: a circle that is collected only where it leads through the node of
-        the outputs, which keeps the call.
+        a tensor of that graph: a reference cycle that Python collects only where it leads through
+        the node of the outputs, which holds the call.
         """
         reference, shapes = weakref.ref(call), self.shapes
 
@@ -387,27 +314,10 @@ class Solve(StagedModule):
             here = reference()
             assert here is not None
             found = here.func(as_time(t, z), split(z, shapes))
-            if shapes is not None:
-                _check_parts(found, shapes, t)
-            return join(found, shapes)  # type: ignore[no-any-return]
+            return joined_slope(found, shapes, t)  # type: ignore[no-any-return]
 
         return slope
 
     def extra_repr(self) -> str:
-        """What a plan depends on besides modules and shapes."""
-        return f"integrator={self.integrator!r}, steps={len(self.counts)}, parts={self.parts}"
-
-
-def _check_parts(slope: Any, shapes: tuple[torch.Size, ...], t: Time) -> None:
-    """Flat, a part that is too long could make up for another that is too short."""
-    found = (
-        tuple(tuple(part.shape) for part in slope)
-        if isinstance(slope, (tuple, list)) and all(isinstance(p, Tensor) for p in slope)
-        else type(slope).__name__
-    )
-    expected = tuple(map(tuple, shapes))
-    if found != expected:
-        raise ExecutionError(
-            f"at time {number(t):g} func returned {found} for a state of shapes {expected}; "
-            "let it return a tuple with the slope of each part"
-        )
+        """Integrator, steps and slopes, on which a plan depends besides modules and shapes."""
+        return f"integrator={self.integrator!r}, steps={len(self.counts)}, slopes={self.slopes}"

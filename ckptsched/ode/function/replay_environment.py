@@ -12,9 +12,9 @@ from ...base.errors import ExecutionError
 from ...recompute.parameter_swap import Slots, make_alias
 from ...torch_state.replay_context import Generators, OneWay, Recomputing
 from ...torch_state.surroundings import Ambient
-from .attributes import Found
+from .attributes import ForwardAttributes
 from .captures import Closure
-from .rng_and_buffers import Carried
+from .rng_and_buffers import RngAndBuffers
 
 
 @final
@@ -26,7 +26,7 @@ class Environment:
         closure: Closure,
         tensors: Sequence[Tensor],
         like: Tensor,
-        found: Found | None = None,
+        found: ForwardAttributes | None = None,
     ) -> None:
         """Note everything.
 
@@ -79,7 +79,7 @@ class Environment:
 
     @contextmanager
     def again(
-        self, carried: Carried, stand_ins: Mapping[int, Tensor] | None = None
+        self, carried: RngAndBuffers, stand_ins: Mapping[int, Tensor] | None = None
     ) -> Iterator[None]:
         """Around what is run again, which leaves no trace.
 

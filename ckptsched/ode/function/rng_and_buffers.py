@@ -31,7 +31,7 @@ from .captures import Closure, is_scripted
 
 @final
 @dataclass(frozen=True, slots=True)
-class Moment:
+class StepSnapshot:
     """Random generators and hidden buffers as they were before a step."""
 
     random: Generators | None
@@ -47,7 +47,7 @@ class Moment:
 
 
 @final
-class Carried:
+class RngAndBuffers:
     """Finds out what an evaluation of f moves, and takes it down step by step."""
 
     def __init__(self, closure: Closure, device: torch.device) -> None:
@@ -74,7 +74,7 @@ class Carried:
 
     @property
     def nbytes(self) -> int:
-        """What one moment takes in tensors."""
+        """What one snapshot takes in tensors."""
         return sum(self._hidden.bytes_by_block(1))
 
     def look(self, evaluate: Callable[[], Tensor]) -> Tensor:
@@ -94,13 +94,13 @@ class Carried:
         self._unmoved = (b"" if self.draws else after, self._steady())
         return slope
 
-    def take(self) -> Moment | None:
+    def take(self) -> StepSnapshot | None:
         """What f carries now; None where that is nothing."""
         if not self.matters:
             return None
         with untransformed():
             random = Generators(self._device, self.own) if self.draws else None
-        return Moment(random, self._hidden, self._hidden.take(0))
+        return StepSnapshot(random, self._hidden, self._hidden.take(0))
 
     def check(self) -> None:
         """Refuse to run f again where it came to carry more than was seen at first.

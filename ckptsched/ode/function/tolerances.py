@@ -41,12 +41,8 @@ def read_tolerances(
     return found
 
 
-def tolerance_bytes(tolerances: tuple[Tolerance, Tolerance]) -> int:
-    """What tolerances take in tensors while a solve lives.
-
-    Args:
-        tolerances: Relative and absolute.
-    """
+def tolerance_bytes(*tolerances: Tolerance) -> int:
+    """Bytes of tolerances that are tensors."""
     return sum(x.nbytes for x in tolerances if isinstance(x, Tensor))
 
 

@@ -9,9 +9,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ...base.errors import IntegrationError, WorkloadError
+from ...base.errors import ExecutionError, WorkloadError
 from ...tensors.wrapper_tensors import cannot_be_followed, type_name
 from ..adaptive.step_size import Norm, rms_norm
+from ..methods.explicit import Time, number
 from ..methods.integrators import join, split
 from .fingerprint import fingerprint
 
@@ -67,39 +68,29 @@ def check_plain(y0: Tensor) -> None:
         raise WorkloadError(f"y0 {reason}")
 
 
-def on_flat_states(
-    func: Callable[..., Any], shapes: tuple[torch.Size, ...] | None
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """A right-hand side of tuples as one of flat tensors.
+def joined_slope(found: Any, shapes: tuple[torch.Size, ...] | None, t: Time) -> Any:
+    """The slope of a tuple of tensors as one flat tensor; any other slope is handed back.
 
     Args:
-        func: Called with a time and a state as the caller has it.
-        shapes: Of the parts of the state; None where it is one tensor, which func takes as it is.
+        found: What the right-hand side returned for a state of these shapes.
+        shapes: Shapes of the parts of the state; None where it is one tensor.
+        t: The time, for the message.
+
+    Raises:
+        ExecutionError: Not a tuple or list of tensors of these shapes. Flat, a part that is too
+            long could make up for another that is too short.
     """
     if shapes is None:
-        return func
-
-    def slope(time: Tensor, z: Tensor) -> Tensor:
-        found = func(time, split(z, shapes))
-        # Flat, a part that is too long could make up for another that is too short.
-        if not isinstance(found, (tuple, list)) or [_shape(x) for x in found] != list(shapes):
-            told = type(found).__name__
-            if isinstance(found, (tuple, list)):
-                told = str([tuple(x.shape) if isinstance(x, Tensor) else x for x in found])
-            raise IntegrationError(
-                f"at time {float(time.detach()):g} f returned {told} for a state of shapes "
-                f"{[tuple(shape) for shape in shapes]}; let it return a tuple with the slope of "
-                "each part",
-                time=float(time.detach()),
-            )
-        joined: Tensor = join(found, shapes)
-        return joined
-
-    return slope
-
-
-def _shape(value: Any) -> torch.Size | None:
-    return value.shape if isinstance(value, Tensor) else None
+        return found
+    told: object = type(found).__name__
+    if isinstance(found, (tuple, list)):
+        told = tuple(tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in found)
+    if told != (expected := tuple(map(tuple, shapes))):
+        raise ExecutionError(
+            f"at time {number(t):g} f returned {told} for a state of shapes {expected}; let it "
+            "return a tuple with the slope of each part"
+        )
+    return join(found, shapes)
 
 
 @final

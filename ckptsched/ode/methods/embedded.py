@@ -155,7 +155,7 @@ def inside_slopes(tableau: ButcherTableau) -> frozenset[int]:
     return frozenset(i for i, row in enumerate(rows) if any(row))
 
 
-def inside_weights(tableau: ButcherTableau, x: float) -> tuple[float, ...]:
+def inside_weights(tableau: ButcherTableau, x: float, order: int = 0) -> tuple[float, ...]:
     """Weights w of the slopes in the state inside a step, z + h sum_i w_i k_i.
 
     With a state halfway (`tableau.mid`) it is the quartic through it and both ends with their
@@ -164,19 +164,11 @@ def inside_weights(tableau: ButcherTableau, x: float) -> tuple[float, ...]:
     Args:
         tableau: The method.
         x: Where, as a share of the step.
+        order: Of the derivative of the weights with respect to x; 0 for the weights themselves.
 
     Reference:
         Shampine, Some practical Runge-Kutta formulas, Math. Comp. 46, 1986.
     """
-    powers = [x**p for p in range(5)]
-    return tuple(
-        sum(c * power for c, power in zip(row, powers, strict=True))
-        for row in _inside_rows(tableau)
-    )
-
-
-def inside_rates(tableau: ButcherTableau, x: float, order: int = 1) -> tuple[float, ...]:
-    """The derivatives of `inside_weights` with respect to x, of some order."""
     powers = [math.perm(p, order) * x ** max(p - order, 0) for p in range(5)]
     return tuple(
         sum(c * power for c, power in zip(row, powers, strict=True))
