@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..base.errors import WorkloadError
 from ..capture.stage_discovery import StageCall
-from .fixed.slope_stages import SteppedModule, slope_step, step_stages
+from .fixed.step_stages import SteppedModule, slope_step, step_stages
 from .methods.explicit import Slope, Time, runge_kutta_step
 from .methods.integrators import as_time
 from .methods.table import find_tableau

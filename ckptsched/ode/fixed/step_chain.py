@@ -25,7 +25,7 @@ from ..function.tuple_state import joined_slope
 from ..methods.explicit import Slope, Time, add
 from ..methods.integrators import Integrator, Leapfrog, RungeKutta, UserStep, as_time, split
 from ..methods.separable import SeparableSlope
-from .slope_stages import SteppedModule, slope_step, start_of, step_stages
+from .step_stages import SteppedModule, slope_step, start_of, step_stages
 from .time_grid import TimeGrid
 
 
