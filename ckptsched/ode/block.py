@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..base.errors import WorkloadError
 from ..capture.stage_discovery import StageCall
 from .fixed.step_stages import SteppedModule, slope_step, step_stages
-from .methods.explicit import Slope, Time, runge_kutta_step
-from .methods.integrators import as_time
+from .function.options import read_number
+from .methods.explicit import Slope, Time, as_time, runge_kutta_step
 from .methods.table import find_tableau
 from .methods.tableau import ButcherTableau
 
@@ -75,7 +75,9 @@ class ODEBlock(SteppedModule):
         _check_function(f)
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise WorkloadError(f"steps is {steps!r}; give an int of at least 1")
-        t0, t1 = _time("t0", t0), _time("t1", t1)
+        finite = "a number, finite and in units of time"
+        t0 = read_number("t0", t0, finite, accepts=math.isfinite)
+        t1 = read_number("t1", t1, finite, accepts=math.isfinite)
         if t0 == t1:
             raise WorkloadError(f"t0 and t1 are both {t0}: nothing to solve; let them differ")
         if time_dependent is not None and not isinstance(time_dependent, bool):
@@ -201,16 +203,6 @@ def _check_function(f: Callable[..., Tensor]) -> None:
             f"f is a method of a {type(owner).__name__}, whose parameters would be hidden from "
             "the block; give the module itself, with this method as its forward"
         )
-
-
-def _time(name: str, value: float) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise WorkloadError(f"{name} is {value!r}; give a number, in units of time") from None
-    if not math.isfinite(number):
-        raise WorkloadError(f"{name} is {value!r}; give a finite number, in units of time")
-    return number
 
 
 def _describe(f: Callable[..., Tensor]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..base.budget import Budget
 from ..base.errors import WorkloadError
 from ..torch_state.torch_modes import has_gradient, outside_of_compiled_code, under_transform
+from .adaptive.norms import norm_of_parts
 from .adaptive.solve import Limits, solve_flat
 from .adjoint_arguments import AdjointSettings, hand_on_callbacks
 from .continuous_adjoint import backsolve
@@ -26,16 +27,8 @@ from .function.options import (
     read_tensors,
     refuse_events,
 )
-from .function.tuple_state import flat_state, norm_of_parts
-from .methods.integrators import (
-    Implicit,
-    RungeKutta,
-    find_integrator,
-    is_adaptive,
-    join,
-    parts_of,
-    split,
-)
+from .function.tuple_state import flat_state, join, parts_of, split
+from .methods.integrators import Implicit, RungeKutta, find_integrator, is_adaptive
 from .output_loss import Loss
 
 

@@ -17,7 +17,7 @@ from .function.captures import find_closure, unknown_leaves
 from .function.fingerprint import Identity, fingerprint, layout
 from .function.replay_environment import Environment
 from .function.rng_and_buffers import RngAndBuffers
-from .methods.integrators import split
+from .function.tuple_state import Shapes, split
 
 Loss = Callable[[Any], Tensor]
 """From what `odeint` returns to one number."""
@@ -41,7 +41,7 @@ def needs_of_loss(
     loss: Loss | None,
     y0: Tensor,
     count: int,
-    shapes: tuple[torch.Size, ...] | None,
+    shapes: Shapes,
     cache: FunctionCache,
 ) -> LossNeeds:
     """The memory of a loss of all outputs, measured once for each kind of outputs.
@@ -84,9 +84,7 @@ def identity_of_loss(loss: Loss | None) -> Hashable:
     return None if loss is None else fingerprint(loss) or Identity(loss)
 
 
-def _measure(
-    loss: Loss, y0: Tensor, count: int, shapes: tuple[torch.Size, ...] | None
-) -> LossNeeds:
+def _measure(loss: Loss, y0: Tensor, count: int, shapes: Shapes) -> LossNeeds:
     """Run the loss and its backward on outputs that are all the initial state; leaves no trace."""
     closure, device = find_closure(loss), y0.device
     carried = RngAndBuffers(closure, device)

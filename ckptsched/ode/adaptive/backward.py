@@ -18,7 +18,7 @@ from ..function.captures import outlive, unknown_leaves
 from ..function.replay_environment import Environment
 from ..function.rng_and_buffers import RngAndBuffers, StepSnapshot
 from ..methods.embedded import Slopes, combined, end_slope, inside_slopes, inside_weights, run_step
-from .forward import forward_slopes, moving, state_inside
+from .forward import forward_slopes, reached_states
 from .problem import Record, RightHandSide
 
 
@@ -77,14 +77,8 @@ class AcceptedSteps:
         """
         record, tableau, outputs = self.record, self.problem.tableau, [] if first else [z]
         for n in range(first, len(record)):
-            reached = record.outputs(n)
-            slopes = self.run(n, z, inside_slopes(tableau) if reached else frozenset())
-            for j in reached:
-                share = record.share(n, j)
-                state = state_inside(tableau, record[n], share, z, slopes)
-                if t.requires_grad:
-                    state = moving(state, tableau, record[n], share, slopes, t, j)
-                outputs.append(state)
+            slopes = self.run(n, z, inside_slopes(tableau) if record.outputs(n) else frozenset())
+            outputs += reached_states(record, n, z, slopes, t if t.requires_grad else None)
             z = slopes.z1
         return outputs
 

@@ -29,7 +29,7 @@ from ..function.captures import Closure
 from ..function.replay_environment import Environment
 from ..function.rng_and_buffers import RngAndBuffers, StepSnapshot
 from .backward import AcceptedSteps, Checkpoint, Reversal
-from .forward import Integration, reached_states, time_shift
+from .forward import Integration, time_shift
 from .problem import Problem, RightHandSide
 from .statistics import Statistics
 from .step_memory import Room
@@ -282,7 +282,7 @@ class _Forward:
             self._visit()
             version = integration.z._version
             accepted = integration.advance()
-            self.outputs += reached_states(integration, accepted, self._t)
+            self.outputs += integration.reached(accepted, self._t)
             self._before.append((version, accepted.snapshot))
             self.heads.append(integration.z)
             del accepted
@@ -298,7 +298,7 @@ class _Forward:
                 n, store = len(integration.record), self._make_room()
                 z, version = integration.z, integration.z._version
                 accepted = integration.advance()
-                self.outputs += reached_states(integration, accepted)
+                self.outputs += integration.reached(accepted)
                 # The end shows now: the last step's input is at hand, and runs with its tape first.
                 if store or integration.done or n == self.tapes:
                     self.states[n] = Checkpoint(z, version, accepted.snapshot)

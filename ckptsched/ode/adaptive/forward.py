@@ -24,7 +24,7 @@ from ..methods.embedded import (
 )
 from ..methods.tableau import ButcherTableau
 from .problem import Problem, Record, RightHandSide
-from .step_size import error_ratio, first_step_size
+from .step_size import first_step_size
 
 
 @final
@@ -39,8 +39,6 @@ class Accepted:
     """Flat state at its start."""
     slopes: Slopes
     """Flat state at its end, and slopes."""
-    reached: range
-    """Indices of the requested times that it reaches."""
     snapshot: StepSnapshot | None
     """Random generators and buffers of f at its start; None where f uses none."""
 
@@ -88,8 +86,7 @@ class Integration:
             if size is None:
                 size = first_step_size(
                     self.f, self._t, self.z, first, order=self.tableau.order,
-                    rtol=problem.rtol, atol=problem.atol, norm=problem.norm,
-                    direction=problem.direction,
+                    tolerances=problem.tolerances, direction=problem.direction,
                 )  # fmt: skip
         if math.isnan(size):
             raise self._failed(
@@ -115,6 +112,10 @@ class Integration:
         if self._first is not None:
             self._first = self._first.detach()
         self.f.still()
+
+    def reached(self, accepted: Accepted, t: Tensor | None = None) -> list[Tensor]:
+        """The flat states at the requested times that a step reaches; see `reached_states`."""
+        return reached_states(self.record, accepted.n, accepted.z0, accepted.slopes, t)
 
     def forced(self, step: Step) -> Accepted:
         """Take a step whatever its error is, to measure its memory."""
@@ -181,11 +182,7 @@ class Integration:
         assert b_error is not None
         with torch.no_grad():
             error = combined(None, step.h, b_error, slopes.k)
-            problem = self.problem
-            ratio = error_ratio(
-                error, self.z, slopes.z1, rtol=problem.rtol, atol=problem.atol, norm=problem.norm
-            )
-        return slopes, ratio
+            return slopes, self.problem.tolerances.ratio(error, self.z, slopes.z1)
 
     def _accept(
         self, step: Step, slopes: Slopes, ratio: float, snapshot: StepSnapshot | None
@@ -201,7 +198,7 @@ class Integration:
         self._first = None if anew else slopes.k[end]
         self.z, self._t = slopes.z1, step.t1
         self._error = max(ratio, 1e-4)
-        return Accepted(n, step, z0, slopes, reached, snapshot)
+        return Accepted(n, step, z0, slopes, snapshot)
 
     def _check_size(self, step: Step, ratio: float) -> None:
         if self._t + self.problem.direction * self._h == self._t:
@@ -264,51 +261,41 @@ def state_inside(
 
 
 def reached_states(
-    integration: Integration, accepted: Accepted, t: Tensor | None = None
+    record: Record, n: int, z0: Tensor, slopes: Slopes, t: Tensor | None = None
 ) -> list[Tensor]:
     """The flat states at the requested times that a step reaches.
 
     Args:
-        integration: The forward pass.
-        accepted: Its latest step.
+        record: The accepted steps.
+        n: Number of steps before the step.
+        z0: Flat state at its start.
+        slopes: Flat state at its end, and slopes.
         t: Requested times with their graph; None where their gradient is not wanted.
     """
-    found = []
-    for j in accepted.reached:
-        share = integration.record.share(accepted.n, j)
-        tableau, slopes = integration.tableau, accepted.slopes
-        state = state_inside(tableau, accepted.step, share, accepted.z0, slopes)
+    tableau, step, found = record.problem.tableau, record[n], []
+    for j in record.outputs(n):
+        share = record.share(n, j)
+        state = state_inside(tableau, step, share, z0, slopes)
         if t is not None:
-            state = moving(state, tableau, accepted.step, share, slopes, t, j)
+            state = _moving(state, tableau, step, share, slopes, t[j] - t[0])
         found.append(state)
     return found
 
 
-def moving(
+def _moving(
     state: Tensor,
     tableau: ButcherTableau,
     step: Step,
     share: float,
     slopes: Slopes,
-    t: Tensor,
-    j: int,
+    since_start: Tensor,
 ) -> Tensor:
-    """The flat state at the requested time t[j], as a function of that time.
-
-    Args:
-        state: The state.
-        tableau: The method.
-        step: The step that the time lies in.
-        share: Where in the step: 0 at its start, 1 at its end.
-        slopes: Slopes of the step.
-        t: Requested times, with their graph.
-        j: Index of the time.
-    """
+    """A state inside a step as a function of its time, given as a tensor since the first time."""
     rates = []
     for order in range(1, rates_inside(tableau) + 1):
         weights = [w * step.h ** (1 - order) for w in inside_weights(tableau, share, order)]
         rates.append(combined(None, 1.0, weights, slopes.k))
-    shift = (t[j] - t[0]) - (t[j] - t[0]).detach()
+    shift = since_start - since_start.detach()
     shift = shift.to(device=state.device, dtype=state.dtype.to_real())
     if under_transform():  # transforms follow torch's own operations only
         weight: float | Tensor = 1.0

@@ -15,13 +15,11 @@ from torch import Tensor
 from ...base.errors import ExecutionError, IntegrationError
 from ..fixed.time_grid import resolution_note
 from ..function.callbacks import Callbacks
-from ..function.tolerances import Tolerance
-from ..function.tuple_state import joined_slope
+from ..function.tuple_state import Shapes, joined_slope, split
 from ..methods.embedded import Step
-from ..methods.explicit import Time, check_slope
-from ..methods.integrators import as_time, split
+from ..methods.explicit import Time, as_time, check_slope
 from ..methods.tableau import ButcherTableau
-from .step_size import Norm, StepControl, rms_norm
+from .step_size import StepControl, Tolerances
 
 
 @final
@@ -31,18 +29,14 @@ class Problem:
 
     func: Callable[..., Any]
     """The user's right-hand side f(t, y), as torchdiffeq has it: t has no dimensions."""
-    shapes: tuple[torch.Size, ...] | None = None
+    shapes: Shapes = None
     """Shapes of the parts of y where it is a tuple, of which flat states are made."""
     tableau: ButcherTableau
     """A method with an error estimate."""
     times: tuple[float, ...]
     """Requested times, the first of them that of the initial state; they rise or fall strictly."""
-    rtol: Tolerance
-    """Tolerance relative to the state."""
-    atol: Tolerance
-    """Tolerance besides."""
-    norm: Norm = rms_norm
-    """The size of a flat tensor of errors, each in units of its tolerance."""
+    tolerances: Tolerances
+    """Those of a step's error."""
     control: StepControl = field(default_factory=StepControl)
     """Limits of a step's size, and its change from step to step."""
     meet: bool = False

@@ -30,23 +30,23 @@ from ...torch_state.torch_modes import (
     outside_of_compiled_code,
     transform_at_work,
 )
+from ..adaptive.norms import norm_of_parts
 from ..function.cache import cache_of
 from ..function.callbacks import check_callbacks, find_callbacks
 from ..function.captures import Closure, find_closure
 from ..function.rng_and_buffers import RngAndBuffers
-from ..function.tolerances import read_tolerances, tolerance_bytes
-from ..function.tuple_state import check_plain, flat_state, norm_of_parts
-from ..methods.integrators import parts_of
+from ..function.tolerances import read_tolerances
+from ..function.tuple_state import Shapes, check_plain, flat_state, parts_of
 from ..methods.table import find_tableau
 from ..methods.tableau import ButcherTableau
 from ..output_loss import Loss, needs_of_loss
 from .checkpointed import CheckpointedSolve, SolveLocks
-from .forward import Integration, reached_states, time_shift
+from .forward import Integration, time_shift
 from .problem import Problem, check_times
 from .statistics import Statistics
 from .step_memory import Room
 from .step_memory_probe import Trial
-from .step_size import StepControl
+from .step_size import StepControl, Tolerances
 
 
 @final
@@ -185,7 +185,7 @@ class Limits:
 def solve_flat(
     func: Callable[..., Any],
     y0: Tensor,
-    shapes: tuple[torch.Size, ...] | None,
+    shapes: Shapes,
     t: Tensor,
     method: str | ButcherTableau,
     *,
@@ -246,7 +246,7 @@ def solve_flat(
         return needs.peak_bytes, needs.held_bytes
 
     # The parts of the state are the caller's; as one tensor it is one more.
-    beside_bytes = limits.beside_bytes + tolerance_bytes(problem.rtol, problem.atol)
+    beside_bytes = limits.beside_bytes + problem.tolerances.nbytes
     beside_bytes += 0 if shapes is None else y0.nbytes
     found = trial.findings(cache, function, limits.budget_bytes, beside_bytes, loss_needs)
     statistics = Statistics(measuring_evaluations=trial.evaluations)
@@ -262,7 +262,7 @@ def solve_flat(
 def _problem(
     func: Callable[..., Any],
     y0: Tensor,
-    shapes: tuple[torch.Size, ...] | None,
+    shapes: Shapes,
     t: Tensor,
     method: str | ButcherTableau,
     rtol: Any,
@@ -272,7 +272,7 @@ def _problem(
     meet_times: bool,
 ) -> Problem:
     """Check the arguments of a solve, and put them together."""
-    tolerances = read_tolerances(rtol, atol, y0, shapes)
+    read = read_tolerances(rtol, atol, y0, shapes)
     tableau = find_tableau(method)
     if tableau.b_error is None:
         raise WorkloadError(
@@ -289,9 +289,9 @@ def _problem(
     control = StepControl() if control is None else control
     control.check_order(tableau.order)
     return Problem(
-        func=func, shapes=shapes, tableau=tableau, times=times, rtol=tolerances[0],
-        atol=tolerances[1], norm=norm_of_parts(norm, shapes), control=control, meet=meet_times,
-        callbacks=find_callbacks(func, shapes),
+        func=func, shapes=shapes, tableau=tableau, times=times,
+        tolerances=Tolerances(*read, norm_of_parts(norm, shapes)), control=control,
+        meet=meet_times, callbacks=find_callbacks(func, shapes),
     )  # fmt: skip
 
 
@@ -317,7 +317,7 @@ def _solve_plainly(
     integration = Integration(problem, y0, RngAndBuffers(closure, y0.device), shift)
     states = [y0]
     while not integration.done:
-        states += reached_states(integration, integration.advance(), t)
+        states += integration.reached(integration.advance(), t)
     statistics = Statistics(tapes=len(integration.record) if tracked else 0)
     statistics.count(integration)
     return AdaptiveSolution(torch.stack(states), statistics)

@@ -18,20 +18,19 @@ from ...profiler.stage_probe import tolerance_of
 from ...torch_state.locks import InTurn, Lent
 from ...torch_state.replay_context import Generators
 from ...torch_state.surroundings import Ambient
+from ..adaptive.norms import identity_of_norm
 from ..function.attributes import Attributes
 from ..function.cache import FunctionCache
 from ..function.captures import Closure
 from ..function.fingerprint import Identity, layout
 from ..function.replay_environment import Environment
 from ..function.rng_and_buffers import RngAndBuffers, StepSnapshot
-from ..function.tuple_state import identity_of_norm
 from ..methods.embedded import Step, end_slope
 from .backward import AcceptedSteps, Sums, TapedStep, checked
 from .forward import (
     Accepted,
     Integration,
     rates_inside,
-    reached_states,
     state_inside,
     time_shift,
 )
@@ -89,7 +88,7 @@ class Trial:
         modules = [m for root in self._closure.modules for m in root.modules()]
         held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
         return (
-            *(problem.tableau, problem.meet, identity_of_norm(problem.norm)),
+            *(problem.tableau, problem.meet, identity_of_norm(problem.tolerances.norm)),
             *(layout(y0), self._with_time, *Ambient.take(y0.device).key()),
             tuple(map(Identity, self._closure.modules)),
             tuple((type(m), m.training) for m in modules),
@@ -291,7 +290,7 @@ class Trial:
                 mark()
                 accepted = integration.forced(half)
                 held.append((accepted.z0, accepted.snapshot))
-                reached = reached_states(integration, accepted, times if self._with_time else None)
+                reached = integration.reached(accepted, times if self._with_time else None)
                 edges += [get_gradient_edge(z) for z in reached if z.requires_grad]
                 del accepted, reached
             if integration.z.requires_grad:

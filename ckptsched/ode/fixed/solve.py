@@ -13,6 +13,7 @@ from ...recompute.graph_holds import Hold, joined
 from ...torch_state.replay_context import Recomputing
 from ...torch_state.torch_modes import outside_of_compiled_code, transform_at_work
 from ..function.callbacks import STEP, Callbacks, find_callbacks
+from ..function.tuple_state import Shapes
 from ..methods.integrators import Implicit, Integrator, RungeKutta
 from ..output_loss import Loss
 from .budgeted import solve_planned
@@ -22,7 +23,7 @@ from .step_chain import Call, StepChain
 def solve_on_grid(
     call: Call,
     y0: Tensor,
-    shapes: tuple[torch.Size, ...] | None,
+    shapes: Shapes,
     *,
     times_dtype: torch.dtype,
     granularity: str,

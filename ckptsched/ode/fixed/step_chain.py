@@ -21,9 +21,9 @@ from ...torch_state.replay_context import is_recomputing
 from ...torch_state.torch_modes import under_transform
 from ..function.attributes import ForwardAttributes
 from ..function.captures import Closure
-from ..function.tuple_state import joined_slope
-from ..methods.explicit import Slope, Time, add
-from ..methods.integrators import Integrator, Leapfrog, RungeKutta, UserStep, as_time, split
+from ..function.tuple_state import Shapes, joined_slope, split
+from ..methods.explicit import Slope, Time, add, as_time
+from ..methods.integrators import Integrator, Leapfrog, RungeKutta, UserStep
 from ..methods.separable import SeparableSlope
 from .step_stages import SteppedModule, slope_step, start_of, step_stages
 from .time_grid import TimeGrid
@@ -202,9 +202,7 @@ class StepChain(SteppedModule):
         slopes: Number of slopes that a step is taken apart into; None for whole steps.
     """
 
-    def __init__(
-        self, call: Call, shapes: tuple[torch.Size, ...] | None, slopes: int | None
-    ) -> None:
+    def __init__(self, call: Call, shapes: Shapes, slopes: int | None) -> None:
         super().__init__()
         self.owners = nn.ModuleList(call.closure.modules)
         # A plan must not keep a function of the user's, and serves others like it.

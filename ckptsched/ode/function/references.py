@@ -112,7 +112,7 @@ class Holder:
 
     value: Any
     owned: Owned
-    references: tuple[Reference, ...]
+    references: list[Reference]
 
 
 def walk(func: Callable[..., Any]) -> Iterator[Holder]:
@@ -134,9 +134,9 @@ def walk(func: Callable[..., Any]) -> Iterator[Holder]:
         if isinstance(value, nn.Module):
             parts = list(value.modules())
             owned = {id(p) for part in parts for p in part._parameters.values()}
-            references, constants = _of_module(parts)
+            references, others = _of_module(parts)
         else:
-            references, constants = tuple(_references(value, here)), _constants(value)
+            references, others = _inside(value, here)
         yield Holder(value, owned, references)
         for reference in references:
             inner = reference.look()
@@ -144,7 +144,7 @@ def walk(func: Callable[..., Any]) -> Iterator[Holder]:
                 _may_hold(inner) if owned is None else _may_read(inner)
             ):
                 ahead.append((inner, owned, reference))
-        ahead += [(inner, owned, None) for inner in constants]
+        ahead += [(inner, owned, None) for inner in others]
 
 
 def global_names(code: types.CodeType) -> set[str]:
@@ -185,7 +185,7 @@ def _may_hold(value: Any) -> bool:
     return library not in ("torch", "builtins")
 
 
-def _of_module(parts: list[nn.Module]) -> tuple[tuple[Reference, ...], list[Any]]:
+def _of_module(parts: list[nn.Module]) -> tuple[list[Reference], list[Any]]:
     """The references of a module's parts, and the functions that are their methods."""
     users = [part for part in parts if not type(part).__module__.startswith("torch.")]
     references = [
@@ -196,35 +196,42 @@ def _of_module(parts: list[nn.Module]) -> tuple[tuple[Reference, ...], list[Any]
         own, of_class = _methods(kind, "forward")
         functions += own
         references += of_class
-    return tuple(references), functions
+    return references, functions
 
 
-def _references(value: Any, here: Reference | None) -> Iterator[Reference]:
-    """The references of an object that can be pointed to others."""
+def _inside(value: Any, here: Reference | None) -> tuple[list[Reference], list[Any]]:
+    """The references of an object that can be changed, and the objects that it holds otherwise.
+
+    Args:
+        value: No module; of these see `_of_module`.
+        here: The reference that leads to the object, where it is known.
+    """
     if isinstance(value, types.FunctionType):
-        yield from (Reference(cell, None) for cell in value.__closure__ or ())
         names = global_names(value.__code__)
-        yield from (Reference(value.__globals__, n) for n in names if n in value.__globals__)
-        yield from (Reference(vars(value), key) for key in vars(value) if key != KEPT)
-        yield Reference(value, "__defaults__")
-        yield Reference(value, "__kwdefaults__")
-    elif isinstance(value, (MutableMapping, MutableSequence)):
-        # A long one is data, and the function is looked at in every call.
-        if len(value) <= LONGEST:
-            keys = value if isinstance(value, MutableMapping) else range(len(value))
-            yield from (Reference(value, key) for key in keys)
-    elif isinstance(value, tuple):
-        if here is not None and len(value) <= LONGEST:
-            yield from (Reference(here, key) for key in range(len(value)))
-    elif isinstance(value, functools.partial):
-        yield Reference(value, "args")
-        yield Reference(value, "keywords")
-    elif isinstance(value, types.MethodType):
-        yield from _methods(type(value.__self__), value.__func__.__name__)[1]
-    else:
-        yield from _attributes(value)
-        if callable(value):
-            yield from _methods(type(value), "__call__")[1]
+        references = [
+            *(Reference(cell, None) for cell in value.__closure__ or ()),
+            *(Reference(value.__globals__, n) for n in names if n in value.__globals__),
+            *(Reference(vars(value), key) for key in vars(value) if key != KEPT),
+            *(Reference(value, "__defaults__"), Reference(value, "__kwdefaults__")),
+        ]
+        return references, []
+    # A long container is data, and the function is looked at in every call.
+    if isinstance(value, (MutableMapping, MutableSequence)):
+        keys = value if isinstance(value, MutableMapping) else range(len(value))
+        return [Reference(value, key) for key in keys] if len(value) <= LONGEST else [], []
+    if isinstance(value, tuple):
+        known = here is not None and len(value) <= LONGEST
+        return [Reference(here, key) for key in range(len(value))] if known else [], []
+    if isinstance(value, functools.partial):
+        return [Reference(value, "args"), Reference(value, "keywords")], [value.func]
+    if isinstance(value, types.MethodType):
+        functions, references = _methods(type(value.__self__), value.__func__.__name__)
+        return references, [value.__self__, value.__func__, *functions]
+    functions, references = _methods(type(value), "__call__") if callable(value) else ([], [])
+    references = [*_attributes(value), *references]
+    if isinstance(value, (set, frozenset)):
+        return references, list(filter(_may_hold, value)) if len(value) <= LONGEST else []
+    return references, functions
 
 
 def _attributes(value: Any) -> Iterator[Reference]:
@@ -240,21 +247,7 @@ def _attributes(value: Any) -> Iterator[Reference]:
                 yield Reference(value, f"_{kind.__name__.lstrip('_')}{name}" if private else name)
 
 
-def _constants(value: Any) -> list[Any]:
-    """The objects that a value leads to through references that cannot change."""
-    if isinstance(value, functools.partial):
-        return [value.func]
-    if isinstance(value, types.MethodType):
-        own = _methods(type(value.__self__), value.__func__.__name__)[0]
-        return [value.__self__, value.__func__, *own]
-    if isinstance(value, (set, frozenset)):
-        return list(filter(_may_hold, value)) if len(value) <= LONGEST else []
-    if isinstance(value, (types.FunctionType, tuple, MutableMapping, MutableSequence)):
-        return []
-    return _methods(type(value), "__call__")[0] if callable(value) else []
-
-
-def _methods(kind: type, entry: str) -> tuple[list[types.FunctionType], list[Reference]]:
+def _methods(kind: type, entry: str) -> tuple[list[Any], list[Reference]]:
     """The methods that `entry` of a class may call, and the class attributes that these may read.
 
     Found by the names in their code, so that there may be some too many.

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ...base.errors import ExecutionError, WorkloadError
+from ...recompute.graph_holds import handed, take_over
 from ...tensors.wrapper_tensors import cannot_be_followed, type_name
-from ..adaptive.step_size import Norm, rms_norm
 from ..methods.explicit import Time, number
-from ..methods.integrators import join, split
-from .fingerprint import fingerprint
+
+Shapes: TypeAlias = tuple[torch.Size, ...] | None
+"""Shapes of the parts of a state that is a tuple; None where it is one tensor."""
 
 
-def flat_state(y0: Any) -> tuple[Tensor, tuple[torch.Size, ...] | None]:
+def flat_state(y0: Any) -> tuple[Tensor, Shapes]:
     """The state as one tensor, and the shapes of its parts where it is a tuple.
 
     Args:
@@ -49,6 +48,47 @@ def flat_state(y0: Any) -> tuple[Tensor, tuple[torch.Size, ...] | None]:
     return join(y0, shapes), shapes
 
 
+def join(y: Any, shapes: Shapes) -> Any:
+    """A tuple of tensors as one flat tensor; one tensor is handed back.
+
+    Args:
+        y: A state or a slope.
+        shapes: Of its parts; None where it is one tensor.
+    """
+    if shapes is None or not isinstance(y, (tuple, list)):
+        return y
+    return torch.cat([part.reshape(-1) for part in y])
+
+
+def split(y: Tensor, shapes: Shapes, leading: int = 0) -> Any:
+    """What `join` made flat, as a tuple of views.
+
+    Args:
+        y: A flat tensor, or several of them along leading dimensions.
+        shapes: Of the parts; None hands y back.
+        leading: Number of leading dimensions, which each part keeps.
+    """
+    if shapes is None:
+        return y
+    parts = torch.split(y, [shape.numel() for shape in shapes], dim=-1)
+    return tuple(
+        part.reshape((*y.shape[:leading], *shape))
+        for part, shape in zip(parts, shapes, strict=True)
+    )
+
+
+def parts_of(y: Tensor, shapes: Shapes) -> Any:
+    """All states as the caller gets them; what y holds for its backward is held by the parts.
+
+    Args:
+        y: Flat states, along one leading dimension.
+        shapes: Of the parts; None hands y back.
+    """
+    if shapes is None:
+        return y
+    return handed(split(y, shapes, leading=1), take_over(y))
+
+
 def check_plain(y0: Tensor) -> None:
     """Refuse a state of another type: outputs within a budget are written into a plain tensor.
 
@@ -68,7 +108,7 @@ def check_plain(y0: Tensor) -> None:
         raise WorkloadError(f"y0 {reason}")
 
 
-def joined_slope(found: Any, shapes: tuple[torch.Size, ...] | None, t: Time) -> Any:
+def joined_slope(found: Any, shapes: Shapes, t: Time) -> Any:
     """The slope of a tuple of tensors as one flat tensor; any other slope is handed back.
 
     Args:
@@ -91,41 +131,3 @@ def joined_slope(found: Any, shapes: tuple[torch.Size, ...] | None, t: Time) -> 
             "return a tuple with the slope of each part"
         )
     return join(found, shapes)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _NormOfParts:
-    """The norm on flat errors of a tuple: as torchdiffeq has it, the largest of its parts'."""
-
-    shapes: tuple[torch.Size, ...]
-    norm: Callable[[Any], Tensor] | None
-
-    def __call__(self, errors: Tensor) -> Tensor:
-        parts = split(errors, self.shapes)
-        if self.norm is not None:
-            return self.norm(parts)
-        return torch.stack([rms_norm(part) for part in parts]).max()
-
-
-def norm_of_parts(
-    norm: Callable[[Any], Tensor] | None, shapes: tuple[torch.Size, ...] | None
-) -> Norm:
-    """The norm on flat errors of a norm on errors as the state is.
-
-    Args:
-        norm: It; None for the root of the mean square, of a tuple the largest of its parts'.
-        shapes: Of the parts of the state; None where it is one tensor.
-    """
-    return (norm or rms_norm) if shapes is None else _NormOfParts(shapes, norm)
-
-
-def identity_of_norm(norm: Norm) -> Hashable:
-    """What tells a norm from others, also where it is made anew for each solve.
-
-    Args:
-        norm: What `norm_of_parts` returned.
-    """
-    if isinstance(norm, _NormOfParts):
-        return norm.shapes, None if norm.norm is None else identity_of_norm(norm.norm)
-    return fingerprint(norm) or object()  # what cannot be told is equal to nothing

@@ -79,6 +79,21 @@ def number(t: Time) -> float:
     return float(t.detach()) if isinstance(t, Tensor) else t
 
 
+def as_time(t: Time, z: Tensor) -> Tensor:
+    """A time as f is given it: a tensor of no dimensions in the state's real dtype.
+
+    Args:
+        t: A number, or a tensor.
+        z: The state, for dtype and device.
+    """
+    dtype = z.dtype.to_real()
+    if isinstance(t, Tensor):
+        return t.to(device=z.device, dtype=dtype)
+    # Filled on the device: a tensor made from a Python number would be copied there, and on
+    # CUDA the step would wait for it.
+    return torch.full((), t, dtype=dtype, device=z.device)
+
+
 @functools.cache
 def last_uses(tableau: ButcherTableau) -> dict[int, int]:
     """For each slope that a step needs the last row of a that reads it; itself where none does.

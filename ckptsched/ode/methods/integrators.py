@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...base.errors import WorkloadError
-from ...recompute.graph_holds import handed, take_over
-from .explicit import Slope, Time, add, number, runge_kutta_step, slope_at
+from ..function.tuple_state import Shapes, join, split
+from .explicit import Slope, Time, add, as_time, number, runge_kutta_step, slope_at
 from .implicit import theta_step
 from .table import METHODS, find_tableau
 from .tableau import ButcherTableau
@@ -41,7 +41,7 @@ class Integrator(abc.ABC):
             The state at time t + h; same shape and dtype.
         """
 
-    def check(self, shapes: tuple[torch.Size, ...] | None) -> None:  # noqa: B027
+    def check(self, shapes: Shapes) -> None:  # noqa: B027
         """Refuse a state that the rule cannot advance; any will do unless a rule says otherwise.
 
         Args:
@@ -97,7 +97,7 @@ class Leapfrog(Integrator):
         slope = slope_at(f, t + h, torch.cat([q, p]))
         return torch.cat([q, add(p, slope[half:], h * 0.5)])
 
-    def check(self, shapes: tuple[torch.Size, ...] | None) -> None:
+    def check(self, shapes: Shapes) -> None:
         """Refuse what is no pair of positions and momenta."""
         if shapes is None or len(shapes) != 2 or shapes[0] != shapes[1]:
             found = "one tensor" if shapes is None else f"shapes {[tuple(s) for s in shapes]}"
@@ -113,7 +113,7 @@ class UserStep(Integrator):
     """A step function of the user's."""
 
     function: StepFunction
-    shapes: tuple[torch.Size, ...] | None = None
+    shapes: Shapes = None
     """Of the parts of a tuple; None where the state is one tensor."""
 
     def step(self, f: Slope, t: Time, h: Time, z: Tensor) -> Tensor:
@@ -134,62 +134,6 @@ class UserStep(Integrator):
                 "t + h, of the same shape and dtype"
             )
         return result
-
-
-def as_time(t: Time, z: Tensor) -> Tensor:
-    """A time as f is given it: a tensor of no dimensions in the state's real dtype.
-
-    Args:
-        t: A number, or a tensor.
-        z: The state, for dtype and device.
-    """
-    dtype = z.dtype.to_real()
-    if isinstance(t, Tensor):
-        return t.to(device=z.device, dtype=dtype)
-    # Filled on the device: a tensor made from a Python number would be copied there, and on
-    # CUDA the step would wait for it.
-    return torch.full((), t, dtype=dtype, device=z.device)
-
-
-def join(y: Any, shapes: tuple[torch.Size, ...] | None) -> Any:
-    """A tuple of tensors as one flat tensor; one tensor is handed back.
-
-    Args:
-        y: A state or a slope.
-        shapes: Of its parts; None where it is one tensor.
-    """
-    if shapes is None or not isinstance(y, (tuple, list)):
-        return y
-    return torch.cat([part.reshape(-1) for part in y])
-
-
-def split(y: Tensor, shapes: tuple[torch.Size, ...] | None, leading: int = 0) -> Any:
-    """What `join` made flat, as a tuple of views.
-
-    Args:
-        y: A flat tensor, or several of them along leading dimensions.
-        shapes: Of the parts; None hands y back.
-        leading: Number of leading dimensions, which each part keeps.
-    """
-    if shapes is None:
-        return y
-    parts = torch.split(y, [shape.numel() for shape in shapes], dim=-1)
-    return tuple(
-        part.reshape((*y.shape[:leading], *shape))
-        for part, shape in zip(parts, shapes, strict=True)
-    )
-
-
-def parts_of(y: Tensor, shapes: tuple[torch.Size, ...] | None) -> Any:
-    """All states as the caller gets them; what y holds for its backward is held by the parts.
-
-    Args:
-        y: Flat states, along one leading dimension.
-        shapes: Of the parts; None hands y back.
-    """
-    if shapes is None:
-        return y
-    return handed(split(y, shapes, leading=1), take_over(y))
 
 
 def is_adaptive(integrator: Integrator, options: Mapping[str, Any]) -> bool:
@@ -218,7 +162,7 @@ _OTHER_KINDS: dict[str, Integrator] = {
 
 
 def find_integrator(
-    method: Any, shapes: tuple[torch.Size, ...] | None = None
+    method: Any, shapes: Shapes = None
 ) -> RungeKutta | Implicit | Leapfrog | UserStep:
     """Look up what `odeint` calls a method.
 

@@ -68,36 +68,22 @@ class ButcherTableau:
                     f"tableau {self.name!r}: row {i} of a sums to {math.fsum(row)!r}, but "
                     f"c[{i}] is {c_i!r}; they must be equal, so correct one of them"
                 )
-        derivative = _Derivatives(self.a)
-        self._check_order(derivative)
-        if self.mid is not None:
-            self._check_mid(derivative, self.mid)
+        trees = _Conditions(self.a)
+        for vertices, found, needed in trees.broken(self.b, self.order):
+            raise WorkloadError(
+                f"tableau {self.name!r}: an order condition for order {vertices} gives {found!r} "
+                f"in place of {needed!r}{' (the sum of b)' if vertices == 1 else ''}; correct a "
+                f"coefficient, or state order={vertices - 1} if that is what it has"
+            )
+        for vertices, found, needed in trees.broken(self.mid, min(self.order, 4), 0.5):
+            raise WorkloadError(
+                f"tableau {self.name!r}: an order condition for order {vertices} of the state "
+                f"halfway gives {found!r} in place of {needed!r}; correct mid"
+            )
         if self.b_error is not None:
-            self._check_embedded(derivative, self.b_error)
+            self._check_embedded(trees, self.b_error)
 
-    def _check_order(self, derivative: _Derivatives) -> None:
-        for vertices in range(1, self.order + 1):
-            for tree in _trees(vertices):
-                found, needed = derivative.weight(self.b, tree), 1 / _density(tree)
-                if abs(found - needed) > _TOLERANCE:
-                    raise WorkloadError(
-                        f"tableau {self.name!r}: an order condition for order {vertices} "
-                        f"gives {found!r} in place of {needed!r}"
-                        f"{' (the sum of b)' if vertices == 1 else ''}; correct a "
-                        f"coefficient, or state order={vertices - 1} if that is what it has"
-                    )
-
-    def _check_mid(self, derivative: _Derivatives, mid: tuple[float, ...]) -> None:
-        for vertices in range(1, min(self.order, 4) + 1):
-            for tree in _trees(vertices):
-                found, needed = derivative.weight(mid, tree), 0.5**vertices / _density(tree)
-                if abs(found - needed) > _TOLERANCE:
-                    raise WorkloadError(
-                        f"tableau {self.name!r}: an order condition for order {vertices} of the "
-                        f"state halfway gives {found!r} in place of {needed!r}; correct mid"
-                    )
-
-    def _check_embedded(self, derivative: _Derivatives, b_error: tuple[float, ...]) -> None:
+    def _check_embedded(self, trees: _Conditions, b_error: tuple[float, ...]) -> None:
         """The embedded method has its order where its difference to this one sees no term."""
         order = self.embedded_order
         if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order < self.order:
@@ -105,16 +91,13 @@ class ButcherTableau:
                 f"tableau {self.name!r}: embedded_order is {order!r}; give that of the method "
                 f"whose weights are b - b_error, at least 1 and below {self.order}"
             )
-        for vertices in range(1, order + 1):
-            for tree in _trees(vertices):
-                found = derivative.weight(b_error, tree)
-                if abs(found) > _TOLERANCE:
-                    raise WorkloadError(
-                        f"tableau {self.name!r}: an order condition for order {vertices} of the "
-                        f"embedded method is off by {found!r}; correct b_error, or state "
-                        f"embedded_order={vertices - 1} if that is what it has"
-                    )
-        if all(abs(derivative.weight(b_error, t)) <= _TOLERANCE for t in _trees(order + 1)):
+        for vertices, found, _ in trees.broken(b_error, order, 0.0):
+            raise WorkloadError(
+                f"tableau {self.name!r}: an order condition for order {vertices} of the embedded "
+                f"method is off by {found!r}; correct b_error, or state "
+                f"embedded_order={vertices - 1} if that is what it has"
+            )
+        if not any(trees.broken(b_error, order + 1, 0.0)):
             raise WorkloadError(
                 f"tableau {self.name!r}: b_error sees no error of order {order + 1}, though the "
                 f"embedded method is said to be of order {order} only; correct b_error, or state "
@@ -185,16 +168,32 @@ class ButcherTableau:
 
 
 @final
-class _Derivatives:
-    """What the slopes make of the terms of the Taylor series, each worked out once."""
+class _Conditions:
+    """The order conditions of some slopes: one for each rooted tree, each worked out once."""
 
     def __init__(self, a: tuple[tuple[float, ...], ...]) -> None:
         self._a = a
         self._known: dict[_Tree, list[float]] = {}
 
-    def weight(self, weights: tuple[float, ...], tree: _Tree) -> float:
-        """The elementary weight: what weights of the slopes make of one term."""
-        return math.fsum(w * d for w, d in zip(weights, self._of(tree), strict=True))
+    def broken(
+        self, weights: tuple[float, ...] | None, order: int, share: float = 1.0
+    ) -> Iterator[tuple[int, float, float]]:
+        """The conditions up to an order that weights of the slopes break.
+
+        Args:
+            weights: Weights that make a state of the slopes; None breaks no condition.
+            order: Most vertices of a tree.
+            share: Where in the step the state is: 1 at its end; 0 for weights of an error.
+
+        Yields:
+            The vertices of the tree, its weight, and the weight that it must have.
+        """
+        for vertices in range(1, order + 1) if weights else ():
+            for tree in _trees(vertices):
+                terms = zip(weights or (), self._of(tree), strict=True)
+                found, needed = math.fsum(w * d for w, d in terms), share**vertices / _density(tree)
+                if abs(found - needed) > _TOLERANCE:
+                    yield vertices, found, needed
 
     def _of(self, tree: _Tree) -> list[float]:
         """Weight of the tree in each slope: the product over the branches of sum_j a_ij."""

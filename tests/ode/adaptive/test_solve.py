@@ -20,8 +20,9 @@ from ckptsched.base.errors import (
     WorkloadError,
 )
 from ckptsched.memory.meters import AllocatorMeter, ProfilerMeter
+from ckptsched.ode.adaptive.norms import batch_max_norm, rms_norm
 from ckptsched.ode.adaptive.solve import AdaptiveSolution, solve_adaptive
-from ckptsched.ode.adaptive.step_size import StepControl, batch_max_norm, rms_norm
+from ckptsched.ode.adaptive.step_size import StepControl
 from ckptsched.ode.methods.embedded import inside_weights
 from ckptsched.ode.methods.table import METHODS, find_tableau
 from ckptsched.ode.odeint import odeint
