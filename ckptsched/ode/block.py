@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Hashable, Mapping
-from types import MappingProxyType
 from typing import Any, Literal, final
 
 from torch import Tensor, nn
@@ -19,7 +17,6 @@ from .methods.explicit import Slope, Time, as_time, runge_kutta_step
 from .methods.table import find_tableau
 from .methods.tableau import ButcherTableau
 
-_NONE: Mapping[str, Any] = MappingProxyType({})
 _TWO_KINDS = (
     "dz/dt = f takes f(z) or f(t, z); give time_dependent=False or True where the signature "
     "does not say which"
@@ -116,7 +113,7 @@ class ODEBlock(SteppedModule):
         Raises:
             ExecutionError: f does not return a slope of the state's shape and dtype.
         """
-        slope = self._right_hand_side(args, kwargs)
+        slope = self._slope(args, kwargs)
         return runge_kutta_step(slope, self.tableau, self._start(index), self.h, z)
 
     def step_part(self, index: int, part: int, state: Any, *args: Any, **kwargs: Any) -> Any:
@@ -132,17 +129,21 @@ class ODEBlock(SteppedModule):
         Returns:
             The input of the next part; from the last one the state at the end of the step.
         """
-        slope = self._right_hand_side(args, kwargs)
+        slope = self._slope(args, kwargs)
         return slope_step(slope, self.tableau, self._start(index), self.h, part, state)
 
     def _start(self, index: int) -> float:
         # From t0 each time: adding up h would let the time drift over many steps.
         return self.t0 + (self.t1 - self.t0) * (index / self.steps)
 
-    def _right_hand_side(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Slope:
-        if args or kwargs:
-            return functools.partial(self._slope, args=args, kwargs=kwargs)
-        return self._slope
+    def _slope(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Slope:
+        """The right-hand side with the other arguments of the block's call."""
+
+        def slope(t: Time, z: Tensor) -> Tensor:
+            time = (as_time(t, z),) if self.time_dependent else ()
+            return self.f(*time, z, *args, **kwargs)
+
+        return slope
 
     @property
     def h(self) -> float:
@@ -153,13 +154,6 @@ class ODEBlock(SteppedModule):
     def evaluations(self) -> int:
         """How often a forward pass evaluates f."""
         return self.steps * self.tableau.evaluations
-
-    def _slope(
-        self, t: Time, z: Tensor, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = _NONE
-    ) -> Tensor:
-        if not self.time_dependent:
-            return self.f(z, *args, **kwargs)
-        return self.f(as_time(t, z), z, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """Method, steps and times, for `print(model)`."""

@@ -12,9 +12,10 @@ from ..base.budget import Budget
 from ..base.errors import WorkloadError
 from ..torch_state.torch_modes import has_gradient, outside_of_compiled_code, under_transform
 from .adaptive.norms import norm_of_parts
-from .adaptive.solve import Limits, solve_flat
+from .adaptive.solve import Limits, make_problem, solve_flat
 from .adjoint_arguments import AdjointSettings, hand_on_callbacks
 from .continuous_adjoint import backsolve
+from .fixed.budgeted import Request
 from .fixed.solve import solve_on_grid
 from .fixed.step_chain import Call
 from .fixed.time_grid import check_times, make_grid
@@ -29,7 +30,6 @@ from .function.options import (
 )
 from .function.tuple_state import flat_state, join, parts_of, split
 from .methods.integrators import Implicit, RungeKutta, find_integrator, is_adaptive
-from .output_loss import Loss
 
 
 def odeint(
@@ -176,7 +176,7 @@ def odeint(
     adjoint.check_unused()
     if given is not None and budget is not None:
         _check_params(given, find_closure(func))
-    states = _solve_flat(asked, t, budget=budget, loss=loss, granularity=granularity, solver=solver)
+    states = _solve_flat(asked, t, Request(budget, loss, granularity, solver))
     return parts_of(states, asked.shapes)
 
 
@@ -195,43 +195,27 @@ class _Asked:
         self.is_adaptive = is_adaptive(self.integrator, self.options)
 
 
-def _solve_flat(
-    asked: _Asked,
-    t: Tensor,
-    *,
-    budget: int | float | str | Budget | None = None,
-    loss: Loss | None = None,
-    granularity: str = "step",
-    solver: str = "auto",
-) -> Tensor:
+def _solve_flat(asked: _Asked, t: Tensor, request: Request) -> Tensor:
     """The flat states at all times, stacked, with the gradient of the steps."""
-    func, options, closure = asked.func, asked.options, find_closure(asked.func)
+    func, closure = asked.func, find_closure(asked.func)
     if asked.is_adaptive:
-        return _solve_adaptively(asked, t, closure, budget, loss)
-    grid = make_grid(func, asked.y0, t, options, timed=has_gradient(t))
-    return solve_on_grid(
-        Call(func, grid, closure, asked.integrator), asked.flat, asked.shapes,
-        times_dtype=t.dtype, granularity=granularity, budget=budget, solver=solver, loss=loss,
-    )  # fmt: skip
+        return _solve_adaptively(asked, t, closure, request)
+    grid = make_grid(func, asked.y0, t, asked.options, timed=has_gradient(t))
+    call = Call(func, grid, closure, asked.integrator)
+    return solve_on_grid(call, asked.flat, asked.shapes, t.dtype, request)
 
 
 @outside_of_compiled_code
-def _solve_adaptively(
-    asked: _Asked,
-    t: Tensor,
-    closure: Closure,
-    budget: int | float | str | Budget | None,
-    loss: Loss | None,
-) -> Tensor:
+def _solve_adaptively(asked: _Asked, t: Tensor, closure: Closure, request: Request) -> Tensor:
     """The same by adaptive steps, whose options are torchdiffeq's."""
     options = asked.options
-    solution = solve_flat(
+    problem = make_problem(
         asked.func, asked.flat, asked.shapes, t, cast(RungeKutta, asked.integrator).tableau,
-        rtol=asked.rtol, atol=asked.atol, norm=read_function(options, "norm"),
-        control=read_control(options), meet_times=bool(options.get("meet_times", False)),
-        closure=closure, limits=Limits.of(budget, loss=loss),
+        asked.rtol, asked.atol, read_function(options, "norm"), read_control(options),
+        bool(options.get("meet_times", False)),
     )  # fmt: skip
-    states: Tensor = solution.states
+    limits = Limits.of(request.budget, loss=request.loss)
+    states: Tensor = solve_flat(problem, asked.flat, t, closure, limits).states
     return states
 
 
@@ -247,13 +231,13 @@ def _solve_back(
     def forward(y: Tensor, times: Tensor) -> Tensor:
         again = _Asked(func, split(y, shapes), asked.rtol, asked.atol, asked.method, options)
         with torch.no_grad():
-            return _solve_flat(again, times)
+            return _solve_flat(again, times, Request(None))
 
     def backward(rates: Callable[..., Any], y: Any, times: Tensor) -> Any:
         hand_on_callbacks(func, rates)
         adjoint_equation = _Asked(rates, y, **how)
         with torch.no_grad():
-            found = _solve_flat(adjoint_equation, times)
+            found = _solve_flat(adjoint_equation, times, Request(None))
         return parts_of(found, adjoint_equation.shapes)
 
     def slope(time: Tensor, y: Tensor) -> Tensor:

@@ -17,7 +17,14 @@ from ...torch_state.locks import Lent
 from ..function.captures import outlive, unknown_leaves
 from ..function.replay_environment import Environment
 from ..function.rng_and_buffers import RngAndBuffers, StepSnapshot
-from ..methods.embedded import Slopes, combined, end_slope, inside_slopes, inside_weights, run_step
+from ..methods.embedded import (
+    Slopes,
+    difference,
+    end_slope,
+    inside_slopes,
+    inside_weights,
+    run_step,
+)
 from .forward import forward_slopes, reached_states
 from .problem import Record, RightHandSide
 
@@ -100,7 +107,7 @@ class AcceptedSteps:
             slopes = self.run(n, z0, inside_slopes(tableau))
             for j in record.outputs(n):
                 weights = inside_weights(tableau, record.share(n, j), 1)
-                rate = combined(None, 1.0, weights, slopes.k)
+                rate = difference(1.0, weights, slopes.k)
                 rates[j] = float((rate.conj() * gradients[j]).real.sum())
 
 

@@ -106,8 +106,7 @@ class CheckpointedSolve:
 
     def _check_cached(self, device: torch.device) -> None:
         """Refuse weights that f would compute more often than `parametrize.cached()` does."""
-        modules = (m for root in self._closure.modules for m in root.modules())
-        unsteady = unsteady_weight(modules, device) if caching() else ""
+        unsteady = unsteady_weight(self._closure.parts, device) if caching() else ""
         if unsteady:
             raise ExecutionError(
                 f"{unsteady} is another each time it is computed, which "

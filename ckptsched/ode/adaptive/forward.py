@@ -16,12 +16,13 @@ from ..function.rng_and_buffers import RngAndBuffers, StepSnapshot
 from ..methods.embedded import (
     Slopes,
     Step,
-    combined,
+    difference,
     end_slope,
     inside_slopes,
     inside_weights,
     run_step,
 )
+from ..methods.explicit import weighted_sum
 from ..methods.tableau import ButcherTableau
 from .problem import Problem, Record, RightHandSide
 from .step_size import first_step_size
@@ -181,7 +182,7 @@ class Integration:
         b_error = self.tableau.b_error
         assert b_error is not None
         with torch.no_grad():
-            error = combined(None, step.h, b_error, slopes.k)
+            error = difference(step.h, b_error, slopes.k)
             return slopes, self.problem.tolerances.ratio(error, self.z, slopes.z1)
 
     def _accept(
@@ -257,7 +258,7 @@ def state_inside(
     """
     if share == 1.0:
         return slopes.z1
-    return combined(z0, step.h, inside_weights(tableau, share), slopes.k)
+    return weighted_sum(z0, step.h, inside_weights(tableau, share), slopes.k)
 
 
 def reached_states(
@@ -294,7 +295,7 @@ def _moving(
     rates = []
     for order in range(1, rates_inside(tableau) + 1):
         weights = [w * step.h ** (1 - order) for w in inside_weights(tableau, share, order)]
-        rates.append(combined(None, 1.0, weights, slopes.k))
+        rates.append(difference(1.0, weights, slopes.k))
     shift = since_start - since_start.detach()
     shift = shift.to(device=state.device, dtype=state.dtype.to_real())
     if under_transform():  # transforms follow torch's own operations only

@@ -19,7 +19,7 @@ Norm = Callable[[Tensor], Tensor]
 def rms_norm(errors: Tensor) -> Tensor:
     """The root of the mean square over all entries; 0 of none."""
     if not errors.numel():
-        return _nothing(errors)
+        return errors.new_zeros((), dtype=errors.dtype.to_real())
     return errors.abs().square().mean().sqrt()
 
 
@@ -30,20 +30,16 @@ def batch_max_norm(errors: Tensor) -> Tensor:
     is hard.
     """
     if not errors.numel():
-        return _nothing(errors)
+        return errors.new_zeros((), dtype=errors.dtype.to_real())
     if errors.dim() < 2:
         return errors.abs().max()
     return errors.abs().square().flatten(1).mean(1).sqrt().max()
 
 
-def _nothing(errors: Tensor) -> Tensor:
-    return torch.zeros((), dtype=errors.dtype.to_real(), device=errors.device)
-
-
 @final
 @dataclass(frozen=True, slots=True)
 class _NormOfParts:
-    """The norm on flat errors of a tuple: as torchdiffeq has it, the largest of its parts'."""
+    """The norm of flat errors of a tuple; as torchdiffeq's, the largest of its parts' norms."""
 
     shapes: tuple[torch.Size, ...]
     norm: Callable[[Any], Tensor] | None
@@ -56,21 +52,17 @@ class _NormOfParts:
 
 
 def norm_of_parts(norm: Callable[[Any], Tensor] | None, shapes: Shapes) -> Norm:
-    """The norm on flat errors of a norm on errors as the state is.
+    """The norm of flat errors, from a norm of errors that are shaped as the state is.
 
     Args:
-        norm: It; None for the root of the mean square, of a tuple the largest of its parts'.
-        shapes: Of the parts of the state; None where it is one tensor.
+        norm: None for the root of the mean square, of a tuple the largest of its parts'.
+        shapes: Shapes of the parts of the state; None where it is one tensor.
     """
     return (norm or rms_norm) if shapes is None else _NormOfParts(shapes, norm)
 
 
 def identity_of_norm(norm: Norm) -> Hashable:
-    """What tells a norm from others, also where it is made anew for each solve.
-
-    Args:
-        norm: What `norm_of_parts` returned.
-    """
+    """A key of a norm from `norm_of_parts`, the same where it is made anew for each solve."""
     if isinstance(norm, _NormOfParts):
         return norm.shapes, None if norm.norm is None else identity_of_norm(norm.norm)
-    return fingerprint(norm) or object()  # what cannot be told is equal to nothing
+    return fingerprint(norm) or object()  # without a key it is equal to nothing

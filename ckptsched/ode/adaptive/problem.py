@@ -106,11 +106,7 @@ class Record:
         return Step(self._times[n], self._times[n + 1], self._sizes[n])
 
     def append(self, step: Step) -> range:
-        """Add a step.
-
-        Returns:
-            The indices of the requested times that it reaches.
-        """
+        """Add a step; returns the indices of the requested times that it reaches."""
         self._times.append(step.t1)
         self._sizes.append(step.h)
         times, direction = self.problem.times, self.problem.direction

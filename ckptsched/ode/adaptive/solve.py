@@ -132,11 +132,9 @@ def solve_adaptive(
     flat, shapes = flat_state(y0)
     limited = budget is not None or checkpoints is not None
     check_callbacks(func, budget=limited, adjoint=False, fixed=False)
-    solution = solve_flat(
-        func, flat, shapes, t, method, rtol=rtol, atol=atol, norm=norm, control=control,
-        meet_times=meet_times, closure=find_closure(func), params=params,
-        limits=Limits.of(budget, checkpoints, beside_bytes, loss),
-    )  # fmt: skip
+    problem = make_problem(func, flat, shapes, t, method, rtol, atol, norm, control, meet_times)
+    limits = Limits.of(budget, checkpoints, beside_bytes, loss)
+    solution = solve_flat(problem, flat, t, find_closure(func), limits, params)
     return AdaptiveSolution(parts_of(solution.states, shapes), solution.statistics)
 
 
@@ -183,44 +181,28 @@ class Limits:
 
 
 def solve_flat(
-    func: Callable[..., Any],
+    problem: Problem,
     y0: Tensor,
-    shapes: Shapes,
     t: Tensor,
-    method: str | ButcherTableau,
-    *,
-    rtol: Any,
-    atol: Any,
-    norm: Callable[[Any], Tensor] | None,
-    control: StepControl | None,
-    meet_times: bool,
     closure: Closure,
     limits: Limits,
     params: Sequence[Tensor] | None = None,
 ) -> AdaptiveSolution:
-    """Solve with adaptive steps, states being flat; errors and other arguments as above.
+    """Solve a problem; returns and raises as `solve_adaptive` does, but that states are flat.
 
     Args:
-        func: The user's right-hand side.
+        problem: The problem.
         y0: Flat initial state.
-        shapes: Shapes of the parts of the state; None where it is one tensor.
-        t: Requested times.
-        method: Name of a method with an error estimate, or a tableau.
-        rtol: As for `solve_adaptive`, as are atol, norm, control, meet_times and params.
-        atol: The same.
-        norm: The same.
-        control: The same.
-        meet_times: The same.
-        closure: The modules and tensors that func reads.
+        t: Requested times, as the problem has them, with their graph.
+        closure: The modules and tensors that the right-hand side reads.
         limits: Most memory of the solve.
-        params: The same as for `solve_adaptive`.
+        params: Tensors of the closure that are to get gradients; None for all.
     """
-    problem = _problem(func, y0, shapes, t, method, rtol, atol, norm, control, meet_times)
-    cache, function = cache_of(func, closure)
+    cache, function = cache_of(problem.func, closure)
     with InTurn((cache.lock,)):  # else another thread may have stand-ins in their places
         params = closure.parameters if params is None else params
     wanted = list({id(p): p for p in params if p.requires_grad}.values())
-    if meet_times and (t.requires_grad or has_gradient(t)):
+    if problem.meet and (t.requires_grad or has_gradient(t)):
         raise WorkloadError(
             "the gradient of t is that of states inside steps; leave out meet_times, or detach t"
         )
@@ -242,12 +224,12 @@ def solve_flat(
     trial = Trial(problem, closure, wanted, y0, with_time=t.requires_grad)
 
     def loss_needs() -> tuple[int, int]:
-        needs = needs_of_loss(limits.loss, y0, len(problem.times), shapes, cache)
+        needs = needs_of_loss(limits.loss, y0, len(problem.times), problem.shapes, cache)
         return needs.peak_bytes, needs.held_bytes
 
     # The parts of the state are the caller's; as one tensor it is one more.
     beside_bytes = limits.beside_bytes + problem.tolerances.nbytes
-    beside_bytes += 0 if shapes is None else y0.nbytes
+    beside_bytes += 0 if problem.shapes is None else y0.nbytes
     found = trial.findings(cache, function, limits.budget_bytes, beside_bytes, loss_needs)
     statistics = Statistics(measuring_evaluations=trial.evaluations)
     room = Room(slots=limits.checkpoints or 1)
@@ -259,7 +241,7 @@ def solve_flat(
     return AdaptiveSolution(states, statistics)
 
 
-def _problem(
+def make_problem(
     func: Callable[..., Any],
     y0: Tensor,
     shapes: Shapes,
@@ -271,7 +253,12 @@ def _problem(
     control: StepControl | None,
     meet_times: bool,
 ) -> Problem:
-    """Check the arguments of a solve, and put them together."""
+    """The problem that the arguments of `solve_adaptive` describe, checked.
+
+    Raises:
+        WorkloadError: A method without an error estimate, or arguments that do not go together.
+        IntegrationError: Times that neither rise nor fall.
+    """
     read = read_tolerances(rtol, atol, y0, shapes)
     tableau = find_tableau(method)
     if tableau.b_error is None:

@@ -85,7 +85,7 @@ class Trial:
     def _key(self) -> Hashable:
         """A key of all that the findings depend on: shapes, dtypes, modes, wanted gradients."""
         problem, y0 = self._problem, self._y0
-        modules = [m for root in self._closure.modules for m in root.modules()]
+        modules = self._closure.parts
         held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
         return (
             *(problem.tableau, problem.meet, identity_of_norm(problem.tolerances.norm)),

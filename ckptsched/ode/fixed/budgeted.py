@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 from torch import Tensor
@@ -29,23 +30,29 @@ from ..output_loss import Loss, LossNeeds, identity_of_loss, needs_of_loss
 from .step_chain import Call, Outputs, StepChain
 
 
-def solve_planned(
-    chain: StepChain,
-    call: Call,
-    y0: Tensor,
-    budget: int | float | str | Budget,
-    solver: str,
-    loss: Loss | None,
-) -> Tensor:
+@final
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `odeint` that a plan depends on."""
+
+    budget: int | float | str | Budget | None
+    """Bytes of forward and backward together, the outputs and their gradient included."""
+    loss: Loss | None = None
+    """The caller's loss of all outputs, where it is named."""
+    granularity: str = "step"
+    """A stage of the chain: a "step", or a "slope" of a step."""
+    solver: str = "auto"
+    """Name of a solver of schedules, or "auto"."""
+
+
+def solve_planned(chain: StepChain, call: Call, y0: Tensor, request: Request) -> Tensor:
     """Solve so that a backward keeps the budget.
 
     Args:
         chain: The steps.
         call: The right-hand side, the grid and the integrator.
         y0: Flat initial state.
-        budget: Bytes of forward and backward together, the outputs and their gradient included.
-        solver: Name of a solver of schedules, or "auto".
-        loss: The caller's loss of all outputs, where it is named.
+        request: With a budget.
 
     Returns:
         The flat states at all times, stacked.
@@ -61,9 +68,9 @@ def solve_planned(
     check_plain(y0)
     cache, function = cache_of(call.func, closure)
     key = (
-        *(function, identity_of_loss(loss), _identity(call.integrator)),
+        *(function, identity_of_loss(request.loss), _identity(call.integrator)),
         *(chain.shapes, chain.counts, chain.slopes, grid.clock is not None, grid.between),
-        *(layout(y0), str(budget), solver, torch.get_num_threads()),
+        *(layout(y0), str(request.budget), request.solver, torch.get_num_threads()),
         *((Identity(module), training_mode(module)) for module in closure.modules),
         *Ambient.take(y0.device).key(),
     )
@@ -74,8 +81,8 @@ def solve_planned(
             tensors = (() if grid.clock is None else (grid.clock,)) + closure.tensors
             found: Plan | Checkpointed | None = cache.find(key)
             if found is None:
-                needs = needs_of_loss(loss, y0, grid.count, chain.shapes, cache)
-                found = _plan(chain, call.to_measure(y0), y0, tensors, budget, solver, needs)
+                needs = needs_of_loss(request.loss, y0, grid.count, chain.shapes, cache)
+                found = _plan(chain, call.to_measure(y0), y0, tensors, request, needs)
             model = checkpointed(chain, found) if isinstance(found, Plan) else found
             model.share_lock(cache.lock)
             cache.add(key, model if cache.outlives(closure.modules) else model.plan)
@@ -103,13 +110,14 @@ def _plan(
     sample: Call,
     y0: Tensor,
     tensors: tuple[Tensor, ...],
-    budget: int | float | str | Budget,
-    solver: str,
+    request: Request,
     needs: LossNeeds,
 ) -> Plan:
     """Measure the chain, and plan it with the bytes that outputs and their gradient leave."""
-    parse_budget(budget)
-    _set_modes(chain)
+    assert request.budget is not None
+    budget = parse_budget(request.budget)
+    # The mode of the whole is that of its parts, where they agree.
+    chain.training = chain.owners.training = all(m.training for m in chain.owners.modules())
     raised = None
     attributes = Attributes(sample.func)
     try:
@@ -131,7 +139,8 @@ def _plan(
     clock = sample.grid.clock
     if clock is not None:
         beside += 2 * clock.nbytes  # and what it was made from
-    return plan_beside(replace(measured, loss_overhead_bytes=overhead), budget, beside, solver)
+    measured = replace(measured, loss_overhead_bytes=overhead)
+    return _plan_beside(measured, budget, beside, request.solver)
 
 
 def _identity(integrator: Integrator) -> Hashable:
@@ -142,28 +151,22 @@ def _identity(integrator: Integrator) -> Hashable:
     return integrator
 
 
-def _set_modes(chain: StepChain) -> None:
-    """Let the mode of the whole be that of its parts, where they agree."""
-    chain.training = chain.owners.training = all(m.training for m in chain.owners.modules())
-
-
-def plan_beside(chain: Chain, budget: int | float | str | Budget, beside: int, solver: str) -> Plan:
-    """Plan a chain beside which other tensors live.
+def _plan_beside(chain: Chain, budget: Budget, beside: int, solver: str) -> Plan:
+    """Plan a chain beside other tensors of so many bytes, which live from the start to the end.
 
     Args:
         chain: The chain.
-        budget: For both; a share is one of what storing all needs, both together.
-        beside: Bytes of the other tensors, there from the start to the end.
+        budget: For both; a share is one of the peak of storing all, both together.
+        beside: Bytes of the other tensors.
         solver: Name of a solver, or "auto".
 
     Raises:
         InfeasibleBudgetError: With the least budget for both.
     """
-    parsed = parse_budget(budget)
     everything = 2**50
-    if parsed.share is not None:
+    if budget.share is not None:
         everything = plan_one(chain, everything, solver="store_all").peak_bytes + beside
-    asked = parsed.resolve(everything)
+    asked = budget.resolve(everything)
     try:
         if asked <= beside:
             # Not even the outputs fit; what would is in the error of the least that can be asked.

@@ -7,7 +7,6 @@ import warnings
 import torch
 from torch import Tensor
 
-from ...base.budget import Budget
 from ...base.errors import BudgetWarning, IntegrationError, WorkloadError
 from ...recompute.graph_holds import Hold, joined
 from ...torch_state.replay_context import Recomputing
@@ -15,21 +14,12 @@ from ...torch_state.torch_modes import outside_of_compiled_code, transform_at_wo
 from ..function.callbacks import STEP, Callbacks, find_callbacks
 from ..function.tuple_state import Shapes
 from ..methods.integrators import Implicit, Integrator, RungeKutta
-from ..output_loss import Loss
-from .budgeted import solve_planned
+from .budgeted import Request, solve_planned
 from .step_chain import Call, StepChain
 
 
 def solve_on_grid(
-    call: Call,
-    y0: Tensor,
-    shapes: Shapes,
-    *,
-    times_dtype: torch.dtype,
-    granularity: str,
-    budget: int | float | str | Budget | None,
-    solver: str,
-    loss: Loss | None,
+    call: Call, y0: Tensor, shapes: Shapes, times_dtype: torch.dtype, request: Request
 ) -> Tensor:
     """Solve with the steps of a fixed grid.
 
@@ -38,10 +28,7 @@ def solve_on_grid(
         y0: Flat initial state.
         shapes: Shapes of the parts of the state; None where it is one tensor.
         times_dtype: Dtype in which callbacks are given times.
-        granularity: "step" or "slope": what a stage of the chain is.
-        budget: Bytes of forward and backward together; None stores everything.
-        solver: Name of a solver of schedules, or "auto".
-        loss: The caller's loss of all outputs, where it is named.
+        request: Without a budget everything is stored.
 
     Returns:
         The flat states at all times, stacked, with the gradient of the steps.
@@ -50,9 +37,9 @@ def solve_on_grid(
         WorkloadError: A granularity that does not fit the integrator.
         IntegrationError: A state that is not finite; the error has time and step.
     """
-    chain = StepChain(call, shapes, _slopes(call.integrator, granularity))
+    chain = StepChain(call, shapes, _slopes(call.integrator, request.granularity))
     callbacks = find_callbacks(call.func, shapes, times_dtype)
-    outputs = _run(chain, call, y0, budget, solver, loss, callbacks)
+    outputs = _run(chain, call, y0, request, callbacks)
     _check_finite(chain, call, y0, outputs)
     return outputs
 
@@ -74,22 +61,17 @@ def _slopes(integrator: Integrator, granularity: str) -> int | None:
 
 @outside_of_compiled_code
 def _run(
-    chain: StepChain,
-    call: Call,
-    y0: Tensor,
-    budget: int | float | str | Budget | None,
-    solver: str,
-    loss: Loss | None,
-    callbacks: Callbacks | None,
+    chain: StepChain, call: Call, y0: Tensor, request: Request, callbacks: Callbacks | None
 ) -> Tensor:
     """All outputs, stacked: by plain steps, or planned where a backward is possible."""
     grid = call.grid
     clock = () if grid.clock is None else (grid.clock,)
     inputs = (y0, *clock, *call.closure.parameters)
-    if budget is not None and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if request.budget is not None and tracked:
         transform = transform_at_work(inputs)
         if not transform:
-            return solve_planned(chain, call, y0, budget, solver, loss)
+            return solve_planned(chain, call, y0, request)
         warnings.warn(
             f"{transform} is at work, which a plan cannot follow: the solve runs by plain "
             "autograd, and takes its memory",

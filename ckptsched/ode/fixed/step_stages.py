@@ -14,7 +14,7 @@ from typing import Any, final
 from torch import Tensor
 
 from ...capture.stage_discovery import StageCall, StagedModule
-from ..methods.explicit import Slope, Time, add, last_uses, slope_at
+from ..methods.explicit import Slope, Time, add, last_uses, slope_at, weighted_sum
 from ..methods.tableau import ButcherTableau
 
 
@@ -23,32 +23,11 @@ class SteppedModule(StagedModule, abc.ABC):
 
     @abc.abstractmethod
     def step(self, index: int, z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Advance the state by one time step.
-
-        Args:
-            index: 0 for the first step.
-            z: State at the start of the step.
-            args: What the module was called with besides the state.
-            kwargs: The same by name.
-
-        Returns:
-            The state at the end of the step; same shape and dtype.
-        """
+        """Advance state z by step `index`; other arguments are those of the module's call."""
 
     @abc.abstractmethod
     def step_part(self, index: int, part: int, state: Any, *args: Any, **kwargs: Any) -> Any:
-        """Do one slope of a time step; see `slope_step`.
-
-        Args:
-            index: 0 for the first step.
-            part: 0 for its first slope.
-            state: The state at the start of the step, or the output of the part before.
-            args: As for `step`.
-            kwargs: As for `step`.
-
-        Returns:
-            The input of the next part; from the last one the state at the end of the step.
-        """
+        """Do slope `part` of step `index`; states are those of `slope_step`."""
 
 
 @final
@@ -133,10 +112,7 @@ def slope_step(f: Slope, tableau: ButcherTableau, t: Time, h: Time, k: int, stat
     i = needed[k]
     z, result, *slopes = (state, state) if k == 0 else state
     kept = dict(zip(_alive(last_use, k), slopes, strict=True))
-    argument = z
-    for j, a_ij in enumerate(tableau.a[i]):
-        if a_ij != 0.0:
-            argument = add(argument, kept[j], h * a_ij)
+    argument = weighted_sum(z, h, tableau.a[i], kept)
     slope = slope_at(f, t + tableau.c[i] * h, argument)
     if tableau.b[i] != 0.0:
         result = add(result, slope, h * tableau.b[i])

@@ -32,6 +32,11 @@ class Closure:
     """The references that `replaced` changes: those in `references`, of tuples the outer ones."""
 
     @property
+    def parts(self) -> list[nn.Module]:
+        """The modules, with all modules inside."""
+        return [part for module in self.modules for part in module.modules()]
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The distinct tensors behind the references, as they are now."""
         return tuple({id(p.get()): p.get() for p in self.references}.values())
@@ -49,7 +54,7 @@ class Closure:
         Raises:
             WorkloadError: A module of TorchScript that has any.
         """
-        for module in (part for root in self.modules for part in root.modules()):
+        for module in self.parts:
             if is_scripted(module) and len((*module.parameters(), *module.buffers())):
                 raise WorkloadError(
                     f"func reads a module of TorchScript ({type(module).__name__}"

@@ -17,10 +17,10 @@ Shapes: TypeAlias = tuple[torch.Size, ...] | None
 
 
 def flat_state(y0: Any) -> tuple[Tensor, Shapes]:
-    """The state as one tensor, and the shapes of its parts where it is a tuple.
+    """The initial state as one tensor, and the shapes of its parts where it is a tuple.
 
     Args:
-        y0: A floating-point or complex tensor, or a tuple of them.
+        y0: A floating-point or complex tensor, or a tuple of such of one dtype on one device.
 
     Raises:
         WorkloadError: It is something else, or its tensors do not go together.
@@ -49,23 +49,18 @@ def flat_state(y0: Any) -> tuple[Tensor, Shapes]:
 
 
 def join(y: Any, shapes: Shapes) -> Any:
-    """A tuple of tensors as one flat tensor; one tensor is handed back.
-
-    Args:
-        y: A state or a slope.
-        shapes: Of its parts; None where it is one tensor.
-    """
+    """A state or slope that is a tuple as one flat tensor; one tensor is handed back."""
     if shapes is None or not isinstance(y, (tuple, list)):
         return y
     return torch.cat([part.reshape(-1) for part in y])
 
 
 def split(y: Tensor, shapes: Shapes, leading: int = 0) -> Any:
-    """What `join` made flat, as a tuple of views.
+    """A flat tensor as a tuple of views; for one tensor, y itself.
 
     Args:
         y: A flat tensor, or several of them along leading dimensions.
-        shapes: Of the parts; None hands y back.
+        shapes: Shapes of the parts.
         leading: Number of leading dimensions, which each part keeps.
     """
     if shapes is None:
@@ -78,22 +73,14 @@ def split(y: Tensor, shapes: Shapes, leading: int = 0) -> Any:
 
 
 def parts_of(y: Tensor, shapes: Shapes) -> Any:
-    """All states as the caller gets them; what y holds for its backward is held by the parts.
-
-    Args:
-        y: Flat states, along one leading dimension.
-        shapes: Of the parts; None hands y back.
-    """
+    """Flat states, stacked, as the caller gets them; the parts hold what y holds for a backward."""
     if shapes is None:
         return y
     return handed(split(y, shapes, leading=1), take_over(y))
 
 
 def check_plain(y0: Tensor) -> None:
-    """Refuse a state of another type: outputs within a budget are written into a plain tensor.
-
-    Args:
-        y0: The flat initial state.
+    """Refuse a flat state of another type: outputs within a budget go into a plain tensor.
 
     Raises:
         WorkloadError: It is a wrapper, of another layout, or of a type of its own.

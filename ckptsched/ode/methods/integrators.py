@@ -1,6 +1,6 @@
-"""What advances a state by one step: explicit, implicit, symplectic, or a function of the user's.
+"""Rules for one step: explicit, implicit, symplectic, or a function of the user's.
 
-An integrator knows one step; where the steps lie, and what of them is kept, is not its concern.
+An integrator knows one step. The times of the steps, and their memory, are not its concern.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Integrator(abc.ABC):
         """Refuse a state that the rule cannot advance; any will do unless a rule says otherwise.
 
         Args:
-            shapes: Of the parts of a tuple; None where the state is one tensor.
+            shapes: Shapes of the parts of the state; None where it is one tensor.
         """
 
 
@@ -98,7 +98,7 @@ class Leapfrog(Integrator):
         return torch.cat([q, add(p, slope[half:], h * 0.5)])
 
     def check(self, shapes: Shapes) -> None:
-        """Refuse what is no pair of positions and momenta."""
+        """Refuse a state that is no pair of positions and momenta of one shape."""
         if shapes is None or len(shapes) != 2 or shapes[0] != shapes[1]:
             found = "one tensor" if shapes is None else f"shapes {[tuple(s) for s in shapes]}"
             raise WorkloadError(
@@ -114,10 +114,10 @@ class UserStep(Integrator):
 
     function: StepFunction
     shapes: Shapes = None
-    """Of the parts of a tuple; None where the state is one tensor."""
+    """Shapes of the parts of the state; None where it is one tensor."""
 
     def step(self, f: Slope, t: Time, h: Time, z: Tensor) -> Tensor:
-        """Call the function with what the user sees: tuples, and tensors for the times."""
+        """Call the function with states as the user has them, and tensors for the times."""
 
         def right_hand_side(t: Any, y: Any) -> Any:
             return split(f(t, join(y, self.shapes)), self.shapes)
@@ -137,12 +137,7 @@ class UserStep(Integrator):
 
 
 def is_adaptive(integrator: Integrator, options: Mapping[str, Any]) -> bool:
-    """Whether a method chooses its steps: it can tell their error, and no grid is named.
-
-    Args:
-        integrator: The method.
-        options: Of the user.
-    """
+    """Whether a method chooses its steps: it estimates their error, and options name no grid."""
     return (
         isinstance(integrator, RungeKutta)
         and integrator.tableau.is_fsal
@@ -164,11 +159,11 @@ _OTHER_KINDS: dict[str, Integrator] = {
 def find_integrator(
     method: Any, shapes: Shapes = None
 ) -> RungeKutta | Implicit | Leapfrog | UserStep:
-    """Look up what `odeint` calls a method.
+    """The integrator that argument `method` of `odeint` stands for.
 
     Args:
         method: A name, a `ButcherTableau`, or a step function.
-        shapes: Of the parts of the state where it is a tuple.
+        shapes: Shapes of the parts of the state; None where it is one tensor.
 
     Raises:
         WorkloadError: There is no such name, or the state is none that it can advance.
