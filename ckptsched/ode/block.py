@@ -152,7 +152,7 @@ class ODEBlock(SteppedModule):
 
     @property
     def evaluations(self) -> int:
-        """How often a forward pass evaluates f."""
+        """Number of evaluations of f in a forward pass."""
         return self.steps * self.tableau.evaluations
 
     def extra_repr(self) -> str:

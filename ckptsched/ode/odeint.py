@@ -61,8 +61,7 @@ def odeint(
     the stages of a chain that is profiled and planned when a shape is first seen; the plan is kept
     with `func` and serves all calls of that shape, whatever their times. Gradients are those of
     the discrete steps that were taken: bit for bit those without a budget, or to rounding where
-    adaptive steps run again. How many there were, and what they took, tells `solve_adaptive`, which
-    solves the same and returns statistics besides.
+    adaptive steps run again. `solve_adaptive` solves the same, and returns statistics besides.
 
     Args:
         func: The right-hand side: called as func(t, y) with t a tensor of no dimensions in y's
@@ -83,26 +82,27 @@ def odeint(
             options name a grid. Without options, these four choose their steps. None is "dopri5".
         options: Of a fixed grid: `step_size`, or `grid_constructor` (func, y0, t) to the times of
             the steps; with neither, a step leads from each time to the next. Outputs between two
-            steps lie on the line between them. Of adaptive methods: `norm`, and what `StepControl`
-            takes, such as `first_step` and `max_num_steps`; `meet_times` lets steps end at t.
+            steps lie on the line between them. Of adaptive methods: `norm`, and the fields of
+            `StepControl`, such as `first_step` and `max_num_steps`; with `meet_times` steps end
+            at t.
         budget: Bytes that forward and backward may use, the outputs and their gradient included:
-            a number, text such as "200MiB", a share such as "40%" (on fixed grids: what storing
-            everything needs is not known before adaptive steps), or a `Budget`. None stores
+            a number, text such as "200MiB", a share such as "40%" (on fixed grids: the memory of
+            storing everything is not known before adaptive steps), or a `Budget`. None stores
             everything, as plain autograd does.
         loss: From the states that are returned to one number, as the training step computes it: the
             budget then holds with it, whatever it takes, which is measured once. None provides for
             the states, their gradient, and a few more of the size of the state at one time, such as
             a mean square at a single time takes. Read with a budget only.
         params: Tensors that gradients are wanted for, to be sure that they were found; as
-            torchdiffeq's `adjoint_params`. None takes what is found.
+            torchdiffeq's `adjoint_params`. None takes all that are found.
         gradient: "exact": of the discrete steps. "backsolve": the continuous adjoint, solved
             backwards in time, as torchdiffeq's `odeint_adjoint` does: **inexact**, for comparison;
             its memory does not grow with the steps, so it takes no budget.
-        granularity: What a stage of the chain is within a budget: a "step", or each "slope" of a
+        granularity: A stage of the chain within a budget is a "step", or each "slope" of a
             Runge-Kutta step, so that one evaluation of func at a time needs its tape. The least
             budget is smaller then, and planning takes longer.
         solver: Name of the solver of schedules, or "auto".
-        event_fn: torchdiffeq's; refused, with what to do instead.
+        event_fn: torchdiffeq's; refused, with an alternative.
         adjoint_rtol: How the adjoint equation of gradient="backsolve" is solved; None as the
             forward pass. With "exact", which solves none, these four are refused.
         adjoint_atol: The same.
@@ -182,7 +182,7 @@ def odeint(
 
 @final
 class _Asked:
-    """The arguments that say what to solve and by which steps, read."""
+    """The arguments of `odeint` that describe the problem and the method, read."""
 
     def __init__(
         self, func: Callable[..., Any], y0: Any, rtol: Any, atol: Any, method: Any,

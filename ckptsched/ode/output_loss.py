@@ -20,7 +20,7 @@ from .function.rng_and_buffers import RngAndBuffers
 from .function.tuple_state import Shapes, split
 
 Loss = Callable[[Any], Tensor]
-"""From what `odeint` returns to one number."""
+"""From the states, as `odeint` returns them, to one number without dimensions."""
 
 _OUTPUTS_OF_ONE_TIME = 5
 """Room for a loss that was not named, in outputs of one time: a mean square, there and back."""

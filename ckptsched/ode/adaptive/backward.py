@@ -340,7 +340,7 @@ class Sums:
     """Sums of gradients, the latest step's first."""
 
     def __init__(self, sums: list[Tensor | None]) -> None:
-        """Start from what is there, which is left as it is."""
+        """Start from some sums, whose tensors are not changed."""
         self.sums = sums
         self._own = [False] * len(sums)
 

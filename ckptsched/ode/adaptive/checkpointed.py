@@ -220,7 +220,7 @@ class CheckpointedSolve:
             outputs = steps.connected(self._tapes, starts[0], starts[1])
             self._statistics.backward_evaluations = f.evaluations
             wanted, states = [x for x in starts if x.requires_grad], torch.stack(outputs)
-            if not states.requires_grad:  # f reads nothing of what is wanted
+            if not states.requires_grad:  # f reads none of the wanted tensors
                 return [None] * len(starts)
             with Lent():
                 back = torch.autograd.grad(

@@ -117,7 +117,7 @@ class Record:
 
     @property
     def missing(self) -> int:
-        """How many requested times no step has reached."""
+        """Number of requested times that no step has reached."""
         return len(self.problem.times) - 1 - len(self._last)
 
     def outputs(self, n: int) -> range:
@@ -126,7 +126,7 @@ class Record:
         return range(first + 1, bisect.bisect_right(self._last, n) + 1)
 
     def share(self, n: int, j: int) -> float:
-        """Where in a step a requested time lies: 0 at its start, 1 at its end."""
+        """The share of step n that lies before requested time j: 0 at its start, 1 at its end."""
         step, time = self[n], self.problem.times[j]
         return 1.0 if time == step.t1 else (time - step.t0) / step.h
 

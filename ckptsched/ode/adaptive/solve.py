@@ -1,12 +1,12 @@
 """Adaptive solves whose gradient keeps a byte budget.
 
-The forward pass accepts and rejects steps. Of an accepted step its time and size are recorded,
-and what there is room for is kept: its tape, else the state at its start, or neither, as the number
-of steps is known in the end only (`bounded`). The backward runs accepted steps that have no tape
-again with their recorded sizes, and nothing else: it gives the gradient of the accepted discrete
-steps, states inside steps included, with step sizes held constant. Slopes are no part of a state:
-a step that is run again needs neither an error nor the slope at its end, so that the slope that is
-the next step's first (FSAL) costs nothing when it is evaluated there.
+The forward pass accepts and rejects steps. Of an accepted step its time and size are recorded, and
+as there is room its tape is kept, else the state at its start, or neither, as the number of steps
+is known in the end only (`checkpointed`). The backward runs accepted steps that have no tape again
+with their recorded sizes, and nothing else: it gives the gradient of the accepted discrete steps,
+states inside steps included, with step sizes held constant. Slopes are no part of a state: a step
+that is run again needs neither an error nor the slope at its end, so that the slope that is the
+next step's first (FSAL) costs nothing when it is evaluated there.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from .step_size import StepControl, Tolerances
 @final
 @dataclass(frozen=True, slots=True)
 class AdaptiveSolution:
-    """The states at the requested times, and what it took."""
+    """The states at the requested times, and counts of the solve."""
 
     states: Any
     """The state at each requested time, stacked: the first is the initial state. A tuple of such
@@ -98,26 +98,27 @@ def solve_adaptive(
         rtol: Tolerance relative to the state: a number, or a tensor that broadcasts to it; of a
             tuple a number, or one or a tensor for each part.
         atol: Tolerance besides, the same.
-        norm: Makes one figure of all errors: `rms_norm`, which None stands for, `batch_max_norm`,
+        norm: The size of a tensor of errors: `rms_norm`, which None stands for, `batch_max_norm`,
             or one of your own. Of a tuple it gets a tuple; None then takes the largest of the
             parts' figures.
         control: Size of the steps; the elementary controller if None.
         meet_times: Whether steps end at the requested times. Else states there are those inside
             steps, by the method's interpolant, and the last step may go beyond.
-        params: What func reads and is to get gradients; if None, what is found: the parameters of
-            a module, or of modules and tensors that a function reads from its closure.
+        params: Tensors that func reads and that are to get gradients; if None, all that are found:
+            the parameters of a module, or of modules and tensors that a function reads from its
+            closure.
         budget: Bytes that forward and backward may take at their peak together: states at the
             requested times and their gradients, states that are kept, the tape of a step, and
-            gradients of parameters. Bytes or text such as "200MiB". What a step takes is measured
-            on the first, once for each kind of call (shapes, dtypes, modes, what wants a
-            gradient); that is kept for func, and for others of its code that hold the same.
+            gradients of parameters. Bytes or text such as "200MiB". The memory of a step is
+            measured on the first, once for each kind of call (shapes, dtypes, modes, wanted
+            gradients), and remembered for func, and for functions of equal code and closure.
         loss: From the states that are returned to one number, as the training step computes it: the
             budget then holds with it, whatever it takes, which is measured once. None provides for
             the states, their gradient, and a few more of the size of the state at one time, such as
             a mean square at a single time takes. Read with a budget only.
         checkpoints: States that may be kept at once, the initial one included, in place of a
             budget; no tapes.
-        beside_bytes: Of the budget, what other tensors take that live throughout.
+        beside_bytes: Of the budget, bytes of other tensors that live throughout.
 
     Returns:
         The states, shape (len(t), *y0.shape), a tuple of such where y0 is one; and statistics.

@@ -8,7 +8,7 @@ from typing import final
 from ...base.budget import exact_bytes
 from ...base.errors import InfeasibleBudgetError
 
-_LOSS_BYTES = 64  # a number, its gradient, and what is made on the way
+_LOSS_BYTES = 64  # a number, its gradient, and intermediate values
 
 
 @final
@@ -33,7 +33,7 @@ class Footprint:
     """Of each step that keeps its tape: the tape, the state at its end, and its snapshot. None
     where no budget had room to measure it; the other figures of steps with tapes are then 0."""
     attempt_bytes: int = 0
-    """Peak of an attempt with its tape beyond what lives before it."""
+    """Peak of an attempt with its tape beyond the tensors that live before it."""
     return_bytes: int = 0
     """Peak of going back through steps with tapes beyond these: gradients, those of the parameters
     included."""
@@ -120,8 +120,8 @@ class Footprint:
 class Room:
     """The room of an adaptive solve for tapes of its first steps, and for states after them.
 
-    A tape takes more than a state and saves the same run of a step. So tapes have what no state
-    needs yet, and go, the latest first, as states come.
+    A tape takes more than a state and saves the same run of a step. So tapes have the room that no
+    state needs yet, and are dropped, the latest first, as states come.
     """
 
     slots: int

@@ -40,7 +40,7 @@ from .step_memory import Footprint
 T = TypeVar("T")
 
 _INSIDE = 0.3
-"""Where in a step an output is, as a share of it: not halfway, where slopes may have no weight."""
+"""Share of a step before its output: not halfway, where slopes may have no weight."""
 
 
 @final

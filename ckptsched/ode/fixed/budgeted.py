@@ -131,7 +131,7 @@ def _plan(
     if raised is not None:  # by the steps, or by func: by the same error as without a budget
         raise raised
     outputs_bytes = sample.grid.count * y0.nbytes
-    # The gradient of the outputs is among what lives from the start to the end.
+    # The gradient of the outputs counts among the tensors that live from the start to the end.
     overhead = max(measured.loss_overhead_bytes, needs.peak_bytes - outputs_bytes)
     beside += 2 * outputs_bytes + needs.held_bytes
     if chain.shapes is not None:
@@ -169,7 +169,7 @@ def _plan_beside(chain: Chain, budget: Budget, beside: int, solver: str) -> Plan
     asked = budget.resolve(everything)
     try:
         if asked <= beside:
-            # Not even the outputs fit; what would is in the error of the least that can be asked.
+            # Not even the outputs fit; the error of the least budget tells the one that works.
             return plan_one(chain, 1, solver=solver)
         return plan_one(chain, asked - beside, solver=solver)
     except InfeasibleBudgetError as error:

@@ -1,7 +1,7 @@
 """Time steps, or the slopes of Runge-Kutta steps, as stages of a chain.
 
 A stage that is a slope evaluates f once, so that one evaluation's tape is kept at a time. Between
-two slopes flow the state at the start of the step, the sum of what the step has so far, and the
+two slopes flow the state at the start of the step, the weighted sum of slopes so far, and the
 slopes that later arguments need: tensors that are handed on and not copied.
 """
 

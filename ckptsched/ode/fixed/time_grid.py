@@ -1,4 +1,4 @@
-"""Where the steps of a fixed grid lie, and which of them the wanted times fall into."""
+"""The times of a fixed grid's steps, and the steps that the requested times fall into."""
 
 from __future__ import annotations
 

@@ -87,12 +87,13 @@ class Closure:
 
 
 def find_closure(func: Callable[..., Any]) -> Closure:
-    """Find what a function reads: in cells, globals, defaults, attributes, lists and dicts of them.
+    """Find the modules and trained tensors that a function reads.
 
-    Of a module these are its parameters and, among its other attributes, tensors that are leaves:
-    one with a graph may be left from a call before, and that graph be gone. What is hidden
-    otherwise, in a C extension say, is not found; whoever needs it then refuses it, because its
-    gradient would be lost (`unknown_leaves`).
+    Looked at are cells, globals, defaults, attributes, lists and dicts. Of a module these are its
+    parameters and, among its other attributes, tensors that are leaves: one with a graph may be
+    left from a call before, and that graph be gone. Tensors hidden otherwise, in a C extension
+    say, are not found; the backward refuses them, because their gradient would be lost
+    (`unknown_leaves`).
 
     Args:
         func: A module, a function, a method, a partial, or an object that can be called.
@@ -127,7 +128,7 @@ def unknown_leaves(outputs: Iterable[Node | None], known: Iterable[Tensor]) -> l
 
     Args:
         outputs: Where the graph ends.
-        known: Tensors; what lies behind one of them is taken care of.
+        known: Tensors whose gradients are taken; the graph behind them is not followed.
     """
     known = list(known)
     stops = {id(t) for t in known}

@@ -22,8 +22,8 @@ Slope: TypeAlias = Callable[[Time, Tensor], Tensor]
 def runge_kutta_step(f: Slope, tableau: ButcherTableau, t: Time, h: Time, z: Tensor) -> Tensor:
     """Advance dz/dt = f(t, z) by one step: z + h sum_i b_i k_i.
 
-    All sums are `torch.add(..., alpha=)`, whose backward needs no operand: besides what f
-    itself saves, autograd keeps nothing of the step, unless h is a tensor that requires a
+    All sums are `torch.add(..., alpha=)`, whose backward needs no operand: besides the tensors
+    that f itself saves, autograd keeps nothing of the step, unless h is a tensor that requires a
     gradient. A slope is let go as soon as no later argument needs it, coefficients that are zero
     cost nothing, and a slope that the result does not depend on, such as the last of a method
     whose last slope is the next step's first, is not evaluated.

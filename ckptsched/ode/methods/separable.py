@@ -75,7 +75,7 @@ class SeparableSlope:
             self._compare(t, state, z, part, what)
 
     def _compare(self, t: Time, one: Tensor, other: Tensor, part: slice, what: str) -> None:
-        """Evaluate at one time, with one random state, and refuse what still differs."""
+        """Evaluate both states at one time and random state, and refuse a slope that differs."""
         slots, closure = Slots(self._closure.modules), self._closure
         random = Generators(one.device, own_generators(closure.parts, closure.generators))
         slopes = []

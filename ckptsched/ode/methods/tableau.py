@@ -45,8 +45,8 @@ class ButcherTableau:
     """Times of the slopes, as shares of the step."""
 
     b_error: tuple[float, ...] | None = None
-    """b less the weights of an embedded method: what the slopes say of a step's error. None where
-    the method has none."""
+    """b less the weights of an embedded method: weights of the slopes in a step's error. None
+    where the method has none."""
     embedded_order: int = 0
     """Order of the embedded method; checked, and that it is not higher. 0 where there is none."""
     mid: tuple[float, ...] | None = None
