@@ -61,80 +61,78 @@ class ButcherTableau:
             WorkloadError: Shapes that do not match, a coefficient that is not finite, a row sum
                 that is not c_i, or an order condition that is broken.
         """
-        self._check_shapes()
-        for i, (row, c_i) in enumerate(zip(self.a, self.c, strict=True)):
-            if abs(math.fsum(row) - c_i) > _TOLERANCE:
-                raise WorkloadError(
-                    f"tableau {self.name!r}: row {i} of a sums to {math.fsum(row)!r}, but "
-                    f"c[{i}] is {c_i!r}; they must be equal, so correct one of them"
-                )
-        trees = _Conditions(self.a)
-        for vertices, found, needed in trees.broken(self.b, self.order):
-            raise WorkloadError(
-                f"tableau {self.name!r}: an order condition for order {vertices} gives {found!r} "
-                f"in place of {needed!r}{' (the sum of b)' if vertices == 1 else ''}; correct a "
-                f"coefficient, or state order={vertices - 1} if that is what it has"
-            )
-        for vertices, found, needed in trees.broken(self.mid, min(self.order, 4), 0.5):
-            raise WorkloadError(
-                f"tableau {self.name!r}: an order condition for order {vertices} of the state "
-                f"halfway gives {found!r} in place of {needed!r}; correct mid"
-            )
-        if self.b_error is not None:
-            self._check_embedded(trees, self.b_error)
+        for fault in itertools.chain(self._wrong_shapes(), self._wrong_coefficients()):
+            raise WorkloadError(f"tableau {self.name!r}: {fault}")
 
-    def _check_embedded(self, trees: _Conditions, b_error: tuple[float, ...]) -> None:
-        """The embedded method has its order where its difference to this one sees no term."""
-        order = self.embedded_order
-        if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order < self.order:
-            raise WorkloadError(
-                f"tableau {self.name!r}: embedded_order is {order!r}; give that of the method "
-                f"whose weights are b - b_error, at least 1 and below {self.order}"
-            )
-        for vertices, found, _ in trees.broken(b_error, order, 0.0):
-            raise WorkloadError(
-                f"tableau {self.name!r}: an order condition for order {vertices} of the embedded "
-                f"method is off by {found!r}; correct b_error, or state "
-                f"embedded_order={vertices - 1} if that is what it has"
-            )
-        if not any(trees.broken(b_error, order + 1, 0.0)):
-            raise WorkloadError(
-                f"tableau {self.name!r}: b_error sees no error of order {order + 1}, though the "
-                f"embedded method is said to be of order {order} only; correct b_error, or state "
-                f"embedded_order={order + 1}"
-            )
-
-    def _check_shapes(self) -> None:
+    def _wrong_shapes(self) -> Iterator[str]:
+        """Faults of numbers of coefficients, of orders, and of coefficients that are not finite."""
         if not isinstance(self.order, int) or isinstance(self.order, bool) or self.order < 1:
-            raise WorkloadError(f"tableau {self.name!r}: order is {self.order!r}; give an int >= 1")
+            yield f"order is {self.order!r}; give an int >= 1"
         slopes = len(self.b)
         if not slopes or len(self.a) != slopes or len(self.c) != slopes:
-            raise WorkloadError(
-                f"tableau {self.name!r}: a has {len(self.a)} rows, b {slopes} and c "
-                f"{len(self.c)} entries; all three need one for each slope, at least one"
+            yield (
+                f"a has {len(self.a)} rows, b {slopes} and c {len(self.c)} entries; all three need "
+                "one for each slope, at least one"
             )
         for i, row in enumerate(self.a):
             if len(row) != i:
-                raise WorkloadError(
-                    f"tableau {self.name!r}: row {i} of a has {len(row)} entries; an explicit "
-                    f"method has {i} there, those below the diagonal"
+                yield (
+                    f"row {i} of a has {len(row)} entries; an explicit method has {i} there, those "
+                    "below the diagonal"
                 )
-        for what, weights in (("b_error", self.b_error), ("mid", self.mid)):
+        for name, weights in (("b_error", self.b_error), ("mid", self.mid)):
             if weights is not None and len(weights) != slopes:
-                raise WorkloadError(
-                    f"tableau {self.name!r}: {what} has {len(weights)} entries; give one for each "
-                    f"of the {slopes} slopes, or None"
+                yield (
+                    f"{name} has {len(weights)} entries; give one for each of the {slopes} slopes, "
+                    "or None"
                 )
-        if self.b_error is None and self.embedded_order != 0:
-            raise WorkloadError(
-                f"tableau {self.name!r}: embedded_order is {self.embedded_order!r} and b_error "
-                "None; give both or neither"
-            )
+        order = self.embedded_order
+        if self.b_error is None and order != 0:
+            yield f"embedded_order is {order!r} and b_error None; give both or neither"
         for value in itertools.chain(*self.a, self.b, self.c, self.b_error or (), self.mid or ()):
             if not math.isfinite(value):
-                raise WorkloadError(
-                    f"tableau {self.name!r}: found the coefficient {value!r}; all must be finite"
+                yield f"found the coefficient {value!r}; all must be finite"
+
+    def _wrong_coefficients(self) -> Iterator[str]:
+        """Faults of row sums, and of order conditions, of coefficients whose shapes are right."""
+        for i, (row, c_i) in enumerate(zip(self.a, self.c, strict=True)):
+            if abs(math.fsum(row) - c_i) > _TOLERANCE:
+                yield (
+                    f"row {i} of a sums to {math.fsum(row)!r}, but c[{i}] is {c_i!r}; they must be "
+                    "equal, so correct one of them"
                 )
+        trees = _Conditions(self.a)
+        for vertices, found, needed in trees.broken(self.b, self.order):
+            yield (
+                f"an order condition for order {vertices} gives {found!r} in place of {needed!r}"
+                f"{' (the sum of b)' if vertices == 1 else ''}; correct a coefficient, or state "
+                f"order={vertices - 1} if that is what it has"
+            )
+        for vertices, found, needed in trees.broken(self.mid, min(self.order, 4), 0.5):
+            yield (
+                f"an order condition for order {vertices} of the state halfway gives {found!r} in "
+                f"place of {needed!r}; correct mid"
+            )
+        order = self.embedded_order
+        if self.b_error is None:
+            return
+        if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order < self.order:
+            yield (
+                f"embedded_order is {order!r}; give that of the method whose weights are "
+                f"b - b_error, at least 1 and below {self.order}"
+            )
+        # The embedded method has its order where its difference to this one sees no term.
+        for vertices, found, _ in trees.broken(self.b_error, order, 0.0):
+            yield (
+                f"an order condition for order {vertices} of the embedded method is off by "
+                f"{found!r}; correct b_error, or state embedded_order={vertices - 1} if that is "
+                "what it has"
+            )
+        if not any(trees.broken(self.b_error, order + 1, 0.0)):
+            yield (
+                f"b_error sees no error of order {order + 1}, though the embedded method is said "
+                f"to be of order {order} only; correct b_error, or state embedded_order={order + 1}"
+            )
 
     @property
     def slopes(self) -> int:
