@@ -52,7 +52,7 @@ class AdjointSettings:
         """The arguments of the solve of the adjoint equation: rtol, atol, method and options.
 
         Args:
-            rtol: Of the forward pass, where the adjoint has none of its own.
+            rtol: That of the forward pass, for an adjoint without one of its own.
             atol: The same.
             method: The same.
             options: The same; `norm` is of states.

@@ -80,9 +80,9 @@ def odeint(
             ("crank_nicolson"), "leapfrog" (for q and p of which neither's slope depends on itself);
             "bosh3", "dopri5", "tsit5" and "dopri8" where the
             options name a grid. Without options, these four choose their steps. None is "dopri5".
-        options: Of a fixed grid: `step_size`, or `grid_constructor` (func, y0, t) to the times of
+        options: For a fixed grid `step_size`, or `grid_constructor` (func, y0, t) to the times of
             the steps; with neither, a step leads from each time to the next. Outputs between two
-            steps lie on the line between them. Of adaptive methods: `norm`, and the fields of
+            steps lie on the line between them. For adaptive methods `norm`, and the fields of
             `StepControl`, such as `first_step` and `max_num_steps`; with `meet_times` steps end
             at t.
         budget: Bytes that forward and backward may use, the outputs and their gradient included:

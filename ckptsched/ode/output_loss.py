@@ -34,7 +34,7 @@ class LossNeeds:
     peak_bytes: int
     """Peak beyond the outputs, up to the time when their gradient is there: that included."""
     held_bytes: int = 0
-    """Of the gradients of parameters that only the loss reads, which live on."""
+    """Bytes of the gradients of parameters that only the loss reads, which live on."""
 
 
 def needs_of_loss(

@@ -118,7 +118,7 @@ def solve_adaptive(
             a mean square at a single time takes. Read with a budget only.
         checkpoints: States that may be kept at once, the initial one included, in place of a
             budget; no tapes.
-        beside_bytes: Of the budget, bytes of other tensors that live throughout.
+        beside_bytes: Bytes of the budget for other tensors that live throughout.
 
     Returns:
         The states, shape (len(t), *y0.shape), a tuple of such where y0 is one; and statistics.
@@ -147,7 +147,7 @@ class Limits:
     budget_bytes: int | None
     checkpoints: int | None = None
     beside_bytes: int = 0
-    """Of the budget, bytes of other tensors that live throughout."""
+    """Bytes of the budget for other tensors that live throughout."""
     loss: Loss | None = None
     """The caller's, where it is named."""
 

@@ -17,20 +17,20 @@ class Footprint:
     """Bytes of tensors of an adaptive solve, apart from the tapes and states that it keeps."""
 
     state_bytes: int
-    """Of one checkpoint: the state, and its snapshot of buffers."""
+    """Bytes of one checkpoint: the state, and its snapshot of buffers."""
     snapshot_bytes: int = 0
-    """Of the snapshot alone."""
+    """Bytes of the snapshot alone."""
     forward_bytes: int
     """Peak of an attempt beyond the state at its start: slopes, error, a state inside."""
     backward_bytes: int
     """Peak of running a step again, with its tape and backward, beyond its input, the gradient
     that comes in and the sums of gradients."""
     gradient_bytes: int
-    """Of the gradients of the parameters."""
+    """Bytes of the gradients of the parameters."""
     start_bytes: int = 0
-    """Of the first slope and its tape, with which a solve with tapes begins."""
+    """Bytes of the first slope and its tape, with which a solve with tapes begins."""
     tape_bytes: int | None = None
-    """Of each step that keeps its tape: the tape, the state at its end, and its snapshot. None
+    """Bytes of each step that keeps its tape: the tape, the state at its end, its snapshot. None
     where no budget had room to measure it; the other figures of steps with tapes are then 0."""
     attempt_bytes: int = 0
     """Peak of an attempt with its tape beyond the tensors that live before it."""
@@ -38,9 +38,9 @@ class Footprint:
     """Peak of going back through steps with tapes beyond these: gradients, those of the parameters
     included."""
     beside_bytes: int = 0
-    """Of other tensors that live throughout: the gradient of times, and those the caller names."""
+    """Bytes of other tensors that live throughout: the gradient of times, and the caller's."""
     output_bytes: int
-    """Of the state at one requested time."""
+    """Bytes of the state at one requested time."""
     outputs: int
     """Requested times; their states are the caller's in the backward, as are the gradients."""
     loss_bytes: int = 0
@@ -80,7 +80,7 @@ class Footprint:
         """The tapes and states that may be kept within a budget.
 
         Args:
-            budget_bytes: Of the peak of forward and backward together.
+            budget_bytes: Most bytes of forward and backward together, at their peak.
 
         Raises:
             InfeasibleBudgetError: Not even the initial state.
@@ -127,9 +127,9 @@ class Room:
     slots: int
     """States that may be kept at once, the initial one included, where no tape is."""
     spare_bytes: int = 0
-    """For tapes and states."""
+    """Bytes for tapes and states."""
     tape_spare_bytes: int = -1
-    """For tapes before a step that keeps its own."""
+    """Bytes for tapes before a step that keeps its own."""
     state_bytes: int = 1
     start_bytes: int = 0
     tape_bytes: int = 0

@@ -110,8 +110,8 @@ class Trial:
         Args:
             cache: Holds the findings of earlier calls.
             function: The part of the cache's keys that names f.
-            budget_bytes: Of the solve; None where nothing is to be measured.
-            beside_bytes: Of other tensors that live throughout.
+            budget_bytes: Budget of the solve; None where nothing is to be measured.
+            beside_bytes: Bytes of other tensors that live throughout.
             loss: Measures the caller's loss, with a budget only and under the cache's lock:
                 bytes of its peak, and of the gradients that it leaves.
 

@@ -73,7 +73,7 @@ class _Description:
     def __init__(self) -> None:
         self._seen: dict[int, int] = {}
         self._globals: dict[str, Any] | None = None
-        """Of the first function; those of another file are a library's."""
+        """Globals of the first function; those of another file are a library's."""
 
     def of(self, value: Any) -> Hashable:
         if isinstance(value, _BY_VALUE):

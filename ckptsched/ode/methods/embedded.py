@@ -143,7 +143,7 @@ def inside_weights(tableau: ButcherTableau, x: float, order: int = 0) -> tuple[f
     Args:
         tableau: The method.
         x: Where, as a share of the step.
-        order: Of the derivative of the weights with respect to x; 0 for the weights themselves.
+        order: Order of the derivative with respect to x; 0 for the weights themselves.
 
     Reference:
         Shampine, Some practical Runge-Kutta formulas, Math. Comp. 46, 1986.

@@ -34,7 +34,7 @@ class ButcherTableau:
     """
 
     name: str
-    """As `find_tableau` knows it."""
+    """Name that `find_tableau` looks up."""
     order: int
     """The error of a step is O(h^(order + 1)); every order condition is checked."""
     a: tuple[tuple[float, ...], ...]
