@@ -170,16 +170,16 @@ class CheckpointedSolve:
             shift = gradients.new_zeros((), dtype=real).requires_grad_()
         f = RightHandSide(self._problem, shift)
         steps = AcceptedSteps(self._record, f, self._carried)
-        reversed_ = Reversal(steps, self._environment, self._tapes)
+        reversal = Reversal(steps, self._environment, self._tapes)
         every = [*[gradients[0]] * self._before, *gradients.unbind()]
         try:
             slots = self._room.states(self._tapes)
             with self._locks.held():
-                found = reversed_.run(self._states, slots, every, shift, last_input=fresh)
+                found = reversal.run(self._states, slots, every, shift, last_input=fresh)
         finally:
             self._states.clear()
         self._statistics.backward_evaluations = f.evaluations
-        self._statistics.advances = reversed_.advances
+        self._statistics.advances = reversal.advances
         return found
 
     def differentiable(self, head: Tensor, t: Tensor, gradients: Tensor) -> list[Tensor | None]:
