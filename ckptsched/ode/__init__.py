@@ -1,11 +1,11 @@
 """Ordinary differential equations as chains of stages: tableaus, steps, blocks."""
 
+from .adaptive.norms import batch_max_norm as batch_max_norm
+from .adaptive.norms import rms_norm as rms_norm
 from .adaptive.solve import AdaptiveSolution as AdaptiveSolution
 from .adaptive.solve import solve_adaptive as solve_adaptive
 from .adaptive.statistics import Statistics as Statistics
 from .adaptive.step_size import StepControl as StepControl
-from .adaptive.step_size import batch_max_norm as batch_max_norm
-from .adaptive.step_size import rms_norm as rms_norm
 from .block import ODEBlock as ODEBlock
 from .methods.explicit import runge_kutta_step as runge_kutta_step
 from .methods.table import BOSH3 as BOSH3

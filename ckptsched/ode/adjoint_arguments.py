@@ -1,4 +1,4 @@
-"""How the adjoint equation is solved: torchdiffeq's `adjoint_*` arguments, read or refused."""
+"""Arguments of the adjoint equation: torchdiffeq's `adjoint_*`, read or refused."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from ..base.errors import WorkloadError
-from .adaptive.step_size import Norm, rms_norm
-from .function.callbacks import NAMES, OF_ADJOINT
+from .adaptive.norms import Norm, rms_norm
+from .function.callbacks import OF_ADJOINT, callbacks_of
 from .function.options import check_fixed_options, read_control
-from .methods.integrators import Leapfrog, UserStep, find_integrator, is_adaptive, split
+from .function.tuple_state import Shapes, split
+from .methods.integrators import Leapfrog, UserStep, find_integrator, is_adaptive
 
 
 @final
 @dataclass(frozen=True)
 class AdjointSettings:
-    """What was asked for; None where nothing was."""
+    """The `adjoint_*` arguments of a call; None where one was not given."""
 
     rtol: Any = None
     atol: Any = None
@@ -28,36 +29,39 @@ class AdjointSettings:
     options: Mapping[str, Any] | None = None
 
     def check_unused(self) -> None:
-        """Refuse settings of an equation that is not solved.
+        """Refuse all of them where no adjoint equation is solved.
 
         Raises:
-            WorkloadError: There are some.
+            WorkloadError: One was given.
         """
-        given = [f"adjoint_{name}" for name, value in vars(self).items() if value is not None]
+        given = self._given("rtol", "atol", "method", "options")
         if given:
             raise WorkloadError(
-                f"{', '.join(given)} given, and gradient='exact' differentiates the steps "
+                f"{given} given, and gradient='exact' differentiates the steps "
                 "themselves, so that no adjoint equation is solved: leave it out, or take "
                 "gradient='backsolve'"
             )
 
+    def _given(self, *names: str) -> str:
+        return ", ".join(f"adjoint_{name}" for name in names if getattr(self, name) is not None)
+
     def solver(
         self, rtol: Any, atol: Any, method: Any, options: Mapping[str, Any], norm: Norm,
-        shapes: tuple[torch.Size, ...] | None,
+        shapes: Shapes,
     ) -> dict[str, Any]:  # fmt: skip
-        """The arguments that the adjoint equation is solved with.
+        """The arguments of the solve of the adjoint equation: rtol, atol, method and options.
 
         Args:
-            rtol: Of the forward pass, where there is none of the adjoint's.
+            rtol: That of the forward pass, for an adjoint without one of its own.
             atol: The same.
             method: The same.
             options: The same; `norm` is of states.
-            norm: That of flat states.
-            shapes: Of the parts of the state where it is a tuple.
+            norm: Norm of flat states.
+            shapes: Shapes of the parts of the state; None where it is one tensor.
 
         Raises:
-            WorkloadError: What makes no sense, or was given for the forward pass and does not do
-                for the adjoint; said in the forward pass, not when gradients are asked for.
+            WorkloadError: An argument that makes no sense, or one of the forward pass that does
+                not fit the adjoint; raised in the forward pass, not when gradients are asked for.
         """
         if self.options is None and options and self.method not in (None, method):
             raise WorkloadError(
@@ -68,23 +72,16 @@ class AdjointSettings:
         given = dict(options if self.options is None else self.options)
         own_norm = None if self.options is None else given.get("norm")
         given.pop("norm", None)
-        found = {"rtol": rtol, "atol": atol}
-        if self._check_steps(method, given):
-            found = {
-                "rtol": _tolerance("rtol", self.rtol, rtol),
-                "atol": _tolerance("atol", self.atol, atol),
-            }
-        return {
-            **found,
-            "method": method if self.method is None else self.method,
-            "options": {**given, "norm": _norm(own_norm, norm, shapes)},
-        }
+        own_method = method if self.method is None else self.method
+        if self._check_steps(own_method, given):
+            rtol, atol = _tolerance("rtol", self.rtol, rtol), _tolerance("atol", self.atol, atol)
+        given["norm"] = _norm(own_norm, norm, shapes)
+        return {"rtol": rtol, "atol": atol, "method": own_method, "options": given}
 
     def _check_steps(self, method: Any, options: Mapping[str, Any]) -> bool:
-        """Refuse a method or options that cannot be; tells whether it chooses its steps."""
-        given = method if self.method is None else self.method
-        # Of a pair, which is what leapfrog asks for first.
-        integrator = find_integrator(given, (torch.Size(), torch.Size()))
+        """Refuse a method or options that do not fit; returns whether it chooses its steps."""
+        # With the shapes of a pair, which leapfrog asks for first.
+        integrator = find_integrator(method, (torch.Size(), torch.Size()))
         if isinstance(integrator, Leapfrog):
             raise WorkloadError(
                 "the adjoint equation is none for 'leapfrog': state and adjoint are no positions "
@@ -100,10 +97,10 @@ class AdjointSettings:
             read_control(options)
             return True
         check_fixed_options(options)
-        unread = [f"adjoint_{name}" for name in ("rtol", "atol") if vars(self)[name] is not None]
+        unread = self._given("rtol", "atol")
         if unread:
             raise WorkloadError(
-                f"{', '.join(unread)} given, and the adjoint equation is solved by {given!r:.80} "
+                f"{unread} given, and the adjoint equation is solved by {method!r:.80} "
                 "on a fixed grid, which keeps no tolerance: leave it out, or give an adaptive "
                 "adjoint_method, such as 'dopri5', and adjoint_options={}"
             )
@@ -129,14 +126,14 @@ def _tolerance(name: str, own: Any, other: Any) -> float:
     return value
 
 
-def _norm(given: Any, norm: Norm, shapes: tuple[torch.Size, ...] | None) -> Callable[[Any], Tensor]:
+def _norm(given: Any, norm: Norm, shapes: Shapes) -> Callable[[Any], Tensor]:
     """The norm of state, adjoint and integrals, as torchdiffeq has it.
 
     Args:
-        given: Of (time, states, adjoints, integrals); "seminorm", which leaves out the integrals;
-            or None.
-        norm: Of flat states.
-        shapes: Of their parts where they are tuples.
+        given: A function of (time, states, adjoints, integrals); "seminorm", which leaves out the
+            integrals; or None.
+        norm: Norm of flat states.
+        shapes: Shapes of the parts of the state; None where it is one tensor.
     """
     if given not in (None, "seminorm") and not callable(given):
         raise WorkloadError(
@@ -161,13 +158,6 @@ def _norm(given: Any, norm: Norm, shapes: tuple[torch.Size, ...] | None) -> Call
 
 
 def hand_on_callbacks(func: Callable[..., Any], rates: Any) -> None:
-    """Let the solve of the adjoint equation call what is meant for it.
-
-    Args:
-        func: The right-hand side.
-        rates: That of the adjoint equation; it gets attributes.
-    """
-    for name, of_adjoint in zip(NAMES, OF_ADJOINT, strict=True):
-        function = getattr(func, of_adjoint, None)
-        if callable(function):
-            setattr(rates, name, function)
+    """Give the adjoint equation's right-hand side the adjoint callbacks of func as its own."""
+    for name, function in callbacks_of(func, OF_ADJOINT).items():
+        setattr(rates, name.removesuffix("_adjoint"), function)

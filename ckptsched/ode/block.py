@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Hashable, Mapping
-from types import MappingProxyType
 from typing import Any, Literal, final
 
-import torch
 from torch import Tensor, nn
 
 from ..base.errors import WorkloadError
-from ..capture.stage_discovery import StageCall, StagedModule
-from .fixed.slope_stages import slope_count, slope_step
-from .methods.explicit import Slope, Time, runge_kutta_step
+from ..capture.stage_discovery import StageCall
+from .fixed.step_stages import SteppedModule, slope_step, step_stages
+from .function.options import read_number
+from .methods.explicit import Slope, Time, as_time, runge_kutta_step
 from .methods.table import find_tableau
 from .methods.tableau import ButcherTableau
 
-_NONE: Mapping[str, Any] = MappingProxyType({})
 _TWO_KINDS = (
     "dz/dt = f takes f(z) or f(t, z); give time_dependent=False or True where the signature "
     "does not say which"
@@ -27,46 +24,7 @@ _TWO_KINDS = (
 
 
 @final
-class StepStage(StageCall):
-    """One time step of an `ODEBlock`."""
-
-    __slots__ = ("index", "module", "part")
-
-    module: ODEBlock
-
-    def __init__(self, block: ODEBlock, index: int, part: int | None = None) -> None:
-        """Name a step.
-
-        Args:
-            block: The block that the step belongs to.
-            index: 0 for the first step.
-            part: Which of its slopes, from 0; None for the whole step.
-        """
-        self.prefix = ""
-        self.module = block
-        self.index = index
-        self.part = part
-
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Advance the state by this step, or this slope of it."""
-        if self.part is None:
-            return self.module.step(self.index, x, *args, **kwargs)
-        return self.module.step_part(self.index, self.part, x, *args, **kwargs)
-
-    @property
-    def label(self) -> str:
-        """The index as in "step[7]", or "slope 2 of step[7]"."""
-        prefix = "" if self.part is None else f"slope {self.part} of "
-        return f"{prefix}step[{self.index}]"
-
-    @property
-    def key(self) -> Hashable:
-        """Equal for all steps of a block: they differ in the time only."""
-        return ("step", id(self.module), self.part)
-
-
-@final
-class ODEBlock(StagedModule):
+class ODEBlock(SteppedModule):
     """Solves dz/dt = f(z) or f(t, z) from t0 to t1 in equal steps; each step is a stage.
 
     The steps share the parameters of f. With `method="euler"` and one step the block is a
@@ -83,7 +41,7 @@ class ODEBlock(StagedModule):
         t0: Time of the state that comes in.
         t1: Time of the state that goes out; may lie before t0.
         time_dependent: Whether f takes the time; None reads it off the signature of f.
-        granularity: What a stage is: a "step", or each "slope" of a step, so that the tape of one
+        granularity: A stage is a "step", or each "slope" of a step, so that the tape of one
             evaluation of f is the least memory, and not that of all in a step.
 
     Raises:
@@ -114,7 +72,9 @@ class ODEBlock(StagedModule):
         _check_function(f)
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise WorkloadError(f"steps is {steps!r}; give an int of at least 1")
-        t0, t1 = _time("t0", t0), _time("t1", t1)
+        finite = "a number, finite and in units of time"
+        t0 = read_number("t0", t0, finite, accepts=math.isfinite)
+        t1 = read_number("t1", t1, finite, accepts=math.isfinite)
         if t0 == t1:
             raise WorkloadError(f"t0 and t1 are both {t0}: nothing to solve; let them differ")
         if time_dependent is not None and not isinstance(time_dependent, bool):
@@ -131,10 +91,8 @@ class ODEBlock(StagedModule):
 
     def stages(self) -> list[StageCall]:
         """The time steps, or their slopes, in order; a small object each."""
-        if self.granularity == "step":
-            return [StepStage(self, index) for index in range(self.steps)]
-        parts = range(slope_count(self.tableau))
-        return [StepStage(self, index, part) for index in range(self.steps) for part in parts]
+        slopes = self.tableau.evaluations if self.granularity == "slope" else None
+        return step_stages(self, [1] * self.steps, slopes)
 
     def stages_follow_from(self) -> Hashable:
         """The attributes that `stages` reads."""
@@ -146,7 +104,7 @@ class ODEBlock(StagedModule):
         Args:
             index: 0 for the first step.
             z: State at the start of the step.
-            args: What f is given besides the state, such as a condition.
+            args: Arguments of f besides the state, such as a condition.
             kwargs: The same by name.
 
         Returns:
@@ -155,7 +113,7 @@ class ODEBlock(StagedModule):
         Raises:
             ExecutionError: f does not return a slope of the state's shape and dtype.
         """
-        slope = self._right_hand_side(args, kwargs)
+        slope = self._slope(args, kwargs)
         return runge_kutta_step(slope, self.tableau, self._start(index), self.h, z)
 
     def step_part(self, index: int, part: int, state: Any, *args: Any, **kwargs: Any) -> Any:
@@ -164,24 +122,28 @@ class ODEBlock(StagedModule):
         Args:
             index: 0 for the first step.
             part: 0 for its first slope.
-            state: The state at the start of the step, or what the slope before returned.
-            args: What f is given besides the state.
+            state: The state at the start of the step, or the output of the part before.
+            args: Arguments of f besides the state.
             kwargs: The same by name.
 
         Returns:
-            What the next slope takes; the state at the end of the step from the last.
+            The input of the next part; from the last one the state at the end of the step.
         """
-        slope = self._right_hand_side(args, kwargs)
+        slope = self._slope(args, kwargs)
         return slope_step(slope, self.tableau, self._start(index), self.h, part, state)
 
     def _start(self, index: int) -> float:
         # From t0 each time: adding up h would let the time drift over many steps.
         return self.t0 + (self.t1 - self.t0) * (index / self.steps)
 
-    def _right_hand_side(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Slope:
-        if args or kwargs:
-            return functools.partial(self._slope, args=args, kwargs=kwargs)
-        return self._slope
+    def _slope(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Slope:
+        """The right-hand side with the other arguments of the block's call."""
+
+        def slope(t: Time, z: Tensor) -> Tensor:
+            time = (as_time(t, z),) if self.time_dependent else ()
+            return self.f(*time, z, *args, **kwargs)
+
+        return slope
 
     @property
     def h(self) -> float:
@@ -190,18 +152,8 @@ class ODEBlock(StagedModule):
 
     @property
     def evaluations(self) -> int:
-        """How often a forward pass evaluates f."""
+        """Number of evaluations of f in a forward pass."""
         return self.steps * self.tableau.evaluations
-
-    def _slope(
-        self, t: Time, z: Tensor, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = _NONE
-    ) -> Tensor:
-        if not self.time_dependent:
-            return self.f(z, *args, **kwargs)
-        # Filled on the device: a tensor made from a Python number would be copied there,
-        # and on CUDA the step would wait for it.
-        time = torch.full((), float(t), dtype=z.dtype.to_real(), device=z.device)
-        return self.f(time, z, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """Method, steps and times, for `print(model)`."""
@@ -245,16 +197,6 @@ def _check_function(f: Callable[..., Tensor]) -> None:
             f"f is a method of a {type(owner).__name__}, whose parameters would be hidden from "
             "the block; give the module itself, with this method as its forward"
         )
-
-
-def _time(name: str, value: float) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise WorkloadError(f"{name} is {value!r}; give a number, in units of time") from None
-    if not math.isfinite(number):
-        raise WorkloadError(f"{name} is {value!r}; give a finite number, in units of time")
-    return number
 
 
 def _describe(f: Callable[..., Tensor]) -> str:

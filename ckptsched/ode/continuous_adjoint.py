@@ -17,15 +17,15 @@ from ..base.errors import ExecutionError
 from ..recompute.graph_holds import Hold, keep
 from .function.captures import outlive, unknown_leaves
 
-Solve: TypeAlias = Callable[[Any, Tensor], Any]
-"""From an initial state and times to the states there, without gradients."""
-SolveOther: TypeAlias = Callable[[Callable[..., Any], Any, Tensor], Any]
-"""The same of a right-hand side that is given."""
+SolveForward: TypeAlias = Callable[[Any, Tensor], Any]
+"""From an initial state and times to the states at these times, without gradients."""
+SolveAdjoint: TypeAlias = Callable[[Callable[..., Any], Any, Tensor], Any]
+"""The same, with the right-hand side as its first argument."""
 
 
 def backsolve(
-    solve: Solve,
-    solve_adjoint: SolveOther,
+    solve: SolveForward,
+    solve_adjoint: SolveAdjoint,
     func: Callable[[Tensor, Tensor], Tensor],
     y0: Tensor,
     t: Tensor,
@@ -33,7 +33,7 @@ def backsolve(
     *,
     all_wanted: bool = True,
 ) -> Tensor:
-    """Solve, and let the backward solve the adjoint equation backwards.
+    """SolveForward, and let the backward solve the adjoint equation backwards.
 
     With a(t) = dL/dy(t) the adjoint equation is da/dt = -a df/dy, and dL/dp the integral of
     -a df/dp from the end to the start. State, adjoint and integral are solved together, from each
@@ -46,8 +46,8 @@ def backsolve(
         y0: Flat initial state.
         t: Output times.
         params: Tensors that func reads, and whose gradients are wanted.
-        all_wanted: Whether these are to be all that func reads and trains; the backward then
-            refuses a func that reads another.
+        all_wanted: Whether func must read and train no others; the backward then refuses it
+            where it does.
 
     Returns:
         The states at all times, stacked.
@@ -64,7 +64,7 @@ class _Backsolve(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        settings: tuple[Solve, SolveOther, Callable[[Tensor, Tensor], Tensor], bool],
+        settings: tuple[SolveForward, SolveAdjoint, Callable[[Tensor, Tensor], Tensor], bool],
         y0: Tensor,
         t: Tensor,
         *params: Tensor,

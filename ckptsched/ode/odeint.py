@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast, final
 
@@ -10,37 +9,27 @@ import torch
 from torch import Tensor
 
 from ..base.budget import Budget
-from ..base.errors import BudgetWarning, IntegrationError, WorkloadError
-from ..recompute.graph_holds import Hold, joined
-from ..torch_state.replay_context import Recomputing
-from ..torch_state.torch_modes import (
-    has_gradient,
-    outside_of_compiled_code,
-    transform_at_work,
-    under_transform,
-)
-from .adaptive.adaptively import solve_adaptively
+from ..base.errors import WorkloadError
+from ..torch_state.torch_modes import has_gradient, outside_of_compiled_code, under_transform
+from .adaptive.norms import norm_of_parts
+from .adaptive.solve import Limits, make_problem, solve_flat
 from .adjoint_arguments import AdjointSettings, hand_on_callbacks
 from .continuous_adjoint import backsolve
-from .fixed.budgeted import solve_planned
-from .fixed.slope_stages import slope_count
-from .fixed.solve import Call, Solve
-from .fixed.time_grid import Grid, check_times, make_grid
-from .function.callbacks import STEP, Callbacks, check_callbacks, find_callbacks
+from .fixed.budgeted import Request
+from .fixed.solve import solve_on_grid
+from .fixed.step_chain import Call
+from .fixed.time_grid import check_times, make_grid
+from .function.callbacks import check_callbacks
 from .function.captures import Closure, find_closure
-from .function.options import read_function, read_options, read_tensors, refuse_events
-from .function.tolerances import read_tolerances
-from .function.tuple_state import flat_state, norm_of_parts
-from .methods.integrators import (
-    Implicit,
-    Integrator,
-    RungeKutta,
-    find_integrator,
-    is_adaptive,
-    join,
-    parts_of,
-    split,
+from .function.options import (
+    read_control,
+    read_function,
+    read_options,
+    read_tensors,
+    refuse_events,
 )
+from .function.tuple_state import flat_state, join, parts_of, split
+from .methods.integrators import Implicit, RungeKutta, find_integrator, is_adaptive
 
 
 def odeint(
@@ -72,8 +61,7 @@ def odeint(
     the stages of a chain that is profiled and planned when a shape is first seen; the plan is kept
     with `func` and serves all calls of that shape, whatever their times. Gradients are those of
     the discrete steps that were taken: bit for bit those without a budget, or to rounding where
-    adaptive steps run again. How many there were, and what they took, tells `solve_adaptive`, which
-    solves the same and returns statistics besides.
+    adaptive steps run again. `solve_adaptive` solves the same, and returns statistics besides.
 
     Args:
         func: The right-hand side: called as func(t, y) with t a tensor of no dimensions in y's
@@ -92,28 +80,29 @@ def odeint(
             ("crank_nicolson"), "leapfrog" (for q and p of which neither's slope depends on itself);
             "bosh3", "dopri5", "tsit5" and "dopri8" where the
             options name a grid. Without options, these four choose their steps. None is "dopri5".
-        options: Of a fixed grid: `step_size`, or `grid_constructor` (func, y0, t) to the times of
+        options: For a fixed grid `step_size`, or `grid_constructor` (func, y0, t) to the times of
             the steps; with neither, a step leads from each time to the next. Outputs between two
-            steps lie on the line between them. Of adaptive methods: `norm`, and what `StepControl`
-            takes, such as `first_step` and `max_num_steps`; `meet_times` lets steps end at t.
+            steps lie on the line between them. For adaptive methods `norm`, and the fields of
+            `StepControl`, such as `first_step` and `max_num_steps`; with `meet_times` steps end
+            at t.
         budget: Bytes that forward and backward may use, the outputs and their gradient included:
-            a number, text such as "200MiB", a share such as "40%" (on fixed grids: what storing
-            everything needs is not known before adaptive steps), or a `Budget`. None stores
+            a number, text such as "200MiB", a share such as "40%" (on fixed grids: the memory of
+            storing everything is not known before adaptive steps), or a `Budget`. None stores
             everything, as plain autograd does.
         loss: From the states that are returned to one number, as the training step computes it: the
             budget then holds with it, whatever it takes, which is measured once. None provides for
             the states, their gradient, and a few more of the size of the state at one time, such as
             a mean square at a single time takes. Read with a budget only.
         params: Tensors that gradients are wanted for, to be sure that they were found; as
-            torchdiffeq's `adjoint_params`. None takes what is found.
+            torchdiffeq's `adjoint_params`. None takes all that are found.
         gradient: "exact": of the discrete steps. "backsolve": the continuous adjoint, solved
             backwards in time, as torchdiffeq's `odeint_adjoint` does: **inexact**, for comparison;
             its memory does not grow with the steps, so it takes no budget.
-        granularity: What a stage of the chain is within a budget: a "step", or each "slope" of a
+        granularity: A stage of the chain within a budget is a "step", or each "slope" of a
             Runge-Kutta step, so that one evaluation of func at a time needs its tape. The least
             budget is smaller then, and planning takes longer.
         solver: Name of the solver of schedules, or "auto".
-        event_fn: torchdiffeq's; refused, with what to do instead.
+        event_fn: torchdiffeq's; refused, with an alternative.
         adjoint_rtol: How the adjoint equation of gradient="backsolve" is solved; None as the
             forward pass. With "exact", which solves none, these four are refused.
         adjoint_atol: The same.
@@ -167,12 +156,15 @@ def odeint(
     )
     own = None if adjoint_options is None else read_options("adjoint_options", adjoint_options)
     adjoint = AdjointSettings(adjoint_rtol, adjoint_atol, adjoint_method, own)
-    call = _Asked(func, y0, rtol, atol, method, read_options("options", options))
+    asked = _Asked(func, y0, rtol, atol, method, read_options("options", options))
     check_callbacks(
-        func, budget=budget is not None, adjoint=gradient == "backsolve", fixed=not call.is_adaptive
+        func,
+        budget=budget is not None,
+        adjoint=gradient == "backsolve",
+        fixed=not asked.is_adaptive,
     )
-    t = t.to(call.flat.device)
-    if under_transform() and (gradient == "backsolve" or isinstance(call.integrator, Implicit)):
+    t = t.to(asked.flat.device)
+    if under_transform() and (gradient == "backsolve" or isinstance(asked.integrator, Implicit)):
         raise WorkloadError(
             "a transform of torch.func, or forward-mode differentiation, is at work, which can "
             "follow neither implicit steps nor gradient='backsolve', as their gradients are made "
@@ -180,17 +172,17 @@ def odeint(
             "gradient='exact', or torch.autograd"
         )
     if gradient == "backsolve":
-        return parts_of(_solve_back(call, t, given, adjoint), call.shapes)
+        return parts_of(_solve_back(asked, t, given, adjoint), asked.shapes)
     adjoint.check_unused()
-    if given is not None:
-        _check_params(given, find_closure(func), budget is not None)
-    states = _solve_flat(call, t, budget, loss, granularity, solver)
-    return parts_of(states, call.shapes)
+    if given is not None and budget is not None:
+        _check_params(given, find_closure(func))
+    states = _solve_flat(asked, t, Request(budget, loss, granularity, solver))
+    return parts_of(states, asked.shapes)
 
 
 @final
 class _Asked:
-    """What is to be solved, and how, once it is read."""
+    """The arguments of `odeint` that describe the problem and the method, read."""
 
     def __init__(
         self, func: Callable[..., Any], y0: Any, rtol: Any, atol: Any, method: Any,
@@ -203,54 +195,50 @@ class _Asked:
         self.is_adaptive = is_adaptive(self.integrator, self.options)
 
 
-def _solve_flat(
-    call: _Asked,
-    t: Tensor,
-    budget: int | float | str | Budget | None,
-    loss: Callable[[Any], Tensor] | None,
-    granularity: str,
-    solver: str,
-) -> Tensor:
-    """The flat states at all times, with the gradient of the steps."""
-    func, shapes, closure = call.func, call.shapes, find_closure(call.func)
-    if call.is_adaptive:
-        tableau = cast(RungeKutta, call.integrator).tableau
-        tolerances = read_tolerances(call.rtol, call.atol, call.flat, shapes)
-        return solve_adaptively(
-            func, call.flat, t, tableau, shapes, closure, tolerances, call.options, budget, loss
-        )
-    grid = make_grid(func, call.y0, t, call.options, timed=has_gradient(t))
-    counts = tuple(map(len, grid.outputs))
-    parts = _parts(call.integrator, granularity)
-    solve = Solve(closure, call.integrator, shapes, counts, parts)
-    callbacks = find_callbacks(func, shapes, t.dtype)
-    outputs = _run(
-        solve, call.integrator, func, call.flat, grid, closure, budget, solver, loss, callbacks
-    )
-    _check_finite(solve, Call(func, grid, closure, call.integrator), call.flat, outputs)
-    return outputs
+def _solve_flat(asked: _Asked, t: Tensor, request: Request) -> Tensor:
+    """The flat states at all times, stacked, with the gradient of the steps."""
+    func, closure = asked.func, find_closure(asked.func)
+    if asked.is_adaptive:
+        return _solve_adaptively(asked, t, closure, request)
+    grid = make_grid(func, asked.y0, t, asked.options, timed=has_gradient(t))
+    call = Call(func, grid, closure, asked.integrator)
+    return solve_on_grid(call, asked.flat, asked.shapes, t.dtype, request)
+
+
+@outside_of_compiled_code
+def _solve_adaptively(asked: _Asked, t: Tensor, closure: Closure, request: Request) -> Tensor:
+    """The same by adaptive steps, whose options are torchdiffeq's."""
+    options = asked.options
+    problem = make_problem(
+        asked.func, asked.flat, asked.shapes, t, cast(RungeKutta, asked.integrator).tableau,
+        asked.rtol, asked.atol, read_function(options, "norm"), read_control(options),
+        bool(options.get("meet_times", False)),
+    )  # fmt: skip
+    limits = Limits.of(request.budget, loss=request.loss)
+    states: Tensor = solve_flat(problem, asked.flat, t, closure, limits).states
+    return states
 
 
 def _solve_back(
-    call: _Asked, t: Tensor, params: tuple[Tensor, ...] | None, adjoint: AdjointSettings
+    asked: _Asked, t: Tensor, params: tuple[Tensor, ...] | None, adjoint: AdjointSettings
 ) -> Tensor:
     """The same with the gradient of the continuous adjoint."""
     # The backward holds none of the call, whose initial state may have a graph.
-    func, shapes, options = call.func, call.shapes, call.options
+    func, shapes, options = asked.func, asked.shapes, asked.options
     norm = norm_of_parts(read_function(options, "norm"), shapes)
-    how = adjoint.solver(call.rtol, call.atol, call.method, options, norm, shapes)
+    how = adjoint.solver(asked.rtol, asked.atol, asked.method, options, norm, shapes)
 
     def forward(y: Tensor, times: Tensor) -> Tensor:
-        asked = _Asked(func, split(y, shapes), call.rtol, call.atol, call.method, options)
+        again = _Asked(func, split(y, shapes), asked.rtol, asked.atol, asked.method, options)
         with torch.no_grad():
-            return _solve_flat(asked, times, None, None, "step", "auto")
+            return _solve_flat(again, times, Request(None))
 
     def backward(rates: Callable[..., Any], y: Any, times: Tensor) -> Any:
         hand_on_callbacks(func, rates)
-        asked = _Asked(rates, y, **how)
+        adjoint_equation = _Asked(rates, y, **how)
         with torch.no_grad():
-            found = _solve_flat(asked, times, None, None, "step", "auto")
-        return parts_of(found, asked.shapes)
+            found = _solve_flat(adjoint_equation, times, Request(None))
+        return parts_of(found, adjoint_equation.shapes)
 
     def slope(time: Tensor, y: Tensor) -> Tensor:
         found: Tensor = join(func(time, split(y, shapes)), shapes)
@@ -258,95 +246,15 @@ def _solve_back(
 
     found = find_closure(func).parameters if params is None else params
     trained = tuple(p for p in found if p.requires_grad)
-    return backsolve(forward, backward, slope, call.flat, t, trained, all_wanted=params is None)
+    return backsolve(forward, backward, slope, asked.flat, t, trained, all_wanted=params is None)
 
 
-def _check_params(params: tuple[Tensor, ...], closure: Closure, planned: bool) -> None:
+def _check_params(params: tuple[Tensor, ...], closure: Closure) -> None:
     """Refuse a parameter that a plan would not see; plain autograd sees them all."""
     found = {id(p) for p in closure.parameters}
     missing = [k for k, p in enumerate(params) if p.requires_grad and id(p) not in found]
-    if missing and planned:
+    if missing:
         raise WorkloadError(
             f"params[{missing[0]}] was not found in what func reads: its modules, closure, globals "
             "and attributes; give func as a module that owns it, or without a budget"
         )
-
-
-def _parts(integrator: Integrator, granularity: str) -> int:
-    """How many stages a step is."""
-    if granularity not in ("step", "slope"):
-        raise WorkloadError(f"granularity is {granularity!r}; give 'step' or 'slope'")
-    if granularity == "step":
-        return 1
-    if not isinstance(integrator, RungeKutta):
-        raise WorkloadError(
-            f"granularity 'slope' takes the steps of Runge-Kutta methods apart, found "
-            f"{type(integrator).__name__}; give 'step'"
-        )
-    return slope_count(integrator.tableau)
-
-
-@outside_of_compiled_code
-def _run(
-    solve: Solve,
-    integrator: Integrator,
-    func: Callable[..., Any],
-    y0: Tensor,
-    grid: Grid,
-    closure: Closure,
-    budget: int | float | str | Budget | None,
-    solver: str,
-    loss: Callable[[Any], Tensor] | None,
-    callbacks: Callbacks | None,
-) -> Tensor:
-    """All outputs, stacked: by plain steps, or planned where a backward is possible."""
-    clock = () if grid.clock is None else (grid.clock,)
-    inputs = (y0, *clock, *closure.parameters)
-    if budget is not None and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        transform = transform_at_work(inputs)
-        if not transform:
-            return solve_planned(solve, integrator, func, y0, grid, closure, budget, solver, loss)
-        warnings.warn(
-            f"{transform} is at work, which a plan cannot follow: the solve runs by plain "
-            "autograd, and takes its memory",
-            BudgetWarning,
-            stacklevel=3,
-        )
-    call = Call(func, grid, closure, integrator)
-    z = y0
-    for index in range(grid.steps):
-        if callbacks is not None:
-            start, end = grid.times[index], grid.times[index + 1]
-            callbacks.tell(STEP, start, z, end - start)
-        z = solve.step(index, z, call, *clock)
-    states = [*call.kept, z]
-    call.kept = []
-    if isinstance(solve.integrator, Implicit) and z.requires_grad:
-        # Whose backward evaluates func, and refers to the call weakly.
-        return joined(Hold(call), *(state.unsqueeze(0) for state in states), fused=True)
-    return torch.stack(states)
-
-
-def _check_finite(solve: Solve, call: Call, y0: Tensor, outputs: Tensor) -> None:
-    """Refuse a solution that is not finite; where it went wrong is found by running again."""
-    seen = outputs.detach()
-    # A sum takes no memory; one that overflows is looked at more closely.
-    if transform_at_work((seen,)) or bool(seen.sum().isfinite()) or bool(seen.isfinite().all()):
-        return
-    with torch.no_grad(), Recomputing():
-        z, grid = y0.detach(), call.grid
-        for index in range(grid.steps):
-            before, z = z, solve.step(index, z, call)
-            call.kept.clear()
-            if not bool(z.isfinite().all()):
-                break
-    start, end = grid.times[index], grid.times[index + 1]
-    largest = float(before[before.isfinite()].abs().max()) if before.isfinite().any() else 0.0
-    given = " (y0 itself is not finite)" if not bool(y0.isfinite().all()) else ""
-    raise IntegrationError(
-        f"the state is not finite after step {index} of {grid.steps}, from time {start!r} to "
-        f"{end!r}{given}; the largest entry before it was {largest:.3g}. Take smaller steps, an "
-        "implicit method if the problem is stiff, or bound what func returns",
-        time=end,
-        step=index,
-    )

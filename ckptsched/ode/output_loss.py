@@ -1,4 +1,4 @@
-"""What the caller's loss takes beside the outputs of a solve: a budget has to leave room for it."""
+"""The memory of the caller's loss beside the outputs of a solve, for which a budget leaves room."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from ..base.errors import ProfileError, WorkloadError
 from ..torch_state.replay_context import Autocast, Generators
 from .adaptive.step_memory_probe import measured
-from .function.cache import Kept
+from .function.cache import FunctionCache
 from .function.captures import find_closure, unknown_leaves
-from .function.fingerprint import Identity, fingerprint
+from .function.fingerprint import Identity, fingerprint, layout
 from .function.replay_environment import Environment
-from .function.rng_and_buffers import Carried
-from .methods.integrators import split
+from .function.rng_and_buffers import RngAndBuffers
+from .function.tuple_state import Shapes, split
 
 Loss = Callable[[Any], Tensor]
-"""From what `odeint` returns to one number."""
+"""From the states, as `odeint` returns them, to one number without dimensions."""
 
 _OUTPUTS_OF_ONE_TIME = 5
 """Room for a loss that was not named, in outputs of one time: a mean square, there and back."""
@@ -29,48 +29,50 @@ _OUTPUTS_OF_ONE_TIME = 5
 @final
 @dataclass(frozen=True, slots=True)
 class LossNeeds:
-    """Bytes of tensors that a loss takes."""
+    """Bytes of tensors of a loss and its backward."""
 
     peak_bytes: int
-    """Beyond the outputs, up to where their gradient is there: that included."""
+    """Peak beyond the outputs, up to the time when their gradient is there: that included."""
     held_bytes: int = 0
-    """Of the gradients of parameters of the loss's own, which live on."""
+    """Bytes of the gradients of parameters that only the loss reads, which live on."""
 
 
 def needs_of_loss(
-    loss: Loss | None, y0: Tensor, count: int, shapes: tuple[torch.Size, ...] | None, kept: Kept
+    loss: Loss | None,
+    y0: Tensor,
+    count: int,
+    shapes: Shapes,
+    cache: FunctionCache,
 ) -> LossNeeds:
-    """What a loss of all outputs takes, measured once for each kind of outputs.
+    """The memory of a loss of all outputs, measured once for each kind of outputs.
 
     Args:
-        loss: It; None provides for one that reads a single output.
+        loss: From the states as the caller gets them to one number; None provides for a loss that
+            reads a single output.
         y0: Flat initial state.
         count: Number of output times.
-        shapes: Of the parts of the state where it is a tuple.
-        kept: Where what was measured before is found; its lock is held.
+        shapes: Shapes of the parts of the state; None where it is one tensor.
+        cache: Cache of the right-hand side, whose lock is held.
 
     Raises:
-        ProfileError: It is no loss of the outputs, or there is no meter.
+        ProfileError: The loss does not depend on the outputs, is not one number, or there is no
+            meter.
     """
     if loss is None:
         # The gradients of a tuple's parts are joined on the way back.
         outputs = (1 if shapes is None else 2) * count
         return LossNeeds((outputs + _OUTPUTS_OF_ONE_TIME) * y0.nbytes)
-    layout = (tuple(y0.shape), y0.dtype, str(y0.device), shapes, count)
     modes = str(Autocast.take(y0.device)), torch.get_num_threads()
-    key = ("loss", identity_of_loss(loss), *layout, *modes)
-    found: LossNeeds | None = kept.find(key)
+    key = ("loss", identity_of_loss(loss), layout(y0.detach()), shapes, count, *modes)
+    found: LossNeeds | None = cache.find(key)
     if found is None:
         found = _measure(loss, y0, count, shapes)
-        kept.add(key, found)
+        cache.add(key, found)
     return found
 
 
 def identity_of_loss(loss: Loss | None) -> Hashable:
-    """What tells a loss from others, also where it is made anew for each solve.
-
-    Args:
-        loss: It; None where none was named.
+    """A key of a loss, the same where it is made anew for each solve; None without a loss.
 
     Raises:
         WorkloadError: It is no function.
@@ -82,12 +84,10 @@ def identity_of_loss(loss: Loss | None) -> Hashable:
     return None if loss is None else fingerprint(loss) or Identity(loss)
 
 
-def _measure(
-    loss: Loss, y0: Tensor, count: int, shapes: tuple[torch.Size, ...] | None
-) -> LossNeeds:
-    """Run it, and go back, on outputs that are all the initial state; leaves no trace."""
+def _measure(loss: Loss, y0: Tensor, count: int, shapes: Shapes) -> LossNeeds:
+    """Run the loss and its backward on outputs that are all the initial state; leaves no trace."""
     closure, device = find_closure(loss), y0.device
-    carried = Carried(closure, device)
+    carried = RngAndBuffers(closure, device)
     random = Generators(device, carried.own)
     outputs = y0.detach().expand(count, *y0.shape).contiguous().requires_grad_()
 

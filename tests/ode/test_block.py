@@ -343,7 +343,7 @@ def test_a_function_of_torch_works_once_it_is_told() -> None:
         ({"steps": "4"}, "steps is '4'"),
         ({"method": "rk5"}, "unknown method 'rk5'; give one of 'euler'"),
         ({"t0": 1.0}, "t0 and t1 are both 1.0"),
-        ({"t1": math.inf}, "t1 is inf; give a finite number"),
+        ({"t1": math.inf}, "t1 is inf; give a number, finite"),
         ({"t0": "start"}, "t0 is 'start'; give a number"),
         ({"t0": None}, "t0 is None"),
         ({"time_dependent": 1}, "time_dependent is 1; give True, False or None"),

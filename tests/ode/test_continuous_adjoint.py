@@ -16,7 +16,6 @@ import ckptsched as cs
 from ckptsched import odeint
 from ckptsched.base.errors import ExecutionError, InfeasibleBudgetError, WorkloadError
 from ckptsched.ode import METHODS, ODEBlock
-from ckptsched.ode.fixed.slope_stages import slope_count
 from tests.ode.test_block import fitted_slope
 from tests.ode.test_odeint import DOUBLE, assert_within, equal, gradients, loss_of, problem
 
@@ -30,7 +29,7 @@ ENDS = torch.tensor([0.0, 1.0], dtype=DOUBLE)
 def test_slopes_in_order_are_steps_bit_for_bit(method: str) -> None:
     f, x = problem()
     whole, apart = (ODEBlock(f, method, 3, granularity=g) for g in ("step", "slope"))
-    assert len(apart.stages()) == 3 * slope_count(METHODS[method])
+    assert len(apart.stages()) == 3 * METHODS[method].evaluations
     inputs = [x, *f.parameters()]
     assert torch.equal(whole(x), apart(x))
     assert equal(gradients(whole(x), inputs), gradients(apart(x), inputs))

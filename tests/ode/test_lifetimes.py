@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ckptsched import checkpointed, odeint, plan, profile
 from ckptsched.base.errors import ExecutionError
-from ckptsched.ode.function.cache import Kept
+from ckptsched.ode.function.cache import FunctionCache
 
 TIMES = torch.linspace(0, 1, 5)
 
@@ -135,7 +135,7 @@ def test_functions_made_anew_leave_nothing(how: str) -> None:
 def test_memory_does_not_grow_with_functions_made_anew() -> None:
     """200 calls, each of another function: what is kept of them is a bounded number of figures."""
     references: list[weakref.ref[Any]] = []
-    before = len(Kept.anywhere.found)
+    before = len(FunctionCache.anywhere.found)
     for k in range(200):
         weight = torch.full((3,), 1.0, requires_grad=True)
         function = eval(f"lambda t, y: -weight * y * {1 + k // 5}", {"weight": weight})
@@ -144,7 +144,7 @@ def test_memory_does_not_grow_with_functions_made_anew() -> None:
     del weight, function
     gc.collect()
     assert [r() for r in references] == [None] * len(references)
-    assert before <= len(Kept.anywhere.found) <= 32
+    assert before <= len(FunctionCache.anywhere.found) <= 32
 
 
 def test_step_functions_made_anew_have_one_plan_and_their_own_numbers() -> None:

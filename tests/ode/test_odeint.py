@@ -28,7 +28,7 @@ from ckptsched.base.errors import (
 )
 from ckptsched.memory.meters import default_meter
 from ckptsched.ode.function import captures as closure
-from ckptsched.ode.function import places
+from ckptsched.ode.function import references
 from ckptsched.ode.function.captures import find_closure
 
 DOUBLE = torch.float64
@@ -641,4 +641,4 @@ def test_plans_kept_with_an_object_are_nothing_that_it_reads() -> None:
     for _ in range(2):
         odeint(f, torch.ones(2, 3), t, method="rk4", budget="1MiB").sum().backward()
         assert closure.find_closure(f).modules == (f.net,)
-    assert len(vars(f)[places.KEPT].found) == 1  # the second call followed the first plan
+    assert len(vars(f)[references.KEPT].found) == 1  # the second call followed the first plan

@@ -1,10 +1,9 @@
-"""Accepted steps, run again with their recorded sizes: from checkpoints to gradients."""
+"""The backward of an adaptive solve: accepted steps run again with their recorded sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import final
 
 import torch
@@ -17,57 +16,121 @@ from ...solvers.binomial.online import Operation, reversal
 from ...torch_state.locks import Lent
 from ..function.captures import outlive, unknown_leaves
 from ..function.replay_environment import Environment
-from ..function.rng_and_buffers import Carried, Moment
+from ..function.rng_and_buffers import RngAndBuffers, StepSnapshot
 from ..methods.embedded import (
     Slopes,
-    combined,
+    difference,
     end_slope,
-    inside_rates,
     inside_slopes,
     inside_weights,
+    run_step,
 )
-from ..methods.embedded import run_step as run_embedded_step
-from .forward import forward_slopes, moving, state_inside
-from .problem import Problem, Record, RightHandSide
+from .forward import forward_slopes, reached_states
+from .problem import Record, RightHandSide
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A state that is kept, and what f carried there."""
+    """The state before a step, and the random and buffer snapshot to recompute from it."""
 
     z: Tensor
     version: int
-    moment: Moment | None
+    """Version counter of the state when it was made: a later one tells a change in place."""
+    snapshot: StepSnapshot | None
 
-    @classmethod
-    def of(cls, z: Tensor, moment: Moment | None) -> Checkpoint:
-        """Keep a state."""
-        return cls(z, z._version, moment)
+
+@final
+class AcceptedSteps:
+    """The accepted steps of a solve, run again without choosing their sizes."""
+
+    def __init__(self, record: Record, f: RightHandSide, carried: RngAndBuffers) -> None:
+        """Take the steps.
+
+        Args:
+            record: Their times and sizes.
+            f: The right-hand side, which counts its evaluations.
+            carried: Random generators and buffers of f. Where f draws or changes some, all slopes
+                of the forward pass are evaluated again, those that nothing needs included.
+        """
+        self.record, self.problem, self.f, self.carried = record, record.problem, f, carried
+
+    def run(self, n: int, z0: Tensor, keep: frozenset[int] = frozenset()) -> Slopes:
+        """Run the step that comes after n others.
+
+        Args:
+            n: How many steps come before it.
+            z0: Flat state at its start.
+            keep: Indices of the slopes to return.
+        """
+        tableau = self.problem.tableau
+        if self.carried.matters:
+            keep |= forward_slopes(tableau, every=True)
+            if self.record.outputs(n):
+                keep |= {end_slope(tableau)}
+        return run_step(self.f, tableau, self.record[n], z0, keep=keep)
+
+    def connected(self, first: int, z: Tensor, t: Tensor) -> list[Tensor]:
+        """Run all steps but the first ones again, as one graph.
+
+        Args:
+            first: How many steps are left out.
+            z: Flat state after them.
+            t: Requested times, with their graph where their gradient is wanted.
+
+        Returns:
+            The states at the requested times that these steps reach; the initial state, too, if
+            no step is left out.
+        """
+        record, tableau, outputs = self.record, self.problem.tableau, [] if first else [z]
+        for n in range(first, len(record)):
+            slopes = self.run(n, z, inside_slopes(tableau) if record.outputs(n) else frozenset())
+            outputs += reached_states(record, n, z, slopes, t if t.requires_grad else None)
+            z = slopes.z1
+        return outputs
+
+    def add_rates(self, rates: Tensor, n: int, z0: Tensor, gradients: Sequence[Tensor]) -> None:
+        """Write the gradients of the requested times that the step after n others reaches.
+
+        Each is the product of the output's gradient with the output's derivative in time.
+
+        Args:
+            rates: One entry for each requested time, float64 on the CPU.
+            n: How many steps come before the step.
+            z0: Flat state at its start.
+            gradients: With respect to the states at all requested times.
+        """
+        record, tableau = self.record, self.problem.tableau
+        if not record.outputs(n):
+            return
+        with torch.no_grad():
+            slopes = self.run(n, z0, inside_slopes(tableau))
+            for j in record.outputs(n):
+                weights = inside_weights(tableau, record.share(n, j), 1)
+                rate = difference(1.0, weights, slopes.k)
+                rates[j] = float((rate.conj() * gradients[j]).real.sum())
 
 
 @final
 class TapedStep:
     """One accepted step with its tape, and the way back through it."""
 
-    def __init__(
-        self, f: RightHandSide, record: Record, problem: Problem, n: int, z0: Tensor, every: bool
-    ) -> None:
+    def __init__(self, steps: AcceptedSteps, n: int, z0: Tensor) -> None:
         """Run the step after n others with gradients on; keep edges of its graph, not its data."""
-        self._record, self._problem = record, problem
-        self.step, self._tableau = record[n], problem.tableau
+        record, self._tableau = steps.record, steps.problem.tableau
+        self.step = record[n]
         outputs = [(j, record.share(n, j)) for j in record.outputs(n)]
         self._inside = [(j, share) for j, share in outputs if share != 1.0]
         self._at_end = [j for j, share in outputs if share == 1.0]
         keep = inside_slopes(self._tableau) if self._inside else frozenset[int]()
         with torch.enable_grad():
             self._z0 = z0.detach().requires_grad_()
-            slopes = replayed(f, record, problem, n, self._z0, every=every, keep=keep)
+            slopes = steps.run(n, self._z0, keep)
         self._z1 = _edge(slopes.z1)
         self._k = {i: _edge(k) for i, k in slopes.k.items() if i in keep}
 
     def unknown_leaves(self, known: Iterable[Tensor]) -> list[Tensor]:
-        """Leaves that the step depends on and that are not among those given."""
+        """Leaves that the step depends on and that are not among `known`."""
         edges = [edge for edge in (self._z1, *self._k.values()) if edge is not None]
         return unknown_leaves([edge.node for edge in edges], [*known, self._z0])
 
@@ -111,100 +174,21 @@ class TapedStep:
         return (direct if first is None else first), list(found[1:])
 
 
-def replayed(
-    f: RightHandSide,
-    record: Record,
-    problem: Problem,
-    n: int,
-    z0: Tensor,
-    *,
-    every: bool,
-    keep: frozenset[int] = frozenset(),
-) -> Slopes:
-    """Take an accepted step again.
-
-    Args:
-        f: Right-hand side.
-        record: Of the accepted steps.
-        problem: What is solved.
-        n: How many steps come before it.
-        z0: State at its start.
-        every: Whether every slope is evaluated that was, as f draws or changes something.
-        keep: Slopes that are wanted.
-    """
-    if every:
-        keep |= forward_slopes(problem.tableau, every=True)
-        if record.outputs(n):
-            keep |= {end_slope(problem.tableau)}
-    return run_embedded_step(f, problem.tableau, record[n], z0, keep=keep)
-
-
-def connected(
-    f: RightHandSide,
-    record: Record,
-    problem: Problem,
-    first: int,
-    z: Tensor,
-    t: Tensor,
-    *,
-    every: bool,
-) -> list[Tensor]:
-    """Take all accepted steps but the first ones again, as one graph.
-
-    Args:
-        f: Right-hand side.
-        record: Of the accepted steps.
-        problem: What is solved.
-        first: How many steps are left out.
-        z: The state after them.
-        t: The requested times.
-        every: As in `replayed`.
-
-    Returns:
-        The states at the requested times that these steps reach; the initial one if none is left
-        out.
-    """
-    tableau, outputs = problem.tableau, [] if first else [z]
-    for n in range(first, len(record)):
-        reached = record.outputs(n)
-        keep = inside_slopes(tableau) if reached else frozenset[int]()
-        slopes = replayed(f, record, problem, n, z, every=every, keep=keep)
-        for j in reached:
-            share = record.share(n, j)
-            state = state_inside(tableau, record[n], share, z, slopes)
-            if t.requires_grad:
-                state = moving(state, tableau, record[n], share, slopes, t, j)
-            outputs.append(state)
-        z = slopes.z1
-    return outputs
-
-
 @final
-class Sweep:
+class Reversal:
     """The backward pass: the interpreter of the operations of `reversal`."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        record: Record,
-        environment: Environment,
-        f: RightHandSide,
-        carried: Carried,
-        first: int = 0,
-    ) -> None:
-        """Take what the forward pass has recorded.
+    def __init__(self, steps: AcceptedSteps, environment: Environment, first: int) -> None:
+        """Prepare to reverse.
 
         Args:
-            problem: What is solved.
-            record: The accepted steps.
-            environment: What f found.
-            f: The right-hand side, to count its evaluations.
-            carried: What f carries.
-            first: How many steps are others' to reverse.
+            steps: The accepted steps.
+            environment: Parameters, modes and settings of the forward pass, for runs again.
+            first: How many steps, the first ones, have tapes in the outer graph instead.
         """
-        self._problem, self._record, self._environment = problem, record, environment
-        self._f, self._carried, self._first = f, carried, first
+        self._steps, self._environment, self._first = steps, environment, first
         self.advances = 0
+        """Steps run again without tape."""
 
     def run(
         self,
@@ -218,28 +202,29 @@ class Sweep:
         """Reverse all steps but the first ones.
 
         Args:
-            states: What is kept, by position; it is emptied.
-            slots: How many may be kept at once.
-            gradients: With respect to the states at all requested times; what comes before the
-                steps is not read.
+            states: The checkpoints by how many steps come before them; it is emptied.
+            slots: How many checkpoints may be kept at once.
+            gradients: With respect to the states at all requested times; those that come before
+                the steps are not read.
             shift: The zero that shifts the time of f; None where no gradient of time is wanted.
             last_input: Whether `states` holds the input of the last step besides.
 
         Returns:
             The gradients of the state before the steps, of the environment's tensors and of the
-            times.
+            times; the last float64 on the CPU.
         """
+        record = self._steps.record
         wanted = [*self._environment.tensors, *([] if shift is None else [shift])]
         sums = Sums([None] * len(wanted))
         rates = None
         if shift is not None:
-            rates = torch.zeros(len(self._problem.times), dtype=torch.float64, device="cpu")
-        n = len(self._record) - self._first
+            rates = torch.zeros(len(record.problem.times), dtype=torch.float64, device="cpu")
+        n = len(record) - self._first
         positions = [position - self._first for position in sorted(states)]
         if last_input and n > 1 and positions[-1] == n - 1:
             positions.pop()
         operations = reversal(positions, n, slots, last_input=last_input)
-        with self._environment.again(self._carried):
+        with self._environment.again(self._steps.carried):
             back = self._interpret(operations, states, gradients, wanted, sums, rates)
         if not self._first:
             back = _added(back, gradients, [0])
@@ -260,24 +245,23 @@ class Sweep:
         sums: Sums,
         rates: Tensor | None,
     ) -> Tensor | None:
-        """Follow the operations; gives the gradient of the state before the first step."""
+        """Follow the operations; returns the gradient of the state before the first step."""
         back: Tensor | None = None
         tape: TapedStep | None = None
-        every = self._carried.matters
+        steps = self._steps
         for code, stage in operations:
             i = stage + self._first
             if code == Code.FORWARD:
                 self._advance(states, i)
             elif code == Code.TAPED_FORWARD:
                 if rates is not None:
-                    z0 = self._input(states, i)
-                    add_rates(
-                        rates, self._f, self._record, self._problem, i - 1, z0, gradients,
-                        every=every,
-                    )  # fmt: skip
-                make = partial(self._taped, states, i)
+                    steps.add_rates(rates, i - 1, self._input(states, i), gradients)
+
+                def make(i: int = i) -> TapedStep:
+                    return TapedStep(steps, i - 1, self._input(states, i))
+
                 known = [*self._environment.known, *wanted]
-                tape = checked(make, known) if i == len(self._record) else make()
+                tape = checked(make, known) if i == len(steps.record) else make()
             elif code == Code.BACKWARD:
                 assert tape is not None
                 with self._environment.going_back():
@@ -289,43 +273,38 @@ class Sweep:
                 del states[i]
         return back
 
-    def _taped(self, states: dict[int, Checkpoint], i: int) -> TapedStep:
-        z0 = self._input(states, i)
-        every = self._carried.matters
-        return TapedStep(self._f, self._record, self._problem, i - 1, z0, every)
-
     def _input(self, states: dict[int, Checkpoint], i: int) -> Tensor:
-        found = states[i - 1]
+        """The state before step i, counted from 1; random state and buffers are put back to it."""
+        found, record = states[i - 1], self._steps.record
         if found.z._version != found.version:
             raise ExecutionError(
-                f"the state before step {i} of {len(self._record)}, at time "
-                f"{self._record[i - 1].t0:.6g}, was changed in place since it was made; change a "
-                "copy instead"
+                f"the state before step {i} of {len(record)}, at time {record[i - 1].t0:.6g}, was "
+                "changed in place since it was made; change a copy instead"
             )
-        if found.moment is not None:
-            found.moment.restore()
+        if found.snapshot is not None:
+            found.snapshot.restore()
         return found.z
 
     def _advance(self, states: dict[int, Checkpoint], i: int) -> None:
+        """Run step i without tape, and keep the state after it."""
         z0 = self._input(states, i)
         self.advances += 1
         with torch.no_grad():
-            every = self._carried.matters
-            z1 = replayed(self._f, self._record, self._problem, i - 1, z0, every=every).z1
-        states[i] = Checkpoint.of(z1, self._carried.take())
+            z1 = self._steps.run(i - 1, z0).z1
+        states[i] = Checkpoint(z1, z1._version, self._steps.carried.take())
 
 
 def checked(make: Callable[[], TapedStep], known: Sequence[Tensor]) -> TapedStep:
-    """A step that depends on no tensor whose gradient would be lost.
+    """A step, refused where it depends on a leaf whose gradient would be lost.
 
     Leaves that f makes itself are gone with the step, which is then made once more.
 
     Args:
         make: Makes the step.
-        known: Tensors whose gradients are taken care of.
+        known: Tensors whose gradients are collected.
 
     Raises:
-        ExecutionError: There is such a tensor.
+        ExecutionError: There is another leaf, which outlives the step.
     """
     tape = make()
     unknown = tape.unknown_leaves(known)
@@ -343,40 +322,6 @@ def checked(make: Callable[[], TapedStep], known: Sequence[Tensor]) -> TapedStep
     return make()
 
 
-def add_rates(
-    rates: Tensor,
-    f: RightHandSide,
-    record: Record,
-    problem: Problem,
-    n: int,
-    z0: Tensor,
-    gradients: Sequence[Tensor],
-    *,
-    every: bool,
-) -> None:
-    """Products of the gradients with the derivatives in time of what lies in a step.
-
-    Args:
-        rates: One for each requested time; those that the step reaches are written.
-        f: Right-hand side.
-        record: Of the accepted steps.
-        problem: What is solved.
-        n: How many steps come before it.
-        z0: State at its start.
-        gradients: With respect to the states at all requested times.
-        every: As in `replayed`.
-    """
-    if not record.outputs(n):
-        return
-    keep = inside_slopes(problem.tableau)
-    with torch.no_grad():
-        slopes = replayed(f, record, problem, n, z0, every=every, keep=keep)
-        for j in record.outputs(n):
-            weights = inside_rates(problem.tableau, record.share(n, j))
-            rate = combined(None, 1.0, weights, slopes.k)
-            rates[j] = float((rate.conj() * gradients[j]).real.sum())
-
-
 def _edge(tensor: Tensor) -> GradientEdge | None:
     return get_gradient_edge(tensor) if tensor.requires_grad else None
 
@@ -384,7 +329,7 @@ def _edge(tensor: Tensor) -> GradientEdge | None:
 def _added(
     total: Tensor | None, outputs: Sequence[Tensor], indices: Sequence[int]
 ) -> Tensor | None:
-    """The sum with some of the outputs' gradients; a new tensor, as others may hold the parts."""
+    """A new tensor, the sum of a total and some outputs' gradients; None without any."""
     for j in indices:
         total = outputs[j].clone() if total is None else total + outputs[j]
     return total
@@ -395,7 +340,7 @@ class Sums:
     """Sums of gradients, the latest step's first."""
 
     def __init__(self, sums: list[Tensor | None]) -> None:
-        """Start from what is there, which is left as it is."""
+        """Start from some sums, whose tensors are not changed."""
         self.sums = sums
         self._own = [False] * len(sums)
 

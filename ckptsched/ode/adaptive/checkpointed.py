@@ -1,9 +1,9 @@
-"""An adaptive solve within bounds: what its forward pass keeps, and its node in the outer graph.
+"""An adaptive solve within a budget: tapes and checkpoints of its forward pass, and its node.
 
 The first steps keep their tapes, in the outer graph itself, as long as there is room: where all of
 them fit, a solve is plain autograd's. When they no longer do, steps run without tapes, states are
-kept by `solvers.online`, and the latest tapes make room for states. What has lost its tape, or
-never had one, is reversed by one node, from the states that are kept.
+kept as `solvers.binomial.online` says, and the latest tapes make room for states. Steps that have
+lost their tape, or never had one, are reversed by one node of the outer graph, from the states.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from ...torch_state.locks import LendingLock, Lent, Locked
 from ...torch_state.replay_context import Autocast, OneWay, caching
 from ...torch_state.saved_hooks import no_hooks
 from ...torch_state.torch_modes import outside_of_compiled_code, refuse_batched_gradients
-from ..function.attributes import Found
+from ..function.attributes import ForwardAttributes
 from ..function.captures import Closure
 from ..function.replay_environment import Environment
-from ..function.rng_and_buffers import Carried, Moment
-from .backward import Checkpoint, Sweep, connected
-from .forward import Integration, reached_states, time_shift
+from ..function.rng_and_buffers import RngAndBuffers, StepSnapshot
+from .backward import AcceptedSteps, Checkpoint, Reversal
+from .forward import Integration, time_shift
 from .problem import Problem, RightHandSide
 from .statistics import Statistics
 from .step_memory import Room
 
 
 @final
-class Turns:
-    """Turns of who evaluates f while others might have stand-ins in its modules, or draw."""
+class SolveLocks:
+    """The locks that a solve holds while it evaluates f: other threads replace parameters, too."""
 
-    def __init__(self, *turns: LendingLock) -> None:
-        """Note within whose turn the solve begins.
+    def __init__(self, *locks: LendingLock) -> None:
+        """Note which of them the calling thread holds already.
 
         Args:
-            turns: Of random numbers if f draws some, first, as everywhere; then of f itself.
+            locks: That of random numbers if f draws some, first, as everywhere; then that of f.
         """
-        self._turns = turns
-        self._within = tuple([stay for turn in turns for stay in turn.mine()])
+        self._locks = locks
+        self._within = tuple([stay for lock in locks for stay in lock.mine()])
 
-    def mine(self) -> Locked:
-        """A `with` block that waits for the turn, and has it."""
-        return Locked(self._turns, self._within)
+    def held(self) -> Locked:
+        """A `with` block that waits for the locks, and holds them."""
+        return Locked(self._locks, self._within)
 
 
 @final
-class BoundedSolve:
-    """One solve: its forward pass, what it keeps, and the way back."""
+class CheckpointedSolve:
+    """One solve: its forward pass, its tapes and checkpoints, and its backward."""
 
     def __init__(
         self,
@@ -63,37 +63,40 @@ class BoundedSolve:
         closure: Closure,
         wanted: Sequence[Tensor],
         room: Room,
-        turns: Turns,
+        locks: SolveLocks,
         statistics: Statistics,
     ) -> None:
-        """Note what is solved and what it may keep.
+        """Prepare a solve.
 
         Args:
-            problem: What to solve.
-            closure: What f reads.
-            wanted: Whose gradients are wanted.
-            room: What may be kept.
-            turns: Whose turn it is to evaluate f.
+            problem: The problem.
+            closure: The modules and tensors that f reads.
+            wanted: Tensors of these whose gradients are wanted.
+            room: How many tapes and states may be kept.
+            locks: Held while f is evaluated.
             statistics: Filled in as the solve goes on.
         """
         self._problem, self._closure, self._wanted = problem, closure, wanted
-        self._room, self._turns, self._statistics = room, turns, statistics
+        self._room, self._locks, self._statistics = room, locks, statistics
         self._states: dict[int, Checkpoint] = {}
         self._fresh = True
 
     def run(self, y0: Tensor, t: Tensor) -> Tensor:
-        """Solve, and keep what there is room for.
+        """Solve, and keep the tapes and states that there is room for.
 
         Args:
-            y0: The initial state.
-            t: The requested times.
+            y0: Flat initial state.
+            t: Requested times.
 
         Returns:
             The states at the requested times, stacked, in the graph of y0, t and the tensors that
             are wanted.
+
+        Raises:
+            ExecutionError: f moved random state or buffers that it did not at first.
         """
         try:
-            with self._turns.mine():
+            with self._locks.held():
                 self._check_cached(y0.device)
                 with OneWay():
                     return self._run(y0, t)
@@ -103,8 +106,7 @@ class BoundedSolve:
 
     def _check_cached(self, device: torch.device) -> None:
         """Refuse weights that f would compute more often than `parametrize.cached()` does."""
-        modules = (m for root in self._closure.modules for m in root.modules())
-        unsteady = unsteady_weight(modules, device) if caching() else ""
+        unsteady = unsteady_weight(self._closure.parts, device) if caching() else ""
         if unsteady:
             raise ExecutionError(
                 f"{unsteady} is another each time it is computed, which "
@@ -113,7 +115,7 @@ class BoundedSolve:
             )
 
     def _run(self, y0: Tensor, t: Tensor) -> Tensor:
-        carried = Carried(self._closure, y0.device)
+        carried = RngAndBuffers(self._closure, y0.device)
         forward = _Forward(self._problem, carried, self._room, y0, t)
         forward.with_tapes()
         forward.without_tapes()
@@ -126,10 +128,11 @@ class BoundedSolve:
         self._tapes, self._before = tapes, forward.outputs_with_tapes
         self._states, head = forward.states, forward.heads[-1]
         self._first = self._states[tapes]
-        self._environment = Environment(self._closure, self._wanted, y0, Found(self._problem.func))
+        attributes = ForwardAttributes(self._problem.func)
+        self._environment = Environment(self._closure, self._wanted, y0, attributes)
         own, others = outputs[: self._before], outputs[self._before :]
         del forward, integration, outputs
-        with no_hooks():  # what a further backward begins with is saved as it is
+        with no_hooks():  # a further backward needs the saved state as it is
             states: Tensor = _Node.apply(Hold(self), others, head, t, *self._wanted)
         if not own:
             return states
@@ -151,7 +154,10 @@ class BoundedSolve:
             with_time: Whether the gradient of the times is wanted.
 
         Returns:
-            The gradients of the state before them, of the tensors that f reads, and of the times.
+            The gradients of the state before these steps, of the wanted tensors, and of the times.
+
+        Raises:
+            ExecutionError: A parameter, a buffer or a state was changed in place meanwhile.
         """
         self._environment.check()
         self._carried.check_buffers()
@@ -162,29 +168,30 @@ class BoundedSolve:
         if with_time:
             real = gradients.dtype.to_real()
             shift = gradients.new_zeros((), dtype=real).requires_grad_()
-        f = RightHandSide(self._problem.func, gradients, shift)
-        sweep = Sweep(self._problem, self._record, self._environment, f, self._carried, self._tapes)
+        f = RightHandSide(self._problem, shift)
+        steps = AcceptedSteps(self._record, f, self._carried)
+        reversal = Reversal(steps, self._environment, self._tapes)
         every = [*[gradients[0]] * self._before, *gradients.unbind()]
         try:
             slots = self._room.states(self._tapes)
-            with self._turns.mine():
-                found = sweep.run(self._states, slots, every, shift, last_input=fresh)
+            with self._locks.held():
+                found = reversal.run(self._states, slots, every, shift, last_input=fresh)
         finally:
             self._states.clear()
         self._statistics.backward_evaluations = f.evaluations
-        self._statistics.advances = sweep.advances
+        self._statistics.advances = reversal.advances
         return found
 
     def differentiable(self, head: Tensor, t: Tensor, gradients: Tensor) -> list[Tensor | None]:
-        """Go back so that one can go back through that, too: by plain autograd.
+        """Go back by plain autograd, so that the gradients can be differentiated again.
 
         Args:
             head: The state before the steps without tapes, with its graph.
-            t: The requested times, with their graph.
+            t: Requested times, with their graph.
             gradients: As for `backward`.
 
         Returns:
-            The gradients of head, t and the tensors that are wanted, with their graphs.
+            The gradients of head, t and the wanted tensors, with their graphs.
         """
         self._environment.check()
         warnings.warn(
@@ -202,20 +209,18 @@ class BoundedSolve:
         starts = [x.view_as(x) if x.requires_grad else x for x in reals]
         stand_ins = {id(a): x for a, x in zip(environment.tensors, starts[2:], strict=True)}
         with (
-            self._turns.mine(),
+            self._locks.held(),
             environment.again(self._carried, stand_ins),
             torch.enable_grad(),
         ):
-            if self._first.moment is not None:
-                self._first.moment.restore()
-            f = RightHandSide(self._problem.func, head, time_shift(starts[1], head))
-            outputs = connected(
-                f, self._record, self._problem, self._tapes, starts[0], starts[1],
-                every=self._carried.matters,
-            )  # fmt: skip
+            if self._first.snapshot is not None:
+                self._first.snapshot.restore()
+            f = RightHandSide(self._problem, time_shift(starts[1], head))
+            steps = AcceptedSteps(self._record, f, self._carried)
+            outputs = steps.connected(self._tapes, starts[0], starts[1])
             self._statistics.backward_evaluations = f.evaluations
             wanted, states = [x for x in starts if x.requires_grad], torch.stack(outputs)
-            if not states.requires_grad:  # f reads nothing of what is wanted
+            if not states.requires_grad:  # f reads none of the wanted tensors
                 return [None] * len(starts)
             with Lent():
                 back = torch.autograd.grad(
@@ -230,7 +235,7 @@ class _Forward:
     """The forward pass: first with tapes, then without."""
 
     def __init__(
-        self, problem: Problem, carried: Carried, room: Room, y0: Tensor, t: Tensor
+        self, problem: Problem, carried: RngAndBuffers, room: Room, y0: Tensor, t: Tensor
     ) -> None:
         self._room, self._problem, self._carried = room, problem, carried
         self._t = t if t.requires_grad else None
@@ -238,11 +243,11 @@ class _Forward:
         self.outputs = [y0]
         self.heads = [y0]
         """The initial state, and that after each step whose tape is kept."""
-        self._before: list[tuple[int, Moment | None]] = []
-        """Before each of these steps: the version of the state, and what f carried."""
+        self._before: list[tuple[int, StepSnapshot | None]] = []
+        """Before each of these steps: the state's version, and the random and buffer snapshot."""
         self.states: dict[int, Checkpoint] = {}
-        """The latest of these, and states at the start of steps without tapes, by how many steps
-        come before."""
+        """The latest of these, and states at the start of steps without tapes, by the number of
+        steps before them."""
         self._placement, self._placed = OnlinePlacement(room.slots), set[int]()
         if self._taping:
             shift = None if self._t is None else time_shift(self._t, y0)
@@ -251,22 +256,22 @@ class _Forward:
             with self._no_tapes():
                 z = y0.detach()
                 self.integration = Integration(problem, z, carried)
-                if z.requires_grad:  # f has let it, and so would have the caller's
+                if z.requires_grad:  # f has set it, and would have set it on the caller's
                     y0.requires_grad_()
 
     @property
     def tapes(self) -> int:
-        """Of how many steps the tapes are kept."""
+        """Number of steps, the first ones, whose tapes are kept."""
         return len(self.heads) - 1
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """After how many steps states are kept on purpose, and not because the end showed."""
+        """Numbers of steps before the states that are kept, the last step's input left out."""
         return tuple(sorted(n for n in self.states if n in self._placed or n == self.tapes))
 
     @property
     def outputs_with_tapes(self) -> int:
-        """How many of the outputs are in the graph of the steps with tapes."""
+        """Number of outputs in the graph of the steps with tapes."""
         return self.integration.record.outputs(self.tapes - 1).stop if self.tapes else 0
 
     def with_tapes(self) -> None:
@@ -276,8 +281,8 @@ class _Forward:
             self._visit()
             version = integration.z._version
             accepted = integration.advance()
-            self.outputs += reached_states(integration, accepted, self._t)
-            self._before.append((version, accepted.moment))
+            self.outputs += integration.reached(accepted, self._t)
+            self._before.append((version, accepted.snapshot))
             self.heads.append(integration.z)
             del accepted
 
@@ -292,16 +297,16 @@ class _Forward:
                 n, store = len(integration.record), self._make_room()
                 z, version = integration.z, integration.z._version
                 accepted = integration.advance()
-                self.outputs += reached_states(integration, accepted)
+                self.outputs += integration.reached(accepted)
                 # The end shows now: the last step's input is at hand, and runs with its tape first.
                 if store or integration.done or n == self.tapes:
-                    self.states[n] = Checkpoint(z, version, accepted.moment)
+                    self.states[n] = Checkpoint(z, version, accepted.snapshot)
                 if integration.done:
                     break
                 del accepted, z
 
     def _visit(self) -> bool:
-        """Come to the next state; gives whether it is to be kept."""
+        """Ask the placement about the next state; returns whether it is to be kept."""
         visit, n = self._placement.visit(), len(self.integration.record)
         if visit.store:
             self._placed.add(n)
@@ -312,7 +317,7 @@ class _Forward:
         return visit.store
 
     def _make_room(self) -> bool:
-        """Let go what must go for the next state; gives whether that is to be kept."""
+        """Drop tapes until the next state fits; returns whether that is to be kept."""
         store = self._visit()
         while self.tapes:
             n = len(self.integration.record)
@@ -324,7 +329,7 @@ class _Forward:
         return store
 
     def _drop_tape(self) -> None:
-        """Let the latest tape go; the state at the start of its step stays."""
+        """Drop the latest tape; the state at the start of its step is kept in its place."""
         self.heads.pop()
         n = self.tapes
         self.states[n] = Checkpoint(self.heads[-1].detach(), *self._before.pop())
@@ -364,7 +369,7 @@ class _Node(torch.autograd.Function):
                 f"solve again (torch: {error})"
             ) from error
         hold: Hold = ctx.hold()
-        solve: BoundedSolve = hold.value
+        solve: CheckpointedSolve = hold.value
         hold.begin()
         hold.end()  # which goes with what is saved, after this
         if torch.is_grad_enabled():

@@ -12,20 +12,20 @@ from torch import Tensor
 from ...base.errors import IntegrationError
 from ...torch_state.torch_modes import as_number, under_transform
 from ..function.callbacks import ACCEPT, REJECT, STEP
-from ..function.rng_and_buffers import Carried, Moment
+from ..function.rng_and_buffers import RngAndBuffers, StepSnapshot
 from ..methods.embedded import (
     Slopes,
     Step,
-    combined,
+    difference,
     end_slope,
-    inside_rates,
     inside_slopes,
     inside_weights,
     run_step,
 )
+from ..methods.explicit import weighted_sum
 from ..methods.tableau import ButcherTableau
 from .problem import Problem, Record, RightHandSide
-from .step_size import error_ratio, first_step_size
+from .step_size import first_step_size
 
 
 @final
@@ -34,16 +34,14 @@ class Accepted:
     """A step that was accepted."""
 
     n: int
-    """How many came before it."""
+    """Number of accepted steps before it."""
     step: Step
     z0: Tensor
-    """State at its start."""
+    """Flat state at its start."""
     slopes: Slopes
-    """State at its end, and slopes."""
-    reached: range
-    """Indices of the requested times inside."""
-    moment: Moment | None
-    """What f carried at its start: random generators and buffers; None where that is nothing."""
+    """Flat state at its end, and slopes."""
+    snapshot: StepSnapshot | None
+    """Random generators and buffers of f at its start; None where f uses none."""
 
 
 @final
@@ -51,21 +49,21 @@ class Integration:
     """One forward pass, accepted step by accepted step."""
 
     def __init__(
-        self, problem: Problem, z0: Tensor, carried: Carried, shift: Tensor | None = None
+        self, problem: Problem, z0: Tensor, carried: RngAndBuffers, shift: Tensor | None = None
     ) -> None:
-        """Evaluate the first slope, and find the first step.
+        """Evaluate the first slope, and choose the size of the first step.
 
         Args:
-            problem: What to solve.
-            z0: Its initial state.
-            carried: What f carries from one evaluation to the next; it is looked at here.
+            problem: The problem.
+            z0: Flat initial state.
+            carried: Random generators and buffers of f; those it uses are found out here.
             shift: A zero, whose gradient is that of a shift of time; None where none is wanted.
 
         Raises:
             IntegrationError: f gives no finite slope at the first time.
         """
         self.problem, self.tableau = problem, problem.tableau
-        self.f = RightHandSide(problem.func, z0, shift)
+        self.f = RightHandSide(problem, shift)
         self.carried = carried
         self.record = Record(problem)
         self.z = z0
@@ -75,7 +73,7 @@ class Integration:
         self._attempts = 0
         first = carried.look(lambda: self.f(self._t, z0))
         self._h = self._first_size(first)
-        # A slope that is used twice would be drawn once.
+        # An f that draws would draw once for a slope that is used twice.
         self._first = None if carried.matters else first
         self.keep = forward_slopes(self.tableau, every=carried.matters)
 
@@ -89,8 +87,7 @@ class Integration:
             if size is None:
                 size = first_step_size(
                     self.f, self._t, self.z, first, order=self.tableau.order,
-                    rtol=problem.rtol, atol=problem.atol, norm=problem.norm,
-                    direction=problem.direction,
+                    tolerances=problem.tolerances, direction=problem.direction,
                 )  # fmt: skip
         if math.isnan(size):
             raise self._failed(
@@ -106,19 +103,23 @@ class Integration:
 
     @property
     def planned(self) -> Step:
-        """The step to attempt next, but for what limits it."""
+        """The step to attempt next, before `meet` shortens it."""
         h = self.problem.direction * self._h
         return Step(self._t, self._t + h, h)
 
     def cut(self) -> None:
-        """Go on from the state as it is, without the tapes that led to it."""
+        """Detach the state and the first slope from the tapes that led to them."""
         self.z = self.z.detach()
         if self._first is not None:
             self._first = self._first.detach()
         self.f.still()
 
+    def reached(self, accepted: Accepted, t: Tensor | None = None) -> list[Tensor]:
+        """The flat states at the requested times that a step reaches; see `reached_states`."""
+        return reached_states(self.record, accepted.n, accepted.z0, accepted.slopes, t)
+
     def forced(self, step: Step) -> Accepted:
-        """Take a step whatever its error is, to measure what a step takes."""
+        """Take a step whatever its error is, to measure its memory."""
         slopes, _ = self._attempt(step)
         return self._accept(step, slopes, 1.0, self.carried.take())
 
@@ -147,8 +148,8 @@ class Integration:
             after_rejection = True
             del slopes
             if before is not None:
-                # The next attempt begins as this one did: what f carries follows from the accepted
-                # steps alone, which are all that is run again.
+                # The next attempt begins as this one did: random state and buffers follow from the
+                # accepted steps alone, as only those are run again.
                 before.restore()
             self._check_size(step, ratio)
 
@@ -181,14 +182,12 @@ class Integration:
         b_error = self.tableau.b_error
         assert b_error is not None
         with torch.no_grad():
-            error = combined(None, step.h, b_error, slopes.k)
-            problem = self.problem
-            ratio = error_ratio(
-                error, self.z, slopes.z1, rtol=problem.rtol, atol=problem.atol, norm=problem.norm
-            )
-        return slopes, ratio
+            error = difference(step.h, b_error, slopes.k)
+            return slopes, self.problem.tolerances.ratio(error, self.z, slopes.z1)
 
-    def _accept(self, step: Step, slopes: Slopes, ratio: float, moment: Moment | None) -> Accepted:
+    def _accept(
+        self, step: Step, slopes: Slopes, ratio: float, snapshot: StepSnapshot | None
+    ) -> Accepted:
         n, z0 = len(self.record), self.z
         reached = self.record.append(step)
         if reached:
@@ -200,7 +199,7 @@ class Integration:
         self._first = None if anew else slopes.k[end]
         self.z, self._t = slopes.z1, step.t1
         self._error = max(ratio, 1e-4)
-        return Accepted(n, step, z0, slopes, reached, moment)
+        return Accepted(n, step, z0, slopes, snapshot)
 
     def _check_size(self, step: Step, ratio: float) -> None:
         if self._t + self.problem.direction * self._h == self._t:
@@ -230,12 +229,12 @@ class Integration:
 
 
 def forward_slopes(tableau: ButcherTableau, *, every: bool) -> frozenset[int]:
-    """The slopes that an attempt leaves: for its error, states inside, and the next step.
+    """Indices of the slopes that an attempt needs: for its error, states inside, the next step.
 
     Args:
         tableau: The method.
-        every: Whether all are evaluated, so that each draws what it drew when the step is run
-            again.
+        every: Whether all slopes are evaluated, so that each draws the same numbers when the step
+            is run again.
     """
     b_error = tableau.b_error or ()
     keep = {i for i, weight in enumerate(b_error) if weight != 0.0} | inside_slopes(tableau)
@@ -248,68 +247,58 @@ def forward_slopes(tableau: ButcherTableau, *, every: bool) -> frozenset[int]:
 def state_inside(
     tableau: ButcherTableau, step: Step, share: float, z0: Tensor, slopes: Slopes
 ) -> Tensor:
-    """The state at a requested time inside a step.
+    """The flat state at a requested time inside a step.
 
     Args:
         tableau: The method.
         step: The step.
-        share: Where in it.
-        z0: State at its start.
-        slopes: State at its end, and slopes.
+        share: Where in the step the time lies: 0 at its start, 1 at its end.
+        z0: Flat state at the start.
+        slopes: Flat state at the end, and slopes.
     """
     if share == 1.0:
         return slopes.z1
-    return combined(z0, step.h, inside_weights(tableau, share), slopes.k)
+    return weighted_sum(z0, step.h, inside_weights(tableau, share), slopes.k)
 
 
 def reached_states(
-    integration: Integration, accepted: Accepted, t: Tensor | None = None
+    record: Record, n: int, z0: Tensor, slopes: Slopes, t: Tensor | None = None
 ) -> list[Tensor]:
-    """The states at the requested times that a step reaches.
+    """The flat states at the requested times that a step reaches.
 
     Args:
-        integration: The forward pass.
-        accepted: Its latest step.
-        t: The requested times, where their gradient is wanted.
+        record: The accepted steps.
+        n: Number of steps before the step.
+        z0: Flat state at its start.
+        slopes: Flat state at its end, and slopes.
+        t: Requested times with their graph; None where their gradient is not wanted.
     """
-    found = []
-    for j in accepted.reached:
-        share = integration.record.share(accepted.n, j)
-        tableau, slopes = integration.tableau, accepted.slopes
-        state = state_inside(tableau, accepted.step, share, accepted.z0, slopes)
+    tableau, step, found = record.problem.tableau, record[n], []
+    for j in record.outputs(n):
+        share = record.share(n, j)
+        state = state_inside(tableau, step, share, z0, slopes)
         if t is not None:
-            state = moving(state, tableau, accepted.step, share, slopes, t, j)
+            state = _moving(state, tableau, step, share, slopes, t[j] - t[0])
         found.append(state)
     return found
 
 
-def moving(
+def _moving(
     state: Tensor,
     tableau: ButcherTableau,
     step: Step,
     share: float,
     slopes: Slopes,
-    t: Tensor,
-    j: int,
+    since_start: Tensor,
 ) -> Tensor:
-    """The state at a requested time, as a function of that time.
-
-    Args:
-        state: It.
-        tableau: The method.
-        step: The step that it is in.
-        share: Where in the step.
-        slopes: Its slopes.
-        t: The requested times.
-        j: Index of the one there.
-    """
+    """A state inside a step as a function of its time, given as a tensor since the first time."""
     rates = []
     for order in range(1, rates_inside(tableau) + 1):
-        weights = [w * step.h ** (1 - order) for w in inside_rates(tableau, share, order)]
-        rates.append(combined(None, 1.0, weights, slopes.k))
-    shift = (t[j] - t[0]) - (t[j] - t[0]).detach()
+        weights = [w * step.h ** (1 - order) for w in inside_weights(tableau, share, order)]
+        rates.append(difference(1.0, weights, slopes.k))
+    shift = since_start - since_start.detach()
     shift = shift.to(device=state.device, dtype=state.dtype.to_real())
-    if under_transform():  # which follow torch's own operations only
+    if under_transform():  # transforms follow torch's own operations only
         weight: float | Tensor = 1.0
         for k, rate in enumerate(rates, 1):
             weight = weight * shift / k
@@ -320,7 +309,7 @@ def moving(
 
 
 def rates_inside(tableau: ButcherTableau) -> int:
-    """How many derivatives in time the polynomial inside a step has; each output keeps them."""
+    """Number of derivatives in time of the polynomial inside a step; each output keeps them."""
     return 3 if tableau.mid is None else 4
 
 
@@ -356,10 +345,10 @@ def _product(gradient: Tensor, rate: Tensor) -> Tensor:
 
 
 def time_shift(t: Tensor, like: Tensor) -> Tensor:
-    """A zero whose gradient is that of a shift of all times.
+    """A zero without dimensions whose gradient is that of a shift of all times.
 
     Args:
-        t: The requested times.
-        like: A state, whose dtype and device it gets.
+        t: Requested times, with their graph.
+        like: A state, for the real dtype and the device.
     """
     return (t[0] - t[0].detach()).to(device=like.device, dtype=like.dtype.to_real())

@@ -1,4 +1,4 @@
-"""What an adaptive solve is asked for, the right-hand side, and the record of accepted steps."""
+"""The problem of an adaptive solve, its right-hand side, and the record of accepted steps."""
 
 from __future__ import annotations
 
@@ -15,36 +15,34 @@ from torch import Tensor
 from ...base.errors import ExecutionError, IntegrationError
 from ..fixed.time_grid import resolution_note
 from ..function.callbacks import Callbacks
-from ..function.tolerances import Tolerance
+from ..function.tuple_state import Shapes, joined_slope, split
 from ..methods.embedded import Step
-from ..methods.explicit import Time, check_slope
+from ..methods.explicit import Time, as_time, check_slope
 from ..methods.tableau import ButcherTableau
-from .step_size import Norm, StepControl, rms_norm
+from .step_size import StepControl, Tolerances
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What is to be solved, and how closely."""
+    """An initial value problem, its method and its tolerances; states are flat."""
 
-    func: Callable[[Tensor, Tensor], Tensor]
-    """The right-hand side f(t, z), as torchdiffeq has it: t has no dimensions."""
+    func: Callable[..., Any]
+    """The user's right-hand side f(t, y), as torchdiffeq has it: t has no dimensions."""
+    shapes: Shapes = None
+    """Shapes of the parts of y where it is a tuple, of which flat states are made."""
     tableau: ButcherTableau
     """A method with an error estimate."""
     times: tuple[float, ...]
     """Requested times, the first of them that of the initial state; they rise or fall strictly."""
-    rtol: Tolerance
-    """Tolerance relative to the state."""
-    atol: Tolerance
-    """Tolerance besides."""
-    norm: Norm = rms_norm
-    """Makes one figure of all errors."""
+    tolerances: Tolerances
+    """Those of a step's error."""
     control: StepControl = field(default_factory=StepControl)
-    """How large a step may be."""
+    """Limits of a step's size, and its change from step to step."""
     meet: bool = False
     """Whether steps end at the requested times, in place of states inside steps."""
     callbacks: Callbacks | None = None
-    """What is called on the way."""
+    """Methods of func to call before and after attempts."""
 
     @property
     def direction(self) -> float:
@@ -54,40 +52,39 @@ class Problem:
 
 @final
 class RightHandSide:
-    """f with time as a number, counted and checked."""
+    """f of a time as a number and a flat state; evaluations are counted, and slopes checked."""
 
-    def __init__(
-        self,
-        func: Callable[[Tensor, Tensor], Tensor],
-        like: Tensor,
-        shift: Tensor | None = None,
-    ) -> None:
-        """Take f, a state, whose dtype and device its time gets, and what shifts its time."""
-        self._func = func
-        self._options: dict[str, Any] = {"dtype": like.dtype.to_real(), "device": like.device}
+    def __init__(self, problem: Problem, shift: Tensor | None = None) -> None:
+        """Begin to count.
+
+        Args:
+            problem: The problem that f belongs to.
+            shift: A zero without dimensions, added to each time for its gradient; None for none.
+        """
+        self._func, self._shapes, self._shift = problem.func, problem.shapes, shift
         self.evaluations = 0
-        self._shift = shift
 
     def still(self) -> None:
-        """Let nothing shift its time from here on."""
+        """Add no shift to times from here on."""
         self._shift = None
 
     def __call__(self, t: Time, z: Tensor) -> Tensor:
-        """Evaluate f at a time.
+        """Evaluate f at a time and a flat state.
 
         Raises:
             IntegrationError: It does not return a slope of the state's shape and dtype.
         """
         self.evaluations += 1
-        time = torch.full((), float(t), **self._options)
+        time = as_time(float(t), z)
         if self._shift is not None:
             time = time + self._shift
-        slope = self._func(time, z)
+        slope = self._func(time, split(z, self._shapes))
         try:
+            slope = joined_slope(slope, self._shapes, t)
             check_slope(slope, z, t)
         except ExecutionError as error:
             raise IntegrationError(str(error), time=float(t)) from None
-        return slope
+        return slope  # type: ignore[no-any-return]
 
 
 @final
@@ -96,7 +93,7 @@ class Record:
 
     def __init__(self, problem: Problem) -> None:
         """Start without steps."""
-        self._problem = problem
+        self.problem = problem
         self._times = array("d", [problem.times[0]])
         self._sizes = array("d")
         self._last: list[int] = []  # the step of each requested time but the first
@@ -109,14 +106,10 @@ class Record:
         return Step(self._times[n], self._times[n + 1], self._sizes[n])
 
     def append(self, step: Step) -> range:
-        """Add a step.
-
-        Returns:
-            The indices of the requested times that it reaches.
-        """
+        """Add a step; returns the indices of the requested times that it reaches."""
         self._times.append(step.t1)
         self._sizes.append(step.h)
-        times, direction = self._problem.times, self._problem.direction
+        times, direction = self.problem.times, self.problem.direction
         before = len(self._last)
         while self.missing and direction * (times[len(self._last) + 1] - step.t1) <= 0:
             self._last.append(len(self) - 1)
@@ -124,8 +117,8 @@ class Record:
 
     @property
     def missing(self) -> int:
-        """How many requested times no step has reached."""
-        return len(self._problem.times) - 1 - len(self._last)
+        """Number of requested times that no step has reached."""
+        return len(self.problem.times) - 1 - len(self._last)
 
     def outputs(self, n: int) -> range:
         """Indices of the requested times that the step after n others reaches."""
@@ -133,13 +126,13 @@ class Record:
         return range(first + 1, bisect.bisect_right(self._last, n) + 1)
 
     def share(self, n: int, j: int) -> float:
-        """Where in a step a requested time lies: 0 at its start, 1 at its end."""
-        step, time = self[n], self._problem.times[j]
+        """The share of step n that lies before requested time j: 0 at its start, 1 at its end."""
+        step, time = self[n], self.problem.times[j]
         return 1.0 if time == step.t1 else (time - step.t0) / step.h
 
     @property
     def nbytes(self) -> int:
-        """What the record takes; not of tensors, and not on the device."""
+        """Bytes of the record, in the host's memory."""
         return 8 * (len(self._times) + len(self._sizes))
 
 
@@ -147,8 +140,8 @@ def check_times(times: Sequence[float], dtype: torch.dtype = torch.float64) -> N
     """Refuse times that do not rise or fall strictly.
 
     Args:
-        times: They.
-        dtype: Of the tensor that they come from.
+        times: Requested times.
+        dtype: Dtype of the tensor that they come from.
 
     Raises:
         IntegrationError: Where they do not; it names the first fault.

@@ -1,19 +1,19 @@
 """Adaptive solves whose gradient keeps a byte budget.
 
-The forward pass accepts and rejects steps. Of an accepted step its time and size are recorded,
-and what there is room for is kept: its tape, else the state at its start, or neither, as the number
-of steps is known in the end only (`bounded`). The backward runs accepted steps that have no tape
-again with their recorded sizes, and nothing else: it gives the gradient of the accepted discrete
-steps, states inside steps included, with step sizes held constant. Slopes are no part of a state:
-a step that is run again needs neither an error nor the slope at its end, so that the slope that is
-the next step's first (FSAL) costs nothing when it is evaluated there.
+The forward pass accepts and rejects steps. Of an accepted step its time and size are recorded, and
+as there is room its tape is kept, else the state at its start, or neither, as the number of steps
+is known in the end only (`checkpointed`). The backward runs accepted steps that have no tape again
+with their recorded sizes, and nothing else: it gives the gradient of the accepted discrete steps,
+states inside steps included, with step sizes held constant. Slopes are no part of a state: a step
+that is run again needs neither an error nor the slope at its end, so that the slope that is the
+next step's first (FSAL) costs nothing when it is evaluated there.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -30,29 +30,29 @@ from ...torch_state.torch_modes import (
     outside_of_compiled_code,
     transform_at_work,
 )
-from ..function.cache import kept_with
-from ..function.callbacks import Callbacks, check_callbacks, find_callbacks
+from ..adaptive.norms import norm_of_parts
+from ..function.cache import cache_of
+from ..function.callbacks import check_callbacks, find_callbacks
 from ..function.captures import Closure, find_closure
-from ..function.rng_and_buffers import Carried
-from ..function.tolerances import Tolerance, read_tolerances, tolerance_bytes
-from ..function.tuple_state import check_plain, flat_state, norm_of_parts, on_flat_states
-from ..methods.integrators import parts_of
+from ..function.rng_and_buffers import RngAndBuffers
+from ..function.tolerances import read_tolerances
+from ..function.tuple_state import Shapes, check_plain, flat_state, parts_of
 from ..methods.table import find_tableau
 from ..methods.tableau import ButcherTableau
 from ..output_loss import Loss, needs_of_loss
-from .checkpointed import BoundedSolve, Turns
-from .forward import Integration, reached_states, time_shift
+from .checkpointed import CheckpointedSolve, SolveLocks
+from .forward import Integration, time_shift
 from .problem import Problem, check_times
 from .statistics import Statistics
 from .step_memory import Room
 from .step_memory_probe import Trial
-from .step_size import Norm, StepControl
+from .step_size import StepControl, Tolerances
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class AdaptiveSolution:
-    """The states at the requested times, and what it took."""
+    """The states at the requested times, and counts of the solve."""
 
     states: Any
     """The state at each requested time, stacked: the first is the initial state. A tuple of such
@@ -98,26 +98,27 @@ def solve_adaptive(
         rtol: Tolerance relative to the state: a number, or a tensor that broadcasts to it; of a
             tuple a number, or one or a tensor for each part.
         atol: Tolerance besides, the same.
-        norm: Makes one figure of all errors: `rms_norm`, which None stands for, `batch_max_norm`,
+        norm: The size of a tensor of errors: `rms_norm`, which None stands for, `batch_max_norm`,
             or one of your own. Of a tuple it gets a tuple; None then takes the largest of the
             parts' figures.
         control: Size of the steps; the elementary controller if None.
         meet_times: Whether steps end at the requested times. Else states there are those inside
             steps, by the method's interpolant, and the last step may go beyond.
-        params: What func reads and is to get gradients; if None, what is found: the parameters of
-            a module, or of modules and tensors that a function reads from its closure.
+        params: Tensors that func reads and that are to get gradients; if None, all that are found:
+            the parameters of a module, or of modules and tensors that a function reads from its
+            closure.
         budget: Bytes that forward and backward may take at their peak together: states at the
             requested times and their gradients, states that are kept, the tape of a step, and
-            gradients of parameters. Bytes or text such as "200MiB". What a step takes is measured
-            on the first, once for each kind of call (shapes, dtypes, modes, what wants a
-            gradient); that is kept for func, and for others of its code that hold the same.
+            gradients of parameters. Bytes or text such as "200MiB". The memory of a step is
+            measured on the first, once for each kind of call (shapes, dtypes, modes, wanted
+            gradients), and remembered for func, and for functions of equal code and closure.
         loss: From the states that are returned to one number, as the training step computes it: the
             budget then holds with it, whatever it takes, which is measured once. None provides for
             the states, their gradient, and a few more of the size of the state at one time, such as
             a mean square at a single time takes. Read with a budget only.
         checkpoints: States that may be kept at once, the initial one included, in place of a
             budget; no tapes.
-        beside_bytes: Of the budget, what other tensors take that live throughout.
+        beside_bytes: Bytes of the budget for other tensors that live throughout.
 
     Returns:
         The states, shape (len(t), *y0.shape), a tuple of such where y0 is one; and statistics.
@@ -130,50 +131,37 @@ def solve_adaptive(
         ProfileError: The loss is none of the states, or there is no meter.
     """
     flat, shapes = flat_state(y0)
-    slope, norm = on_flat_states(func, shapes), norm_of_parts(norm, shapes)
-    tolerances = read_tolerances(rtol, atol, flat, shapes)
     limited = budget is not None or checkpoints is not None
     check_callbacks(func, budget=limited, adjoint=False, fixed=False)
-    problem = make_problem(
-        slope, t, method, tolerances, norm, control, meet_times, find_callbacks(func, shapes)
-    )
-    # The parts of the state are the caller's; as one tensor it is one more.
-    beside_bytes += tolerance_bytes(tolerances) + (0 if shapes is None else flat.nbytes)
-    bounds = Bounds.of(budget, checkpoints, beside_bytes)
-    bounds = replace(bounds, loss=loss, shapes=shapes)
-    closure = find_closure(func)
-    solution = solve_problem(problem, closure, params, flat, t, bounds, func)
-    if shapes is None:
-        return solution
+    problem = make_problem(func, flat, shapes, t, method, rtol, atol, norm, control, meet_times)
+    limits = Limits.of(budget, checkpoints, beside_bytes, loss)
+    solution = solve_flat(problem, flat, t, find_closure(func), limits, params)
     return AdaptiveSolution(parts_of(solution.states, shapes), solution.statistics)
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Bounds:
-    """What a solve may take: bytes, or a number of states, or anything."""
+class Limits:
+    """Most memory of a solve: bytes, or a number of checkpoints; without both, no limit."""
 
     budget_bytes: int | None
-    checkpoints: int | None
-    beside_bytes: int
+    checkpoints: int | None = None
+    beside_bytes: int = 0
+    """Bytes of the budget for other tensors that live throughout."""
     loss: Loss | None = None
-    """The caller's, where it is named; of parts where the state is a tuple."""
-    shapes: tuple[torch.Size, ...] | None = None
-    """Of these parts."""
+    """The caller's, where it is named."""
 
     @staticmethod
     def of(
-        budget: int | float | str | Budget | None, checkpoints: int | None, beside: int
-    ) -> Bounds:
-        """Read what was asked for.
-
-        Args:
-            budget: Bytes, or text, or None.
-            checkpoints: A number of states, or None.
-            beside: Of the budget, bytes of other tensors.
+        budget: int | float | str | Budget | None,
+        checkpoints: int | None = None,
+        beside_bytes: int = 0,
+        loss: Loss | None = None,
+    ) -> Limits:
+        """Read the arguments of `solve_adaptive`.
 
         Raises:
-            WorkloadError: Both, or no checkpoint.
+            WorkloadError: A budget and checkpoints, or no checkpoint.
             BudgetSyntaxError: A budget that is not in bytes.
         """
         if checkpoints is not None and (budget is not None or checkpoints < 1):
@@ -182,7 +170,7 @@ class Bounds:
                 "least 1 checkpoint"
             )
         if budget is None:
-            return Bounds(None, checkpoints, beside)
+            return Limits(None, checkpoints, beside_bytes, loss)
         parsed = parse_budget(budget)
         if parsed.bytes is None:
             raise BudgetSyntaxError(
@@ -190,51 +178,39 @@ class Bounds:
                 "known before an adaptive solve, as the number of its steps is not; give bytes, "
                 "such as '64MiB', or have solve_adaptive take a number of checkpoints"
             )
-        return Bounds(parsed.resolve(0), None, beside)
+        return Limits(parsed.resolve(0), None, beside_bytes, loss)
 
 
-def solve_problem(
+def solve_flat(
     problem: Problem,
-    closure: Closure,
-    given: Sequence[Tensor] | None,
     y0: Tensor,
     t: Tensor,
-    bounds: Bounds,
-    func: Callable[..., Any],
+    closure: Closure,
+    limits: Limits,
+    params: Sequence[Tensor] | None = None,
 ) -> AdaptiveSolution:
-    """Solve within bounds.
+    """Solve a problem; returns and raises as `solve_adaptive` does, but that states are flat.
 
     Args:
-        problem: What to solve.
-        closure: What its right-hand side reads.
-        given: What of it may get gradients; None for all.
-        y0: Initial state.
-        t: Requested times, as the problem has them.
-        bounds: What the solve may take.
-        func: The user's right-hand side, with which is kept what was found about it.
-
-    Returns:
-        The states, and statistics.
-
-    Raises:
-        IntegrationError: The solution cannot be continued; the error has the time.
-        InfeasibleBudgetError: The budget is below one step; the error has the least that works.
-        ExecutionError: f cannot be run again.
-        ProfileError: The loss is none of the states, or there is no meter.
-        WorkloadError: A gradient of times that steps are to meet.
+        problem: The problem.
+        y0: Flat initial state.
+        t: Requested times, as the problem has them, with their graph.
+        closure: The modules and tensors that the right-hand side reads.
+        limits: Most memory of the solve.
+        params: Tensors of the closure that are to get gradients; None for all.
     """
-    kept, which = kept_with(func, closure)
-    with Locked((kept.lock,)):  # else another thread may have stand-ins in their places
-        given = closure.parameters if given is None else given
-    wanted = list({id(p): p for p in given if p.requires_grad}.values())
+    cache, function = cache_of(problem.func, closure)
+    with Locked((cache.lock,)):  # else another thread may have stand-ins in their places
+        params = closure.parameters if params is None else params
+    wanted = list({id(p): p for p in params if p.requires_grad}.values())
     if problem.meet and (t.requires_grad or has_gradient(t)):
         raise WorkloadError(
             "the gradient of t is that of states inside steps; leave out meet_times, or detach t"
         )
     everything = (y0, t, *wanted)
     tracked = any(map(has_gradient, everything))
-    bounded = bounds.budget_bytes is not None or bounds.checkpoints is not None
-    if not (bounded and tracked and len(problem.times) > 1):
+    limited = limits.budget_bytes is not None or limits.checkpoints is not None
+    if not (limited and tracked and len(problem.times) > 1):
         return _solve_plainly(problem, closure, y0, t, tracked=tracked)
     transform = transform_at_work(everything)
     if transform:
@@ -245,65 +221,52 @@ def solve_problem(
             stacklevel=3,
         )
         return _solve_plainly(problem, closure, y0, t, tracked=True)
-    check_plain(y0)
-    where = several_devices((f"a tensor of shape {tuple(x.shape)}", x) for x in (y0, *wanted))
-    if where or y0.device.type not in KNOWN:
-        raise ExecutionError(
-            f"checkpoints are for one device of type {' or '.join(KNOWN)}, whose random state is "
-            f"put back when steps run again; found {where or y0.device}: move all there, or solve "
-            "without a budget and checkpoints"
-        )
-    closure.check_compiled()
+    _check_can_run_again(y0, wanted, closure)
     trial = Trial(problem, closure, wanted, y0, with_time=t.requires_grad)
 
     def loss_needs() -> tuple[int, int]:
-        needs = needs_of_loss(bounds.loss, y0, len(problem.times), bounds.shapes, kept)
+        needs = needs_of_loss(limits.loss, y0, len(problem.times), problem.shapes, cache)
         return needs.peak_bytes, needs.held_bytes
 
-    found = trial.findings(kept, which, bounds.budget_bytes, bounds.beside_bytes, loss_needs)
+    # The parts of the state are the caller's; as one tensor it is one more.
+    beside_bytes = limits.beside_bytes + problem.tolerances.nbytes
+    beside_bytes += 0 if problem.shapes is None else y0.nbytes
+    found = trial.findings(cache, function, limits.budget_bytes, beside_bytes, loss_needs)
     statistics = Statistics(measuring_evaluations=trial.evaluations)
-    room = Room(slots=bounds.checkpoints or 1)
-    if bounds.budget_bytes is not None and found.footprint is not None:
+    room = Room(slots=limits.checkpoints or 1)
+    if limits.budget_bytes is not None and found.footprint is not None:
         statistics.footprint = found.footprint
-        room = found.footprint.room(bounds.budget_bytes)
-    turns = Turns(*((Generators.lock,) if found.draws else ()), kept.lock)
-    states = BoundedSolve(problem, closure, wanted, room, turns, statistics).run(y0, t)
+        room = found.footprint.room(limits.budget_bytes)
+    locks = SolveLocks(*((Generators.lock,) if found.draws else ()), cache.lock)
+    states = CheckpointedSolve(problem, closure, wanted, room, locks, statistics).run(y0, t)
     return AdaptiveSolution(states, statistics)
 
 
 def make_problem(
-    func: Callable[[Tensor, Tensor], Tensor],
+    func: Callable[..., Any],
+    y0: Tensor,
+    shapes: Shapes,
     t: Tensor,
     method: str | ButcherTableau,
-    tolerances: tuple[Tolerance, Tolerance],
-    norm: Norm,
+    rtol: Any,
+    atol: Any,
+    norm: Callable[[Any], Tensor] | None,
     control: StepControl | None,
-    meet: bool,
-    callbacks: Callbacks | None,
+    meet_times: bool,
 ) -> Problem:
-    """Put a problem together.
-
-    Args:
-        func: Right-hand side.
-        t: Requested times.
-        method: Name or tableau.
-        tolerances: Relative and absolute, as they were read.
-        norm: Makes one figure of all errors.
-        control: Of the steps' sizes.
-        meet: Whether steps end at the requested times.
-        callbacks: What is called on the way.
+    """The problem that the arguments of `solve_adaptive` describe, checked.
 
     Raises:
-        WorkloadError: What makes no sense.
+        WorkloadError: A method without an error estimate, or arguments that do not go together.
         IntegrationError: Times that neither rise nor fall.
     """
+    read = read_tolerances(rtol, atol, y0, shapes)
     tableau = find_tableau(method)
     if tableau.b_error is None:
         raise WorkloadError(
             f"method {tableau.name!r} has no error estimate, so its steps cannot adapt; give one "
             "that has, such as 'dopri5', or use it on a fixed grid"
         )
-    rtol, atol = tolerances
     if t.dim() != 1 or not len(t) or not t.is_floating_point():
         raise WorkloadError(
             f"t has shape {tuple(t.shape)} and {t.dtype}; give a tensor of one dimension, of "
@@ -314,9 +277,23 @@ def make_problem(
     control = StepControl() if control is None else control
     control.check_order(tableau.order)
     return Problem(
-        func=func, tableau=tableau, times=times, rtol=rtol, atol=atol, norm=norm,
-        control=control, meet=meet, callbacks=callbacks,
+        func=func, shapes=shapes, tableau=tableau, times=times,
+        tolerances=Tolerances(*read, norm_of_parts(norm, shapes)), control=control,
+        meet=meet_times, callbacks=find_callbacks(func, shapes),
     )  # fmt: skip
+
+
+def _check_can_run_again(y0: Tensor, wanted: Sequence[Tensor], closure: Closure) -> None:
+    """Refuse states and functions whose steps cannot be run again exactly."""
+    check_plain(y0)
+    where = several_devices((f"a tensor of shape {tuple(x.shape)}", x) for x in (y0, *wanted))
+    if where or y0.device.type not in KNOWN:
+        raise ExecutionError(
+            f"checkpoints are for one device of type {' or '.join(KNOWN)}, whose random state is "
+            f"put back when steps run again; found {where or y0.device}: move all there, or solve "
+            "without a budget and checkpoints"
+        )
+    closure.check_compiled()
 
 
 def _solve_plainly(
@@ -325,10 +302,10 @@ def _solve_plainly(
     """All tapes are kept: plain autograd through the accepted steps."""
     t = times if tracked and has_gradient(times) else None
     shift = None if t is None else time_shift(t, y0)
-    integration = Integration(problem, y0, Carried(closure, y0.device), shift)
+    integration = Integration(problem, y0, RngAndBuffers(closure, y0.device), shift)
     states = [y0]
     while not integration.done:
-        states += reached_states(integration, integration.advance(), t)
+        states += integration.reached(integration.advance(), t)
     statistics = Statistics(tapes=len(integration.record) if tracked else 0)
     statistics.count(integration)
     return AdaptiveSolution(torch.stack(states), statistics)

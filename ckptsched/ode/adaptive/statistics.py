@@ -1,4 +1,4 @@
-"""What an adaptive solve did, in numbers."""
+"""Counts of an adaptive solve."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .step_memory import Footprint
 @final
 @dataclass(slots=True, kw_only=True)
 class Statistics:
-    """What a solve did; the figures of its backward come with the backward."""
+    """Counts of a solve; those of its backward are filled in by the backward."""
 
     accepted: int = 0
     """Steps that were accepted."""
     rejected: int = 0
-    """Attempts that were not."""
+    """Attempts that were rejected."""
     evaluations: int = 0
-    """Of f in the forward pass."""
+    """Evaluations of f in the forward pass."""
     measuring_evaluations: int = 0
-    """Of f to find out what a step takes, and whether it can be run again; 0 where that is known
+    """Evaluations of f to measure a step and check that it can be run again; 0 where that is known
     from a call before."""
     backward_evaluations: int = 0
-    """Of f in the latest backward; 0 where all tapes are kept."""
+    """Evaluations of f in the latest backward; 0 where all tapes are kept."""
     advances: int = 0
     """Steps run again without tape in the latest backward."""
     tapes: int = 0
@@ -33,18 +33,14 @@ class Statistics:
     """States that may be kept at once where no tape is, the initial one included; None without a
     budget."""
     positions: tuple[int, ...] = ()
-    """After how many steps the states come that were kept for the steps without tapes."""
+    """The states kept for the steps without tapes, each by the number of steps before it."""
     footprint: Footprint | None = None
-    """What a step takes; None without a budget."""
+    """Bytes of a step; None without a budget."""
     record_bytes: int = 0
-    """What the times and sizes of the accepted steps take, in the host's memory."""
+    """Bytes of the times and sizes of the accepted steps, in the host's memory."""
 
     def count(self, integration: Integration) -> None:
-        """Take over the figures of a forward pass.
-
-        Args:
-            integration: It, at its end.
-        """
+        """Fill in the counts of a forward pass that is over."""
         self.accepted = len(integration.record)
         self.rejected = integration.rejected
         self.evaluations = integration.f.evaluations

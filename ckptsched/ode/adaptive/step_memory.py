@@ -1,4 +1,4 @@
-"""What one adaptive step takes, and how many tapes and states a budget leaves room for."""
+"""Bytes of an adaptive step, and the number of tapes and states that a budget has room for."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from typing import final
 from ...base.budget import exact_bytes
 from ...base.errors import InfeasibleBudgetError
 
-_LOSS_BYTES = 64  # a number, its gradient, and what is made on the way
+_LOSS_BYTES = 64  # a number, its gradient, and intermediate values
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Bytes of tensors that an adaptive solve takes, apart from the tapes and states it keeps."""
+    """Bytes of tensors of an adaptive solve, apart from the tapes and states that it keeps."""
 
     state_bytes: int
-    """Of one state, and of what f carries that is kept with it."""
-    moment_bytes: int = 0
-    """Of what f carries alone."""
+    """Bytes of one checkpoint: the state, and its snapshot of buffers."""
+    snapshot_bytes: int = 0
+    """Bytes of the snapshot alone."""
     forward_bytes: int
     """Peak of an attempt beyond the state at its start: slopes, error, a state inside."""
     backward_bytes: int
     """Peak of running a step again, with its tape and backward, beyond its input, the gradient
     that comes in and the sums of gradients."""
     gradient_bytes: int
-    """Of the gradients of the parameters."""
+    """Bytes of the gradients of the parameters."""
     start_bytes: int = 0
-    """Of what a solve with tapes begins with: the first slope and its tape."""
+    """Bytes of the first slope and its tape, with which a solve with tapes begins."""
     tape_bytes: int | None = None
-    """Of each step that keeps its tape: that, the state at its end, and what is kept with it. None,
-    as the others of steps with tapes, where no budget had room to measure them."""
+    """Bytes of each step that keeps its tape: the tape, the state at its end, its snapshot. None
+    where no budget had room to measure it; the other figures of steps with tapes are then 0."""
     attempt_bytes: int = 0
-    """Peak of an attempt with its tape beyond what lives before it."""
+    """Peak of an attempt with its tape beyond the tensors that live before it."""
     return_bytes: int = 0
     """Peak of going back through steps with tapes beyond these: gradients, those of the parameters
     included."""
     beside_bytes: int = 0
-    """Of what else lives throughout: the gradient of times, and what the caller names."""
+    """Bytes of other tensors that live throughout: the gradient of times, and the caller's."""
     output_bytes: int
-    """Of the state at one requested time."""
+    """Bytes of the state at one requested time."""
     outputs: int
     """Requested times; their states are the caller's in the backward, as are the gradients."""
     loss_bytes: int = 0
@@ -59,17 +59,17 @@ class Footprint:
 
     @property
     def _forward_bytes(self) -> int:
-        # What f carried at first is not the caller's, as the state there is.
-        states = (self.outputs + 1) * self.output_bytes + self.moment_bytes
+        # The first snapshot is not the caller's, as the first state is.
+        states = (self.outputs + 1) * self.output_bytes + self.snapshot_bytes
         return states + self.forward_bytes + self.beside_bytes
 
     @property
     def _backward_bytes(self) -> int:
         # With the first state, with the last step's, and with the one that runs on.
-        states = (2 * self.outputs + 2) * self.output_bytes + 3 * self.moment_bytes
+        states = (2 * self.outputs + 2) * self.output_bytes + 3 * self.snapshot_bytes
         backward = states + self.gradient_bytes + self.backward_bytes
         # The input of the last step is kept from the forward pass on.
-        loss = self._outputs_and_loss_bytes + self.state_bytes + self.moment_bytes
+        loss = self._outputs_and_loss_bytes + self.state_bytes + self.snapshot_bytes
         return max(backward, loss) + _LOSS_BYTES + self.beside_bytes
 
     @property
@@ -77,10 +77,10 @@ class Footprint:
         return self.outputs * self.output_bytes + self.loss_bytes
 
     def room(self, budget_bytes: int) -> Room:
-        """What may be kept within a budget.
+        """The tapes and states that may be kept within a budget.
 
         Args:
-            budget_bytes: What forward and backward may take together at their peak.
+            budget_bytes: Most bytes of forward and backward together, at their peak.
 
         Raises:
             InfeasibleBudgetError: Not even the initial state.
@@ -118,36 +118,31 @@ class Footprint:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """What an adaptive solve may keep: the tapes of its first steps, and states after them.
+    """The room of an adaptive solve for tapes of its first steps, and for states after them.
 
-    A tape takes more than a state and saves the same run of a step. So tapes have what no state
-    needs yet, and go, the latest first, as states come.
+    A tape takes more than a state and saves the same run of a step. So tapes have the room that no
+    state needs yet, and are dropped, the latest first, as states come.
     """
 
     slots: int
     """States that may be kept at once, the initial one included, where no tape is."""
     spare_bytes: int = 0
-    """For tapes and states."""
+    """Bytes for tapes and states."""
     tape_spare_bytes: int = -1
-    """For tapes before a step that keeps its own."""
+    """Bytes for tapes before a step that keeps its own."""
     state_bytes: int = 1
     start_bytes: int = 0
     tape_bytes: int = 0
 
     def another(self, tapes: int) -> bool:
-        """Whether the step after so many that have kept their tapes may keep its own.
-
-        Args:
-            tapes: How many have.
-        """
+        """Whether one more step may keep its tape, after so many that have."""
         return self.start_bytes + tapes * self.tape_bytes <= self.tape_spare_bytes
 
     def states(self, tapes: int) -> int:
-        """How many states may be kept beside tapes while other steps run without theirs.
+        """Number of states that may be kept beside the tapes of so many first steps.
 
-        Args:
-            tapes: Of the first steps; the state that the last of these ends with counts as kept,
-                as the initial one does. With too many the answer is not positive.
+        The state at the end of the last of these counts as kept, as the initial one does. With too
+        many tapes the number is not positive.
         """
         if not tapes:
             return self.slots

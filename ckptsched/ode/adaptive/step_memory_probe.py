@@ -1,4 +1,4 @@
-"""An adaptive step under a meter, once for each kind of call: what is found is kept with f."""
+"""The memory of an adaptive step, measured once for each kind of call, and cached with f."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ from ...tensors.comparison import tolerance_of
 from ...torch_state.locks import Lent, Locked
 from ...torch_state.replay_context import Generators
 from ...torch_state.surroundings import Ambient
+from ..adaptive.norms import identity_of_norm
 from ..function.attributes import Attributes
-from ..function.cache import Kept
+from ..function.cache import FunctionCache
 from ..function.captures import Closure
-from ..function.fingerprint import Identity
+from ..function.fingerprint import Identity, layout
 from ..function.replay_environment import Environment
-from ..function.rng_and_buffers import Carried, Moment
-from ..function.tuple_state import identity_of_norm
+from ..function.rng_and_buffers import RngAndBuffers, StepSnapshot
 from ..methods.embedded import Step, end_slope
-from .backward import Sums, TapedStep, add_rates, checked, replayed
+from .backward import AcceptedSteps, Sums, TapedStep, checked
 from .forward import (
     Accepted,
     Integration,
     rates_inside,
-    reached_states,
     state_inside,
     time_shift,
 )
@@ -41,23 +40,23 @@ from .step_memory import Footprint
 T = TypeVar("T")
 
 _INSIDE = 0.3
-"""Where in a step an output is, as a share of it: not halfway, where slopes may have no weight."""
+"""Share of a step before its output: not halfway, where slopes may have no weight."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What is kept of a trial."""
+    """The findings of a trial, which are cached."""
 
     draws: bool
     """Whether f draws random numbers."""
     footprint: Footprint | None = None
-    """Of a step; None where nothing was measured."""
+    """Bytes of a step; None where nothing was measured."""
 
 
 @final
 class Trial:
-    """What is to be found out about f before steps of it are run again."""
+    """Whether steps of f can be run again, and the memory that they take."""
 
     def __init__(
         self,
@@ -68,61 +67,62 @@ class Trial:
         *,
         with_time: bool,
     ) -> None:
-        """Note what is solved.
+        """Prepare a trial.
 
         Args:
-            problem: What to solve.
-            closure: What f reads.
-            wanted: Whose gradients are wanted.
-            y0: The initial state.
+            problem: The problem.
+            closure: The modules and tensors that f reads.
+            wanted: Tensors of these whose gradients are wanted.
+            y0: Flat initial state.
             with_time: Whether the gradient of the times is wanted.
         """
         self._problem, self._closure, self._wanted = problem, closure, wanted
         self._y0, self._z0, self._with_time = y0, y0.detach(), with_time
-        self._carried = Carried(closure, y0.device)
+        self._carried = RngAndBuffers(closure, y0.device)
         self.evaluations = 0
-        """Of f."""
+        """Evaluations of f so far."""
 
     def _key(self) -> Hashable:
-        """What the findings depend on: shapes, dtypes, modes, and what wants a gradient."""
+        """A key of all that the findings depend on: shapes, dtypes, modes, wanted gradients."""
         problem, y0 = self._problem, self._y0
-        modules = [m for root in self._closure.modules for m in root.modules()]
+        modules = self._closure.parts
         held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
         return (
-            *(problem.tableau, problem.meet, identity_of_norm(problem.norm)),
-            *(_layout(y0), self._with_time, *Ambient.take(y0.device).key()),
+            *(problem.tableau, problem.meet, identity_of_norm(problem.tolerances.norm)),
+            *(layout(y0), self._with_time, *Ambient.take(y0.device).key()),
             tuple(map(Identity, self._closure.modules)),
             tuple((type(m), m.training) for m in modules),
-            tuple(map(_layout, (*held, *self._closure.tensors, *self._wanted))),
+            tuple(None if t is None else layout(t) for t in held),
+            tuple(map(layout, (*self._closure.tensors, *self._wanted))),
             torch.get_num_threads(),
         )
 
     def findings(
         self,
-        kept: Kept,
-        which: Hashable,
+        cache: FunctionCache,
+        function: Hashable,
         budget_bytes: int | None,
         beside_bytes: int,
         loss: Callable[[], tuple[int, int]],
     ) -> Findings:
-        """What is known of f, found out once for each key; for this solve.
+        """The findings for this solve; measured once for each key.
 
         Args:
-            kept: What was found in earlier calls.
-            which: What tells f from others there.
-            budget_bytes: What the solve may take; None where nothing is to be measured.
-            beside_bytes: Of other tensors that live throughout.
-            loss: Measures the caller's loss: its peak, and what it leaves; asked with a budget
-                only, in turn with who else measures.
+            cache: Holds the findings of earlier calls.
+            function: The part of the cache's keys that names f.
+            budget_bytes: Budget of the solve; None where nothing is to be measured.
+            beside_bytes: Bytes of other tensors that live throughout.
+            loss: Measures the caller's loss, with a budget only and under the cache's lock:
+                bytes of its peak, and of the gradients that it leaves.
 
         Raises:
             ExecutionError: f gives another slope when it is evaluated again.
             ProfileError: There is no meter; the message says what to do.
         """
-        key = ("adaptive", which, self._key())
-        # Who draws random numbers waits meanwhile, and who has stand-ins in modules.
-        with Locked((Generators.lock, kept.lock)):
-            found: Findings | None = kept.find(key)
+        key = ("adaptive", function, self._key())
+        # Other threads that draw random numbers, or replace parameters of f, wait meanwhile.
+        with Locked((Generators.lock, cache.lock)):
+            found: Findings | None = cache.find(key)
             if found is None:
                 found = Findings(self._apart(self._check))
             if budget_bytes is not None and found.footprint is None:
@@ -131,7 +131,7 @@ class Trial:
             beside = beside_bytes + left_bytes, loss_bytes
             here = self._here(found, *beside)
             step = here.footprint
-            # What is measured has to fit, too.
+            # Two steps with tapes have to fit already while they are measured.
             if (
                 step is not None
                 and step.tape_bytes is None
@@ -139,15 +139,15 @@ class Trial:
             ):
                 found = Findings(found.draws, self._apart(self._measure_tapes, found.footprint))
                 here = self._here(found, *beside)
-            kept.add(key, found)
+            cache.add(key, found)
         return here
 
     def _here(self, found: Findings, beside_bytes: int, loss_bytes: int) -> Findings:
-        """With the number of times of this solve, its loss, and what lives beside it."""
+        """Findings with this solve's number of times, its loss, and other tensors' bytes."""
         if found.footprint is None:
             return found
         outputs, timed = len(self._problem.times), self._with_time
-        # Of times as they are summed, in float64, and as the caller gets them.
+        # The gradient of times, as it is summed, in float64, and as the caller gets it.
         beside = beside_bytes + timed * 2 * 8 * outputs
         # With a tape each output keeps its derivatives in time.
         rates = timed * outputs * rates_inside(self._problem.tableau)
@@ -159,10 +159,10 @@ class Trial:
         return Findings(found.draws, step)
 
     def _apart(self, work: Callable[..., T], *given: object) -> T:
-        """Run something that leaves no trace."""
+        """Run a measurement, and put back everything that it changes."""
         environment = Environment(self._closure, self._wanted, self._z0)
         random = Generators(self._z0.device, self._carried.own)
-        # What f comes to keep when it is first evaluated, it makes anew each time: it counts.
+        # Attributes that f makes when it is first evaluated are made each time, and so measured.
         attributes = Attributes(self._problem.func)
         try:
             with environment.again(self._carried), torch.no_grad():
@@ -173,13 +173,13 @@ class Trial:
 
     def _check(self, environment: Environment) -> bool:
         """Refuse f where it gives another slope when it is evaluated again; whether it draws."""
-        f, z0, carried = RightHandSide(self._problem.func, self._z0), self._z0, self._carried
+        f, z0, carried = RightHandSide(self._problem), self._z0, self._carried
         t0 = self._problem.times[0]
         first = carried.look(lambda: f(t0, z0))
-        moment = carried.take()
-        if moment is not None:
+        snapshot = carried.take()
+        if snapshot is not None:
             first = f(t0, z0)
-            moment.restore()
+            snapshot.restore()
         again = f(t0, z0)
         self.evaluations += f.evaluations
         # CUDA kernels may add up in another order; on the CPU equal means equal.
@@ -198,9 +198,9 @@ class Trial:
     def _check_left(self, environment: Environment) -> None:
         """Refuse f where it leaves a tensor with a graph besides its slope."""
         leaf = self._z0.detach().requires_grad_()
-        # The caller may have used a tensor that no stand-in is for elsewhere.
+        # Tensors without a stand-in may be in another graph of the caller's already.
         watched = [leaf, *(t for t in environment.known if not is_in_a_graph(t))]
-        f = RightHandSide(self._problem.func, leaf)
+        f = RightHandSide(self._problem)
         with torch.enable_grad():
             slope = f(self._problem.times[0], leaf)
         del slope
@@ -218,11 +218,11 @@ class Trial:
 
     def _measure(self, environment: Environment) -> Footprint:
         step, forward = self._forward()
-        moving, moment = self._moving(), self._carried.nbytes
+        moving, snapshot = self._moving(), self._carried.nbytes
         z = self._z0.nbytes
         return Footprint(
-            state_bytes=z + moment,
-            moment_bytes=moment,
+            state_bytes=z + snapshot,
+            snapshot_bytes=snapshot,
             forward_bytes=max(forward, moving),
             backward_bytes=environment.buffer_bytes
             + max(self._replayed(environment, step), moving),
@@ -238,18 +238,18 @@ class Trial:
         return replace(known, **found)
 
     def _moving(self) -> int:
-        """The peak of taking down what f carries, putting it back, and looking at it."""
+        """The peak of taking a random and buffer snapshot, restoring it, and checking buffers."""
 
         def run(mark: Callable[[], None]) -> None:
-            moment = self._carried.take()
-            if moment is not None:
-                moment.restore()
+            snapshot = self._carried.take()
+            if snapshot is not None:
+                snapshot.restore()
             self._carried.check()
 
         return measured(self._z0.device, run)[1][0].peak_bytes
 
     def _forward(self) -> tuple[Step, int]:
-        """The first step, and the peak of it and of what comes before."""
+        """The first step, and the peak of it and of the evaluations that choose its size."""
 
         def run(mark: Callable[[], None]) -> Step:
             integration = Integration(self._problem, self._z0, self._carried)
@@ -262,14 +262,14 @@ class Trial:
         return step, phases[0].peak_bytes
 
     def _inside(self, accepted: Accepted) -> Tensor | None:
-        """A state inside, where a step has what it is made of."""
+        """A state inside the step, where the slopes for it are there."""
         tableau = self._problem.tableau
         if end_slope(tableau) not in accepted.slopes.k:
             return None
         return state_inside(tableau, accepted.step, _INSIDE, accepted.z0, accepted.slopes)
 
     def _taped(self, environment: Environment, step: Step) -> dict[str, int]:
-        """Figures of steps with tapes: two halves of a step, and the way back through both."""
+        """Fields of `Footprint` of steps with tapes: two halves of a step, and their backward."""
         # Each half reaches a time inside, for which as many slopes are evaluated as ever are.
         h, middle = 0.5 * step.h, step.t0 + 0.5 * step.h
         halves = Step(step.t0, middle, h), Step(middle, step.t1, h)
@@ -280,7 +280,7 @@ class Trial:
         times.requires_grad_(self._with_time)
         wanted = [x for x in (leaf, times, *environment.tensors) if x.requires_grad]
         gradient = torch.zeros_like(leaf)
-        held: list[tuple[Tensor, Moment | None]] = []
+        held: list[tuple[Tensor, StepSnapshot | None]] = []
 
         def run(mark: Callable[[], None]) -> int:
             shift = time_shift(times, leaf) if self._with_time else None
@@ -289,15 +289,15 @@ class Trial:
             for half in halves:
                 mark()
                 accepted = integration.forced(half)
-                held.append((accepted.z0, accepted.moment))
-                reached = reached_states(integration, accepted, times if self._with_time else None)
+                held.append((accepted.z0, accepted.snapshot))
+                reached = integration.reached(accepted, times if self._with_time else None)
                 edges += [get_gradient_edge(z) for z in reached if z.requires_grad]
                 del accepted, reached
             if integration.z.requires_grad:
                 edges.append(get_gradient_edge(integration.z))
             evaluations = integration.f.evaluations
             mark()
-            # What the tapes themselves do not hold is gone before a backward.
+            # Tensors that the tapes do not hold are gone before a backward.
             held.clear()
             del integration
             if edges:
@@ -309,42 +309,42 @@ class Trial:
             evaluations, phases = measured(leaf.device, run)
         self.evaluations += evaluations
         begun, *steps, back = phases
-        moment = self._carried.nbytes
-        z = self._z0.nbytes + moment
+        snapshot = self._carried.nbytes
+        z = self._z0.nbytes + snapshot
         # Each half reaches one output, whose derivatives in time are counted by the output.
         rates = self._with_time * rates_inside(self._problem.tableau) * self._z0.nbytes
         return {
             "start_bytes": begun.final_bytes,
             # A tape is let go for a state, never the other way round.
             "tape_bytes": max(z, *(x.final_bytes - x.start_bytes - rates for x in steps)),
-            # Before an attempt what f carries is taken down, here after it.
-            "attempt_bytes": max(x.peak_bytes - x.start_bytes for x in steps) + moment,
+            # A snapshot is taken before an attempt, here after it.
+            "attempt_bytes": max(x.peak_bytes - x.start_bytes for x in steps) + snapshot,
             "return_bytes": back.peak_bytes - back.start_bytes,
         }
 
     def _replayed(self, environment: Environment, step: Step) -> int:
-        """The peak of a step that is run again without tape and with, and goes back."""
+        """The peak of a step that is run again without tape, then with it, and goes back."""
         problem, z0, with_time = self._problem, self._z0, self._with_time
         probe = replace(problem, times=(step.t0, step.t0 + _INSIDE * step.h))
         record = Record(probe)
         record.append(step)
         gradient = torch.zeros_like(z0)
         outputs = [torch.zeros_like(z0) for _ in range(2)]
-        # A new sum of the shifts of time is all that these do not hold already.
+        # All sums are there already but that of the shifts of time.
         sums = Sums([*(torch.zeros_like(p) for p in environment.tensors), *[None] * with_time])
-        every = self._carried.matters
 
         def run(mark: Callable[[], None]) -> None:
             wanted, shift = [*environment.tensors], None
             if with_time:
                 shift = z0.new_zeros((), dtype=z0.dtype.to_real()).requires_grad_()
                 wanted.append(shift)
-            f = RightHandSide(problem.func, z0, shift)
-            replayed(f, record, probe, 0, z0, every=every)
+            f = RightHandSide(probe, shift)
+            steps = AcceptedSteps(record, f, self._carried)
+            steps.run(0, z0)
             if with_time:
                 rates = torch.zeros(2, dtype=torch.float64, device="cpu")
-                add_rates(rates, f, record, probe, 0, z0, outputs, every=every)
-            make = partial(TapedStep, f, record, probe, 0, z0, every)
+                steps.add_rates(rates, 0, z0, outputs)
+            make = partial(TapedStep, steps, 0, z0)
             tape = checked(make, [*environment.known, *wanted])
             with environment.going_back():
                 back, found = tape.backward(gradient, outputs, wanted)
@@ -359,14 +359,14 @@ class Trial:
 def measured(
     device: torch.device, fn: Callable[[Callable[[], None]], T]
 ) -> tuple[T, tuple[Measurement, ...]]:
-    """Run a function under the best meter that is free; what other threads make does not count.
+    """Run a function under the best free meter; tensors of other threads do not count.
 
     Args:
-        device: Whose bytes count.
-        fn: The function; it calls what it is given where a phase ends.
+        device: The device whose bytes count.
+        fn: The function; it calls its argument at the end of each phase.
 
     Returns:
-        What it returns, and the figures of each phase.
+        The function's result, and the figures of each phase in bytes.
 
     Raises:
         ProfileError: There is no meter; the message says what to do.
@@ -385,10 +385,3 @@ def measured(
     with ProfilerMeter(device).window() as window:
         result = fn(window.mark)
     return result, window.phases
-
-
-def _layout(tensor: Tensor | None) -> Hashable:
-    if tensor is None:
-        return None
-    layout = (tuple(tensor.shape), tensor.stride(), tensor.dtype, str(tensor.device))
-    return (*layout, tensor.requires_grad)

@@ -1,4 +1,4 @@
-"""Step-size control: how large an error is, and how large the next step may be."""
+"""Step-size control: the size of an error, and the size of the next step."""
 
 from __future__ import annotations
 
@@ -13,33 +13,7 @@ from torch import Tensor
 from ...base.errors import WorkloadError
 from ...torch_state.torch_modes import as_number
 from ..function.tolerances import Tolerance
-
-Norm = Callable[[Tensor], Tensor]
-"""Size of a tensor of errors, each in units of its tolerance: a tensor of no dimensions."""
-
-
-def rms_norm(errors: Tensor) -> Tensor:
-    """The root of the mean square over all entries; 0 of none."""
-    if not errors.numel():
-        return _nothing(errors)
-    return errors.abs().square().mean().sqrt()
-
-
-def batch_max_norm(errors: Tensor) -> Tensor:
-    """The largest root of the mean square of any entry of the batch, the first dimension.
-
-    With it every sample keeps the tolerance; under `rms_norm` a batch of easy ones hides one that
-    is hard.
-    """
-    if not errors.numel():
-        return _nothing(errors)
-    if errors.dim() < 2:
-        return errors.abs().max()
-    return errors.abs().square().flatten(1).mean(1).sqrt().max()
-
-
-def _nothing(errors: Tensor) -> Tensor:
-    return torch.zeros((), dtype=errors.dtype.to_real(), device=errors.device)
+from .norms import Norm, rms_norm
 
 
 @final
@@ -75,7 +49,7 @@ class StepControl:
     """Attempts from one requested time to the next."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot control a step.
+        """Check the figures.
 
         Raises:
             WorkloadError: A figure out of its range.
@@ -101,11 +75,8 @@ class StepControl:
     def check_order(self, order: int) -> None:
         """Refuse so much of PI control that a larger error would ask for a larger step.
 
-        Args:
-            order: Of the method.
-
         Raises:
-            WorkloadError: 3/4 beta is 1/order or more.
+            WorkloadError: 3/4 beta is 1/order or more, for a method of this order.
         """
         if 0.75 * self.beta * order >= 1:
             raise WorkloadError(
@@ -115,12 +86,13 @@ class StepControl:
             )
 
     def factor(self, error: float, before: float, order: int, *, after_rejection: bool) -> float:
-        """What to multiply the size of a step by.
+        """The factor from the size of a step to that of the next.
 
         Args:
-            error: Of the step, in units of the tolerance; infinite or NaN where it has none.
-            before: Of the accepted step before it; 1 at the first.
-            order: Of the method.
+            error: Error of the step, in units of the tolerance; infinite or NaN where the step
+                gave no finite state.
+            before: Error of the accepted step before it; 1 at the first.
+            order: Order of the method.
             after_rejection: Whether the step was rejected before. PI control then does not let the
                 next one grow.
         """
@@ -139,41 +111,59 @@ class StepControl:
         return min(max(size, self.min_step), self.max_step)
 
 
-def error_ratio(
-    error: Tensor, z0: Tensor, z1: Tensor, *, rtol: Tolerance, atol: Tolerance, norm: Norm
-) -> float:
-    """The error of a step in units of what is tolerated: up to 1 is right.
+@final
+@dataclass(frozen=True, slots=True)
+class Tolerances:
+    """The largest error of a step: atol + rtol * |z| in each entry, and the norm over all."""
 
-    Args:
-        error: Estimate, like the state.
-        z0: State before the step.
-        z1: State after it.
-        rtol: Tolerance relative to the larger of the two.
-        atol: Tolerance besides.
-        norm: Makes one figure of all.
+    rtol: Tolerance
+    atol: Tolerance
+    norm: Norm = rms_norm
 
-    Returns:
-        The ratio; infinite where the error or the new state is not finite.
-    """
-    scale = torch.maximum(z0.abs(), z1.abs()).mul_(rtol).add_(atol)
-    ratio = _size(norm, torch.div(error, scale))
-    # A state that is infinite allows any error.
-    if not math.isfinite(ratio) or not as_number(torch.isfinite(scale).all()):
-        return math.inf
-    return ratio
+    def ratio(self, error: Tensor, z0: Tensor, z1: Tensor) -> float:
+        """The error of a step over the tolerated one; up to 1 the step is accepted.
 
+        Args:
+            error: Estimate, of the state's shape.
+            z0: State before the step.
+            z1: State after it.
 
-def _size(norm: Norm, errors: Tensor) -> float:
-    found: Any = norm(errors)
-    if isinstance(found, (int, float)):
-        return float(found)
-    if not isinstance(found, Tensor) or found.numel() != 1:
-        told = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise WorkloadError(
-            f"the norm of errors returned {told}; let it return one number as a tensor, such as "
-            "errors.abs().square().mean().sqrt()"
-        )
-    return as_number(found)
+        Returns:
+            The ratio; infinite where the error or the new state is not finite.
+        """
+        scale = self.scale(torch.maximum(z0.abs(), z1.abs()))
+        ratio = self.size(torch.div(error, scale))
+        # A state that is infinite allows any error.
+        if not math.isfinite(ratio) or not as_number(torch.isfinite(scale).all()):
+            return math.inf
+        return ratio
+
+    def scale(self, size: Tensor) -> Tensor:
+        """The tolerated error of each entry; `size`, the entries' absolute values, is reused."""
+        return size.mul_(self.rtol).add_(self.atol)
+
+    def size(self, errors: Tensor) -> float:
+        """The norm of errors as a number.
+
+        Raises:
+            WorkloadError: The norm returned something else than one number.
+        """
+        found: Any = self.norm(errors)
+        if isinstance(found, (int, float)):
+            return float(found)
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            is_tensor = isinstance(found, Tensor)
+            told = f"shape {tuple(found.shape)}" if is_tensor else type(found).__name__
+            raise WorkloadError(
+                f"the norm of errors returned {told}; let it return one number as a tensor, such "
+                "as errors.abs().square().mean().sqrt()"
+            )
+        return as_number(found)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tolerances that are tensors."""
+        return sum(x.nbytes for x in (self.rtol, self.atol) if isinstance(x, Tensor))
 
 
 def first_step_size(
@@ -183,37 +173,33 @@ def first_step_size(
     f0: Tensor,
     *,
     order: int,
-    rtol: Tolerance,
-    atol: Tolerance,
-    norm: Norm,
+    tolerances: Tolerances,
     direction: float,
 ) -> float:
-    """A first step that is likely to be accepted; takes one evaluation of f.
+    """Size of a first step that is likely to be accepted; takes one evaluation of f.
 
     Args:
         f: Right-hand side.
         t0: Time to start at.
         z0: State there.
         f0: Slope there.
-        order: Of the method.
-        rtol: Tolerance relative to the state.
-        atol: Tolerance besides.
-        norm: Makes one figure of all.
-        direction: 1.0 or -1.0, for time that rises or falls.
+        order: Order of the method.
+        tolerances: For errors of steps.
+        direction: 1.0 where time rises, -1.0 where it falls.
 
     Returns:
-        The size, positive; NaN where f gives a slope that is not finite.
+        The size, positive, in units of time; NaN where f gives a slope that is not finite.
 
     Reference:
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I: section II.4, the
         starting step size.
     """
-    scale = z0.abs().mul_(rtol).add_(atol)
-    d0, d1 = _size(norm, z0 / scale), _size(norm, f0 / scale)
+    scale = tolerances.scale(z0.abs())
+    d0, d1 = tolerances.size(z0 / scale), tolerances.size(f0 / scale)
     h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
     z1 = torch.add(z0, f0, alpha=direction * h0)
     difference = f(t0 + direction * h0, z1) - f0
-    d2 = _size(norm, difference / scale) / h0
+    d2 = tolerances.size(difference / scale) / h0
     if d1 <= 1e-15 and d2 <= 1e-15:
         h1 = max(1e-6, h0 * 1e-3)
     else:

@@ -1,4 +1,4 @@
-"""Where the steps of a fixed grid lie, and which of them the wanted times fall into."""
+"""The times of a fixed grid's steps, and the steps that the requested times fall into."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _MOST = 10**8
 
 @final
 @dataclass(frozen=True)
-class Grid:
-    """The times of all steps, and which outputs each of them gives."""
+class TimeGrid:
+    """The times of all steps of a fixed grid, and the outputs that each step gives."""
 
     times: tuple[float, ...]
     """Ends of the steps, one more than there are steps."""
@@ -31,8 +31,13 @@ class Grid:
     place as a share of the step; 1 at its end. Between the ends a line is drawn, as torchdiffeq
     does."""
     clock: Tensor | None = None
-    """The same times and, after them, those of the outputs, as a tensor, where a gradient with
-    respect to them is wanted."""
+    """The same times and, after them, those of the outputs, as a tensor of one dimension, where
+    their gradient is wanted."""
+
+    @property
+    def count(self) -> int:
+        """Number of outputs, that at the first time included."""
+        return 1 + sum(map(len, self.outputs))
 
     @property
     def steps(self) -> int:
@@ -45,14 +50,8 @@ class Grid:
         return any(share != 1.0 for outputs in self.outputs for _, share in outputs)
 
 
-def check_times(t: Any) -> Tensor:
-    """Refuse what is no sequence of times.
-
-    Args:
-        t: What the user gave.
-
-    Returns:
-        It.
+def check_times(t: Any) -> None:
+    """Refuse an argument `t` of `odeint` that is no sequence of times.
 
     Raises:
         WorkloadError: Not a one-dimensional floating-point tensor of at least two finite times
@@ -70,19 +69,12 @@ def check_times(t: Any) -> Tensor:
             f"t holds {len(values)} times; give at least two: that of y0 and one to solve to"
         )
     _check_monotone("t", values, t.dtype)
-    return t
 
 
 def resolution_note(before: float, after: float, dtype: torch.dtype) -> str:
-    """What to say of two times that follow each other wrongly because their dtype is too coarse.
+    """The end of an error about two times in a row that their dtype may not tell apart.
 
-    Args:
-        before: The first.
-        after: The second.
-        dtype: Of the tensor that they come from.
-
-    Returns:
-        Empty where they are further apart than rounding can bring them.
+    Empty where the times are further apart than the rounding of the dtype.
     """
     largest = max(abs(before), abs(after))
     spacing = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
@@ -109,16 +101,16 @@ def _check_monotone(what: str, values: list[float], dtype: torch.dtype) -> None:
 
 def make_grid(
     func: Callable[..., Any], y0: Any, t: Tensor, options: Mapping[str, Any], *, timed: bool
-) -> Grid:
-    """Lay the steps.
+) -> TimeGrid:
+    """Lay out the steps of a fixed grid.
 
     Args:
-        func: Right-hand side, for a grid constructor.
-        y0: The initial state, for the same.
-        t: Times wanted, checked.
+        func: Right-hand side, handed to a grid constructor.
+        y0: Initial state as the caller has it, for the same.
+        t: Requested times, checked.
         options: `step_size` or `grid_constructor`, as torchdiffeq has them; with neither, a step
             from each time to the next.
-        timed: Whether gradients with respect to t are wanted.
+        timed: Whether the gradient of t is wanted.
 
     Raises:
         WorkloadError: Options that are unknown or make no sense, or a grid that does not lead
@@ -138,7 +130,7 @@ def make_grid(
     ends_twice = options.get("step_size") is not None and times[-2:] == [times[-1]] * 2
     _check_monotone("the grid", times[: len(times) - ends_twice], tensor.dtype)
     clock = torch.cat([tensor, t]) if timed else None
-    return Grid(tuple(times), _place(times, wanted), clock)
+    return TimeGrid(tuple(times), _place(times, wanted), clock)
 
 
 def _lay(func: Callable[..., Any], y0: Any, t: Tensor, options: Mapping[str, Any]) -> Tensor:

@@ -1,1 +1,1 @@
-"""The right-hand side: what it reads, keeps and draws."""
+"""The right-hand side: the objects that it reads, keeps and draws, and its arguments."""

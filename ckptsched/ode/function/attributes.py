@@ -1,8 +1,8 @@
-"""What a function keeps for itself besides parameters and buffers: attributes, cells, items.
+"""Attributes, cells and items that a function keeps for itself, besides parameters and buffers.
 
-Such as noise that it draws when it is first evaluated. Measuring a function leaves these as they
-were, and a run in the backward finds what the forward pass left. Whole numbers are left alone: most
-are counters of evaluations, and each is one.
+An example is noise that it draws when it is first evaluated. `Attributes` puts them back after the
+function was measured; `ForwardAttributes` restores, for a run in the backward, those that the
+forward pass left. Whole numbers are left alone: most are counters of evaluations, and each is one.
 """
 
 from __future__ import annotations
@@ -16,36 +16,34 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor, nn
 
-from .places import LONGEST, NOT_READ, Place, global_names, walk
+from .references import LONGEST, NOT_READ, Reference, global_names, walk
 
 _NOTHING: Any = object()
 _LIBRARY: Any = object()
-"""Marks the attributes of a module of torch's."""
+"""Key that marks the attributes of a module of torch's."""
 _FEW = 16
-"""Items of a list that is no trajectory."""
+"""Most items of a list or dict that is restored in the backward; a longer one is a trajectory."""
 
 
 @final
 class Attributes:
-    """All of it before a function is measured, to be put back after that."""
+    """The attributes, items and globals of a function before it is measured, to be put back."""
 
     def __init__(self, func: Callable[..., Any]) -> None:
-        """Take down references; nothing is copied but lists of them.
-
-        Args:
-            func: The function.
-        """
+        """Note them by reference; lists, sets and dicts are copied, tensors are not."""
         self._func = func
         self._dictionaries: list[tuple[MutableMapping[Any, Any], dict[Any, Any]]] = []
         self._lists: list[tuple[MutableSequence[Any], list[Any], int]] = []
         self._sets: list[tuple[set[Any], set[Any]]] = []
-        self._places: list[tuple[Place, Any]] = []
-        for visit in walk(func):
-            self._note(visit.value)
-            for place in visit.places:
-                if not isinstance(place.container, (MutableMapping, MutableSequence, Place)):
-                    self._places.append((place, place.look(_NOTHING)))
-        # Python's and numpy's generators, from which noise may have come.
+        self._references: list[tuple[Reference, Any]] = []
+        for holder in walk(func):
+            self._note(holder.value)
+            for reference in holder.references:
+                if not isinstance(
+                    reference.container, (MutableMapping, MutableSequence, Reference)
+                ):
+                    self._references.append((reference, reference.look(_NOTHING)))
+        # Noise may be drawn from Python's and numpy's generators, too.
         self._random = random.getstate(), np.random.get_state()
         self._before = set(map(id, _tensors(func)))
 
@@ -63,17 +61,13 @@ class Attributes:
             self._sets.append((value, set(value)))
         elif isinstance(value, types.FunctionType):
             for name in global_names(value.__code__):
-                place = Place(value.__globals__, name)
-                self._places.append((place, place.look(_NOTHING)))
+                reference = Reference(value.__globals__, name)
+                self._references.append((reference, reference.look(_NOTHING)))
         elif isinstance(getattr(value, "__dict__", None), dict):
             self._dictionaries.append((vars(value), dict(vars(value))))
 
     def put_back(self) -> int:
-        """Leave everything as it was.
-
-        Returns:
-            Bytes of the tensors that the function had come to keep.
-        """
+        """Restore everything noted; returns the bytes of tensors that the function came to keep."""
         found = {id(t): t.nbytes for t in _tensors(self._func) if id(t) not in self._before}
         for dictionary, then in self._dictionaries:
             for key in [key for key in dictionary if key not in then]:
@@ -91,14 +85,14 @@ class Attributes:
             if members != before:
                 members.clear()
                 members.update(before)
-        _put(self._places)
+        _put(self._references)
         random.setstate(self._random[0])
         np.random.set_state(self._random[1])
         return sum(found.values())
 
 
 def _head(items: MutableSequence[Any]) -> list[Any]:
-    """A list's items; none of a long one, of which the end alone is put back."""
+    """A list's items; none of a long one, which is only cut to its former length."""
     return list(items) if len(items) <= LONGEST else []
 
 
@@ -112,47 +106,43 @@ def _own(module: nn.Module) -> dict[Any, Any]:
 
 
 @final
-class Found:
-    """What a function was left with by the forward pass."""
+class ForwardAttributes:
+    """The attributes, items and globals of a function as its forward pass left them."""
 
     def __init__(self, func: Callable[..., Any]) -> None:
-        """Take down what is there now.
-
-        Args:
-            func: The function.
-        """
-        self._places: list[tuple[Place, Any]] = []
+        """Note them by reference."""
+        self._references: list[tuple[Reference, Any]] = []
         self._lists: list[tuple[MutableSequence[Any], list[Any]]] = []
-        for visit in walk(func):
-            few = isinstance(visit.value, (MutableMapping, MutableSequence))
-            if few and len(visit.value) > _FEW:
+        for holder in walk(func):
+            few = isinstance(holder.value, (MutableMapping, MutableSequence))
+            if few and len(holder.value) > _FEW:
                 continue
-            places = [*visit.places, *_on_library(visit.value)]
-            found = [(place, place.look(_NOTHING)) for place in places]
-            found = [(place, value) for place, value in found if _decides(value)]
-            if found and isinstance(visit.value, MutableSequence):
-                self._lists.append((visit.value, list(visit.value)))
+            references = [*holder.references, *_on_library(holder.value)]
+            found = [(reference, reference.look(_NOTHING)) for reference in references]
+            found = [(reference, value) for reference, value in found if _decides(value)]
+            if found and isinstance(holder.value, MutableSequence):
+                self._lists.append((holder.value, list(holder.value)))
             else:
-                self._places += found
-        self._changed: list[tuple[Place, Any]] = []
+                self._references += found
+        self._changed: list[tuple[Reference, Any]] = []
         self._longer: list[tuple[MutableSequence[Any], list[Any]]] = []
 
     def look(self) -> None:
-        """See what of it is another by now; called once before a backward."""
+        """Find those that changed since; called once before a backward."""
         self._changed = [
-            (place, value)
-            for place, value in self._places
-            if not _as_it_was(place.look(_NOTHING), value)
+            (reference, value)
+            for reference, value in self._references
+            if not _as_it_was(reference.look(_NOTHING), value)
         ]
         self._longer = [(items, then) for items, then in self._lists if not _same(items, then)]
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Around what is run again: everything is there as the forward pass left it."""
+        """Restore them in this context, and afterwards put back those that were there before it."""
         if not self._changed and not self._longer:
             yield
             return
-        roots = [(place.root, place.root.look(_NOTHING)) for place, _ in self._changed]
+        roots = [(reference.root, reference.root.look(_NOTHING)) for reference, _ in self._changed]
         now = [(items, list(items)) for items, _ in self._longer]
         try:
             _put(self._changed)
@@ -170,17 +160,17 @@ def _decides(value: Any) -> bool:
 
 
 def _as_it_was(now: Any, then: Any) -> bool:
-    """Whether nothing is to be put back: a whole number that changes counts evaluations."""
+    """Whether nothing is to be put back: the same object, or an int, which counts evaluations."""
     return now is then or int in (type(now), type(then))
 
 
-def _on_library(value: Any) -> Iterator[Place]:
-    """Tensors that were left with a module of torch's."""
+def _on_library(value: Any) -> Iterator[Reference]:
+    """References to tensors that are plain attributes of a module of torch's."""
     if isinstance(value, nn.Module):
         for module in value.modules():
             if type(module).__module__.startswith("torch."):
                 own = ((k, v) for k, v in vars(module).items() if not k.startswith("_"))
-                yield from (Place(vars(module), k) for k, v in own if isinstance(v, Tensor))
+                yield from (Reference(vars(module), k) for k, v in own if isinstance(v, Tensor))
 
 
 def _same(items: MutableSequence[Any], then: list[Any]) -> bool:
@@ -193,20 +183,22 @@ def _fill(lists: list[tuple[MutableSequence[Any], list[Any]]]) -> None:
         items.extend(then)
 
 
-def _put(values: list[tuple[Place, Any]]) -> None:
-    for place, value in values:
-        now = place.look(_NOTHING)
+def _put(values: list[tuple[Reference, Any]]) -> None:
+    for reference, value in values:
+        now = reference.look(_NOTHING)
         if _as_it_was(now, value):
             continue
         if value is _NOTHING:
-            place.empty()
-        elif now is not _NOTHING or not isinstance(place.container, (Place, MutableSequence)):
-            place.put(value)
+            reference.empty()
+        elif now is not _NOTHING or not isinstance(
+            reference.container, (Reference, MutableSequence)
+        ):
+            reference.put(value)
 
 
 def _tensors(func: Callable[..., Any]) -> Iterator[Tensor]:
-    for visit in walk(func):
-        for place in visit.places:
-            value = place.look()
+    for holder in walk(func):
+        for reference in holder.references:
+            value = reference.look()
             if isinstance(value, Tensor):
                 yield value

@@ -1,4 +1,4 @@
-"""What is kept with a right-hand side from call to call: plans, and what adaptive steps take."""
+"""The cache of a right-hand side, from call to call: its plans, and bytes of adaptive steps."""
 
 from __future__ import annotations
 
@@ -13,75 +13,70 @@ from torch import nn
 from ...torch_state.locks import LendingLock
 from .captures import Closure
 from .fingerprint import Identity, fingerprint
-from .places import KEPT
+from .references import KEPT
 
 _MOST = 32
 
 
 @final
-class Kept:
-    """Findings by what they are for; a copy of what holds them begins anew."""
+class FunctionCache:
+    """At most 32 entries by key, the least recently used dropped first; a copy begins empty."""
 
-    anywhere: ClassVar[Kept]
-    """For functions that read no modules. These findings hold on to nothing of the user's."""
+    anywhere: ClassVar[FunctionCache]
+    """For functions that read no modules. Its entries hold on to nothing of the user's."""
 
     def __init__(self) -> None:
         self.found: dict[Hashable, Any] = {}
         self._owner: weakref.ref[Any] | None = None
         self.lock = LendingLock()
-        """Of who runs steps again: they replace what the same modules and functions read."""
+        """Held while steps run: they replace parameters that other threads may read."""
 
-    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
-        return Kept, ()
+    def __reduce__(self) -> tuple[type[FunctionCache], tuple[()]]:
+        return FunctionCache, ()
 
     def belongs_to(self, owner: Any) -> None:
-        """Note what holds this."""
+        """Note the module or function that has this cache as an attribute."""
         try:
             self._owner = weakref.ref(owner)
         except TypeError:  # its kind cannot be referred to weakly
             self._owner = None
 
     def outlives(self, modules: Sequence[nn.Module]) -> bool:
-        """Whether modules live as long as this anyway, so that what is kept may hold them.
+        """Whether modules live as long as this cache, so that its entries may hold them.
 
-        Args:
-            modules: Those that a right-hand side reads; parts of the module that holds this do, and
-                others would be kept alive by it.
+        Parts of the module that has the cache do; others would be kept alive by it.
         """
         owner = None if self._owner is None else self._owner()
         parts = {id(m) for m in owner.modules()} if isinstance(owner, nn.Module) else set[int]()
         return all(id(module) in parts for module in modules)
 
     def find(self, key: Hashable) -> Any:
-        """What was found for a key, which is then the last to go; None where nothing was."""
+        """The entry of a key, now the last to be dropped; None where there is none."""
         value = self.found.pop(key, None)
         if value is not None:
             self.found[key] = value
         return value
 
     def add(self, key: Hashable, value: Any) -> None:
-        """Keep something, in the place of what was used longest ago if there is much."""
+        """Set the entry of a key; a full cache drops the least recently used one."""
         self.found.pop(key, None)
         while len(self.found) >= _MOST:
             del self.found[next(iter(self.found))]
         self.found[key] = value
 
     def drop(self, key: Hashable) -> None:
-        """Forget what was found for a key."""
+        """Remove the entry of a key."""
         self.found.pop(key, None)
 
 
-Kept.anywhere = Kept()
+FunctionCache.anywhere = FunctionCache()
 
 
-def kept_with(func: Callable[..., Any], closure: Closure) -> tuple[Kept, Hashable]:
-    """Where what was found about a right-hand side is, and how it is told from others there.
+def cache_of(func: Callable[..., Any], closure: Closure) -> tuple[FunctionCache, Hashable]:
+    """The cache of a right-hand side, and the part of its keys that names the function.
 
-    With a module that it reads, so that it lives as long as that.
-
-    Args:
-        func: The right-hand side.
-        closure: What it reads.
+    The cache is an attribute of the first module that the function reads, or of the function's own
+    object, and lives as long as that; `FunctionCache.anywhere` serves functions without modules.
     """
     made = isinstance(func, (types.FunctionType, functools.partial))
     same = fingerprint(func) if made else None
@@ -91,10 +86,10 @@ def kept_with(func: Callable[..., Any], closure: Closure) -> tuple[Kept, Hashabl
     elif same is not None and closure.modules:
         owner = closure.modules[0]
     elif same is not None:
-        return Kept.anywhere, same
+        return FunctionCache.anywhere, same
     attributes = getattr(owner, "__dict__", None)
     if not isinstance(attributes, dict):
-        return Kept(), same
-    found: Kept = attributes.setdefault(KEPT, Kept())
+        return FunctionCache(), same
+    found: FunctionCache = attributes.setdefault(KEPT, FunctionCache())
     found.belongs_to(owner)
     return found, same

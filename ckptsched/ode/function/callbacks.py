@@ -1,4 +1,4 @@
-"""Methods of a right-hand side that a solve calls on its way, as torchdiffeq's does."""
+"""Callbacks: methods of a right-hand side that a solve calls on its way, as torchdiffeq's does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...base.errors import CallbackWarning, WorkloadError
-from ..methods.integrators import split
+from ..function.tuple_state import Shapes, split
 
 STEP, ACCEPT, REJECT = "callback_step", "callback_accept_step", "callback_reject_step"
 NAMES = (STEP, ACCEPT, REJECT)
@@ -21,22 +21,22 @@ OF_ADJOINT = tuple(f"{name}_adjoint" for name in NAMES)
 @final
 @dataclass(frozen=True)
 class Callbacks:
-    """What a function has of them: each is called with a time, the state there, and a step size."""
+    """The callbacks of a function: each is called with a time, the state there, and a step size."""
 
     found: dict[str, Callable[[Tensor, Any, Tensor], object]]
-    shapes: tuple[torch.Size, ...] | None
-    """Of the parts of the state where it is a tuple."""
+    shapes: Shapes
+    """Shapes of the parts of the state; None where it is one tensor."""
     dtype: torch.dtype = torch.float64
-    """In which times are given."""
+    """Dtype of times and sizes."""
 
     def tell(self, name: str, t: float, z: Tensor, h: float) -> None:
-        """Call one, if it is there.
+        """Call one callback, if the function has it.
 
         Args:
-            name: Which.
+            name: Name of the callback.
             t: Time at the start of the step.
-            z: State there.
-            h: Its size; given without its sign, as torchdiffeq does.
+            z: Flat state there.
+            h: Size of the step; given without its sign, as torchdiffeq does.
         """
         function = self.found.get(name)
         if function is not None:
@@ -46,37 +46,33 @@ class Callbacks:
 
 def find_callbacks(
     func: Callable[..., Any],
-    shapes: tuple[torch.Size, ...] | None,
+    shapes: Shapes,
     dtype: torch.dtype = torch.float64,
 ) -> Callbacks | None:
-    """The callbacks of a right-hand side, which are attributes of it.
-
-    Args:
-        func: It.
-        shapes: Of the parts of the state where it is a tuple.
-        dtype: In which times are given.
-
-    Returns:
-        None where there are none.
-    """
-    found = {name: getattr(func, name, None) for name in NAMES}
-    present = {name: function for name, function in found.items() if callable(function)}
+    """The callbacks that a right-hand side has as attributes; None without any."""
+    present = callbacks_of(func, NAMES)
     return Callbacks(present, shapes, dtype) if present else None
 
 
+def callbacks_of(func: Callable[..., Any], names: tuple[str, ...]) -> dict[str, Callable[..., Any]]:
+    """Those of some attributes of a function that can be called, by name."""
+    found = {name: getattr(func, name, None) for name in names}
+    return {name: function for name, function in found.items() if callable(function)}
+
+
 def check_callbacks(func: Callable[..., Any], *, budget: bool, adjoint: bool, fixed: bool) -> None:
-    """Refuse callbacks that could not be called as they are meant to be.
+    """Refuse callbacks that this solve would not call as torchdiffeq does.
 
     Args:
         func: The right-hand side.
         budget: Whether steps may run again.
         adjoint: Whether the adjoint equation is solved.
-        fixed: Whether steps lie on a grid, where none is rejected.
+        fixed: Whether steps lie on a grid, where none is rejected: that is only a warning.
 
     Raises:
-        WorkloadError: It has some that this solve does not call.
+        WorkloadError: Callbacks within a budget, or of an adjoint equation that is not solved.
     """
-    has = [name for name in NAMES if callable(getattr(func, name, None))]
+    has = callbacks_of(func, NAMES)
     if has and budget:
         raise WorkloadError(
             f"func has {', '.join(has)}, which a solve within a budget does not call: what a "
@@ -84,7 +80,7 @@ def check_callbacks(func: Callable[..., Any], *, budget: bool, adjoint: bool, fi
             "budget, take solve_adaptive's statistics for counts, or look at the states at more "
             "times"
         )
-    others = [name for name in OF_ADJOINT if callable(getattr(func, name, None))]
+    others = callbacks_of(func, OF_ADJOINT)
     if others and not adjoint:
         raise WorkloadError(
             f"func has {', '.join(others)}, and no adjoint equation is solved, as the gradient is "

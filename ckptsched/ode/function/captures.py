@@ -1,4 +1,4 @@
-"""What a right-hand side reads besides its arguments: modules, and tensors with gradients."""
+"""The modules and trained tensors that a right-hand side reads besides its arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.autograd.graph import Node
 
 from ...base.errors import WorkloadError
 from ...tensors.weak import referent
-from .places import Place, walk
+from .references import Reference, walk
 
 
 @final
@@ -25,17 +25,22 @@ class Closure:
 
     modules: tuple[nn.Module, ...]
     """Modules: the function itself, or those that it calls."""
-    places: tuple[Place, ...]
-    """Where tensors are that require a gradient and belong to no module."""
+    references: tuple[Reference, ...]
+    """Those to tensors that require a gradient and belong to no module."""
     generators: tuple[torch.Generator, ...] = ()
     """Random generators that belong to no module."""
-    roots: tuple[Place, ...] = ()
-    """The places that change with `places`: an item of a tuple is replaced with the tuple."""
+    roots: tuple[Reference, ...] = ()
+    """The references that `replaced` changes: those in `references`, of tuples the outer ones."""
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The modules, with all modules inside."""
+        return [part for module in self.modules for part in module.modules()]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The distinct tensors in the places, as they are now."""
-        return tuple({id(p.get()): p.get() for p in self.places}.values())
+        """The distinct tensors behind the references, as they are now."""
+        return tuple({id(p.get()): p.get() for p in self.references}.values())
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -45,12 +50,12 @@ class Closure:
         return tuple(p for p in found.values() if p.requires_grad)
 
     def check_compiled(self) -> None:
-        """Refuse what keeps its parameters and buffers where nothing can stand in for them.
+        """Refuse a module of TorchScript, whose parameters and buffers cannot be replaced.
 
         Raises:
             WorkloadError: A module of TorchScript that has any.
         """
-        for module in (part for root in self.modules for part in root.modules()):
+        for module in self.parts:
             if is_scripted(module) and len((*module.parameters(), *module.buffers())):
                 raise WorkloadError(
                     f"func reads a module of TorchScript ({type(module).__name__}"
@@ -70,12 +75,12 @@ class Closure:
         if not tensors:
             yield
             return
-        before = [place.get() for place in self.places]
+        before = [reference.get() for reference in self.references]
         order = {id(t): k for k, t in enumerate({id(t): t for t in before}.values())}
         roots = [(root, root.get()) for root in self.roots]
         try:
-            for place, value in zip(self.places, before, strict=True):
-                place.put(tensors[order[id(value)]])
+            for reference, value in zip(self.references, before, strict=True):
+                reference.put(tensors[order[id(value)]])
             yield
         finally:
             for root, value in roots:
@@ -83,32 +88,35 @@ class Closure:
 
 
 def find_closure(func: Callable[..., Any]) -> Closure:
-    """Find what a function reads: in cells, globals, defaults, attributes, lists and dicts of them.
+    """Find the modules and trained tensors that a function reads.
 
-    Of a module these are its parameters and, among its other attributes, tensors that are leaves:
-    one with a graph may be left from a call before, and that graph be gone. What is hidden
-    otherwise, in a C extension say, is not found; whoever needs it then refuses it, because its
-    gradient would be lost (`unknown_leaves`).
+    Looked at are cells, globals, defaults, attributes, lists and dicts. Of a module these are its
+    parameters and, among its other attributes, tensors that are leaves: one with a graph may be
+    left from a call before, and that graph be gone. Tensors hidden otherwise, in a C extension
+    say, are not found; the backward refuses them, because their gradient would be lost
+    (`unknown_leaves`).
 
     Args:
         func: A module, a function, a method, a partial, or an object that can be called.
     """
     modules: dict[int, nn.Module] = {}
-    places: list[Place] = []
+    references: list[Reference] = []
     generators: list[torch.Generator] = []
-    for visit in walk(func):
-        if isinstance(visit.value, torch.Generator):
-            generators.append(visit.value)
-        elif isinstance(visit.value, nn.Module):
-            modules[id(visit.value)] = visit.value
-        for place in visit.places:
-            inner = place.look()
+    for holder in walk(func):
+        if isinstance(holder.value, torch.Generator):
+            generators.append(holder.value)
+        elif isinstance(holder.value, nn.Module):
+            modules[id(holder.value)] = holder.value
+        for reference in holder.references:
+            inner = reference.look()
             if isinstance(inner, Tensor) and inner.requires_grad:
-                owned = visit.owned
+                owned = holder.owned
                 if owned is None or (inner.is_leaf and id(inner) not in owned):
-                    places.append(place)
-    roots = {(id(r.container), r.key): r for r in (place.root for place in places)}
-    return Closure(tuple(modules.values()), tuple(places), tuple(generators), tuple(roots.values()))
+                    references.append(reference)
+    roots = {(id(r.container), r.key): r for r in (reference.root for reference in references)}
+    return Closure(
+        tuple(modules.values()), tuple(references), tuple(generators), tuple(roots.values())
+    )
 
 
 def is_scripted(module: nn.Module) -> bool:
@@ -121,7 +129,7 @@ def unknown_leaves(outputs: Iterable[Node | None], known: Iterable[Tensor]) -> l
 
     Args:
         outputs: Where the graph ends.
-        known: Tensors; what lies behind one of them is taken care of.
+        known: Tensors whose gradients are taken; the graph behind them is not followed.
     """
     known = list(known)
     stops = {id(t) for t in known}

@@ -1,7 +1,8 @@
-"""Which functions compute the same but for the values of tensors, so that one plan serves them.
+"""Keys of functions, equal for those that compute the same but for the values of tensors.
 
 A right-hand side is often made anew for each solve, as a lambda or a closure inside a training
-loop. It is another object each time, made by the same lines of code from the same parts.
+loop. It is another object each time, made by the same lines of code from the same parts, and one
+plan serves all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .places import global_names
+from .references import global_names
 
 _LONGEST = 1000
 _BY_VALUE = (int, str, bytes, type(None), torch.dtype, torch.device, types.EllipsisType)
@@ -46,18 +47,18 @@ class Identity:
 
 
 def fingerprint(func: Callable[..., Any]) -> Hashable | None:
-    """Tell a function by its code and by what its closure and defaults hold.
+    """The key of a function: its code, and the objects in its closure, defaults and globals.
 
     Equal are tensors of one layout, numbers and texts of one value, and containers and functions
     of equal parts; modules and all other objects only where they are the same. Globals count where
-    the function, or one of its file that it calls, looks them up. What a function assigns itself,
-    as `nonlocal` or `global`, is a counter of its own and does not count.
+    the function, or one of its file that it calls, looks them up. Names that a function assigns
+    itself, as `nonlocal` or `global`, are counters of its own and do not count.
 
     Args:
         func: A function, or a partial of one.
 
     Returns:
-        None where something cannot be told, such as a list of more than 1,000 items.
+        None where there is no key, as with a list of more than 1,000 items.
     """
     try:
         return _Description().of(func)
@@ -67,12 +68,12 @@ def fingerprint(func: Callable[..., Any]) -> Hashable | None:
 
 @final
 class _Description:
-    """One walk; what occurs twice is told by where it was first."""
+    """One walk over the parts of a function; an object met again is described by its number."""
 
     def __init__(self) -> None:
         self._seen: dict[int, int] = {}
         self._globals: dict[str, Any] | None = None
-        """Of the first function; those of another file are a library's."""
+        """Globals of the first function; those of another file are a library's."""
 
     def of(self, value: Any) -> Hashable:
         if isinstance(value, _BY_VALUE):
@@ -83,7 +84,7 @@ class _Description:
             return "again", self._seen[id(value)]
         self._seen[id(value)] = len(self._seen)
         if isinstance(value, Tensor):
-            return _layout(value)
+            return layout(value)
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, functools.partial):
@@ -139,9 +140,11 @@ def _assigned(code: types.CodeType) -> frozenset[str]:
     return frozenset(i.argval for i in dis.get_instructions(code) if i.opname in kinds)
 
 
-def _layout(tensor: Tensor) -> Hashable:
-    place = (tensor.stride(), str(tensor.device)) if tensor.layout is torch.strided else ()
-    return Tensor, tuple(tensor.shape), tensor.dtype, tensor.layout, tensor.requires_grad, *place
+def layout(tensor: Tensor) -> Hashable:
+    """A key of all about a tensor but its values: shape, dtype, layout, device, requires_grad."""
+    stride = tensor.stride() if tensor.layout is torch.strided else None
+    kind = Tensor, tensor.dtype, tensor.layout, str(tensor.device), tensor.requires_grad
+    return *kind, tuple(tensor.shape), stride
 
 
 def _check_length(items: tuple[Any, ...] | list[Any] | dict[Any, Any]) -> None:

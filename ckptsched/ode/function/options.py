@@ -1,10 +1,10 @@
-"""The options of `odeint`: read into what they are, or refused by name with what to do instead."""
+"""The options of `odeint`, read or refused by name with an alternative."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,36 +24,49 @@ _ELSEWHERE = {
     "max_iters": "implicit steps are solved to the rounding of the dtype",
     "max_order": "there are no multistep methods here",
 }
-"""What does for an option of torchdiffeq's that is none here."""
+"""Alternatives to options of torchdiffeq's that are not supported."""
 _BESIDE_CONTROL = ("norm", "meet_times", "step_size", "grid_constructor")
-"""What an adaptive method takes besides; the last two name a grid where they are not None."""
+"""Other options of an adaptive method; the last two name a grid where they are not None."""
 _FIXED = ("step_size", "grid_constructor", "interp", "perturb", "norm")
-"""What a fixed grid takes. A norm is of errors, which it does not tell; as torchdiffeq does, it
-takes one, so that the options of both kinds of methods may be the same."""
+"""Options of a fixed grid. It estimates no error for a norm; as torchdiffeq does, it takes one, so
+that the options of both kinds of methods may be the same."""
 
 
-def unknown_options(unknown: Iterable[str], kind: str, takes: Iterable[str]) -> WorkloadError:
-    """The error for options that a method does not take.
+def read_number(
+    name: str,
+    value: Any,
+    wanted: str,
+    *,
+    kind: Callable[[Any], float] = float,
+    accepts: Callable[[float], bool] = lambda number: True,
+) -> float:
+    """An argument that is a number, or a tensor of one.
 
     Args:
-        unknown: Their names.
-        kind: Of method, such as "a fixed grid".
-        takes: Names of those that it takes.
+        name: Name of the argument, for the message.
+        value: The argument.
+        wanted: What the message asks for, such as "a positive number".
+        kind: `float` or `int`.
+        accepts: Whether a number is in the argument's range.
+
+    Raises:
+        WorkloadError: It is no number, or out of range.
     """
-    names = sorted(map(str, unknown))
-    hints = "".join(f"; {name}: {_ELSEWHERE[name]}" for name in names if name in _ELSEWHERE)
-    return WorkloadError(f"unknown options {names} for {kind}; it takes {', '.join(takes)}{hints}")
+    cause = None
+    try:
+        number = kind(value)
+        if accepts(number):
+            return number
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        cause = error
+    raise WorkloadError(f"{name} is {value!r:.80}; give {wanted}") from cause
 
 
 def read_options(name: str, given: Any) -> dict[str, Any]:
-    """Options as a dict of one's own.
-
-    Args:
-        name: What the argument is called.
-        given: A mapping, or None for none.
+    """A copy of the options in argument `name`; empty where None is given.
 
     Raises:
-        WorkloadError: It is something else.
+        WorkloadError: Not a mapping.
     """
     if given is None:
         return {}
@@ -65,14 +78,10 @@ def read_options(name: str, given: Any) -> dict[str, Any]:
 
 
 def read_tensors(name: str, given: Any) -> tuple[torch.Tensor, ...] | None:
-    """Tensors whose gradients are wanted.
-
-    Args:
-        name: What the argument is called.
-        given: Several tensors, or None where nothing is said.
+    """The tensors in argument `name`, whose gradients are wanted; None where None is given.
 
     Raises:
-        WorkloadError: It is something else; one tensor would be taken for its rows.
+        WorkloadError: Not several tensors; one tensor would be taken for its rows.
     """
     if given is None:
         return None
@@ -80,44 +89,47 @@ def read_tensors(name: str, given: Any) -> tuple[torch.Tensor, ...] | None:
         told = "one tensor" if isinstance(given, torch.Tensor) else f"{given!r:.80}"
         raise WorkloadError(f"{name} is {told}; give a tuple of tensors, () for none")
     found = tuple(given)
-    wrong = [k for k, x in enumerate(found) if not isinstance(x, torch.Tensor)]
-    if wrong:
-        told = type(found[wrong[0]]).__name__
-        raise WorkloadError(f"{name}[{wrong[0]}] is a {told}; give a tuple of tensors, () for none")
+    for k, x in enumerate(found):
+        if not isinstance(x, torch.Tensor):
+            told = type(x).__name__
+            raise WorkloadError(f"{name}[{k}] is a {told}; give a tuple of tensors, () for none")
     return found
 
 
 def read_control(given: Mapping[str, Any]) -> StepControl:
-    """The control of adaptive steps.
+    """The step control that the options of an adaptive method ask for.
 
     Args:
-        given: All options, numbers or tensors of one; those of other kinds are let be.
+        given: All options; those of `StepControl` are numbers, or tensors of one.
 
     Raises:
-        WorkloadError: One that is unknown, or is no such number.
+        WorkloadError: An option that is unknown, or is no such number.
     """
     given = {name: value for name, value in given.items() if name not in _BESIDE_CONTROL}
     if given.get("dtype") in (None, torch.float64):
         given.pop("dtype", None)
-    unknown = set(given) - set(_CONTROL)
-    if unknown:
-        takes = (*_BESIDE_CONTROL[:2], *_CONTROL, "or, for a fixed grid", *_BESIDE_CONTROL[2:])
-        raise unknown_options(unknown, "an adaptive method", takes)
-    return StepControl(**{name: _number(name, value) for name, value in given.items()})
+    takes = (*_BESIDE_CONTROL[:2], *_CONTROL, "or, for a fixed grid", *_BESIDE_CONTROL[2:])
+    _check_known(given, _CONTROL, "an adaptive method", takes)
+    control: dict[str, Any] = {}
+    for name, value in given.items():
+        kind = int if name == "max_num_steps" else float
+        found = value is None and name == "first_step"
+        control[name] = (
+            None if found else read_number(f"option {name}", value, "a number", kind=kind)
+        )
+    return StepControl(**control)
 
 
 def check_fixed_options(options: Mapping[str, Any]) -> None:
-    """Refuse what a fixed grid does not take.
+    """Refuse options that a fixed grid does not take.
 
     Args:
         options: All options.
 
     Raises:
-        WorkloadError: One that is unknown, is not what it is to be, or asks for what is not done.
+        WorkloadError: An option that is unknown, has no value of its kind, or is not supported.
     """
-    unknown = set(options) - set(_FIXED)
-    if unknown:
-        raise unknown_options(unknown, "a fixed grid", _FIXED[:3])
+    _check_known(options, _FIXED, "a fixed grid", _FIXED[:3])
     if options.get("interp", "linear") != "linear" or options.get("perturb"):
         given = {name: options[name] for name in ("interp", "perturb") if name in options}
         raise WorkloadError(
@@ -131,24 +143,23 @@ def check_fixed_options(options: Mapping[str, Any]) -> None:
         read_step_size(size)
 
 
-def _number(name: str, value: Any) -> Any:
-    if value is None and name == "first_step":
-        return None
-    try:
-        return int(value) if name == "max_num_steps" else float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise WorkloadError(f"option {name} is {value!r:.80}; give a number") from error
+def _check_known(
+    given: Iterable[str], known: Collection[str], kind: str, takes: Iterable[str]
+) -> None:
+    """Refuse options that a kind of method does not take, with the ones that it takes."""
+    names = sorted(map(str, set(given) - set(known)))
+    if names:
+        hints = "".join(f"; {name}: {_ELSEWHERE[name]}" for name in names if name in _ELSEWHERE)
+        raise WorkloadError(
+            f"unknown options {names} for {kind}; it takes {', '.join(takes)}{hints}"
+        )
 
 
 def read_function(options: Mapping[str, Any], name: str) -> Callable[..., Any] | None:
-    """An option that is a function.
-
-    Args:
-        options: All options.
-        name: Which.
+    """The option `name`, which is a function; None where it is not given.
 
     Raises:
-        WorkloadError: It is none.
+        WorkloadError: It is no function.
     """
     value = options.get(name)
     if value is not None and not callable(value):
@@ -158,30 +169,17 @@ def read_function(options: Mapping[str, Any], name: str) -> Callable[..., Any] |
 
 
 def read_step_size(value: Any) -> float:
-    """The size of a fixed grid's steps.
-
-    Args:
-        value: What the user gave.
+    """The size of a fixed grid's steps, in units of time.
 
     Raises:
         WorkloadError: It is no positive number.
     """
-    try:
-        size = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise WorkloadError(f"step_size is {value!r:.80}; give a positive number") from error
-    if not 0 < size < math.inf:
-        raise WorkloadError(
-            f"step_size is {value!r:.80}; give a positive number, whichever way time runs"
-        )
-    return size
+    wanted = "a positive number, whichever way time runs"
+    return read_number("step_size", value, wanted, accepts=lambda size: 0 < size < math.inf)
 
 
 def refuse_events(event_fn: Any) -> None:
-    """Refuse to look for an event.
-
-    Args:
-        event_fn: None, or what torchdiffeq would end the solve by.
+    """Refuse the argument `event_fn`, by which torchdiffeq ends a solve.
 
     Raises:
         WorkloadError: It was given.

@@ -1,4 +1,4 @@
-"""What f found in the forward pass of an adaptive solve, found again when it is run again."""
+"""Parameters, buffers, modes and settings of a forward pass, restored to run f again."""
 
 from __future__ import annotations
 
@@ -12,58 +12,58 @@ from ...base.errors import ExecutionError
 from ...recompute.parameter_swap import Slots, make_alias
 from ...torch_state.replay_context import Generators, OneWay, Recomputing
 from ...torch_state.surroundings import Ambient
-from .attributes import Found
+from .attributes import ForwardAttributes
 from .captures import Closure
-from .rng_and_buffers import Carried
+from .rng_and_buffers import RngAndBuffers
 
 
 @final
 class Environment:
-    """What f found in the forward pass, found again when it is run again."""
+    """Records parameters, buffers, modes and settings; restores or checks them for runs again."""
 
     def __init__(
         self,
         closure: Closure,
         tensors: Sequence[Tensor],
         like: Tensor,
-        found: Found | None = None,
+        found: ForwardAttributes | None = None,
     ) -> None:
-        """Note everything.
+        """Record all of them.
 
         Args:
-            closure: What f reads.
-            tensors: What of it is to get gradients, or what else is.
-            like: The state.
-            found: What the forward pass left f with; None before it.
+            closure: The modules and tensors that f reads.
+            tensors: Tensors whose gradients are wanted, of these or not.
+            like: The state, for its device.
+            found: Attributes of f as the forward pass left them; None before it.
         """
         self._found = found
         self._closure, self._slots = closure, Slots(closure.modules)
-        self._modes = [(m, m.training) for root in closure.modules for m in root.modules()]
+        self._modes = [(m, m.training) for m in closure.parts]
         self._ambient = self._wanted = self._around = Ambient.take(like.device)
         self._device = like.device
         held = [*self._slots.parameters(), *closure.tensors]
         aliases = {id(p): make_alias(p) for p in held}
         self._bound = self._slots.bind(aliases)
-        # As with parameters: others may be in their places by the time of a backward.
+        # As with parameters: the modules may have other buffers by the time of a backward.
         self._buffers = self._slots.buffers_in_place()
         self._stand_ins = [aliases[id(t)] for t in closure.tensors]
         self._watched = [*held, *(t for t in tensors if id(t) not in aliases)]
         self._versions = [t._version for t in self._watched]
-        # Gradients are taken with respect to these: hooks of the real parameters do not see them.
+        # Aliases that gradients are taken of, so that hooks of the real parameters do not fire.
         self.tensors = [aliases.get(id(t), t) for t in tensors]
-        # All that may be read with a gradient, wanted or not.
+        # All tensors that f may read with a gradient, wanted or not.
         self.known = [*aliases.values(), *self.tensors]
 
     @property
     def buffer_bytes(self) -> int:
-        """Of the clones of buffers that are there while f runs again."""
+        """Bytes of the clones of buffers that are there while f runs again."""
         return sum(b.nbytes for b in self._held_buffers().values())
 
     def _held_buffers(self) -> dict[int, Tensor]:
         return {id(b): b for b in self._buffers if b is not None}
 
     def check(self) -> None:
-        """Refuse to run f again where it would read other values.
+        """Refuse to run f again with other values of parameters.
 
         Raises:
             ExecutionError: A parameter was changed in place.
@@ -79,13 +79,13 @@ class Environment:
 
     @contextmanager
     def again(
-        self, carried: Carried, stand_ins: Mapping[int, Tensor] | None = None
+        self, carried: RngAndBuffers, stand_ins: Mapping[int, Tensor] | None = None
     ) -> Iterator[None]:
-        """Around what is run again, which leaves no trace.
+        """Around a run again, which leaves no trace.
 
         Args:
-            carried: What f carries.
-            stand_ins: What is read in place of some of `known`, by their id.
+            carried: Random generators and buffers of f.
+            stand_ins: Tensors that f reads in place of some of `known`, by the ids of these.
         """
         outer = Generators(self._device, carried.own) if carried.draws else None
         around = Ambient.take(self._device)
@@ -116,7 +116,7 @@ class Environment:
                 outer.restore()
 
     def going_back(self) -> AbstractContextManager[None]:
-        """Inside `again`: what is around who called the backward, as autograd has it."""
+        """Inside `again`, for a backward: the modes and settings of its caller."""
         if self._around is self._wanted:
             return nullcontext()
         return self._around.again(self._wanted)

@@ -1,9 +1,9 @@
-"""What a right-hand side carries from one evaluation to the next, and a step must find again.
+"""Random generators and buffers that a right-hand side moves from one evaluation to the next.
 
-Random generators, torch's own and those that f keeps, and buffers that it reads and changes, such
-as the vectors of spectral normalisation or a counter. An accepted step that is run again begins
-with both as it began the first time. A rejected attempt leaves both as it found them, so that what
-a step begins with follows from the accepted steps before it.
+The generators are torch's own and those that f keeps; the buffers are those that it reads and
+changes, such as the vectors of spectral normalisation or a counter. An accepted step that is run
+again begins with both as it began the first time. A rejected attempt leaves both as it found them,
+so that they follow from the accepted steps alone.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from .captures import Closure, is_scripted
 
 @final
 @dataclass(frozen=True, slots=True)
-class Moment:
-    """Random generators and hidden buffers as they were before a step."""
+class StepSnapshot:
+    """The states of random generators, and the buffers that f changes, before a step."""
 
     random: Generators | None
     hidden: HiddenBuffers
     values: Values
 
     def restore(self) -> None:
-        """Put the generators back, and the values into what is in the buffers' places now."""
+        """Restore the generators, and copy the values into the tensors that are buffers now."""
         if self.random is not None:
             with untransformed():
                 self.random.restore()
@@ -47,17 +47,12 @@ class Moment:
 
 
 @final
-class Carried:
-    """Finds out what an evaluation of f moves, and takes it down step by step."""
+class RngAndBuffers:
+    """Finds out which generators and buffers an evaluation of f moves; takes snapshots of them."""
 
     def __init__(self, closure: Closure, device: torch.device) -> None:
-        """Note where it may be.
-
-        Args:
-            closure: What f reads.
-            device: Of the state.
-        """
-        modules = [m for root in closure.modules for m in root.modules() if not is_scripted(m)]
+        """Note the generators and buffers that f may move, for states on a device."""
+        modules = [m for m in closure.parts if not is_scripted(m)]
         self.own = own_generators(modules, closure.generators)
         self._device = device
         # Without buffers there is nothing to watch.
@@ -69,20 +64,16 @@ class Carried:
 
     @property
     def matters(self) -> bool:
-        """Whether a step that is run again needs anything put back."""
+        """Whether f draws random numbers, or changes a buffer that it reads."""
         return self.draws or bool(self._hidden)
 
     @property
     def nbytes(self) -> int:
-        """What one moment takes in tensors."""
+        """Bytes of the buffers in one snapshot."""
         return sum(self._hidden.bytes_by_block())
 
     def look(self, evaluate: Callable[[], Tensor]) -> Tensor:
-        """Evaluate f, and see what that draws and changes.
-
-        Args:
-            evaluate: Evaluates it.
-        """
+        """Call `evaluate`, which evaluates f once, and note the generators and buffers it moves."""
         before = self._random()
         watch = BufferWatch(self._slots) if self._slots.buffer_places() else None
         slope = evaluate()
@@ -94,16 +85,16 @@ class Carried:
         self._unmoved = (b"" if self.draws else after, self._steady())
         return slope
 
-    def take(self) -> Moment | None:
-        """What f carries now; None where that is nothing."""
+    def take(self) -> StepSnapshot | None:
+        """A snapshot of the present; None where f moves nothing."""
         if not self.matters:
             return None
         with untransformed():
             random = Generators(self._device, self.own) if self.draws else None
-        return Moment(random, self._hidden, self._hidden.take(0))
+        return StepSnapshot(random, self._hidden, self._hidden.take(0))
 
     def check(self) -> None:
-        """Refuse to run f again where it came to carry more than was seen at first.
+        """Refuse to run f again where it moved more than in its first evaluation.
 
         Raises:
             ExecutionError: It drew random numbers, or changed a buffer, and did not at first.
@@ -125,7 +116,7 @@ class Carried:
                 )
 
     def check_buffers(self) -> None:
-        """Refuse to run f again where it would find other values in a buffer that it only reads.
+        """Refuse to run f again where a buffer that it only reads has other values.
 
         Raises:
             ExecutionError: One was changed in place since the forward pass.
@@ -143,7 +134,7 @@ class Carried:
             return RandomState.take(self._device, self.own).to_bytes()
 
     def _steady(self) -> list[tuple[Slot, Tensor | None, int]]:
-        """Buffers that are not hidden state, with their versions."""
+        """Buffers that f only reads, each with its place in a module and its version."""
         places = zip(self._slots.buffer_places(), self._hidden.flags[0], strict=True)
         found = [(p, p[0]._buffers.get(p[1])) for p, hides in places if not hides]
         return [(p, b, 0 if b is None else b._version) for p, b in found if not is_write_only(p)]

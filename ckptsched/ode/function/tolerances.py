@@ -9,22 +9,23 @@ import torch
 from torch import Tensor
 
 from ...base.errors import WorkloadError
+from ..function.tuple_state import Shapes
 
 Tolerance: TypeAlias = float | Tensor
-"""A number, or a tensor of the flat state's shape in its real dtype."""
+"""A number, or a tensor of the flat state's shape and real dtype."""
 
 
 def read_tolerances(
-    rtol: Any, atol: Any, y0: Tensor, shapes: tuple[torch.Size, ...] | None
+    rtol: Any, atol: Any, y0: Tensor, shapes: Shapes
 ) -> tuple[Tolerance, Tolerance]:
-    """Read what a user gave, as torchdiffeq does.
+    """The relative and the absolute tolerance, as torchdiffeq reads them.
 
     Args:
         rtol: Relative: a number, or a tensor that broadcasts to the state; where the state is a
             tuple, a number, or a sequence of such, one a part.
         atol: The same, absolute.
-        y0: The flat state.
-        shapes: Of its parts where it is a tuple.
+        y0: Flat initial state.
+        shapes: Shapes of its parts; None where it is one tensor.
 
     Raises:
         WorkloadError: One that cannot be read, does not fit the state, is negative or not finite,
@@ -41,16 +42,7 @@ def read_tolerances(
     return found
 
 
-def tolerance_bytes(tolerances: tuple[Tolerance, Tolerance]) -> int:
-    """What tolerances take in tensors while a solve lives.
-
-    Args:
-        tolerances: Relative and absolute.
-    """
-    return sum(x.nbytes for x in tolerances if isinstance(x, Tensor))
-
-
-def _read(name: str, given: Any, y0: Tensor, shapes: tuple[torch.Size, ...] | None) -> Tolerance:
+def _read(name: str, given: Any, y0: Tensor, shapes: Shapes) -> Tolerance:
     several = isinstance(given, (tuple, list)) or (isinstance(given, Tensor) and given.dim() > 0)
     if shapes is None or not several:
         return _fitted(name, given, y0, y0.shape)

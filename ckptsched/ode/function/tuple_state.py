@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ...base.errors import IntegrationError, WorkloadError
+from ...base.errors import ExecutionError, WorkloadError
+from ...recompute.graph_holds import handed, take_over
 from ...tensors.wrapper_tensors import cannot_be_followed, type_name
-from ..adaptive.step_size import Norm, rms_norm
-from ..methods.integrators import join, split
-from .fingerprint import fingerprint
+from ..methods.explicit import Time, number
+
+Shapes: TypeAlias = tuple[torch.Size, ...] | None
+"""Shapes of the parts of a state that is a tuple; None where it is one tensor."""
 
 
-def flat_state(y0: Any) -> tuple[Tensor, tuple[torch.Size, ...] | None]:
-    """The state as one tensor, and the shapes of its parts where it is a tuple.
+def flat_state(y0: Any) -> tuple[Tensor, Shapes]:
+    """The initial state as one tensor, and the shapes of its parts where it is a tuple.
 
     Args:
-        y0: A floating-point or complex tensor, or a tuple of them.
+        y0: A floating-point or complex tensor, or a tuple of such of one dtype on one device.
 
     Raises:
         WorkloadError: It is something else, or its tensors do not go together.
@@ -48,11 +48,39 @@ def flat_state(y0: Any) -> tuple[Tensor, tuple[torch.Size, ...] | None]:
     return join(y0, shapes), shapes
 
 
-def check_plain(y0: Tensor) -> None:
-    """Refuse a state of another type: outputs within a budget are written into a plain tensor.
+def join(y: Any, shapes: Shapes) -> Any:
+    """A state or slope that is a tuple as one flat tensor; one tensor is handed back."""
+    if shapes is None or not isinstance(y, (tuple, list)):
+        return y
+    return torch.cat([part.reshape(-1) for part in y])
+
+
+def split(y: Tensor, shapes: Shapes, leading: int = 0) -> Any:
+    """A flat tensor as a tuple of views; for one tensor, y itself.
 
     Args:
-        y0: The flat initial state.
+        y: A flat tensor, or several of them along leading dimensions.
+        shapes: Shapes of the parts.
+        leading: Number of leading dimensions, which each part keeps.
+    """
+    if shapes is None:
+        return y
+    parts = torch.split(y, [shape.numel() for shape in shapes], dim=-1)
+    return tuple(
+        part.reshape((*y.shape[:leading], *shape))
+        for part, shape in zip(parts, shapes, strict=True)
+    )
+
+
+def parts_of(y: Tensor, shapes: Shapes) -> Any:
+    """Flat states, stacked, as the caller gets them; the parts hold what y holds for a backward."""
+    if shapes is None:
+        return y
+    return handed(split(y, shapes, leading=1), take_over(y))
+
+
+def check_plain(y0: Tensor) -> None:
+    """Refuse a flat state of another type: outputs within a budget go into a plain tensor.
 
     Raises:
         WorkloadError: It is a wrapper, of another layout, or of a type of its own.
@@ -67,74 +95,26 @@ def check_plain(y0: Tensor) -> None:
         raise WorkloadError(f"y0 {reason}")
 
 
-def on_flat_states(
-    func: Callable[..., Any], shapes: tuple[torch.Size, ...] | None
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """A right-hand side of tuples as one of flat tensors.
+def joined_slope(found: Any, shapes: Shapes, t: Time) -> Any:
+    """The slope of a tuple of tensors as one flat tensor; any other slope is handed back.
 
     Args:
-        func: Called with a time and a state as the caller has it.
-        shapes: Of the parts of the state; None where it is one tensor, which func takes as it is.
+        found: What the right-hand side returned for a state of these shapes.
+        shapes: Shapes of the parts of the state; None where it is one tensor.
+        t: The time, for the message.
+
+    Raises:
+        ExecutionError: Not a tuple or list of tensors of these shapes. Flat, a part that is too
+            long could make up for another that is too short.
     """
     if shapes is None:
-        return func
-
-    def slope(time: Tensor, z: Tensor) -> Tensor:
-        found = func(time, split(z, shapes))
-        # Flat, a part that is too long could make up for another that is too short.
-        if not isinstance(found, (tuple, list)) or [_shape(x) for x in found] != list(shapes):
-            told = type(found).__name__
-            if isinstance(found, (tuple, list)):
-                told = str([tuple(x.shape) if isinstance(x, Tensor) else x for x in found])
-            raise IntegrationError(
-                f"at time {float(time.detach()):g} f returned {told} for a state of shapes "
-                f"{[tuple(shape) for shape in shapes]}; let it return a tuple with the slope of "
-                "each part",
-                time=float(time.detach()),
-            )
-        joined: Tensor = join(found, shapes)
-        return joined
-
-    return slope
-
-
-def _shape(value: Any) -> torch.Size | None:
-    return value.shape if isinstance(value, Tensor) else None
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _NormOfParts:
-    """The norm on flat errors of a tuple: as torchdiffeq has it, the largest of its parts'."""
-
-    shapes: tuple[torch.Size, ...]
-    norm: Callable[[Any], Tensor] | None
-
-    def __call__(self, errors: Tensor) -> Tensor:
-        parts = split(errors, self.shapes)
-        if self.norm is not None:
-            return self.norm(parts)
-        return torch.stack([rms_norm(part) for part in parts]).max()
-
-
-def norm_of_parts(
-    norm: Callable[[Any], Tensor] | None, shapes: tuple[torch.Size, ...] | None
-) -> Norm:
-    """The norm on flat errors of a norm on errors as the state is.
-
-    Args:
-        norm: It; None for the root of the mean square, of a tuple the largest of its parts'.
-        shapes: Of the parts of the state; None where it is one tensor.
-    """
-    return (norm or rms_norm) if shapes is None else _NormOfParts(shapes, norm)
-
-
-def identity_of_norm(norm: Norm) -> Hashable:
-    """What tells a norm from others, also where it is made anew for each solve.
-
-    Args:
-        norm: What `norm_of_parts` returned.
-    """
-    if isinstance(norm, _NormOfParts):
-        return norm.shapes, None if norm.norm is None else identity_of_norm(norm.norm)
-    return fingerprint(norm) or object()  # what cannot be told is equal to nothing
+        return found
+    told: object = type(found).__name__
+    if isinstance(found, (tuple, list)):
+        told = tuple(tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in found)
+    if told != (expected := tuple(map(tuple, shapes))):
+        raise ExecutionError(
+            f"at time {number(t):g} f returned {told} for a state of shapes {expected}; let it "
+            "return a tuple with the slope of each part"
+        )
+    return join(found, shapes)

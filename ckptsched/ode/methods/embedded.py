@@ -1,4 +1,4 @@
-"""One step of an embedded Runge-Kutta pair: state, slopes, error, and what lies inside."""
+"""One step of an embedded Runge-Kutta pair: state, slopes, error, and states inside the step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .explicit import Slope
+from .explicit import Slope, weighted_sum
 from .tableau import ButcherTableau
 
 # Polynomials in the share x of the step, by power from 0: the part of the state at an end of the
@@ -33,7 +33,7 @@ _CUBIC = {
 @final
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Where a step begins, and how long it is: all that is recorded of it."""
+    """Start, end and size of a step, in units of time: all that is recorded of it."""
 
     t0: float
     """Time at its start."""
@@ -43,7 +43,7 @@ class Step:
     """Its size; negative where time falls."""
 
     def time(self, c: float) -> float:
-        """The time of a slope."""
+        """The time of the slope with coefficient c."""
         return self.t1 if c == 1.0 else self.t0 + c * self.h
 
 
@@ -72,21 +72,18 @@ def run_step(
     Args:
         f: Right-hand side.
         tableau: The method.
-        step: Where and how far.
-        z: State at its start.
+        step: Start, end and size.
+        z: Flat state at its start.
         first: The first slope, where it is known.
-        keep: Which slopes are wanted afterwards. Index `tableau.slopes` is the slope at the end,
-            of a method whose last slope is not that. A slope that neither the new state nor
+        keep: Indices of the slopes to return. Index `tableau.slopes` is the slope at the end,
+            of a method whose last slope is another. A slope that neither the new state nor
             these need is not evaluated.
-
-    Returns:
-        The new state, and the slopes in `keep`.
     """
     wanted, last_use = _needs(tableau, keep)
     k: dict[int, Tensor] = {}
     z1 = None
     for i in wanted:
-        argument = _sum(z, step.h, tableau.a[i], k)
+        argument = weighted_sum(z, step.h, tableau.a[i], k)
         if tableau.is_fsal and i == tableau.slopes - 1:
             z1 = argument
         k[i] = first if first is not None and i == 0 else f(step.time(tableau.c[i]), argument)
@@ -94,7 +91,7 @@ def run_step(
         for j in [j for j in k if last_use[j] <= i]:
             del k[j]
     if z1 is None:
-        z1 = _sum(z, step.h, tableau.b, k)
+        z1 = weighted_sum(z, step.h, tableau.b, k)
     for j in [j for j in k if j not in keep]:
         del k[j]
     if tableau.slopes in keep:
@@ -102,27 +99,9 @@ def run_step(
     return Slopes(z1, k)
 
 
-def combined(
-    z: Tensor | None, h: float, weights: Sequence[float], k: Mapping[int, Tensor]
-) -> Tensor:
-    """A state inside the step, or with z = None a difference of two: z + h sum_i w_i k_i.
-
-    Args:
-        z: State at the start of the step, or None.
-        h: Size of the step.
-        weights: Of the slopes, by index.
-        k: The slopes that have weights other than zero.
-    """
-    if z is None:
-        z = torch.zeros_like(next(iter(k.values())))
-    return _sum(z, h, weights, k)
-
-
-def _sum(z: Tensor, h: float, weights: Sequence[float], k: Mapping[int, Tensor]) -> Tensor:
-    for j, weight in enumerate(weights):
-        if weight != 0.0:
-            z = torch.add(z, k[j], alpha=h * weight)
-    return z
+def difference(h: float, weights: Sequence[float], k: Mapping[int, Tensor]) -> Tensor:
+    """The difference of two states, h sum_i w_i k_i, of the slopes k_i by index."""
+    return weighted_sum(torch.zeros_like(next(iter(k.values()))), h, weights, k)
 
 
 @functools.cache
@@ -155,7 +134,7 @@ def inside_slopes(tableau: ButcherTableau) -> frozenset[int]:
     return frozenset(i for i, row in enumerate(rows) if any(row))
 
 
-def inside_weights(tableau: ButcherTableau, x: float) -> tuple[float, ...]:
+def inside_weights(tableau: ButcherTableau, x: float, order: int = 0) -> tuple[float, ...]:
     """Weights w of the slopes in the state inside a step, z + h sum_i w_i k_i.
 
     With a state halfway (`tableau.mid`) it is the quartic through it and both ends with their
@@ -164,19 +143,11 @@ def inside_weights(tableau: ButcherTableau, x: float) -> tuple[float, ...]:
     Args:
         tableau: The method.
         x: Where, as a share of the step.
+        order: Order of the derivative with respect to x; 0 for the weights themselves.
 
     Reference:
         Shampine, Some practical Runge-Kutta formulas, Math. Comp. 46, 1986.
     """
-    powers = [x**p for p in range(5)]
-    return tuple(
-        sum(c * power for c, power in zip(row, powers, strict=True))
-        for row in _inside_rows(tableau)
-    )
-
-
-def inside_rates(tableau: ButcherTableau, x: float, order: int = 1) -> tuple[float, ...]:
-    """The derivatives of `inside_weights` with respect to x, of some order."""
     powers = [math.perm(p, order) * x ** max(p - order, 0) for p in range(5)]
     return tuple(
         sum(c * power for c, power in zip(row, powers, strict=True))

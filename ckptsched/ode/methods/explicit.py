@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -22,8 +22,8 @@ Slope: TypeAlias = Callable[[Time, Tensor], Tensor]
 def runge_kutta_step(f: Slope, tableau: ButcherTableau, t: Time, h: Time, z: Tensor) -> Tensor:
     """Advance dz/dt = f(t, z) by one step: z + h sum_i b_i k_i.
 
-    All sums are `torch.add(..., alpha=)`, whose backward needs no operand: besides what f
-    itself saves, autograd keeps nothing of the step, unless h is a tensor that requires a
+    All sums are `torch.add(..., alpha=)`, whose backward needs no operand: besides the tensors
+    that f itself saves, autograd keeps nothing of the step, unless h is a tensor that requires a
     gradient. A slope is let go as soon as no later argument needs it, coefficients that are zero
     cost nothing, and a slope that the result does not depend on, such as the last of a method
     whose last slope is the next step's first, is not evaluated.
@@ -62,29 +62,42 @@ def runge_kutta_step(f: Slope, tableau: ButcherTableau, t: Time, h: Time, z: Ten
 
 
 def add(z: Tensor, slope: Tensor, weight: Time) -> Tensor:
-    """The sum z + weight * slope, in z's dtype.
-
-    Args:
-        z: A state.
-        slope: A slope.
-        weight: A number, or a tensor of no dimensions, whose gradient then is right.
-    """
+    """The sum z + weight * slope, in z's dtype, with the gradient of a weight that is a tensor."""
     if isinstance(weight, Tensor):
         return z + weight.to(z.dtype.to_real()) * slope
     return torch.add(z, slope, alpha=weight)
 
 
+def weighted_sum(
+    z: Tensor, h: Time, weights: Sequence[float], slopes: Mapping[int, Tensor]
+) -> Tensor:
+    """The state z + h sum_i w_i k_i; slopes k_i with a weight of zero need not be there."""
+    for i, weight in enumerate(weights):
+        if weight != 0.0:
+            z = add(z, slopes[i], h * weight)
+    return z
+
+
 def number(t: Time) -> float:
-    """A time as a number, whether or not its gradient is wanted."""
+    """A time as a number, without its graph."""
     return float(t.detach()) if isinstance(t, Tensor) else t
+
+
+def as_time(t: Time, z: Tensor) -> Tensor:
+    """A time as f is given it: a tensor of no dimensions in the real dtype of state z."""
+    dtype = z.dtype.to_real()
+    if isinstance(t, Tensor):
+        return t.to(device=z.device, dtype=dtype)
+    # Filled on the device: a tensor made from a Python number would be copied there, and on
+    # CUDA the step would wait for it.
+    return torch.full((), t, dtype=dtype, device=z.device)
 
 
 @functools.cache
 def last_uses(tableau: ButcherTableau) -> dict[int, int]:
     """For each slope that a step needs the last row of a that reads it; itself where none does.
 
-    Args:
-        tableau: The method; the answer is kept, as it is asked for at every step.
+    Cached, as it is asked for at every step.
     """
     last = {i: i for i in tableau.needed}
     for i in last:
@@ -95,26 +108,17 @@ def last_uses(tableau: ButcherTableau) -> dict[int, int]:
 
 
 def slope_at(f: Slope, t: Time, z: Tensor) -> Tensor:
-    """Evaluate a right-hand side.
-
-    Raises:
-        ExecutionError: It returns something else than a slope of the state's shape and dtype.
-    """
+    """Evaluate a right-hand side, and check the slope with `check_slope`."""
     slope = f(t, z)
     check_slope(slope, z, t)
     return slope
 
 
 def check_slope(slope: Tensor, z: Tensor, t: Time) -> None:
-    """Refuse what is no slope of a state.
-
-    Args:
-        slope: What f returned.
-        z: The state.
-        t: The time, for the message.
+    """Refuse a slope that does not fit the state z.
 
     Raises:
-        ExecutionError: Its shape or dtype is not the state's.
+        ExecutionError: It is no tensor of the state's shape and dtype; the message has the time.
     """
     if not isinstance(slope, Tensor):
         raise ExecutionError(

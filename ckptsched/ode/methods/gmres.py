@@ -94,7 +94,7 @@ def _orthogonalise(product: Tensor, basis: Tensor) -> tuple[list[float], Tensor]
 
 
 def _combine(columns: list[list[float]], rest: list[float], basis: Tensor) -> Tensor:
-    """Solve the triangle, and add up the basis with what comes out."""
+    """Solve the triangle for weights, and return the weighted sum of the basis."""
     weights = [0.0] * len(columns)
     for i in reversed(range(len(columns))):
         known = sum(columns[j][i] * weights[j] for j in range(i + 1, len(columns)))

@@ -1,6 +1,6 @@
-"""What advances a state by one step: explicit, implicit, symplectic, or a function of the user's.
+"""Rules for one step: explicit, implicit, symplectic, or a function of the user's.
 
-An integrator knows one step; where the steps lie, and what of them is kept, is not its concern.
+An integrator knows one step. The times of the steps, and their memory, are not its concern.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...base.errors import WorkloadError
-from ...recompute.graph_holds import handed, take_over
-from .explicit import Slope, Time, add, number, runge_kutta_step, slope_at
+from ..function.tuple_state import Shapes, join, split
+from .explicit import Slope, Time, add, as_time, number, runge_kutta_step, slope_at
 from .implicit import theta_step
 from .table import METHODS, find_tableau
 from .tableau import ButcherTableau
@@ -41,11 +41,11 @@ class Integrator(abc.ABC):
             The state at time t + h; same shape and dtype.
         """
 
-    def check(self, shapes: tuple[torch.Size, ...] | None) -> None:  # noqa: B027
+    def check(self, shapes: Shapes) -> None:  # noqa: B027
         """Refuse a state that the rule cannot advance; any will do unless a rule says otherwise.
 
         Args:
-            shapes: Of the parts of a tuple; None where the state is one tensor.
+            shapes: Shapes of the parts of the state; None where it is one tensor.
         """
 
 
@@ -97,8 +97,8 @@ class Leapfrog(Integrator):
         slope = slope_at(f, t + h, torch.cat([q, p]))
         return torch.cat([q, add(p, slope[half:], h * 0.5)])
 
-    def check(self, shapes: tuple[torch.Size, ...] | None) -> None:
-        """Refuse what is no pair of positions and momenta."""
+    def check(self, shapes: Shapes) -> None:
+        """Refuse a state that is no pair of positions and momenta of one shape."""
         if shapes is None or len(shapes) != 2 or shapes[0] != shapes[1]:
             found = "one tensor" if shapes is None else f"shapes {[tuple(s) for s in shapes]}"
             raise WorkloadError(
@@ -113,11 +113,11 @@ class UserStep(Integrator):
     """A step function of the user's."""
 
     function: StepFunction
-    shapes: tuple[torch.Size, ...] | None = None
-    """Of the parts of a tuple; None where the state is one tensor."""
+    shapes: Shapes = None
+    """Shapes of the parts of the state; None where it is one tensor."""
 
     def step(self, f: Slope, t: Time, h: Time, z: Tensor) -> Tensor:
-        """Call the function with what the user sees: tuples, and tensors for the times."""
+        """Call the function with states as the user has them, and tensors for the times."""
 
         def right_hand_side(t: Any, y: Any) -> Any:
             return split(f(t, join(y, self.shapes)), self.shapes)
@@ -136,69 +136,8 @@ class UserStep(Integrator):
         return result
 
 
-def as_time(t: Time, z: Tensor) -> Tensor:
-    """A time as f is given it: a tensor of no dimensions in the state's real dtype.
-
-    Args:
-        t: A number, or a tensor.
-        z: The state, for dtype and device.
-    """
-    dtype = z.dtype.to_real()
-    if isinstance(t, Tensor):
-        return t.to(device=z.device, dtype=dtype)
-    # Filled on the device: a tensor made from a Python number would be copied there, and on
-    # CUDA the step would wait for it.
-    return torch.full((), t, dtype=dtype, device=z.device)
-
-
-def join(y: Any, shapes: tuple[torch.Size, ...] | None) -> Any:
-    """A tuple of tensors as one flat tensor; one tensor is handed back.
-
-    Args:
-        y: A state or a slope.
-        shapes: Of its parts; None where it is one tensor.
-    """
-    if shapes is None or not isinstance(y, (tuple, list)):
-        return y
-    return torch.cat([part.reshape(-1) for part in y])
-
-
-def split(y: Tensor, shapes: tuple[torch.Size, ...] | None, leading: int = 0) -> Any:
-    """What `join` made flat, as a tuple of views.
-
-    Args:
-        y: A flat tensor, or several of them along leading dimensions.
-        shapes: Of the parts; None hands y back.
-        leading: Number of leading dimensions, which each part keeps.
-    """
-    if shapes is None:
-        return y
-    parts = torch.split(y, [shape.numel() for shape in shapes], dim=-1)
-    return tuple(
-        part.reshape((*y.shape[:leading], *shape))
-        for part, shape in zip(parts, shapes, strict=True)
-    )
-
-
-def parts_of(y: Tensor, shapes: tuple[torch.Size, ...] | None) -> Any:
-    """All states as the caller gets them; what y holds for its backward is held by the parts.
-
-    Args:
-        y: Flat states, along one leading dimension.
-        shapes: Of the parts; None hands y back.
-    """
-    if shapes is None:
-        return y
-    return handed(split(y, shapes, leading=1), take_over(y))
-
-
 def is_adaptive(integrator: Integrator, options: Mapping[str, Any]) -> bool:
-    """Whether a method chooses its steps: it can tell their error, and no grid is named.
-
-    Args:
-        integrator: The method.
-        options: Of the user.
-    """
+    """Whether a method chooses its steps: it estimates their error, and options name no grid."""
     return (
         isinstance(integrator, RungeKutta)
         and integrator.tableau.is_fsal
@@ -218,13 +157,13 @@ _OTHER_KINDS: dict[str, Integrator] = {
 
 
 def find_integrator(
-    method: Any, shapes: tuple[torch.Size, ...] | None = None
+    method: Any, shapes: Shapes = None
 ) -> RungeKutta | Implicit | Leapfrog | UserStep:
-    """Look up what `odeint` calls a method.
+    """The integrator that argument `method` of `odeint` stands for.
 
     Args:
         method: A name, a `ButcherTableau`, or a step function.
-        shapes: Of the parts of the state where it is a tuple.
+        shapes: Shapes of the parts of the state; None where it is one tensor.
 
     Raises:
         WorkloadError: There is no such name, or the state is none that it can advance.

@@ -1,4 +1,4 @@
-"""Whether leapfrog is made for a right-hand side: dq/dt of p alone, and dp/dt of q alone."""
+"""A check that a right-hand side fits leapfrog: dq/dt depends on p alone, dp/dt on q alone."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class SeparableSlope:
         """Watch a right-hand side.
 
         Args:
-            slope: It, of flat pairs.
-            closure: What it reads, so that further evaluations leave no trace.
+            slope: The right-hand side, of flat pairs (q, p).
+            closure: The modules and tensors that it reads, to evaluate it without trace.
         """
         self._slope, self._closure = slope, closure
         self._seen = 0
@@ -43,10 +43,10 @@ class SeparableSlope:
         """The part of the latest slope that is to be the same in the next."""
 
     def __call__(self, t: Time, z: Tensor) -> Tensor:
-        """Evaluate it, and look at the slope beside the one before.
+        """Evaluate it, and compare the slope with the one before.
 
         Raises:
-            WorkloadError: A part of the slope depends on what it is not to depend on.
+            WorkloadError: dq/dt depends on q, or dp/dt on p.
         """
         found: Any = self._slope(t, z)
         if isinstance(found, Tensor) and found.shape == z.shape:
@@ -64,7 +64,7 @@ class SeparableSlope:
         assert state is not None
         assert before is not None
         self._other = slope[positions] if self._seen == 2 else None
-        # What the state moved in, on which the part of the slope is not to depend.
+        # The part of the state that moved, on which this part of the slope must not depend.
         part, what = (
             (momenta, "dp/dt changes with p")  # at (q0, p1)
             if self._seen == 2
@@ -75,10 +75,9 @@ class SeparableSlope:
             self._compare(t, state, z, part, what)
 
     def _compare(self, t: Time, one: Tensor, other: Tensor, part: slice, what: str) -> None:
-        """Evaluate at one time, with one random state, and refuse what still differs."""
-        modules = [m for root in self._closure.modules for m in root.modules()]
-        slots = Slots(self._closure.modules)
-        random = Generators(one.device, own_generators(modules, self._closure.generators))
+        """Evaluate both states at one time and random state, and refuse a slope that differs."""
+        slots, closure = Slots(self._closure.modules), self._closure
+        random = Generators(one.device, own_generators(closure.parts, closure.generators))
         slopes = []
         for z in (one, other):
             with slots.buffers_replaced({id(b): b.clone() for b in slots.buffers()}):
@@ -96,7 +95,7 @@ class SeparableSlope:
 
 
 def _near(one: Tensor, other: Tensor) -> bool:
-    """Whether two slopes are equal but for rounding; what is not finite is somebody else's."""
+    """Whether two slopes are equal but for rounding; slopes that are not finite pass."""
     if torch.equal(one, other):
         return True
     allowed = _ROUNDING * torch.finfo(one.dtype).eps * one.abs().max()

@@ -12,6 +12,12 @@ from types import MappingProxyType
 from ...base.errors import WorkloadError
 from .tableau import ButcherTableau
 
+
+def _less(b: tuple[float, ...], embedded: tuple[float, ...]) -> tuple[float, ...]:
+    """Weights of a method less those of its embedded method."""
+    return tuple(weight - other for weight, other in zip(b, embedded, strict=True))
+
+
 EULER = ButcherTableau(name="euler", order=1, a=((),), b=(1.0,), c=(0.0,))
 """One slope, at the start: the step of a residual network."""
 
@@ -50,7 +56,7 @@ BOSH3 = ButcherTableau(
     a=((), (1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
     b=(2 / 9, 1 / 3, 4 / 9, 0.0),
     c=(0.0, 1 / 2, 3 / 4, 1.0),
-    b_error=(2 / 9 - 7 / 24, 1 / 3 - 1 / 4, 4 / 9 - 1 / 3, -1 / 8),
+    b_error=_less((2 / 9, 1 / 3, 4 / 9, 0.0), (7 / 24, 1 / 4, 1 / 3, 1 / 8)),
     embedded_order=2,
     # The cubic through both ends and their slopes.
     mid=(1 / 9 + 1 / 8, 1 / 6, 2 / 9, -1 / 8),
@@ -75,6 +81,8 @@ RK4_38 = ButcherTableau(
 )
 """Kutta's 3/8 rule: order four with a smaller error; what torchdiffeq calls rk4."""
 
+_DOPRI5_B = (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)
+
 DOPRI5 = ButcherTableau(
     name="dopri5",
     order=5,
@@ -85,32 +93,27 @@ DOPRI5 = ButcherTableau(
         (44 / 45, -56 / 15, 32 / 9),
         (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
         (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-        (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+        _DOPRI5_B,
     ),
-    b=(35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0),
+    b=(*_DOPRI5_B, 0.0),
     c=(0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
-    b_error=(
-        35 / 384 - 1951 / 21600,
-        0.0,
-        500 / 1113 - 22642 / 50085,
-        125 / 192 - 451 / 720,
-        -2187 / 6784 + 12231 / 42400,
-        11 / 84 - 649 / 6300,
-        -1 / 60,
+    b_error=_less(
+        (*_DOPRI5_B, 0.0),
+        (1951 / 21600, 0.0, 22642 / 50085, 451 / 720, -12231 / 42400, 649 / 6300, 1 / 60),
     ),
     embedded_order=4,
     mid=(
-        6025192743 / 60171106304,
-        0.0,
-        51252292925 / 130801643196,
-        -2691868925 / 90256659456,
-        187940372067 / 3189068634112,
-        -1776094331 / 39487288512,
-        11237099 / 470086768,
+        *(6025192743 / 60171106304, 0.0, 51252292925 / 130801643196, -2691868925 / 90256659456),
+        *(187940372067 / 3189068634112, -1776094331 / 39487288512, 11237099 / 470086768),
     ),
 )
 """Dormand and Prince's pair of orders 5 and 4 (J. Comp. Appl. Math. 6, 1980), with Shampine's
 embedded weights and his state halfway (Math. Comp. 46, 1986); the paper's RK45."""
+
+_TSIT5_B = (
+    *(0.09646076681806523, 0.01, 0.4798896504144996),
+    *(1.379008574103742, -3.290069515436081, 2.324710524099774),
+)
 
 TSIT5 = ButcherTableau(
     name="tsit5",
@@ -122,50 +125,22 @@ TSIT5 = ButcherTableau(
         (2.8971530571054935, -6.359448489975075, 4.3622954328695815),
         (5.325864828439257, -11.748883564062828, 7.4955393428898365, -0.09249506636175525),
         (
-            5.86145544294642,
-            -12.92096931784711,
-            8.159367898576159,
-            -0.071584973281401,
-            -0.028269050394068383,
+            *(5.86145544294642, -12.92096931784711, 8.159367898576159),
+            *(-0.071584973281401, -0.028269050394068383),
         ),
-        (
-            0.09646076681806523,
-            0.01,
-            0.4798896504144996,
-            1.379008574103742,
-            -3.290069515436081,
-            2.324710524099774,
-        ),
+        _TSIT5_B,
     ),
-    b=(
-        0.09646076681806523,
-        0.01,
-        0.4798896504144996,
-        1.379008574103742,
-        -3.290069515436081,
-        2.324710524099774,
-        0.0,
-    ),
+    b=(*_TSIT5_B, 0.0),
     c=(0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0),
     b_error=(
-        -0.00178001105222577714,
-        -0.0008164344596567469,
-        0.007880878010261995,
-        -0.1447110071732629,
-        0.5823571654525552,
-        -0.45808210592918697,
-        1 / 66,
+        *(-0.00178001105222577714, -0.0008164344596567469, 0.007880878010261995),
+        *(-0.1447110071732629, 0.5823571654525552, -0.45808210592918697, 1 / 66),
     ),
     embedded_order=4,
     # The published interpolant, halfway.
     mid=(
-        0.10741235230096871,
-        0.01135625,
-        0.39560903056045305,
-        -0.34475214352593553,
-        1.3161853649581645,
-        -1.0170608542936508,
-        1 / 32,
+        *(0.10741235230096871, 0.01135625, 0.39560903056045305),
+        *(-0.34475214352593553, 1.3161853649581645, -1.0170608542936508, 1 / 32),
     ),
 )
 """Tsitouras' pair of orders 5 and 4 (Comput. Math. Appl. 62, 2011)."""
@@ -230,10 +205,7 @@ DOPRI8 = ButcherTableau(
         *(0.0, 1 / 18, 1 / 12, 1 / 8, 5 / 16, 3 / 8, 59 / 400, 93 / 200),
         *(5490023248 / 9719169821, 13 / 20, 1201146811 / 1299019798, 1.0, 1.0, 1.0),
     ),
-    b_error=(
-        *(b - embedded for b, embedded in zip(_DOPRI8_B, _DOPRI8_EMBEDDED, strict=True)),
-        0.0,
-    ),
+    b_error=(*_less(_DOPRI8_B, _DOPRI8_EMBEDDED), 0.0),
     embedded_order=7,
     mid=(
         *(0.04103130360739393, 0.0, 0.0, 0.0, 0.0, 0.05100562801991382, 0.2388930677412202),
@@ -244,27 +216,19 @@ DOPRI8 = ButcherTableau(
 """Prince and Dormand's pair of orders 8 and 7 with 13 slopes (J. Comp. Appl. Math. 7, 1981), and
 as a fourteenth the slope at the end, which is the next step's first."""
 
+_TABLE = (EULER, MIDPOINT, HEUN, RALSTON, HEUN3, BOSH3, RK4, RK4_38, DOPRI5, TSIT5, DOPRI8)
 METHODS: Mapping[str, ButcherTableau] = MappingProxyType(
-    {
-        tableau.name: tableau
-        for tableau in (
-            *(EULER, MIDPOINT, HEUN, RALSTON, HEUN3, BOSH3),
-            *(RK4, RK4_38, DOPRI5, TSIT5, DOPRI8),
-        )
-    }
+    {tableau.name: tableau for tableau in _TABLE}
 )
 """Every method by its name. There is no "rk2": the ANODE paper's is Heun's to some readers and
 the midpoint rule in its released code."""
 
 
 def find_tableau(method: str | ButcherTableau) -> ButcherTableau:
-    """Look a method up by its name.
+    """The coefficients of a method.
 
     Args:
         method: A name in `METHODS`, or a tableau, which is handed back.
-
-    Returns:
-        The coefficients.
 
     Raises:
         WorkloadError: There is no such name.

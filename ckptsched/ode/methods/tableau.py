@@ -34,7 +34,7 @@ class ButcherTableau:
     """
 
     name: str
-    """As `find_tableau` knows it."""
+    """Name that `find_tableau` looks up."""
     order: int
     """The error of a step is O(h^(order + 1)); every order condition is checked."""
     a: tuple[tuple[float, ...], ...]
@@ -45,8 +45,8 @@ class ButcherTableau:
     """Times of the slopes, as shares of the step."""
 
     b_error: tuple[float, ...] | None = None
-    """b less the weights of an embedded method: what the slopes say of a step's error. None where
-    the method has none."""
+    """b less the weights of an embedded method: weights of the slopes in a step's error. None
+    where the method has none."""
     embedded_order: int = 0
     """Order of the embedded method; checked, and that it is not higher. 0 where there is none."""
     mid: tuple[float, ...] | None = None
@@ -61,97 +61,78 @@ class ButcherTableau:
             WorkloadError: Shapes that do not match, a coefficient that is not finite, a row sum
                 that is not c_i, or an order condition that is broken.
         """
-        self._check_shapes()
-        for i, (row, c_i) in enumerate(zip(self.a, self.c, strict=True)):
-            if abs(math.fsum(row) - c_i) > _TOLERANCE:
-                raise WorkloadError(
-                    f"tableau {self.name!r}: row {i} of a sums to {math.fsum(row)!r}, but "
-                    f"c[{i}] is {c_i!r}; they must be equal, so correct one of them"
-                )
-        derivative = _Derivatives(self.a)
-        self._check_order(derivative)
-        if self.mid is not None:
-            self._check_mid(derivative, self.mid)
-        if self.b_error is not None:
-            self._check_embedded(derivative, self.b_error)
+        for fault in itertools.chain(self._wrong_shapes(), self._wrong_coefficients()):
+            raise WorkloadError(f"tableau {self.name!r}: {fault}")
 
-    def _check_order(self, derivative: _Derivatives) -> None:
-        for vertices in range(1, self.order + 1):
-            for tree in _trees(vertices):
-                found, needed = derivative.weight(self.b, tree), 1 / _density(tree)
-                if abs(found - needed) > _TOLERANCE:
-                    raise WorkloadError(
-                        f"tableau {self.name!r}: an order condition for order {vertices} "
-                        f"gives {found!r} in place of {needed!r}"
-                        f"{' (the sum of b)' if vertices == 1 else ''}; correct a "
-                        f"coefficient, or state order={vertices - 1} if that is what it has"
-                    )
-
-    def _check_mid(self, derivative: _Derivatives, mid: tuple[float, ...]) -> None:
-        for vertices in range(1, min(self.order, 4) + 1):
-            for tree in _trees(vertices):
-                found, needed = derivative.weight(mid, tree), 0.5**vertices / _density(tree)
-                if abs(found - needed) > _TOLERANCE:
-                    raise WorkloadError(
-                        f"tableau {self.name!r}: an order condition for order {vertices} of the "
-                        f"state halfway gives {found!r} in place of {needed!r}; correct mid"
-                    )
-
-    def _check_embedded(self, derivative: _Derivatives, b_error: tuple[float, ...]) -> None:
-        """The embedded method has its order where its difference to this one sees no term."""
-        order = self.embedded_order
-        if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order < self.order:
-            raise WorkloadError(
-                f"tableau {self.name!r}: embedded_order is {order!r}; give that of the method "
-                f"whose weights are b - b_error, at least 1 and below {self.order}"
-            )
-        for vertices in range(1, order + 1):
-            for tree in _trees(vertices):
-                found = derivative.weight(b_error, tree)
-                if abs(found) > _TOLERANCE:
-                    raise WorkloadError(
-                        f"tableau {self.name!r}: an order condition for order {vertices} of the "
-                        f"embedded method is off by {found!r}; correct b_error, or state "
-                        f"embedded_order={vertices - 1} if that is what it has"
-                    )
-        if all(abs(derivative.weight(b_error, t)) <= _TOLERANCE for t in _trees(order + 1)):
-            raise WorkloadError(
-                f"tableau {self.name!r}: b_error sees no error of order {order + 1}, though the "
-                f"embedded method is said to be of order {order} only; correct b_error, or state "
-                f"embedded_order={order + 1}"
-            )
-
-    def _check_shapes(self) -> None:
+    def _wrong_shapes(self) -> Iterator[str]:
+        """Faults of numbers of coefficients, of orders, and of coefficients that are not finite."""
         if not isinstance(self.order, int) or isinstance(self.order, bool) or self.order < 1:
-            raise WorkloadError(f"tableau {self.name!r}: order is {self.order!r}; give an int >= 1")
+            yield f"order is {self.order!r}; give an int >= 1"
         slopes = len(self.b)
         if not slopes or len(self.a) != slopes or len(self.c) != slopes:
-            raise WorkloadError(
-                f"tableau {self.name!r}: a has {len(self.a)} rows, b {slopes} and c "
-                f"{len(self.c)} entries; all three need one for each slope, at least one"
+            yield (
+                f"a has {len(self.a)} rows, b {slopes} and c {len(self.c)} entries; all three need "
+                "one for each slope, at least one"
             )
         for i, row in enumerate(self.a):
             if len(row) != i:
-                raise WorkloadError(
-                    f"tableau {self.name!r}: row {i} of a has {len(row)} entries; an explicit "
-                    f"method has {i} there, those below the diagonal"
+                yield (
+                    f"row {i} of a has {len(row)} entries; an explicit method has {i} there, those "
+                    "below the diagonal"
                 )
-        for what, weights in (("b_error", self.b_error), ("mid", self.mid)):
+        for name, weights in (("b_error", self.b_error), ("mid", self.mid)):
             if weights is not None and len(weights) != slopes:
-                raise WorkloadError(
-                    f"tableau {self.name!r}: {what} has {len(weights)} entries; give one for each "
-                    f"of the {slopes} slopes, or None"
+                yield (
+                    f"{name} has {len(weights)} entries; give one for each of the {slopes} slopes, "
+                    "or None"
                 )
-        if self.b_error is None and self.embedded_order != 0:
-            raise WorkloadError(
-                f"tableau {self.name!r}: embedded_order is {self.embedded_order!r} and b_error "
-                "None; give both or neither"
-            )
+        order = self.embedded_order
+        if self.b_error is None and order != 0:
+            yield f"embedded_order is {order!r} and b_error None; give both or neither"
         for value in itertools.chain(*self.a, self.b, self.c, self.b_error or (), self.mid or ()):
             if not math.isfinite(value):
-                raise WorkloadError(
-                    f"tableau {self.name!r}: found the coefficient {value!r}; all must be finite"
+                yield f"found the coefficient {value!r}; all must be finite"
+
+    def _wrong_coefficients(self) -> Iterator[str]:
+        """Faults of row sums, and of order conditions, of coefficients whose shapes are right."""
+        for i, (row, c_i) in enumerate(zip(self.a, self.c, strict=True)):
+            if abs(math.fsum(row) - c_i) > _TOLERANCE:
+                yield (
+                    f"row {i} of a sums to {math.fsum(row)!r}, but c[{i}] is {c_i!r}; they must be "
+                    "equal, so correct one of them"
                 )
+        trees = _Conditions(self.a)
+        for vertices, found, needed in trees.broken(self.b, self.order):
+            yield (
+                f"an order condition for order {vertices} gives {found!r} in place of {needed!r}"
+                f"{' (the sum of b)' if vertices == 1 else ''}; correct a coefficient, or state "
+                f"order={vertices - 1} if that is what it has"
+            )
+        for vertices, found, needed in trees.broken(self.mid, min(self.order, 4), 0.5):
+            yield (
+                f"an order condition for order {vertices} of the state halfway gives {found!r} in "
+                f"place of {needed!r}; correct mid"
+            )
+        order = self.embedded_order
+        if self.b_error is None:
+            return
+        if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order < self.order:
+            yield (
+                f"embedded_order is {order!r}; give that of the method whose weights are "
+                f"b - b_error, at least 1 and below {self.order}"
+            )
+        # The embedded method has its order where its difference to this one sees no term.
+        for vertices, found, _ in trees.broken(self.b_error, order, 0.0):
+            yield (
+                f"an order condition for order {vertices} of the embedded method is off by "
+                f"{found!r}; correct b_error, or state embedded_order={vertices - 1} if that is "
+                "what it has"
+            )
+        if not any(trees.broken(self.b_error, order + 1, 0.0)):
+            yield (
+                f"b_error sees no error of order {order + 1}, though the embedded method is said "
+                f"to be of order {order} only; correct b_error, or state embedded_order={order + 1}"
+            )
 
     @property
     def slopes(self) -> int:
@@ -185,16 +166,32 @@ class ButcherTableau:
 
 
 @final
-class _Derivatives:
-    """What the slopes make of the terms of the Taylor series, each worked out once."""
+class _Conditions:
+    """The order conditions of some slopes: one for each rooted tree, each worked out once."""
 
     def __init__(self, a: tuple[tuple[float, ...], ...]) -> None:
         self._a = a
         self._known: dict[_Tree, list[float]] = {}
 
-    def weight(self, weights: tuple[float, ...], tree: _Tree) -> float:
-        """The elementary weight: what weights of the slopes make of one term."""
-        return math.fsum(w * d for w, d in zip(weights, self._of(tree), strict=True))
+    def broken(
+        self, weights: tuple[float, ...] | None, order: int, share: float = 1.0
+    ) -> Iterator[tuple[int, float, float]]:
+        """The conditions up to an order that weights of the slopes break.
+
+        Args:
+            weights: Weights that make a state of the slopes; None breaks no condition.
+            order: Most vertices of a tree.
+            share: Where in the step the state is: 1 at its end; 0 for weights of an error.
+
+        Yields:
+            The vertices of the tree, its weight, and the weight that it must have.
+        """
+        for vertices in range(1, order + 1) if weights else ():
+            for tree in _trees(vertices):
+                terms = zip(weights or (), self._of(tree), strict=True)
+                found, needed = math.fsum(w * d for w, d in terms), share**vertices / _density(tree)
+                if abs(found - needed) > _TOLERANCE:
+                    yield vertices, found, needed
 
     def _of(self, tree: _Tree) -> list[float]:
         """Weight of the tree in each slope: the product over the branches of sum_j a_ij."""

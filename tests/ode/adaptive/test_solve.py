@@ -20,9 +20,10 @@ from ckptsched.base.errors import (
     WorkloadError,
 )
 from ckptsched.memory.meters import AllocatorMeter, ProfilerMeter
+from ckptsched.ode.adaptive.norms import batch_max_norm, rms_norm
 from ckptsched.ode.adaptive.solve import AdaptiveSolution, solve_adaptive
-from ckptsched.ode.adaptive.step_size import StepControl, batch_max_norm, rms_norm
-from ckptsched.ode.methods.embedded import inside_rates, inside_weights
+from ckptsched.ode.adaptive.step_size import StepControl
+from ckptsched.ode.methods.embedded import inside_weights
 from ckptsched.ode.methods.table import METHODS, find_tableau
 from ckptsched.ode.odeint import odeint
 
@@ -145,7 +146,7 @@ def test_weights_inside_meet_the_ends_and_their_rates_are_derivatives(
     assert sum(inside_weights(tableau, x)) == pytest.approx(x, abs=1e-12)
     around = zip(inside_weights(tableau, x + 1e-5), inside_weights(tableau, x - 1e-5), strict=True)
     slopes = [(a - b) / 2e-5 for a, b in around]
-    assert inside_rates(tableau, x) == pytest.approx(slopes, abs=1e-7)
+    assert inside_weights(tableau, x, 1) == pytest.approx(slopes, abs=1e-7)
 
 
 def test_gradient_of_times_is_that_of_differences() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ckptsched import odeint, solve_adaptive
 from ckptsched.base.errors import WorkloadError
-from ckptsched.ode.adaptive.step_size import batch_max_norm, rms_norm
+from ckptsched.ode.adaptive.norms import batch_max_norm, rms_norm
 
 torchdiffeq = pytest.importorskip("torchdiffeq")
 

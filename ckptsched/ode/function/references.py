@@ -1,4 +1,8 @@
-"""Where a function keeps what it reads: cells, globals, defaults, attributes, items; and a walk."""
+"""A walk over all objects that a function may read, and the references through which it does.
+
+A reference is a closure cell, a global, a default, an attribute, or an item of a list, dict or
+tuple.
+"""
 
 from __future__ import annotations
 
@@ -27,45 +31,45 @@ Owned = set[int] | None
 
 @final
 @dataclass(frozen=True)
-class Place:
-    """Where a function keeps something that it reads, so that another can be put there.
+class Reference:
+    """One reference of a container to an object, which can be pointed to another object.
 
-    An item of a tuple has the place of the tuple as its container: another tuple is put there.
+    For an item of a tuple, which cannot change, the container is the reference to the tuple:
+    that one is pointed to a new tuple.
     """
 
     container: Any
     key: Any
 
     def get(self) -> Any:
-        """What is there now.
+        """The object referred to now.
 
         Raises:
-            ValueError, LookupError, AttributeError: Nothing is.
+            ValueError, LookupError, AttributeError: The cell is empty, or there is no such item.
         """
         container = self.container
-        if type(container) is dict:
-            return container[self.key]
         if isinstance(container, types.CellType):
             return container.cell_contents
-        if isinstance(container, Place):
+        if isinstance(container, Reference):
             return container.get()[self.key]
-        if isinstance(container, (MutableMapping, MutableSequence)):
+        # An exact dict first: to ask the abstract classes is slow, and this is done in each call.
+        if type(container) is dict or isinstance(container, (MutableMapping, MutableSequence)):
             return container[self.key]
         return getattr(container, self.key)
 
     def look(self, missing: Any = None) -> Any:
-        """What is there now, or what is given where nothing is."""
+        """The object referred to now, or `missing` where there is none."""
         try:
             return self.get()
         except (ValueError, LookupError, AttributeError):
             return missing
 
     def put(self, value: Any) -> None:
-        """Put something else there."""
+        """Point it to another object."""
         container, key = self.container, self.key
         if isinstance(container, types.CellType):
             container.cell_contents = value
-        elif isinstance(container, Place):
+        elif isinstance(container, Reference):
             before = container.get()
             # Not by its own constructor, which may take anything: a named tuple takes its parts.
             items = (*before[:key], value, *before[key + 1 :])
@@ -83,46 +87,46 @@ class Place:
             object.__setattr__(container, key, value)
 
     def empty(self) -> None:
-        """Leave nothing there."""
+        """Remove it: empty the cell, delete the item or attribute; lists and tuples stay."""
         container, key = self.container, self.key
         if isinstance(container, types.CellType):
             del container.cell_contents
         elif isinstance(container, MutableMapping):
             container.pop(key, None)
-        elif not isinstance(container, (Place, MutableSequence)):
+        elif not isinstance(container, (Reference, MutableSequence)):
             object.__delattr__(container, key)
 
     @property
-    def root(self) -> Place:
-        """The place that changes when something is put here: of an item of a tuple, the tuple's."""
-        place = self
-        while isinstance(place.container, Place):
-            place = place.container
-        return place
+    def root(self) -> Reference:
+        """The reference that `put` changes: for an item of a tuple, the one to the outer tuple."""
+        reference = self
+        while isinstance(reference.container, Reference):
+            reference = reference.container
+        return reference
 
 
 @final
 @dataclass(frozen=True)
-class Visit:
-    """One thing on the way, and the places in it."""
+class Holder:
+    """An object that the walk came to, and the references that it holds."""
 
     value: Any
     owned: Owned
-    places: tuple[Place, ...]
+    references: list[Reference]
 
 
-def walk(func: Callable[..., Any]) -> Iterator[Visit]:
-    """Come to everything that a function may read, each thing once.
+def walk(func: Callable[..., Any]) -> Iterator[Holder]:
+    """Yield every object that a function may read, each once.
 
     Args:
         func: A module, a function, a method, a partial, or an object that can be called.
     """
     seen: set[int] = set()
-    ahead: list[tuple[Any, Owned, Place | None]] = [(func, None, None)]
+    ahead: list[tuple[Any, Owned, Reference | None]] = [(func, None, None)]
     while ahead:
         value, owned, here = ahead.pop()
         value = _behind(value)
-        # A tuple is looked at wherever it is: each place of it has to be known.
+        # A tuple is visited through each reference to it: each has to be known.
         if id(value) in seen:
             continue
         if type(value) is not tuple:
@@ -130,17 +134,17 @@ def walk(func: Callable[..., Any]) -> Iterator[Visit]:
         if isinstance(value, nn.Module):
             parts = list(value.modules())
             owned = {id(p) for part in parts for p in part._parameters.values()}
-            places, constants = _of_module(parts)
+            references, others = _of_module(parts)
         else:
-            places, constants = tuple(_places(value, here)), _constants(value)
-        yield Visit(value, owned, places)
-        for place in places:
-            inner = place.look()
+            references, others = _inside(value, here)
+        yield Holder(value, owned, references)
+        for reference in references:
+            inner = reference.look()
             if not isinstance(inner, Tensor) and (
                 _may_hold(inner) if owned is None else _may_read(inner)
             ):
-                ahead.append((inner, owned, place))
-        ahead += [(inner, owned, None) for inner in constants]
+                ahead.append((inner, owned, reference))
+        ahead += [(inner, owned, None) for inner in others]
 
 
 def global_names(code: types.CodeType) -> set[str]:
@@ -153,7 +157,7 @@ def global_names(code: types.CodeType) -> set[str]:
 
 
 def _behind(value: Any) -> Any:
-    """What a weak reference leads to, and a proxy of a module stands for."""
+    """The object behind a weak reference, and the module behind a proxy."""
     if isinstance(value, weakref.ReferenceType):
         return value()
     if type(value) in _PROXIES and isinstance(value, nn.Module):
@@ -164,8 +168,8 @@ def _behind(value: Any) -> Any:
 def _may_read(value: Any) -> bool:
     """Whether a module may read tensors from what an attribute of it holds.
 
-    Not from what is neither a container nor can be called, such as the trainer that holds a module
-    and, with it, a whole program.
+    Not from an object that is neither a container nor callable, such as the trainer that holds
+    the module and, with it, everything else that runs.
     """
     held = (MutableMapping, MutableSequence, set, tuple, types.SimpleNamespace)
     return _may_hold(value) and (isinstance(value, held) or callable(value))
@@ -181,80 +185,75 @@ def _may_hold(value: Any) -> bool:
     return library not in ("torch", "builtins")
 
 
-def _of_module(parts: list[nn.Module]) -> tuple[tuple[Place, ...], list[Any]]:
-    """Where the parts of a module keep others, and what their methods are."""
+def _of_module(parts: list[nn.Module]) -> tuple[list[Reference], list[Any]]:
+    """The references of a module's parts, and the functions that are their methods."""
     users = [part for part in parts if not type(part).__module__.startswith("torch.")]
-    places = [Place(vars(part), key) for part in users for key in vars(part) if key not in NOT_READ]
+    references = [
+        Reference(vars(part), key) for part in users for key in vars(part) if key not in NOT_READ
+    ]
     functions: list[Any] = []
     for kind in {type(part): None for part in users}:
         own, of_class = _methods(kind, "forward")
         functions += own
-        places += of_class
-    return tuple(places), functions
+        references += of_class
+    return references, functions
 
 
-def _places(value: Any, here: Place | None) -> Iterator[Place]:
-    """Where a value keeps others, and they can be replaced."""
+def _inside(value: Any, here: Reference | None) -> tuple[list[Reference], list[Any]]:
+    """The references of an object that can be changed, and the objects that it holds otherwise.
+
+    Args:
+        value: No module; of these see `_of_module`.
+        here: The reference that leads to the object, where it is known.
+    """
     if isinstance(value, types.FunctionType):
-        yield from (Place(cell, None) for cell in value.__closure__ or ())
         names = global_names(value.__code__)
-        yield from (Place(value.__globals__, n) for n in names if n in value.__globals__)
-        yield from (Place(vars(value), key) for key in vars(value) if key != KEPT)
-        yield Place(value, "__defaults__")
-        yield Place(value, "__kwdefaults__")
-    elif isinstance(value, (MutableMapping, MutableSequence)):
-        # A long one is data, and the function is looked at in every call.
-        if len(value) <= LONGEST:
-            keys = value if isinstance(value, MutableMapping) else range(len(value))
-            yield from (Place(value, key) for key in keys)
-    elif isinstance(value, tuple):
-        if here is not None and len(value) <= LONGEST:
-            yield from (Place(here, key) for key in range(len(value)))
-    elif isinstance(value, functools.partial):
-        yield Place(value, "args")
-        yield Place(value, "keywords")
-    elif isinstance(value, types.MethodType):
-        yield from _methods(type(value.__self__), value.__func__.__name__)[1]
-    else:
-        yield from _attributes(value)
-        if callable(value):
-            yield from _methods(type(value), "__call__")[1]
+        references = [
+            *(Reference(cell, None) for cell in value.__closure__ or ()),
+            *(Reference(value.__globals__, n) for n in names if n in value.__globals__),
+            *(Reference(vars(value), key) for key in vars(value) if key != KEPT),
+            *(Reference(value, "__defaults__"), Reference(value, "__kwdefaults__")),
+        ]
+        return references, []
+    # A long container is data, and the function is looked at in every call.
+    if isinstance(value, (MutableMapping, MutableSequence)):
+        keys = value if isinstance(value, MutableMapping) else range(len(value))
+        return [Reference(value, key) for key in keys] if len(value) <= LONGEST else [], []
+    if isinstance(value, tuple):
+        known = here is not None and len(value) <= LONGEST
+        return [Reference(here, key) for key in range(len(value))] if known else [], []
+    if isinstance(value, functools.partial):
+        return [Reference(value, "args"), Reference(value, "keywords")], [value.func]
+    if isinstance(value, types.MethodType):
+        functions, references = _methods(type(value.__self__), value.__func__.__name__)
+        return references, [value.__self__, value.__func__, *functions]
+    functions, references = _methods(type(value), "__call__") if callable(value) else ([], [])
+    references = [*_attributes(value), *references]
+    if isinstance(value, (set, frozenset)):
+        return references, list(filter(_may_hold, value)) if len(value) <= LONGEST else []
+    return references, functions
 
 
-def _attributes(value: Any) -> Iterator[Place]:
+def _attributes(value: Any) -> Iterator[Reference]:
     """The attributes of an object, also those without a dictionary."""
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict):
-        yield from (Place(attributes, key) for key in attributes if key != KEPT)
+        yield from (Reference(attributes, key) for key in attributes if key != KEPT)
     for kind in type(value).__mro__:
         slots = vars(kind).get("__slots__", ()) if _is_users(kind) else ()
         for name in (slots,) if isinstance(slots, str) else slots:
             if name not in ("__dict__", "__weakref__"):
                 private = name.startswith("__") and not name.endswith("__")
-                yield Place(value, f"_{kind.__name__.lstrip('_')}{name}" if private else name)
+                yield Reference(value, f"_{kind.__name__.lstrip('_')}{name}" if private else name)
 
 
-def _constants(value: Any) -> list[Any]:
-    """What else a value leads to, where nothing can be replaced."""
-    if isinstance(value, functools.partial):
-        return [value.func]
-    if isinstance(value, types.MethodType):
-        own = _methods(type(value.__self__), value.__func__.__name__)[0]
-        return [value.__self__, value.__func__, *own]
-    if isinstance(value, (set, frozenset)):
-        return list(filter(_may_hold, value)) if len(value) <= LONGEST else []
-    if isinstance(value, (types.FunctionType, tuple, MutableMapping, MutableSequence)):
-        return []
-    return _methods(type(value), "__call__")[0] if callable(value) else []
+def _methods(kind: type, entry: str) -> tuple[list[Any], list[Reference]]:
+    """The methods that `entry` of a class may call, and the class attributes that these may read.
 
-
-def _methods(kind: type, entry: str) -> tuple[list[types.FunctionType], list[Place]]:
-    """The methods that one of a class may call, and where the class keeps what these read.
-
-    By the names that their code uses, so that there may be some too many.
+    Found by the names in their code, so that there may be some too many.
     """
     functions: list[types.FunctionType] = []
-    places: list[Place] = []
+    references: list[Reference] = []
     own = [k for k in kind.__mro__ if _is_users(k)]
     ahead, seen = [entry], set[str]()
     while ahead and own:
@@ -269,8 +268,8 @@ def _methods(kind: type, entry: str) -> tuple[list[types.FunctionType], list[Pla
                 functions.append(function)
                 ahead += global_names(function.__code__)
             elif isinstance(value, Tensor) or _may_hold(value):
-                places.append(Place(k, name))
-    return functions, places
+                references.append(Reference(k, name))
+    return functions, references
 
 
 def _is_users(kind: type) -> bool:
