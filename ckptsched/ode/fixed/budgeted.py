@@ -70,10 +70,7 @@ def solve_planned(chain: StepChain, call: Call, y0: Tensor, request: Request) ->
         *(function, identity_of_loss(request.loss), _identity(call.integrator)),
         *(chain.shapes, chain.counts, chain.slopes, grid.clock is not None, grid.between),
         *(layout(y0), str(request.budget), request.solver, torch.get_num_threads()),
-        *(
-            (Identity(m), describe_modes([p.training for p in m.modules()]))
-            for m in closure.modules
-        ),
+        *((Identity(m), tuple(p.training for p in m.modules())) for m in closure.modules),
         *Ambient.take(y0.device).key(),
     )
     for attempt in range(2):
