@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # for type checkers; when it runs, `__getattr__` finds the sa
     from .base.errors import StorageError as StorageError
     from .base.errors import TimingWarning as TimingWarning
     from .base.errors import WorkloadError as WorkloadError
+    from .capture.recording.stages import captured as captured
     from .capture.stage_discovery import ModuleStage as ModuleStage
     from .capture.stage_discovery import StageCall as StageCall
     from .capture.stage_discovery import StagedModule as StagedModule
@@ -74,6 +75,7 @@ _HOMES = {
     "BudgetSyntaxError": "base.errors",
     "BudgetWarning": "base.errors",
     "CallbackWarning": "base.errors",
+    "captured": "capture.recording.stages",
     "Chain": "workload.chain",
     "Checkpointed": "executor.checkpointed",
     "checkpointed": "executor.checkpointed",

@@ -22,6 +22,17 @@ _SHARED = (
 )
 
 
+def share(model: nn.Module, other: nn.Module) -> None:
+    """Let another module own what a model owns, under the same names.
+
+    Args:
+        model: The model.
+        other: A module without parameters, buffers and submodules of its own.
+    """
+    own = vars(model)
+    vars(other).update({name: own[name] for name in _SHARED if name in own})
+
+
 class StandsFor(nn.Module, abc.ABC):
     """A module that owns what another one owns, and adds nothing to its `state_dict`."""
 
@@ -32,9 +43,8 @@ class StandsFor(nn.Module, abc.ABC):
             model: The model; not a submodule, so that keys of the `state_dict` stay its own.
         """
         super().__init__()
-        own = self.__dict__
-        own.update({name: model.__dict__[name] for name in _SHARED if name in model.__dict__})
-        own["_model"] = model
+        share(model, self)
+        self.__dict__["_model"] = model
         self.training = model.training
 
     @property

@@ -1,0 +1,1 @@
+"""Any module as a straight line of calls, recorded in one forward pass and made again."""

@@ -1,0 +1,175 @@
+"""How any module becomes a recording: passes over one batch until two of them agree."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from inspect import isfunction
+from typing import Any
+
+import torch
+
+from ...base.errors import ProfileError
+from ...tensors.pytree import State
+from ...torch_state.replay_context import Autocast, OneWay, RandomState, Recomputing
+from ..inspection import Inspection
+from ..model_state import left_as_it_was
+from .calls import Call, Fixed, Source
+from .recorder import GoesBackError, Recorder
+from .recording import Recording, attributes_of, layouts_of
+
+# Each pass may find more that must be called whole, most often the module around it.
+_MOST_PASSES = 12
+
+
+def record(inspection: Inspection, inputs: State, device: torch.device) -> Recording:
+    """Record what a model does with a batch; the model is left as it was.
+
+    It runs until two passes in a row agree. Between them Python's generators go on, so that what
+    hangs on those is found.
+
+    Args:
+        inspection: Any module; its `forward` is recorded, its own hooks are not.
+        inputs: What it is called with, as `(args, kwargs)`, taken apart.
+        device: Where it lies.
+
+    Raises:
+        ProfileError: All of the model would have to be called whole, its forward changes
+            parameters, or no two passes agree.
+    """
+    whole: dict[str, str] = {}
+    before: Recorder | None = None
+    for _ in range(_MOST_PASSES):
+        recorder, output = _one_pass(inspection, inputs, device, whole)
+        marked = recorder.marked
+        if not marked and before is not None:
+            unlike = _difference(before, recorder)
+            if unlike is None:
+                return _recording(recorder, inputs, output, attributes_of(inspection.model), whole)
+            marked = {unlike: "two passes over the same batch took different ways"}
+        before = None if marked else recorder
+        _widen(whole, marked)
+    raise ProfileError(
+        f"the model was run {_MOST_PASSES} times on one batch and took another way each time; "
+        f"called whole so far: {', '.join(sorted(whole)) or 'nothing'}"
+    )
+
+
+def _recording(
+    recorder: Recorder,
+    inputs: State,
+    output: State,
+    attributes: Mapping[str, object],
+    whole: Mapping[str, str],
+) -> Recording:
+    return Recording(
+        calls=tuple(recorder.calls),
+        given=recorder.given,
+        inputs=State((), inputs.tree),
+        layouts=layouts_of(inputs),
+        returned=recorder.returned,
+        output=output,
+        guards=tuple(recorder.guards),
+        attributes=attributes,
+        kept=dict(recorder.kept),
+        whole=dict(whole),
+    )
+
+
+def _widen(whole: dict[str, str], marked: Mapping[str, str]) -> None:
+    """Add modules; where one is whole already, what happens is in the module around it."""
+    for path, why in marked.items():
+        while path in whole and path:
+            path = path.rpartition(".")[0]
+        if not path:
+            raise ProfileError(
+                f"the model cannot be taken apart: {why}, and does so outside of any part that "
+                "could be one stage; move the lines that do it into a module of their own"
+            )
+        whole[path] = why
+
+
+def _one_pass(
+    inspection: Inspection, inputs: State, device: torch.device, whole: Mapping[str, str]
+) -> tuple[Recorder, State]:
+    """One pass, after which all is as it was but Python's own random numbers."""
+    recorder = Recorder(inspection.model, whole)
+    output = State(())
+    with (
+        left_as_it_was(inspection, RandomState.take(device)) as (state, _),
+        Autocast.take(device).again(),
+        OneWay(),
+        Recomputing(),
+        torch.enable_grad(),
+    ):
+        fresh = inputs.replaced(
+            leaf.detach().requires_grad_(leaf.requires_grad) for leaf in inputs.leaves
+        )
+        with contextlib.suppress(GoesBackError):  # the module around is marked
+            output = recorder.run(fresh, device)
+        kept = {str(place) for place in recorder.kept}
+        for name in state.rebound():
+            path = _owner(inspection, name)
+            if name not in kept and not _is_within(path, whole):
+                recorder.mark(f"attribute {name!r} changes in a forward pass", path)
+        if state.written():
+            raise ProfileError(f"{state.written()} is changed by the model's forward pass")
+    return recorder, output
+
+
+def _is_within(path: str, whole: Mapping[str, str]) -> bool:
+    return any(path == w or path.startswith(f"{w}.") for w in whole)
+
+
+def _owner(inspection: Inspection, name: str) -> str:
+    """The path of the module that an attribute belongs to."""
+    path = name.rpartition(".")[0]
+    while path not in inspection.paths:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _difference(one: Recorder, other: Recorder) -> str | None:
+    """The path of the module in which two passes differ first; None where they are alike."""
+    for a, b in zip(one.calls, other.calls, strict=False):
+        if not _alike(a, b):
+            return b.scope
+    if len(one.calls) != len(other.calls):
+        longer = max(one.calls, other.calls, key=len)
+        return longer[min(len(one.calls), len(other.calls))].scope
+    same = len(one.returned) == len(other.returned) and all(
+        map(_same_source, one.returned, other.returned)
+    )
+    return None if same else ""
+
+
+def _alike(one: Call, other: Call) -> bool:
+    return (
+        one.target == other.target
+        and _same_constants(one.given, other.given)
+        and len(one.reads) == len(other.reads)
+        and all(map(_same_source, one.reads, other.reads))
+        and (one.makes, one.around, one.writes) == (other.makes, other.around, other.writes)
+    )
+
+
+def _same_constants(one: State, other: State) -> bool:
+    """Whether two calls were given the same besides tensors; functions count by their code."""
+    if one.tree == other.tree:
+        return True
+    mine, theirs = [*one.constants()], [*other.constants()]
+    return len(mine) == len(theirs) and all(
+        a == b or (isfunction(a) and isfunction(b) and _same_code(a, b))
+        for a, b in zip(mine, theirs, strict=True)
+    )
+
+
+def _same_code(one: Any, other: Any) -> bool:
+    same = one.__code__ is other.__code__ and one.__defaults__ == other.__defaults__
+    return same and not one.__closure__
+
+
+def _same_source(one: Source, other: Source) -> bool:
+    if isinstance(one, Fixed) and isinstance(other, Fixed):
+        return one.tensor is other.tensor  # else it is made on the way, unseen
+    return one == other

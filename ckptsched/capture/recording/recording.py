@@ -1,0 +1,264 @@
+"""A forward pass as a straight line of calls, which can be made again one by one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ...base.errors import ExecutionError, PlanMismatchError
+from ...tensors.pytree import State
+from .calls import Call, Guard, Place, Source, Value
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """The calls of one forward pass, in order: a program without branches."""
+
+    calls: tuple[Call, ...]
+    given: tuple[int, ...]
+    """Numbers of the tensors of the arguments, in order."""
+    inputs: State
+    """The arguments, as `(args, kwargs)`, without their tensors."""
+    layouts: tuple[tuple[object, ...], ...]
+    """Shape, dtype, device and whether it asks for a gradient, of each tensor of the arguments."""
+    returned: tuple[Source, ...]
+    """Where the tensors of the result come from, in order."""
+    output: State
+    """The result, without its tensors."""
+    guards: tuple[Guard, ...]
+    """What steered the pass besides the layouts of its arguments and the model's attributes."""
+    attributes: Mapping[str, object]
+    """Numbers, text and flags that modules keep, by path and name: others may steer otherwise."""
+    kept: Mapping[Place, int] = field(default_factory=dict)
+    """Attributes and buffers that hold a value when the pass is over, and its number."""
+    whole: Mapping[str, str] = field(default_factory=dict)
+    """Modules that are called whole where they could have been opened, by path, and why."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recording:
+        """Itself: it names modules by path, so that it is that of a copy of the model, too."""
+        return self
+
+    @functools.cached_property
+    def last_read(self) -> dict[int, int]:
+        """For each value the index of the last call that reads it.
+
+        For what the result or an attribute holds, the number of calls.
+        """
+        found: dict[int, int] = {}
+        for k, call in enumerate(self.calls):
+            found.update(dict.fromkeys((*call.values, *call.makes), k))
+        ends = (s.number for s in self.returned if isinstance(s, Value))
+        found.update(dict.fromkeys((*ends, *self.kept.values()), len(self.calls)))
+        found.pop(-1, None)
+        return found
+
+    def live(self, k: int) -> tuple[int, ...]:
+        """Numbers of the values that are there before a call and are read by it or later.
+
+        Args:
+            k: The call, by index; their number for what is there after the last.
+        """
+        return self._live[k]
+
+    @functools.cached_property
+    def _live(self) -> tuple[tuple[int, ...], ...]:
+        last, there = self.last_read, dict.fromkeys(self.given)
+        found = []
+        for k in range(len(self.calls) + 1):
+            found.append(tuple(n for n in there if last.get(n, -1) >= k))
+            there = dict.fromkeys(found[-1])
+            if k < len(self.calls):
+                there.update(dict.fromkeys(self.calls[k].makes))
+        return tuple(found)
+
+    def replay(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
+        """Make all calls again.
+
+        Args:
+            model: The model that was recorded, or a copy of it.
+            tensors: The tensors of the arguments, in the order of `given`.
+
+        Returns:
+            What the model would give.
+        """
+        bound = Bound(self, model)
+        values = dict(zip(self.given, tensors, strict=True))
+        for k in range(len(self.calls)):
+            bound.run(k, values)
+        return bound.result(values)
+
+    def check(self, model: nn.Module, inputs: State) -> None:
+        """See that a call of the model would go the way that was recorded.
+
+        Args:
+            model: The model, or a copy of it.
+            inputs: What it is called with, as `(args, kwargs)`, taken apart.
+
+        Raises:
+            PlanMismatchError: It is called with another structure or other layouts, an attribute
+                has changed, or values that steer it are others.
+        """
+        if State((), inputs.tree).tree != self.inputs.tree or self.layouts != layouts_of(inputs):
+            raise PlanMismatchError(
+                f"the model was recorded for {_described(self.layouts)}, and is called with "
+                f"{_described(layouts_of(inputs))}; record it for these"
+            )
+        now = attributes_of(model)
+        for name in sorted(self.attributes.keys() | now.keys()):
+            if self.attributes.get(name) != now.get(name):
+                raise PlanMismatchError(
+                    f"{name} was {self.attributes.get(name)!r} when the model was recorded, and is "
+                    f"{now.get(name)!r}; record it again"
+                )
+        bound, values = Bound(self, model), dict(zip(self.given, inputs.leaves, strict=True))
+        with torch.no_grad():
+            for guard in self.guards:
+                found = bound.ask(guard, values)
+                if found != guard.found:
+                    raise PlanMismatchError(
+                        f"{guard.read.name} in {guard.read.scope or 'the model'} gave "
+                        f"{guard.found!r} when the model was recorded, and gives {found!r} on this "
+                        "batch, so that it may go another way; record it for this batch"
+                    )
+
+    def __str__(self) -> str:
+        """A line a call, and a line a guard."""
+        return "\n".join(self.lines())
+
+    def lines(self) -> Iterator[str]:
+        """The text, line by line."""
+        yield f"recording of {len(self.calls)} calls, {len(self.given)} tensors given"
+        for k, call in enumerate(self.calls):
+            yield f"{k:5}  {call}"
+        for guard in self.guards:
+            yield f"guard  {guard.read.name}({_listed(guard.read.reads)}) = {guard.found}"
+
+
+@final
+class Bound:
+    """A recording bound to a model: modules and owners of tensors looked up once."""
+
+    def __init__(self, recording: Recording, model: nn.Module) -> None:
+        """Look up what the calls name.
+
+        Args:
+            recording: Of the model, or of one that it is a copy of.
+            model: The model.
+        """
+        self._recording = recording
+        self._callees = [_callee(call, model) for call in recording.calls]
+        calls = (*recording.calls, *(guard.read for guard in recording.guards))
+        places = {place for call in calls for place in call.places} | set(recording.kept)
+        places |= {source for source in recording.returned if isinstance(source, Place)}
+        self._owners = {place: model.get_submodule(place.path) for place in places}
+
+    def tensor(self, source: Source, values: Mapping[int, Tensor]) -> Tensor:
+        """The tensor that a source names.
+
+        Args:
+            source: The source.
+            values: The tensors that are there, by number.
+        """
+        if isinstance(source, Value):
+            return values[source.number]
+        if isinstance(source, Place):
+            return source.look_up(self._owners[source])
+        return source.tensor
+
+    def run(self, k: int, values: dict[int, Tensor]) -> None:
+        """Make one call, and put what it makes among the values.
+
+        Args:
+            k: The call, by index.
+            values: The tensors that are there, by number.
+
+        Raises:
+            ExecutionError: It gives another number of tensors than when it was recorded.
+        """
+        call = self._recording.calls[k]
+        tensors = [self.tensor(source, values) for source in call.reads]
+        made = call.run(self._callees[k], tensors)
+        if len(made) != len(call.makes):
+            raise ExecutionError(
+                f"{call.name} gave {len(made)} tensors, and {len(call.makes)} when the model was "
+                "recorded; record it again"
+            )
+        values.update(zip(call.makes, made, strict=True))
+
+    def ask(self, guard: Guard, values: Mapping[int, Tensor]) -> Any:
+        """What a guard finds now.
+
+        Args:
+            guard: The guard.
+            values: The tensors of the arguments, by number.
+        """
+        needed, chosen = {*guard.read.values}, []
+        for k in range(guard.after - 1, -1, -1):
+            call = self._recording.calls[k]
+            if needed.intersection(call.makes) or needed.intersection(call.writes):
+                chosen.append(k)
+                needed.update(call.values)
+        # Calls may write to what they are given: that must not reach the caller's batch.
+        there = {n: t.clone() for n, t in values.items() if n in needed}
+        for k in reversed(chosen):
+            self.run(k, there)
+        args, kwargs = guard.read.given.replaced(
+            self.tensor(source, there) for source in guard.read.reads
+        ).value()
+        return guard.read.target(*args, **kwargs)  # type: ignore[operator]
+
+    def result(self, values: Mapping[int, Tensor]) -> Any:
+        """What the model gives; what it keeps in attributes is put there.
+
+        Args:
+            values: The tensors that are there after the last call, by number.
+        """
+        for place, number in self._recording.kept.items():
+            place.put(self._owners[place], values[number])
+        sources = self._recording.returned
+        return self._recording.output.replaced(self.tensor(s, values) for s in sources).value()
+
+
+def layouts_of(inputs: State) -> tuple[tuple[object, ...], ...]:
+    """Shape, dtype, device and whether it asks for a gradient, of each tensor.
+
+    Args:
+        inputs: A value, taken apart.
+    """
+    return tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in inputs.leaves])
+
+
+def attributes_of(model: nn.Module) -> dict[str, object]:
+    """Numbers, text and flags that modules keep, by path and name: what code looks at.
+
+    Args:
+        model: The model.
+    """
+    found: dict[str, object] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, bool | int | float | str | None):
+                found[f"{path}.{name}" if path else name] = value
+    return found
+
+
+def _callee(call: Call, model: nn.Module) -> Any:
+    target: Any = call.target
+    if isinstance(target, str):
+        return model.get_submodule(target) if target else model.forward
+    return getattr(target, "apply") if isinstance(target, type) else target  # noqa: B009
+
+
+def _described(layouts: Iterable[tuple[object, ...]]) -> str:
+    texts = [f"{dtype}{list(shape)} on {device}" for shape, dtype, device, _ in layouts]  # type: ignore[call-overload]
+    return ", ".join(texts) or "no tensors"
+
+
+def _listed(sources: Iterable[Source]) -> str:
+    return ", ".join(map(str, sources))

@@ -1,0 +1,270 @@
+"""A recorded model as a chain: each stretch of calls between two cuts is a stage."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, Literal, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from ...base.budget import format_bytes
+from ...base.errors import ProfileError
+from ...tensors.pytree import State
+from ...torch_state.replay_context import OneWay, RandomState, Recomputing
+from ..inspection import inspect_model
+from ..model_state import left_as_it_was
+from ..stage_discovery import StageCall, StagedModule
+from ..wrappers import share
+from .cuts import every_cut, lean_cuts, measure, smallest_cuts
+from .record import record
+from .recording import Bound, Recording
+
+
+@final
+class Parts(nn.Module):
+    """The modules whose parameters and buffers a stage uses, each where the model keeps it.
+
+    It owns nothing itself: what asks for its modules, parameters or buffers is told of theirs.
+    """
+
+    def __init__(self, whole: Sequence[nn.Module], alone: Sequence[nn.Module]) -> None:
+        """Put modules together.
+
+        Args:
+            whole: Modules that count with all that is below them.
+            alone: Modules that count without what is below them.
+        """
+        super().__init__()
+        self.__dict__["_whole"] = tuple(whole)
+        self.__dict__["_alone"] = tuple(alone)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Those that were put together, and what is below those that count whole."""
+        memo = set() if memo is None else memo
+        dot = f"{prefix}." if prefix else ""
+        for k, module in enumerate(self.__dict__["_whole"]):
+            yield from module.named_modules(memo, f"{dot}{k}", remove_duplicate)
+        for k, module in enumerate(self.__dict__["_alone"], len(self.__dict__["_whole"])):
+            if module not in memo or not remove_duplicate:
+                memo.add(module)
+                yield f"{dot}{k}", module
+
+
+@final
+class CapturedStage(StageCall):
+    """The calls between two cuts."""
+
+    __slots__ = ("_bound", "_calls", "_enters", "_label", "_leaves", "_spent", "module")
+
+    module: nn.Module
+
+    def __init__(
+        self,
+        bound: Bound,
+        calls: range,
+        spent: Sequence[tuple[int, ...]],
+        enters: tuple[int, ...],
+        leaves: tuple[int, ...],
+        module: nn.Module,
+        label: str,
+    ) -> None:
+        """Take some calls of a recording.
+
+        Args:
+            bound: The recording, bound to a model.
+            calls: The calls, by index.
+            spent: For each the numbers of the values that nothing reads after it.
+            enters: Numbers of the values that make up the state before.
+            leaves: Numbers of those that make up the state after.
+            module: What has the parameters and buffers that the calls use.
+            label: The name of the stage.
+        """
+        self.prefix = ""
+        self.module = module
+        self._bound, self._calls, self._spent = bound, calls, tuple(spent)
+        self._enters, self._leaves, self._label = enters, leaves, label
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Make the calls.
+
+        Args:
+            x: The values that are alive before, a tuple of tensors.
+            args: None: a recording has its arguments among its values.
+            kwargs: None.
+
+        Returns:
+            The values that are alive after, a tuple of tensors.
+        """
+        values = dict(zip(self._enters, x, strict=True))
+        del x
+        for k, spent in zip(self._calls, self._spent, strict=True):
+            self._bound.run(k, values)
+            for number in spent:
+                values.pop(number, None)
+        return tuple([values[number] for number in self._leaves])
+
+    @property
+    def label(self) -> str:
+        """The names of the first and the last call."""
+        return self._label
+
+    @property
+    def key(self) -> Hashable:
+        """Of its own: equal stages are not looked for."""
+        return ("captured", id(self._bound), self._enters, self._leaves, self._label)
+
+
+@final
+class Captured(StagedModule):
+    """A recorded model: called with the tensors of the arguments, it gives those of the result."""
+
+    def __init__(
+        self, model: nn.Module, recording: Recording, cuts: Sequence[int], live_bytes: Sequence[int]
+    ) -> None:
+        """Cut a recording.
+
+        Args:
+            model: The model, with which it shares all that it owns.
+            recording: Of the model.
+            cuts: Before which calls to cut, in ascending order.
+            live_bytes: For each cut the bytes of the tensors that are alive there.
+        """
+        super().__init__()
+        share(model, self)
+        self.training = model.training
+        self.__dict__["_model"] = model
+        self.__dict__["recording"] = recording
+        self.__dict__["cuts"] = tuple(cuts)
+        self.__dict__["live_bytes"] = tuple(live_bytes)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that was recorded."""
+        return cast(nn.Module, self.__dict__["_model"])
+
+    @property
+    def recording(self) -> Recording:
+        """The calls, and what they were recorded for."""
+        return cast(Recording, self.__dict__["recording"])
+
+    def take(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """The tensors of a call of the model, which this module takes in its place.
+
+        Args:
+            args: What the model is called with.
+            kwargs: The same by name.
+
+        Raises:
+            PlanMismatchError: The model was recorded for another structure or other shapes, or
+                would take another way.
+        """
+        inputs = State.of((args, kwargs), opaque=True)
+        self.recording.check(self.model, inputs)
+        return inputs.leaves
+
+    def give(self, tensors: Sequence[Tensor]) -> Any:
+        """What the model gives, made of what this module gives.
+
+        Args:
+            tensors: The output of this module.
+        """
+        recording = self.recording
+        numbers = recording.live(len(recording.calls))
+        return Bound(recording, self.model).result(dict(zip(numbers, tensors, strict=True)))
+
+    def __repr__(self) -> str:
+        """The calls, the cuts between them with their live bytes, and the guards."""
+        cuts = dict(zip(self.__dict__["cuts"], self.__dict__["live_bytes"], strict=True))
+        lines = [*self.recording.lines()]
+        for k in reversed(cuts):
+            lines.insert(k + 1, f"---- cut: {format_bytes(cuts[k])} alive")
+        return "\n".join(lines)
+
+    def stages(self) -> list[StageCall]:
+        """The stretches between the cuts."""
+        recording = self.recording
+        bound = Bound(recording, self)
+        edges = [0, *self.__dict__["cuts"], len(recording.calls)]
+        return [
+            _stage(recording, bound, self, start, stop) for start, stop in itertools.pairwise(edges)
+        ]
+
+    def stages_follow_from(self) -> Hashable:
+        """The cuts: a recording does not change."""
+        cuts: tuple[int, ...] = self.__dict__["cuts"]
+        return cuts
+
+
+def captured(
+    model: nn.Module,
+    *sample: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    cuts: Literal["lean", "smallest", "every"] = "lean",
+) -> Captured:
+    """Record what a model does with a batch, and cut it into stages: any module becomes a chain.
+
+    Only tensors of the batch steer the recording by their shapes; what else steers it is checked by
+    `take`. The model is left as it was.
+
+    Args:
+        model: Any module.
+        sample: What it is called with.
+        kwargs: The same by name.
+        cuts: Where to cut: wherever no leaner cut is near, where the live bytes are smallest, or
+            wherever a cut may lie.
+
+    Returns:
+        A module that shares all that the model owns, for `profile`, `plan`, `checkpointed` and
+        `verify`. It takes the tensors of a call as a tuple, which `take` makes, and gives a tuple,
+        of which `give` makes what the model gives. Printed, it shows the calls, the cuts with the
+        bytes that are alive there, parts that are called whole and why, and guards.
+
+    Raises:
+        ProfileError: The model cannot be taken apart; the message says what is in the way.
+
+    Example:
+        >>> net = captured(model, ids, kwargs={"labels": ids})
+        >>> x = net.take(ids, labels=ids)
+        >>> planned = fit(net, x, budget="50%", loss=lambda y: net.give(y).loss)
+        >>> net.give(planned(x)).loss.backward()
+    """
+    inspection = inspect_model(model, "captured", ProfileError)
+    inputs = State.of((sample, dict(kwargs or {})), opaque=True)
+    if not inputs.leaves:
+        raise ProfileError("captured needs a sample to call the model with, found no tensor in it")
+    device = inputs.leaves[0].device
+    model, recording = inspection.model, record(inspection, inputs, device)
+    left, again = left_as_it_was(inspection, RandomState.take(device)), Recomputing()
+    with left, OneWay(), again, torch.enable_grad():
+        measured = measure(recording, model, [leaf.detach() for leaf in inputs.leaves])
+    ways = {"lean": lean_cuts, "smallest": smallest_cuts, "every": every_cut}
+    if cuts not in ways:
+        raise ProfileError(f"cuts is {cuts!r}; give one of {', '.join(map(repr, ways))}")
+    chosen = ways[cuts](measured)
+    return Captured(model, recording, chosen, [measured.live_bytes[k] for k in chosen])
+
+
+def _stage(
+    recording: Recording, bound: Bound, model: nn.Module, start: int, stop: int
+) -> CapturedStage:
+    calls = recording.calls[start:stop]
+    whole = {c.target: model.get_submodule(c.target) for c in calls if isinstance(c.target, str)}
+    paths = dict.fromkeys(p.path for c in calls for p in c.places if p.kind)
+    alone = [model.get_submodule(path) for path in paths if path not in whole]
+    enters = recording.live(start) if start else recording.given
+    leaves = recording.live(stop)
+    last: dict[int, int] = {}
+    for k, call in enumerate(calls, start):
+        last.update(dict.fromkeys((*call.values, *call.makes), k))
+    spent = [
+        tuple(n for n, at in last.items() if at == k and n not in leaves)
+        for k in range(start, stop)
+    ]
+    first, end = calls[0].name, calls[-1].name
+    label = f"{start}:{first}" + (f" to {end}" if len(calls) > 1 else "")
+    parts = Parts(list(whole.values()), alone)
+    return CapturedStage(bound, range(start, stop), spent, enters, leaves, parts, label)

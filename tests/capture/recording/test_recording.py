@@ -1,0 +1,201 @@
+"""Recordings: any module as a straight line of calls that gives what the module gives."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckptsched as cs
+from ckptsched.capture.inspection import Inspection
+from ckptsched.capture.recording.record import record
+from ckptsched.capture.recording.recording import Recording
+from ckptsched.memory.meters import default_meter
+from ckptsched.tensors.pytree import State
+from tests.support.odd_modules import (
+    GUARDED,
+    OUTSIDE,
+    ROWS,
+    STRAIGHT,
+    WHOLE,
+    WIDTH,
+    BranchOnData,
+    KeepsTensor,
+    Within,
+)
+
+CPU = torch.device("cpu")
+
+
+def batch(seed: int = 0) -> Tensor:
+    return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def recorded(model: nn.Module, *args: Any, **kwargs: Any) -> Recording:
+    return record(Inspection.of(model), State.of((args, kwargs), opaque=True), CPU)
+
+
+def seeded() -> None:
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+
+
+def step(model: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
+    """Everything that a training step leaves: results, gradients, buffers, random state."""
+    model.zero_grad()
+    seeded()
+    outputs = [y for y in State.of(run(), opaque=True).leaves if y.requires_grad]
+    sum((y * torch.linspace(0.5, 1.5, y.numel()).view(y.shape)).sum() for y in outputs).backward()  # type: ignore[union-attr]
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    return [*(y.detach() for y in outputs), *gradients, *buffers, torch.get_rng_state()]
+
+
+def assert_same_steps(model: nn.Module, recording: Recording, x: Tensor) -> None:
+    """A step of the model and one of its recording, from the same start."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = step(model, lambda: model(x))
+    model.load_state_dict(before)
+    again = step(model, lambda: recording.replay(model, (x,)))
+    model.load_state_dict(before)
+    assert len(plain) == len(again)
+    assert all(map(torch.equal, plain, again))
+
+
+def name_of(kind: type) -> str:
+    return kind.__name__
+
+
+@pytest.mark.parametrize("kind", STRAIGHT, ids=name_of)
+def test_a_recording_gives_what_the_module_gives_on_other_batches(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = kind()
+    recording = recorded(model, batch())
+    assert not recording.whole
+    assert not recording.guards
+    for seed in range(3):
+        assert_same_steps(model, recording, batch(seed))
+
+
+@pytest.mark.parametrize("kind", GUARDED, ids=name_of)
+def test_a_guard_tells_which_batches_go_the_same_way(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = kind(), batch().abs()
+    recording = recorded(model, x)
+    assert recording.guards
+    recording.check(model, State.of(((2 * x,), {})))
+    assert_same_steps(model, recording, 2 * x)
+    other = -x if kind is BranchOnData else x / 1e3
+    with pytest.raises(cs.PlanMismatchError, match="may go another way"):
+        recording.check(model, State.of(((other,), {})))
+
+
+@pytest.mark.parametrize("kind", WHOLE, ids=name_of)
+def test_what_a_recording_cannot_follow_is_one_call(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = Within(kind)
+    recording = recorded(model, batch())
+    assert [call.name for call in recording.calls] == ["before", "inner", "after"]
+    assert list(recording.whole) == ["inner"]
+    for seed in range(3):
+        assert_same_steps(model, recording, batch(seed))
+    OUTSIDE.clear()
+
+
+@pytest.mark.parametrize("kind", WHOLE, ids=name_of)
+def test_where_nothing_is_around_it_the_model_is_refused(kind: type[nn.Module]) -> None:
+    with pytest.raises(cs.ProfileError, match=r"cannot be taken apart: .*; move the lines"):
+        recorded(kind(), batch().requires_grad_())
+    OUTSIDE.clear()
+
+
+@pytest.mark.parametrize("kind", [*STRAIGHT, *GUARDED, *WHOLE], ids=name_of)
+def test_a_model_is_left_as_it_was(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = Within(kind) if kind in WHOLE else kind()
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
+    state = torch.get_rng_state()
+    call, apply = nn.Module.__call__, vars(torch.autograd.Function)["apply"]
+    recorded(model, batch())
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    for name, module in model.named_modules():
+        assert vars(module).keys() == attributes[name].keys()
+        assert all(vars(module)[key] is value for key, value in attributes[name].items())
+    assert nn.Module.__call__ is call
+    assert vars(torch.autograd.Function)["apply"] is apply
+    OUTSIDE.clear()
+
+
+def test_what_a_module_keeps_is_kept_again() -> None:
+    model, x = KeepsTensor(), batch(1)
+    recording = recorded(model, batch())
+    recording.replay(model, (x,))
+    assert torch.equal(model.last, model.a(x))
+    assert model.last.requires_grad
+
+
+class Stack(nn.Module):
+    """Layers that keep much for a backward, and a skip connection."""
+
+    def __init__(self, layers: int = 12) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(64, 64) for _ in range(layers)])
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        y = x
+        for layer in self.layers:
+            y = y + torch.tanh(layer(y)) * scale
+        return y - x
+
+
+def test_a_recording_takes_the_memory_of_a_forward_without_gradients() -> None:
+    model, x = Stack(), torch.randn(8192, 64)  # a copy of the parameters is small beside it
+    meter = default_meter(CPU)
+
+    def without() -> None:
+        with torch.no_grad():
+            model(x)
+
+    peaks = []
+    for run in (without, lambda: recorded(model, x), lambda: model(x).sum().backward()):
+        run()  # what is made once, such as the bookkeeping of modes, does not count
+        peaks.append(meter.measure(run)[1].peak_bytes)
+    assert peaks[1] <= 1.2 * peaks[0]
+    assert peaks[2] > 4 * peaks[0]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (lambda m: m(torch.randn(3, 64), scale=1.0), r"float32\[5, 64\].*float32\[3, 64\]"),
+        (lambda m: m(torch.randn(5, 64).double(), scale=1.0), "float64"),
+        (lambda m: m(torch.randn(5, 64), scale=2.0), "recorded for"),
+    ],
+)
+def test_a_call_of_another_kind_is_refused(other: Callable[[Any], Any], said: str) -> None:
+    model = Stack(2)
+    recording = recorded(model, torch.randn(5, 64), scale=1.0)
+
+    def check(*args: Any, **kwargs: Any) -> None:
+        recording.check(model, State.of((args, kwargs), opaque=True))
+
+    check(torch.randn(5, 64), scale=1.0)
+    with pytest.raises(cs.PlanMismatchError, match=said):
+        other(check)
+
+
+def test_an_attribute_that_has_changed_is_named() -> None:
+    model = Within(KeepsTensor)
+    recording = recorded(model, batch())
+    model.inner.eval()
+    with pytest.raises(cs.PlanMismatchError, match=r"inner\.a\.training was True"):
+        recording.check(model, State.of(((batch(),), {})))
