@@ -16,7 +16,7 @@ from typing import NamedTuple, final
 
 import numpy as np
 
-from ...base.jit import compiled
+from ...base.jit import compiled, count_steps, is_interpreted, suited
 from ...base.progress import report
 from .sizes import Slots
 from .table_kernel import END, LEAST, ZERO, Integers, Numbers, taped_need
@@ -28,6 +28,11 @@ from .traceback_kernel import BACKWARD, DROP, SWEEP, TAPE, TURN
 _MEMORY = 2**22
 # Looks at choices between two chances for Ctrl-C: some hundredths of a second.
 _LOOKS_AT_ONCE = 4_000_000
+# The first looks are few, so that where they do nothing need be compiled. What a look takes in the
+# interpreter, in steps.
+_FIRST_LOOKS = 200_000
+_LOOK_STEPS = 2
+_INTERPRETED_STAGES = 150
 # The bound rises from the table's to the seconds of the schedule at hand in so many steps. A low
 # goal leaves out more, and what it proves helps with the next.
 _STEPS = 8
@@ -35,6 +40,7 @@ _STEPS = 8
 _DIGITS = 1e-12
 # State of a search: segments remembered, looks left, whether these ran out.
 _USED, _LEFT, _STOPPED = range(3)
+_LOW = 2**31 - 1
 
 
 class _Model(NamedTuple):
@@ -97,9 +103,9 @@ def search(least: LeastMemory, table: Table, size: int, extra_seconds: float, lo
             return Found(None, known, False)
         if value < math.inf:
             events = np.empty((4 * n + 2, 3), dtype=np.int64)
-            count = follow(model, size, events)
+            written = suited(follow, n**2)(model, size, events)
             found = table.unscaled(value)
-            return Found(Outline(events[:count], found), found * (1 - _DIGITS), True)
+            return Found(Outline(events[:written], found), found * (1 - _DIGITS), True)
         known = goal * (1 - _DIGITS)
     return Found(None, known, True)
 
@@ -111,14 +117,25 @@ def _solve_in_parts(model: _Model, size: int, goal: float, looks: int) -> tuple[
         Its seconds, as `solve` gives them, and the looks that are left: 0 where it did not end.
     """
     n = model.least.shape[1] - 2
-    while looks > 0 and model.state[_USED] < _most(model.keys):
-        granted = min(looks, _LOOKS_AT_ONCE)
+    # Segments are solved within each other, in the interpreter as deep as it allows.
+    step = _LOOK_STEPS if n <= _INTERPRETED_STAGES else math.inf
+    at_once = _FIRST_LOOKS
+    while looks > 0 and model.state[_USED] < _most_remembered(model):
+        granted = min(looks, at_once)
         model.state[_LEFT], model.state[_STOPPED] = granted, 0
-        value = solve(model, 1, n + 1, size, goal)
-        looks -= granted - max(int(model.state[_LEFT]), 0)
+        interpreted = is_interpreted(solve, step * granted)
+        value = suited(solve, 0.0 if interpreted else math.inf)(model, 1, n + 1, size, goal)
+        used = granted - max(int(model.state[_LEFT]), 0)
+        count_steps(solve, step * used if interpreted else 0.0)
+        looks -= used
         if not model.state[_STOPPED]:
             return value, max(looks, 1)
+        at_once = _LOOKS_AT_ONCE
     return math.inf, 0
+
+
+def _most_remembered(model: _Model) -> int:
+    return suited(_most, 0.0)(model.keys)
 
 
 def _model(least: LeastMemory, table: Table) -> _Model:
@@ -150,8 +167,8 @@ def _bound(model: _Model, start: int, t: int, m: int) -> float:
         return np.inf
     if slot >= model.rows[start, t, END]:
         return 0.0
-    value = model.values[model.rows[start, t, ZERO] + slot] * model.shrink - model.slack
-    return float(max(value, 0.0))
+    value = np.float64(model.values[model.rows[start, t, ZERO] + slot])
+    return float(max(value * model.shrink - model.slack, 0.0))
 
 
 @compiled
@@ -163,10 +180,9 @@ def _most(keys: Integers) -> int:
 @compiled
 def _place(keys: Integers, start: int, t: int, m: int) -> int:
     """Where a segment is remembered, or would be."""
-    mixed = np.uint64(start * 1_000_003 + t) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ np.uint64(m)) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(29)
-    at = int(np.int64(mixed & np.uint64(len(keys) - 1)))
+    # Products of 31 bits each, so that none overflows: start and t have some 13 bits, m up to 62.
+    mixed = (m & _LOW) * 0x5851F42D ^ (m >> 31) * 0x14057B7F ^ (start * 65_537 + t) * 0x2545F491
+    at = ((mixed ^ mixed >> 32) & _LOW) * 0x4F1BBCDD >> 20 & (len(keys) - 1)
     while keys[at, 0] and (keys[at, 0] != start or keys[at, 1] != t or keys[at, 2] != m):
         at = (at + 1) & (len(keys) - 1)
     return at
@@ -198,7 +214,7 @@ def solve(model: _Model, start: int, t: int, m: int, goal: float) -> float:
         return np.inf
     costs, choices = _choices(model, start, s, t, m, goal)
     best, way, split = goal, -1, 0
-    for k in np.argsort(costs):
+    for k in np.argsort(costs, kind="mergesort"):  # stable, so that ties go one way everywhere
         if costs[k] >= best:
             break
         i, j = choices[k, 0], choices[k, 1]

@@ -30,7 +30,7 @@ from .to_schedule import Outline, fastest_outline, outline
 # A table has at most so many slots, more where it is small, and so many numbers of 4 bytes. It
 # serves a range of budgets, of which the smallest has `_USEFUL_SLOTS` where that can be.
 _SLOTS = (8_000, 64_000)
-_ADDITIONS = 2e9
+_ADDITIONS = 2e8
 _NUMBERS = 1.25e8
 _USEFUL_SLOTS = 1_000
 _LEAST_SPAN, _MOST_SPAN = 2.0, 8.0

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import final
 
-import networkx as nx
-
 from ...schedule.language import Backward, Forward, Operation
 from ...workload.graph import Graph
 
@@ -69,6 +67,8 @@ def orders(graph: Graph, most: int) -> tuple[list[Reordered], bool]:
     Returns:
         The orders, and whether they are all there are.
     """
+    import networkx as nx  # when it is needed: it takes a while
+
     edges: nx.DiGraph[int] = nx.DiGraph()
     edges.add_nodes_from(range(len(graph) + 1))
     for i, sources in enumerate(graph.reads, 1):
