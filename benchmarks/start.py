@@ -4,10 +4,10 @@
     python -m benchmarks.start --document
 
 Each row is a process of its own. *Cold* has empty caches: no plans and no machine code of numba;
-Python's bytecode is there, as pip leaves it. *Warm* is the least of three runs after it. Seconds are
-of the processor, of all threads, so that waiting does not count, but threads of OpenMP that wait
-for each other on a busy machine count as working. *Beyond* leaves out what a process takes that
-does nothing, or that imports torch alone where a network is fitted.
+Python's bytecode is there, as pip leaves it. *Warm* is the least of three runs after it. Seconds
+are of the processor, of all threads, so that waiting does not count, but threads of OpenMP that
+wait for each other on a busy machine count as working. *Beyond* leaves out what a process takes
+that does nothing, or that imports torch alone where a network is fitted.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from ..schedule.language import Code, Copy, Drop, Kind, Schedule, Value, format_
 from ..schedule.trace import Live, Trace
 from ..workload.chain import Chain
 from ..workload.graph import Graph
-from .exact_bytes import charge
+from .exact_bytes import charge, live_at
 from .graph_rules import simulate_graph
 
 Links = Mapping[tuple[Tier, Tier], Link]
@@ -66,7 +66,7 @@ def simulate(
     timeline = planning.timeline
     ledger_peak = None
     if model != "planning" and chain.has_ledger:
-        timeline = charge(chain, schedule).timeline
+        timeline = charge(chain, schedule)
         ledger_peak = int(timeline.max())
     position = int(timeline.argmax())
     exact = ledger_peak is not None
@@ -92,7 +92,7 @@ def _live_at(
 ) -> tuple[Live, ...]:
     """What is live when an operation runs, in the ledger or in the planning model."""
     if exact:
-        return charge(chain, schedule, until=position).live
+        return live_at(chain, schedule, position, peak)
     run = _Planning(chain, schedule, links)
     run.run(until=position)
     return run.live(peak)

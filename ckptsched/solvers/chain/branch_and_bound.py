@@ -72,8 +72,6 @@ class Found:
     """The optimum of the recurrence, where it was found and is below what was at hand."""
     bound_seconds: float
     """No schedule of the recurrence is below, in seconds more than the fastest."""
-    is_proven: bool
-    """Whether the search came to its end."""
 
 
 def search(least: LeastMemory, table: Table, size: int, extra_seconds: float, looks: int) -> Found:
@@ -91,7 +89,7 @@ def search(least: LeastMemory, table: Table, size: int, extra_seconds: float, lo
     """
     n, known = len(least.sizes), table.bound(size)
     if known >= extra_seconds:
-        return Found(None, extra_seconds, True)
+        return Found(None, extra_seconds)
     model = _model(least, table)
     scale = 1 / table.unscaled(1.0)
     low, high = known, extra_seconds
@@ -100,14 +98,14 @@ def search(least: LeastMemory, table: Table, size: int, extra_seconds: float, lo
         report(f"exact search of {n} stages", (step - 1) / _STEPS)
         value, looks = _solve_in_parts(model, size, goal * scale, looks)
         if looks <= 0:
-            return Found(None, known, False)
+            return Found(None, known)
         if value < math.inf:
             events = np.empty((4 * n + 2, 3), dtype=np.int64)
             written = suited(follow, n**2)(model, size, events)
             found = table.unscaled(value)
-            return Found(Outline(events[:written], found), found * (1 - _DIGITS), True)
+            return Found(Outline(events[:written], found), found * (1 - _DIGITS))
         known = goal * (1 - _DIGITS)
-    return Found(None, known, True)
+    return Found(None, known)
 
 
 def _solve_in_parts(model: _Model, size: int, goal: float, looks: int) -> tuple[float, int]:

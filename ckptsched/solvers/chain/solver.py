@@ -102,13 +102,6 @@ class ChainDp(AbstractSolver):
         if self.slots is not None and self.slots < 1:
             raise WorkloadError(f"chain_dp needs at least one slot, found {self.slots}")
 
-    def solve(self, chain: Chain, budget_bytes: int) -> Solution:
-        """Find the cheapest memory-persistent schedule within a budget."""
-        (result,) = self.solve_each(chain, [budget_bytes])
-        if isinstance(result, InfeasibleBudgetError):
-            raise result
-        return result
-
     def solve_each(
         self, chain: Chain, budgets: Sequence[int]
     ) -> list[Solution | InfeasibleBudgetError]:

@@ -92,17 +92,6 @@ class RunDp(AbstractSolver):
 
     name = "run_dp"
 
-    def solve(self, chain: Chain, budget_bytes: int) -> Solution:
-        """Find a cheap memory-persistent schedule within a budget, and a bound.
-
-        Raises:
-            WorkloadError: The chain has no long runs, or more than `MOST_STAGES` stages.
-        """
-        (result,) = self.solve_each(chain, [budget_bytes])
-        if isinstance(result, InfeasibleBudgetError):
-            raise result
-        return result
-
     def solve_each(
         self, chain: Chain, budgets: Sequence[int]
     ) -> list[Solution | InfeasibleBudgetError]:
