@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ckptsched.base import jit as module
 from ckptsched.base.errors import InfeasibleBudgetError
-from ckptsched.base.jit import compiled, count_steps, is_interpreted, suited, turn
+from ckptsched.base.jit import compiled, count_steps, folder_lock, is_interpreted, suited
 from ckptsched.base.progress import listening
 from ckptsched.solvers import ChainDp, Solution
 from ckptsched.workload.chain import Chain
@@ -43,7 +43,7 @@ def test_one_after_the_other(tmp_path: Path) -> None:
     def work() -> None:
         start.wait()
         for _ in range(50):
-            with turn(tmp_path / "not there yet"):
+            with folder_lock(tmp_path / "not there yet"):
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
                 sum(range(2000))
@@ -59,9 +59,9 @@ def test_one_after_the_other(tmp_path: Path) -> None:
 
 def test_a_folder_without_locks_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with turn(tmp_path / "file" / "folder"):
+    with folder_lock(tmp_path / "file" / "folder"):
         pass
-    with turn(tmp_path), pytest.raises(KeyError), turn(tmp_path / "other"):
+    with folder_lock(tmp_path), pytest.raises(KeyError), folder_lock(tmp_path / "other"):
         raise KeyError
 
 
@@ -69,7 +69,7 @@ def test_a_lock_that_is_never_let_go_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PATIENCE_SECONDS", 0.02)
-    with turn(tmp_path), turn(tmp_path):
+    with folder_lock(tmp_path), folder_lock(tmp_path):
         pass
 
 
@@ -80,7 +80,7 @@ def test_a_process_forked_meanwhile_does_not_keep_the_lock(
     fcntl = pytest.importorskip("fcntl")
     lock, copies = module._lock, []
     monkeypatch.setattr(module, "_lock", lambda x: (copies.append(os.dup(x)), lock(x)))
-    with turn(tmp_path):
+    with folder_lock(tmp_path):
         pass
     try:
         with open(next(tmp_path.iterdir()), "ab") as file:
@@ -98,7 +98,7 @@ def test_machine_code_is_read_and_written_under_the_lock(
     @contextlib.contextmanager
     def noted(folder: Path) -> Iterator[None]:
         held[0] += 1
-        with turn(folder):
+        with folder_lock(folder):
             yield
         held[0] -= 1
 
@@ -109,7 +109,7 @@ def test_machine_code_is_read_and_written_under_the_lock(
             name,
             lambda *a, m=method, n=name: seen.append((n, held[0])) or m(*a),
         )
-    monkeypatch.setattr(module, "turn", noted)
+    monkeypatch.setattr(module, "folder_lock", noted)
     (tmp_path / "kernel_of_test.py").write_text(KERNEL)
     monkeypatch.syspath_prepend(str(tmp_path))
     total = importlib.import_module("kernel_of_test").total

@@ -171,14 +171,14 @@ def _fork_while_nothing_is_compiled() -> None:
 
 def _in_turn(method: Callable[..., Any], cache: Any) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
-        with turn(Path(cache.cache_path)):
+        with folder_lock(Path(cache.cache_path)):
             return method(*arguments)
 
     return call
 
 
 @contextlib.contextmanager
-def turn(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder; go on without it where that cannot be, or not in 10 seconds.
 
     Args:

@@ -21,7 +21,7 @@ from ..schedule.language import Code, Schedule
 from ..schedule.trace import Live
 from ..workload.chain import Chain
 from . import exact_bytes_kernel as kernel
-from .exact_bytes_arrays import kinds_of, replays_of, stages_of, storages_of
+from .exact_bytes_arrays import ledgers_of, replays_of, stages_of, storages_of
 from .liveness import analyse, blocks_of, cut, snapshot_bytes
 
 # Steps of the interpreter for an operation.
@@ -93,11 +93,11 @@ class _Ledger:
         owner = np.zeros(n + 1, dtype=np.int64)
         for k, block in enumerate(blocks):
             owner[block.first : block.last + 1] = k
-        self.kinds = kinds_of(chain)
+        self.ledgers = ledgers_of(chain)
         self.stages = stages_of(chain, snapshots, owner)
         self.replays = replays_of(schedule, live, blocks, owner, cut(schedule, blocks).backward)
-        made, width = storages_of(self.kinds, schedule)
-        inputs = int(self.kinds.inputs[0])
+        made, width = storages_of(self.ledgers, schedule)
+        inputs = int(self.ledgers.inputs[0])
         at_first = self.random * live.snapshots_input
         self.start = kernel.Start(
             # Hidden state as the step begins is kept whatever is planned: for one more backward.
@@ -119,14 +119,14 @@ class _Ledger:
         """Do so many operations, and begin what begins with the next one; bytes while each runs."""
         during = np.zeros(stop, dtype=np.int64)
         charge_all = suited(kernel.charge, _STEPS * stop)
-        model = self.facts, self.kinds, self.stages, self.replays, self.start
+        model = self.facts, self.ledgers, self.stages, self.replays, self.start
         charge_all(self.schedule.packed, *model, self.books, during)
         return during
 
     def storages(self) -> Iterator[Live]:
         """Those that anything holds, by the first state that lies in them."""
         books, names = self.books, dict[int, str]()
-        outputs = np.diff(self.kinds.first_output)[self.kinds.of]
+        outputs = np.diff(self.ledgers.first_output)[self.ledgers.of]
         outputs[0] = inputs = self.start.inputs
         for i in np.flatnonzero(books.has_state).tolist():
             for x in books.states[i, : outputs[i]].tolist():
@@ -145,7 +145,7 @@ class _Ledger:
     def tapes(self) -> Iterator[Live]:
         """What tapes take besides storages of states."""
         for i in np.flatnonzero(self.books.has_tape).tolist():
-            yield Live(f"tape[{i}]", int(self.kinds.tape[self.kinds.of[i]]))
+            yield Live(f"tape[{i}]", int(self.ledgers.tape[self.ledgers.of[i]]))
 
     def others(self) -> Iterator[Live]:
         """What there is one of."""

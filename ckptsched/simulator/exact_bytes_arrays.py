@@ -12,15 +12,15 @@ import numpy.typing as npt
 from ..schedule.language import Code, Schedule
 from ..workload.chain import Chain
 from ..workload.stage import Block, StageLedger
-from .exact_bytes_kernel import Kinds, Replays, Stages
+from .exact_bytes_kernel import Ledgers, Replays, Stages
 from .liveness import Liveness, Segment
 
 Integers = npt.NDArray[np.int64]
 _T = TypeVar("_T")
 
 
-def kinds_of(chain: Chain) -> Kinds:
-    """The different ledgers of a chain; equal stages share an object, which is one kind.
+def ledgers_of(chain: Chain) -> Ledgers:
+    """The different ledgers of a chain; equal stages share an object.
 
     Args:
         chain: A chain whose stages all have a ledger.
@@ -32,18 +32,18 @@ def kinds_of(chain: Chain) -> Kinds:
     for stage in chain.stages:
         ledger = stage.ledger
         assert ledger is not None
-        kind = seen.setdefault((id(ledger), width), len(found))
-        if kind == len(found):
+        number = seen.setdefault((id(ledger), width), len(found))
+        if number == len(found):
             found.append((ledger, width))
             widths.append(len(_outputs(ledger, width)))
-        of.append(kind)
-        width = widths[kind]
+        of.append(number)
+        width = widths[number]
     first_output, outputs = _flat([_outputs(*each) for each in found])
     first_saved, saved = _flat([_saved(*each) for each in found])
     first_peak, peak = _flat([_peaks(ledger) for ledger, _ in found])
     pairs = np.array(outputs, dtype=np.int64).reshape(-1, 2)
     ledgers = [ledger for ledger, _ in found]
-    return Kinds(
+    return Ledgers(
         of=np.array(of, dtype=np.int64),
         forward=np.array([x.forward_peak_bytes for x in ledgers], dtype=np.int64),
         taped=np.array([x.taped_peak_bytes for x in ledgers], dtype=np.int64),
@@ -60,13 +60,13 @@ def kinds_of(chain: Chain) -> Kinds:
     )
 
 
-def storages_of(kinds: Kinds, schedule: Schedule) -> tuple[int, int]:
+def storages_of(ledgers: Ledgers, schedule: Schedule) -> tuple[int, int]:
     """How many storages all runs of a schedule make, and how many a state has at the most."""
-    outputs = np.diff(kinds.first_output)
+    outputs = np.diff(ledgers.first_output)
     owner = np.repeat(np.arange(len(outputs)), outputs)
-    made = np.bincount(owner[kinds.source < 0], minlength=len(outputs))
+    made = np.bincount(owner[ledgers.source < 0], minlength=len(outputs))
     runs = schedule.stages[schedule.codes <= Code.TAPED_FORWARD]
-    return int(made[kinds.of[runs]].sum()), int(max(kinds.inputs.max(), outputs.max()))
+    return int(made[ledgers.of[runs]].sum()), int(max(ledgers.inputs.max(), outputs.max()))
 
 
 def _inputs(chain: Chain) -> int:

@@ -2,7 +2,7 @@
 
 Storages are numbered as they are made: those of the input first, then those of outputs and clones
 of buffers. A storage takes its bytes while its count of holders is not 0. In what follows i is a
-stage or state, k a kind of stage, p the position of an operation, x a storage, and `at` a place in
+stage or state, k a ledger, p the position of an operation, x a storage, and `at` a place in
 a flat array. Schedules are valid, on the device alone.
 """
 
@@ -19,7 +19,7 @@ from .liveness import FREES_INPUT, KEEPS_OUTPUT, SNAPSHOTS
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-# The codes and kinds of the schedule language, as constants that compiled code can hold.
+# The codes and ledgers of the schedule language, as constants that compiled code can hold.
 _FORWARD, _TAPED, _TURN, _BACKWARD, _DROP = 0, 1, 2, 3, 5
 _STATE, _TAPE = 0, 1
 # Places in `Books.totals`: bytes of the gradient of a state, of those of parameters, of random
@@ -27,11 +27,11 @@ _STATE, _TAPE = 0, 1
 GRADIENT, PARAMETERS, RANDOM, LOSS = range(4)
 
 
-class Kinds(NamedTuple):
-    """What stages have in common, by kind; of flat arrays kind k has first[k] to first[k + 1]."""
+class Ledgers(NamedTuple):
+    """The ledgers of a chain by number; of flat arrays ledger k has first[k] to first[k + 1]."""
 
     of: Integers
-    """Kind of each stage, shape (n + 1,)."""
+    """That of each stage, shape (n + 1,)."""
     forward: Integers
     """Peak of a run without tape."""
     taped: Integers
@@ -154,7 +154,7 @@ def open_books(n: int, storages: int, width: int, blocks: int) -> Books:
 def charge(
     packed: Integers,
     facts: Flags,
-    kinds: Kinds,
+    ledgers: Ledgers,
     stages: Stages,
     replays: Replays,
     start: Start,
@@ -166,7 +166,7 @@ def charge(
     Args:
         packed: Operations as `Schedule` packs them.
         facts: As `liveness.analyse` finds them.
-        kinds: Figures by kind of stage.
+        ledgers: The ledgers.
         stages: Figures by stage.
         replays: What is run again.
         start: What is there before.
@@ -186,42 +186,42 @@ def charge(
             return
         code, kind, i = packed[p] & 0xFF, packed[p] >> 8 & 0xFF, packed[p] >> 32
         if code <= _TAPED:
-            k = kinds.of[i]
-            peak = level + (kinds.taped[k] if code else kinds.forward[k])
+            k = ledgers.of[i]
+            peak = level + (ledgers.taped[k] if code else ledgers.forward[k])
             source = books.states[i - 1] if books.has_state[i - 1] else books.outputs[i - 1]
             output = books.outputs[i] if code else books.states[i]
-            made = _make(books, kinds, k, source, output, made)
+            made = _make(books, ledgers, k, source, output, made)
             snapshot = stages.snapshots[i] * facts[SNAPSHOTS, p]
             if code:
                 books.inputs[i] = source
                 books.clone[i] = books.clones[stages.owner[i]]
-                level += _begin_tape(books, kinds, k, i, facts[KEEPS_OUTPUT, p], snapshot)
+                level += _begin_tape(books, ledgers, k, i, facts[KEEPS_OUTPUT, p], snapshot)
             else:
                 books.has_state[i] = True
                 books.state_snapshot[i] = snapshot
-                level += snapshot + _hold_all(books, output, _width(kinds, k))
+                level += snapshot + _hold_all(books, output, _width(ledgers, k))
             during[p] = max(peak, level)
             if facts[FREES_INPUT, p]:
-                level -= _stop_handing_on(books, i - 1, kinds.inputs[k])
+                level -= _stop_handing_on(books, i - 1, ledgers.inputs[k])
         elif code == _BACKWARD:
-            during[p] = level + _backward_peak(books, kinds, stages, i)
-            level -= _drop_tape(books, kinds, i)
+            during[p] = level + _backward_peak(books, ledgers, stages, i)
+            level -= _drop_tape(books, ledgers, i)
             level += _set(totals, GRADIENT, stages.gradient[i - 1])
             level += _set(totals, PARAMETERS, totals[PARAMETERS] + stages.parameters[i])
         elif code == _TURN:
             during[p] = level + stages.gradient[n] + start.loss
-            level += _turn(books, kinds, n, start.held)
+            level += _turn(books, ledgers, n, start.held)
             if facts[FREES_INPUT, p]:
-                level -= _stop_handing_on(books, n, _width(kinds, kinds.of[n]))
+                level -= _stop_handing_on(books, n, _width(ledgers, ledgers.of[n]))
             level += _set(totals, GRADIENT, stages.gradient[n])
         else:
             during[p] = level
             if kind == _STATE:
                 books.has_state[i] = False
-                width = _width(kinds, kinds.of[i]) if i else start.inputs
+                width = _width(ledgers, ledgers.of[i]) if i else start.inputs
                 level -= books.state_snapshot[i] + _release_all(books, books.states[i], width)
             elif kind == _TAPE:
-                level -= _drop_tape(books, kinds, i)
+                level -= _drop_tape(books, ledgers, i)
             else:
                 level += _set(totals, GRADIENT, 0)
 
@@ -265,9 +265,9 @@ def _release_all(books: Books, storages: Integers, width: int) -> int:
 
 
 @compiled
-def _width(kinds: Kinds, k: int) -> int:
+def _width(ledgers: Ledgers, k: int) -> int:
     """Storages of the output."""
-    return int(kinds.first_output[k + 1] - kinds.first_output[k])
+    return int(ledgers.first_output[k + 1] - ledgers.first_output[k])
 
 
 @compiled
@@ -287,39 +287,43 @@ def _begin_segment(books: Books, replays: Replays, segment: int, made: int) -> i
 
 
 @compiled
-def _make(books: Books, kinds: Kinds, k: int, source: Integers, output: Integers, made: int) -> int:
+def _make(
+    books: Books, ledgers: Ledgers, k: int, source: Integers, output: Integers, made: int
+) -> int:
     """Number the storages of an output; returns how many there are then."""
-    first = kinds.first_output[k]
-    for at in range(first, kinds.first_output[k + 1]):
-        if kinds.source[at] >= 0:
-            output[at - first] = source[kinds.source[at]]
+    first = ledgers.first_output[k]
+    for at in range(first, ledgers.first_output[k + 1]):
+        if ledgers.source[at] >= 0:
+            output[at - first] = source[ledgers.source[at]]
         else:
-            books.sizes[made] = kinds.size[at]
+            books.sizes[made] = ledgers.size[at]
             output[at - first] = made
             made += 1
     return made
 
 
 @compiled
-def _saved(books: Books, kinds: Kinds, i: int, at: int) -> int:
+def _saved(books: Books, ledgers: Ledgers, i: int, at: int) -> int:
     """A storage that tape i keeps."""
-    which = kinds.saved[at]
+    which = ledgers.saved[at]
     return int(books.inputs[i, which] if which >= 0 else books.outputs[i, -1 - which])
 
 
 @compiled
-def _begin_tape(books: Books, kinds: Kinds, k: int, i: int, hands_on: bool, snapshot: int) -> int:
+def _begin_tape(
+    books: Books, ledgers: Ledgers, k: int, i: int, hands_on: bool, snapshot: int
+) -> int:
     """Book a tape; returns the bytes that it adds."""
-    added = kinds.tape[k]
+    added = ledgers.tape[k]
     books.has_tape[i] = True
-    for at in range(kinds.first_saved[k], kinds.first_saved[k + 1]):
-        added += _hold(books, _saved(books, kinds, i, at))
+    for at in range(ledgers.first_saved[k], ledgers.first_saved[k + 1]):
+        added += _hold(books, _saved(books, ledgers, i, at))
     if books.clone[i] >= 0:
         added += _hold(books, books.clone[i])
     books.hands_on[i] = hands_on
     books.tape_snapshot[i] = snapshot if hands_on else 0
     if hands_on:
-        added += snapshot + _hold_all(books, books.outputs[i], _width(kinds, k))
+        added += snapshot + _hold_all(books, books.outputs[i], _width(ledgers, k))
     return int(added)
 
 
@@ -333,22 +337,22 @@ def _stop_handing_on(books: Books, i: int, width: int) -> int:
 
 
 @compiled
-def _drop_tape(books: Books, kinds: Kinds, i: int) -> int:
+def _drop_tape(books: Books, ledgers: Ledgers, i: int) -> int:
     """Returns the bytes that this frees."""
-    k = kinds.of[i]
-    freed = _stop_handing_on(books, i, _width(kinds, k)) + kinds.tape[k]
+    k = ledgers.of[i]
+    freed = _stop_handing_on(books, i, _width(ledgers, k)) + ledgers.tape[k]
     books.has_tape[i] = False
-    for at in range(kinds.first_saved[k], kinds.first_saved[k + 1]):
-        freed += _release(books, _saved(books, kinds, i, at))
+    for at in range(ledgers.first_saved[k], ledgers.first_saved[k + 1]):
+        freed += _release(books, _saved(books, ledgers, i, at))
     if books.clone[i] >= 0:
         freed += _release(books, books.clone[i])
     return int(freed)
 
 
 @compiled
-def _turn(books: Books, kinds: Kinds, n: int, held: int) -> int:
+def _turn(books: Books, ledgers: Ledgers, n: int, held: int) -> int:
     """Have the caller hold the output, and the value of the loss; returns the bytes added."""
-    width = _width(kinds, kinds.of[n])
+    width = _width(ledgers, ledgers.of[n])
     output = books.states[n] if books.has_state[n] else books.outputs[n]
     added = _hold_all(books, output, width)
     rest = held
@@ -361,36 +365,36 @@ def _turn(books: Books, kinds: Kinds, n: int, held: int) -> int:
 
 
 @compiled
-def _outlives(books: Books, kinds: Kinds, i: int, x: int) -> bool:
+def _outlives(books: Books, ledgers: Ledgers, i: int, x: int) -> bool:
     """Whether something besides tape i holds a storage."""
-    k, own = kinds.of[i], 0
-    for at in range(kinds.first_saved[k], kinds.first_saved[k + 1]):
-        own += _saved(books, kinds, i, at) == x
+    k, own = ledgers.of[i], 0
+    for at in range(ledgers.first_saved[k], ledgers.first_saved[k + 1]):
+        own += _saved(books, ledgers, i, at) == x
     return bool(books.holders[x] > own)
 
 
 @compiled
-def _backward_peak(books: Books, kinds: Kinds, stages: Stages, i: int) -> int:
+def _backward_peak(books: Books, ledgers: Ledgers, stages: Stages, i: int) -> int:
     """The peak of a backward above the level before it."""
-    k = kinds.of[i]
+    k = ledgers.of[i]
     first, half = stages.parameters[i] > 0, 0
-    begin = kinds.first_peak[k]
-    if kinds.has_parts[k]:
-        count = kinds.first_saved[k + 1] - kinds.first_saved[k]
-        half = (kinds.first_peak[k + 1] - begin) // 2
+    begin = ledgers.first_peak[k]
+    if ledgers.has_parts[k]:
+        count = ledgers.first_saved[k + 1] - ledgers.first_saved[k]
+        half = (ledgers.first_peak[k + 1] - begin) // 2
         mask, any_held = 0, 0
         for bit in range(count):
-            x = _saved(books, kinds, i, kinds.first_saved[k] + bit)
-            if _outlives(books, kinds, i, x):
+            x = _saved(books, ledgers, i, ledgers.first_saved[k] + bit)
+            if _outlives(books, ledgers, i, x):
                 any_held = 1
                 mask |= 1 << min(bit, 32)
         if count > 32 or half != 1 << count:
             mask = any_held
-        before, at_first = kinds.peak[begin + mask], kinds.peak[begin + half + mask]
+        before, at_first = ledgers.peak[begin + mask], ledgers.peak[begin + half + mask]
     else:
-        mask = 4 * _outlives(books, kinds, i, books.inputs[i, 0])
-        mask += 2 * _outlives(books, kinds, i, books.outputs[i, 0])
-        before, at_first = kinds.peak[begin + mask], kinds.peak[begin + mask + 1]
+        mask = 4 * _outlives(books, ledgers, i, books.inputs[i, 0])
+        mask += 2 * _outlives(books, ledgers, i, books.outputs[i, 0])
+        before, at_first = ledgers.peak[begin + mask], ledgers.peak[begin + mask + 1]
     if stages.partly[i] and not first:
         return int(max(before, at_first))
     return int(at_first if first else before)

@@ -176,7 +176,7 @@ def _most(keys: Integers) -> int:
 
 
 @compiled
-def _place(keys: Integers, start: int, t: int, m: int) -> int:
+def _entry(keys: Integers, start: int, t: int, m: int) -> int:
     """Where a segment is remembered, or would be."""
     # Products of 31 bits each, so that none overflows: start and t have some 13 bits, m up to 62.
     mixed = (m & _LOW) * 0x5851F42D ^ (m >> 31) * 0x14057B7F ^ (start * 65_537 + t) * 0x2545F491
@@ -197,7 +197,7 @@ def solve(model: _Model, start: int, t: int, m: int, goal: float) -> float:
         return np.inf
     if m >= model.enough[start, t]:
         return 0.0
-    at = _place(model.keys, start, t, m)
+    at = _entry(model.keys, start, t, m)
     bound = _bound(model, start, t, m)
     if model.keys[at, 0]:
         if model.bounds[at, 1]:
@@ -231,7 +231,7 @@ def solve(model: _Model, start: int, t: int, m: int, goal: float) -> float:
             return np.inf
         if cost < best:
             best, way, split = cost, i, j
-    at = _place(model.keys, start, t, m)
+    at = _entry(model.keys, start, t, m)
     if not model.keys[at, 0]:
         model.keys[at, 0], model.keys[at, 1], model.keys[at, 2] = start, t, m
         model.state[_USED] += 1
@@ -279,7 +279,7 @@ def _choices(
 
 @compiled
 def follow(model: _Model, size: int, events: Integers) -> int:
-    """Write out the choices that `solve` remembers, as `chain_walk.walk` does; their number."""
+    """Write out the choices that `solve` remembers, as `walk` writes them; returns their number."""
     exact, n = model.exact, model.least.shape[1] - 2
     todo = np.empty((3 * n + 6, 3), np.int64)
     todo[0, 0], todo[0, 1] = -DROP, 0
@@ -320,7 +320,7 @@ def _remembered(model: _Model, start: int, s: int, t: int, m: int) -> tuple[int,
     """The taping or split of a solved segment."""
     exact = model.exact
     if m < model.enough[start, t]:
-        at = _place(model.keys, start, t, m)
+        at = _entry(model.keys, start, t, m)
         return model.choices[at, 0], model.choices[at, 1]
     for way in range(exact.first[start], exact.first[start + 1]):
         fits = m >= taped_need(exact, way, start, t, model.least.shape[1] - 1)

@@ -133,7 +133,7 @@ class Table:
         needs = least_memory(sizes, unit, nearest=nearest)
         self.sizes, self.slots = sizes, needs.slots
         self.top = self.slots.columns(top_bytes)
-        self.rows, numbers = _place(needs, self.top)
+        self.rows, numbers = _laid_out(needs, self.top)
         # Times are scaled by a power of two, which rounds nothing, so that none is too large or
         # too small for a 32-bit float.
         total = math.fsum(sizes.forward_seconds) + math.fsum(sizes.tapings.extra_seconds)
@@ -236,7 +236,7 @@ class Table:
                 pool.shutdown(cancel_futures=True)
 
 
-def _place(needs: LeastMemory, top: int) -> tuple[npt.NDArray[np.int64], int]:
+def _laid_out(needs: LeastMemory, top: int) -> tuple[npt.NDArray[np.int64], int]:
     """Where rows lie, and how many numbers they take, zeros and infinities included.
 
     A row that does not end before `top` has a number for one slot more.

@@ -26,7 +26,7 @@ class Outline:
     """A schedule before its operations are written out."""
 
     events: npt.NDArray[np.int64]
-    """What to do, as `chain_walk.walk` writes it, shape (events, 3)."""
+    """What to do, as `traceback_kernel.walk` writes it, shape (events, 3)."""
     extra_seconds: float
     """What it takes longer than when nothing is run twice and every tape is the fastest."""
 

@@ -124,7 +124,7 @@ class GraphIlp(AbstractSolver):
             )
         graph = Graph.from_chain(chain) if isinstance(chain, Chain) else chain
         sweeps = self.sweeps or (2 if len(graph) <= _TWO_SWEEPS_NODES else 1)
-        search = _Search(chain, graph, self.time_limit_seconds, sweeps)
+        search = _GraphPlanning(chain, graph, self.time_limit_seconds, sweeps)
         # First, as from a plain schedule the solver finds more than from one that is nearly good.
         search.find_least()
         for solution in GraphCuts().solve_each(graph, budgets):
@@ -159,7 +159,7 @@ class _TimeUpError(Exception):
 
 @final
 @dataclass(eq=False)
-class _Search:
+class _GraphPlanning:
     """What is shared between the budgets of one graph."""
 
     workload: Chain | Graph

@@ -1,6 +1,6 @@
 """Other orders in which the nodes of a graph can be counted.
 
-The program of `graph_model` runs nodes in their order, and backwards in the reverse of it.
+The program of `milp_model` runs nodes in their order, and backwards in the reverse of it.
 Where branches lie side by side another order may need fewer bytes.
 """
 
