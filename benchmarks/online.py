@@ -30,7 +30,7 @@ from ckptsched.memory.meters import default_meter
 from ckptsched.ode.adaptive.solve import solve_adaptive
 from ckptsched.ode.adaptive.statistics import Statistics
 from ckptsched.ode.methods.table import DOPRI5
-from ckptsched.solvers.binomial.online import OnlinePlacement, optimal_length, reversal_advances
+from ckptsched.solvers.binomial.online import OnlinePlacement, optimal_length
 from ckptsched.solvers.binomial.revolve import advances
 
 
@@ -48,6 +48,16 @@ class Row:
     """The published scheme of equinox, which diffrax uses."""
     kept: int
     """ckptsched's, with the input of the last step kept, as it does it."""
+
+
+def reversal_advances(
+    positions: Sequence[int], stages: int, slots: int, *, last_input: bool
+) -> int:
+    """Runs without tape of `online.reversal`, from the closed form; arguments are those."""
+    end = stages - 1 if last_input and positions[-1] < stages - 1 else stages
+    ends = (*positions[1:], end)
+    lengths = [b - a for a, b in zip(positions, ends, strict=True)]
+    return sum(advances(length, slots - k) for k, length in enumerate(lengths))
 
 
 def positions_of_diffrax(steps: int, slots: int) -> list[int]:

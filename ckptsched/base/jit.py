@@ -1,9 +1,16 @@
-"""Compiled functions: machine code is kept on disk, which processes read and write in turn.
+"""Kernels: loops over plain numbers, run by the interpreter where that is quick, else compiled.
 
-numba numbers the files of a function's signatures by an index, and does not lock it: of processes
-that first compile two signatures of one function at the same moment, as the ranks of a fresh
-installation do, one may be left with an index that names the other's machine code. It would then
-compute wrong numbers, in this run and in all later ones.
+To compile a planner's kernels takes some twenty seconds on a new installation, and to import the
+compiler and load their machine code a second in every later process. Most networks have some
+dozens of stages, whose loops the interpreter ends in a fraction of that. So a kernel is written as
+a plain function, and who calls it says how many steps it takes (`suited`): few are interpreted,
+many compiled. Both give the same bits.
+
+Machine code is kept on disk, which processes read and write in turn. numba numbers the files of a
+function's signatures by an index, and does not lock it: of processes that first compile two
+signatures of one function at the same moment, as the ranks of a fresh installation do, one may be
+left with an index that names the other's machine code. It would then compute wrong numbers, in
+this run and in all later ones.
 """
 
 from __future__ import annotations
@@ -15,7 +22,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FunctionType
 from typing import Any, TypeVar, cast, final
+
+from .progress import report
 
 try:
     import fcntl
@@ -26,45 +36,97 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _LOCK = ".ckptsched.lock"
 _PATIENCE_SECONDS, _POLL_SECONDS = 10.0, 0.005
-
+# Steps that are interpreted rather than compiled: about a second. Where machine code is loaded it
+# does better from a hundred microseconds on, which handing over the arguments may take.
+INTERPRETED_STEPS, LOADED_STEPS = 1_000_000, 100
 
 _linking = threading.RLock()
+_namespaces: dict[tuple[int, bool], tuple[dict[str, Any], dict[str, Any]]] = {}
 
 
 def compiled(function: _Function) -> _Function:
-    """Compile a function when it is first called, and keep the machine code on disk.
+    """Have a function of plain numbers and arrays compiled when it is first called.
 
-    The compiler is imported no earlier: it takes longer than most plans.
+    The compiler is imported no earlier. What it calls must be compiled functions, too.
     """
     return cast(_Function, _Kernel(function))
 
 
+def suited(kernel: _Function, steps: float) -> _Function:
+    """The kernel to call for so much work, which is counted: see `is_interpreted`.
+
+    Args:
+        kernel: What `compiled` returned.
+        steps: How often its innermost loops are run, about; a microsecond each in the interpreter.
+    """
+    assert isinstance(kernel, _Kernel)
+    machine = not is_interpreted(kernel, steps)
+    count_steps(kernel, 0.0 if machine else steps)
+    return cast(_Function, kernel.variant(machine=machine))
+
+
+def is_interpreted(kernel: Callable[..., Any], steps: float) -> bool:
+    """Whether a kernel is to do so much work in the interpreter.
+
+    It is compiled when it has cost about as much as that takes, in the whole process.
+
+    Args:
+        kernel: What `compiled` returned.
+        steps: As `suited` takes them.
+    """
+    assert isinstance(kernel, _Kernel)
+    if kernel.is_loaded:
+        return steps <= LOADED_STEPS
+    return kernel.interpreted_steps + steps <= INTERPRETED_STEPS
+
+
+def count_steps(kernel: Callable[..., Any], steps: float) -> None:
+    """Count steps of a kernel that the interpreter has done; arguments as of `suited`."""
+    assert isinstance(kernel, _Kernel)
+    kernel.interpreted_steps += steps
+
+
 @final
 class _Kernel:
-    """A function that is compiled, with all that it calls, when it is first called."""
+    """A function in two variants: as it is, and compiled when it is first called so."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
         self._function = function
-        self._begun: Any = None  # not all that it calls may be there yet
-        self._machine_code: Any = None
+        self._variants: dict[bool, Callable[..., Any]] = {}
+        self.interpreted_steps = 0.0
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.made()(*arguments)
+        return self.variant(machine=True)(*arguments)
 
-    def made(self) -> Any:
-        """The compiled function, for the compiler to find in place of this object."""
-        if self._machine_code is not None:
-            return self._machine_code
+    @property
+    def is_loaded(self) -> bool:
+        """Whether there is machine code for some arguments in this process."""
+        return bool(getattr(self._variants.get(True), "signatures", ()))
+
+    def variant(self, *, machine: bool) -> Any:
+        """The function that calls the same variant of other kernels."""
         with _linking:
-            if self._begun is None:
-                self._begun = _made(self._function)
-                names = self._function.__globals__
-                for name, value in list(names.items()):
-                    if isinstance(value, _Kernel):
-                        names[name] = value.made()
-                self._machine_code = self._begun
-            return self._begun
+            if machine not in self._variants:
+                plain = self._function
+                names = _namespace(plain.__globals__, machine)
+                # The namespace has made it by now if this is the first of its module.
+                if machine not in self._variants:
+                    mine = FunctionType(plain.__code__, names, plain.__name__)
+                    self._variants[machine] = _made(mine) if machine else mine
+            return self._variants[machine]
+
+
+def _namespace(names: dict[str, Any], machine: bool) -> dict[str, Any]:
+    """What a module's functions find by name, with one variant of every kernel there."""
+    known = _namespaces.get((id(names), machine))
+    if known is None:
+        # The module's own names are held with it: as long as they are, their id is taken.
+        known = _namespaces[id(names), machine] = names, dict(names)
+        for name, value in names.items():
+            if isinstance(value, _Kernel):
+                known[1][name] = value.variant(machine=machine)
+    return known[1]
 
 
 def _made(function: Callable[..., Any]) -> Any:
@@ -77,7 +139,21 @@ def _made(function: Callable[..., Any]) -> Any:
         for name in ("load_overload", "save_overload"):
             if hasattr(cache, name):
                 setattr(cache, name, _in_turn(getattr(cache, name), cache))
+        if hasattr(cache, "load_overload"):
+            cache.load_overload = _told(cache.load_overload, function.__name__)
     return kernel
+
+
+def _told(load: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Say that a function is going to be compiled where its machine code is not found."""
+
+    def call(*arguments: Any) -> Any:
+        found = load(*arguments)
+        if found is None:
+            report(f"compiling {name}: done once on this machine", 0.0)
+        return found
+
+    return call
 
 
 @functools.cache
@@ -95,14 +171,14 @@ def _fork_while_nothing_is_compiled() -> None:
 
 def _in_turn(method: Callable[..., Any], cache: Any) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
-        with turn(Path(cache.cache_path)):
+        with folder_lock(Path(cache.cache_path)):
             return method(*arguments)
 
     return call
 
 
 @contextlib.contextmanager
-def turn(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder; go on without it where that cannot be, or not in 10 seconds.
 
     Args:

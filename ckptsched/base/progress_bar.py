@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from rich.console import Console
-from rich.progress import Progress
+from typing import TYPE_CHECKING
 
 from . import progress
 from .progress import Listener
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _PATIENCE_SECONDS = 1.0  # before a bar is shown
 
@@ -32,8 +34,15 @@ def progress_bar(
     Returns:
         What moves it on: called with what is being done and the share of it that is done.
     """
+    stream = console.file if console else sys.stderr
+    visible = stream.isatty() if shown is None else shown
+    if not visible:
+        yield lambda what, share: None
+        return
+    from rich.console import Console  # when it is needed: it takes a while
+    from rich.progress import Progress
+
     console = console or Console(stderr=True)
-    visible = console.file.isatty() if shown is None else shown
     patience = _PATIENCE_SECONDS if patience_seconds is None else patience_seconds
     # In a file nothing can be taken away again: there the last state alone is written.
     bar = Progress(console=console, transient=console.is_terminal)
@@ -43,8 +52,6 @@ def progress_bar(
 
     def tell(what: str, share: float) -> None:
         nonlocal doing
-        if not visible:
-            return
         if what != doing:  # what remains is guessed from the speed of this alone
             doing = what
             bar.reset(task, description=what)

@@ -119,7 +119,7 @@ def open_cache() -> PlanCache | None:
 
 
 @functools.cache
-def program_digest() -> str:
+def source_digest() -> str:
     """SHA-256 of this package's source: other code may plan otherwise."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]

@@ -22,7 +22,7 @@ from ..simulator.simulator import simulate
 from ..solvers import Baseline, get_solver
 from ..workload.chain import Chain
 from . import TIME_LIMIT
-from .disk_cache import PlanCache, open_cache, program_digest
+from .disk_cache import PlanCache, open_cache, source_digest
 from .plan import Plan, Workload, excess
 from .solver_choice import ALL_SCHEDULES, AUTO, NO_LIMIT, Answer, Portfolio, rules_for
 
@@ -268,7 +268,7 @@ class _Task:
             "budgets": list(self.sizes),
             "solver": self.solver,
             "time_limit": self.time_limit,
-            "program": program_digest(),
+            "source": source_digest(),
         }
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.errors import ProfileError
 from ..capture.inspection import Inspection
@@ -219,6 +218,8 @@ def _count(run: Callable[[], object]) -> tuple[int, bool]:
         nonlocal draws
         draws = True
         return 0
+
+    from torch.utils.flop_counter import FlopCounterMode  # when it is needed: it takes a while
 
     with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_DRAWING, note)) as counter:
         run()

@@ -60,6 +60,14 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.read, self.count, self.most = False, 0, most
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Have torch not import its compiler for this mode, which takes seconds: see `uncompiled`.
+
+        Where torch does not ask, it imports the compiler and nothing else changes.
+        """
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
         if self.count > self.most:

@@ -15,9 +15,9 @@ from ..base.errors import TimingWarning
 from ..torch_state.replay_context import now
 from .stage_kind import StageKind, layout
 
-# Rounds of timing: three tell a disturbed one, more where they are cheap; then on until two halves
-# of them agree, within limits of rounds and seconds.
-_MIN_ROUNDS, _CHEAP_ROUNDS, _CHEAP_SECONDS = 3, 15, 2.0
+# Rounds of timing: three tell a disturbed one, more where they are cheap and a stage was run less
+# often than so; then on until two halves of them agree, within limits of rounds and seconds.
+_MIN_ROUNDS, _FEW_RUNS, _CHEAP_SECONDS = 3, 15, 2.0
 _MAX_ROUNDS, _MOST_SECONDS = 60, 8.0
 _AGREED = 0.03  # the disagreement, relative, with which they are good enough
 _MOST_SPREAD = 0.10  # the one from which on people are warned
@@ -131,9 +131,16 @@ def _typical(runs: Sequence[_Run]) -> float:
     return seconds[len(seconds) // 4]
 
 
-def _is_enough(rounds: int, seconds: float) -> bool:
-    """Whether so many rounds in so many seconds will do if they agree."""
-    cheap = rounds < _CHEAP_ROUNDS and seconds <= _CHEAP_SECONDS
+def _is_enough(rounds: int, runs: int, seconds: float) -> bool:
+    """Whether so many rounds in so many seconds will do if they agree.
+
+    Args:
+        rounds: Rounds over all stages.
+        runs: How often the stage was run that was run least often: one whose equals share what is
+            measured of it has a run of each of them a round.
+        seconds: What they took.
+    """
+    cheap = runs < _FEW_RUNS and seconds <= _CHEAP_SECONDS
     return rounds >= _MIN_ROUNDS and not cheap
 
 
@@ -173,7 +180,8 @@ def time_stages(
     of_loss: list[_Run] = []
     watch, begun = _StopWatch(device), now(device)
     for turn in range(_MAX_ROUNDS):
-        if _is_enough(turn, now(device) - begun) and (
+        runs = min(len(each.plain) for each in samples.values())
+        if _is_enough(turn, runs, now(device) - begun) and (
             now(device) - begun > _MOST_SECONDS or _spread(samples.values()) <= _AGREED
         ):
             break

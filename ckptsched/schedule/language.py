@@ -226,11 +226,6 @@ class Schedule:
         """The tier that a Copy reads or a Drop frees, shape (m,)."""
         return (self._packed >> _SOURCE & 0xFF).astype(np.uint8)
 
-    @property
-    def targets(self) -> npt.NDArray[np.uint8]:
-        """The tier that a Copy writes, shape (m,)."""
-        return (self._packed >> _TARGET & 0xFF).astype(np.uint8)
-
     def to_text(self) -> str:
         """The schedule as words, one an operation, that `from_text` reads back."""
         return " ".join(format_operation(op) for op in self)

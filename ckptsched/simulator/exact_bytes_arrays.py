@@ -1,4 +1,4 @@
-"""What a chain's ledger says, in arrays, as the compiled pass of the ledger takes it."""
+"""What a chain's ledger says, in arrays, as the pass over a schedule takes it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import numpy.typing as npt
 
 from ..schedule.language import Code, Schedule
 from ..workload.chain import Chain
-from ..workload.stage import StageLedger
-from .exact_bytes_kernel import Kinds, Replays, Stages
+from ..workload.stage import Block, StageLedger
+from .exact_bytes_kernel import Ledgers, Replays, Stages
+from .liveness import Liveness, Segment
 
 Integers = npt.NDArray[np.int64]
 _T = TypeVar("_T")
 
 
-def kinds_of(chain: Chain) -> Kinds:
-    """The different ledgers of a chain; equal stages share an object, which is one kind.
+def ledgers_of(chain: Chain) -> Ledgers:
+    """The different ledgers of a chain; equal stages share an object.
 
     Args:
         chain: A chain whose stages all have a ledger.
@@ -31,18 +32,18 @@ def kinds_of(chain: Chain) -> Kinds:
     for stage in chain.stages:
         ledger = stage.ledger
         assert ledger is not None
-        kind = seen.setdefault((id(ledger), width), len(found))
-        if kind == len(found):
+        number = seen.setdefault((id(ledger), width), len(found))
+        if number == len(found):
             found.append((ledger, width))
             widths.append(len(_outputs(ledger, width)))
-        of.append(kind)
-        width = widths[kind]
+        of.append(number)
+        width = widths[number]
     first_output, outputs = _flat([_outputs(*each) for each in found])
     first_saved, saved = _flat([_saved(*each) for each in found])
     first_peak, peak = _flat([_peaks(ledger) for ledger, _ in found])
     pairs = np.array(outputs, dtype=np.int64).reshape(-1, 2)
     ledgers = [ledger for ledger, _ in found]
-    return Kinds(
+    return Ledgers(
         of=np.array(of, dtype=np.int64),
         forward=np.array([x.forward_peak_bytes for x in ledgers], dtype=np.int64),
         taped=np.array([x.taped_peak_bytes for x in ledgers], dtype=np.int64),
@@ -59,13 +60,13 @@ def kinds_of(chain: Chain) -> Kinds:
     )
 
 
-def storages_of(kinds: Kinds, schedule: Schedule) -> tuple[int, int]:
+def storages_of(ledgers: Ledgers, schedule: Schedule) -> tuple[int, int]:
     """How many storages all runs of a schedule make, and how many a state has at the most."""
-    outputs = np.diff(kinds.first_output)
+    outputs = np.diff(ledgers.first_output)
     owner = np.repeat(np.arange(len(outputs)), outputs)
-    made = np.bincount(owner[kinds.source < 0], minlength=len(outputs))
+    made = np.bincount(owner[ledgers.source < 0], minlength=len(outputs))
     runs = schedule.stages[schedule.codes <= Code.TAPED_FORWARD]
-    return int(made[kinds.of[runs]].sum()), int(max(kinds.inputs.max(), outputs.max()))
+    return int(made[ledgers.of[runs]].sum()), int(max(ledgers.inputs.max(), outputs.max()))
 
 
 def _inputs(chain: Chain) -> int:
@@ -102,7 +103,7 @@ def _flat(rows: Iterable[Sequence[_T]]) -> tuple[Integers, list[_T]]:
     return first, list(itertools.chain.from_iterable(rows))
 
 
-def stages_of(chain: Chain, snapshots: Sequence[int], owner: Integers) -> Stages:
+def stages_of(chain: Chain, snapshots: Integers, owner: Integers) -> Stages:
     """Figures by stage.
 
     Args:
@@ -115,15 +116,37 @@ def stages_of(chain: Chain, snapshots: Sequence[int], owner: Integers) -> Stages
         gradient=np.array(chain.arrays.gradient_bytes, dtype=np.int64),
         parameters=np.array(chain.arrays.parameter_gradient_bytes, dtype=np.int64),
         partly=np.array(partly),
-        snapshots=np.array(snapshots, dtype=np.int64),
+        snapshots=snapshots,
         owner=owner,
     )
 
 
-def replays_of(replays: dict[int, list[tuple[int, int]]]) -> Replays:
-    """Blocks that segments run again, and the bytes of their buffers, by where a segment starts."""
-    positions = sorted(replays)
-    first, pairs = _flat([replays[p] for p in positions])
+def replays_of(
+    schedule: Schedule,
+    liveness: Liveness,
+    blocks: Sequence[Block],
+    owner: Integers,
+    segments: Iterable[Segment],
+) -> Replays:
+    """Blocks that each backward segment runs again, and the bytes of their buffers.
+
+    Args:
+        schedule: The schedule.
+        liveness: What `analyse` says of it.
+        blocks: The chain's blocks.
+        owner: The block of each stage.
+        segments: What the backward of each block runs.
+    """
+    hidden = {k: block.hidden_bytes for k, block in enumerate(blocks) if block.hidden_bytes}
+    positions, rows = [], []
+    for segment in segments:
+        part = slice(segment.start, segment.stop)
+        touched = np.unique(owner[schedule.stages[part][liveness.repeats[part]]]).tolist()
+        sizes = {k: blocks[k].buffer_bytes for k in touched}
+        positions.append(segment.start)
+        # Hidden buffers of other blocks are cloned with them.
+        rows.append(list((hidden | sizes).items()) if sizes else [])
+    first, pairs = _flat(rows)
     columns = np.array(pairs, dtype=np.int64).reshape(-1, 2)
     return Replays(
         position=np.array(positions, dtype=np.int64),

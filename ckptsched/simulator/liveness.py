@@ -12,9 +12,19 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from ..base.budget import Tier
-from ..schedule.language import Code, Kind, Schedule
+from ..base.jit import compiled, suited
+from ..schedule.language import Code, Schedule
 from ..workload.stage import Block
+
+KEEPS_OUTPUT, FREES_INPUT, _RESTORES, SNAPSHOTS, _REPEATS = range(5)
+"""Rows of the facts, in the order of the fields of `Liveness`."""
+# The codes and kinds of the schedule language, as constants that compiled code can hold.
+_TAPED, _TURN, _BACKWARD, _DROP = 1, 2, 3, 5
+_STATE, _TAPE, _DEVICE = 0, 1, 0
+# What made a state: a run at this position, the caller (it is the input), or nothing yet.
+_INPUT, _NONE = -1, -2
+# Steps of the interpreter for an operation.
+_STEPS = 3
 
 
 @final
@@ -30,75 +40,76 @@ class Liveness:
     """A run that does not follow the run that made its input: the random state must be put back."""
     snapshots: npt.NDArray[np.bool_]
     """A run whose output is read by one that restores."""
-    snapshots_input: bool
-    """Whether the chain's input is read by a run that restores."""
     repeats: npt.NDArray[np.bool_]
     """A run of a stage that has run before."""
+    snapshots_input: bool
+    """Whether the chain's input is read by a run that restores."""
 
 
-def analyse(schedule: Schedule, stages: int, *, compiled: bool = False) -> Liveness:
+def analyse(schedule: Schedule, stages: int) -> Liveness:
     """Find how long outputs and random states are needed.
 
     Args:
         schedule: A valid schedule; of an invalid one the answer means nothing.
         stages: Number of stages n.
-        compiled: Have compiled code find it; for a valid schedule without copies and without
-            drops on other tiers.
 
     Returns:
         One fact an operation, in O(operations).
     """
-    size = len(schedule)
-    flags = np.zeros((5, size), dtype=np.bool_)
-    if compiled:
-        from . import exact_bytes_kernel as ledger_kernel
+    facts = np.zeros((5, len(schedule)), dtype=np.bool_)
+    find = suited(_analyse, _STEPS * len(schedule))
+    snapshots_input = bool(find(schedule.packed, stages, facts))
+    keeps_output, frees_input, restores, snapshots, repeats = facts
+    return Liveness(keeps_output, frees_input, restores, snapshots, repeats, snapshots_input)
 
-        snapshots_input = bool(ledger_kernel.analyse(schedule.packed, stages, flags))
-        keeps_output, frees_input, restores, snapshots, repeats = flags
-        return Liveness(keeps_output, frees_input, restores, snapshots, snapshots_input, repeats)
-    keeps_output, frees_input, restores, snapshots, repeats = flags
-    states = [-2] * (stages + 1)  # position of the run that made it; -1 the input, -2 none
-    tapes = [-2] * (stages + 1)
-    last_read: dict[int, int] = {}
-    states[0] = -1
-    snapshots_input = False
-    seen = bytearray(stages + 1)
-    previous = 0  # stage whose run came last; the input counts as the run of stage 0
-    codes, numbers, kinds = schedule.codes.tolist(), schedule.stages.tolist(), schedule.kinds
-    sources = schedule.sources
-    for p, (code, i) in enumerate(zip(codes, numbers, strict=True)):
-        if code <= Code.TAPED_FORWARD:
+
+@compiled
+def _analyse(packed: npt.NDArray[np.int64], stages: int, facts: npt.NDArray[np.bool_]) -> bool:
+    """Fill the facts; returns whether the input is read by a run that restores."""
+    # By stage, the position of the run that made the state or tape that is stored; by position of
+    # a run with tape, that of the last run which reads its output from the tape.
+    states, tapes = np.full(stages + 1, _NONE), np.full(stages + 1, _NONE)
+    last_read = np.full(len(packed), _NONE)
+    seen = np.zeros(stages + 1, np.bool_)
+    states[0] = _INPUT
+    previous, snapshots_input = 0, False  # the stage that ran last; the input counts as stage 0
+    for p in range(len(packed)):
+        code, kind, i = packed[p] & 0xFF, packed[p] >> 8 & 0xFF, packed[p] >> 32
+        if code <= _TAPED:
             maker = states[i - 1]
-            if maker == -2:
+            if maker == _NONE:
                 maker = tapes[i - 1]
                 last_read[maker] = p
             if previous != i - 1:
-                restores[p] = True
+                facts[_RESTORES, p] = True
                 if maker < 0:
                     snapshots_input = True
                 else:
-                    snapshots[maker] = True
-            repeats[p] = seen[i]
-            seen[i] = 1
+                    facts[SNAPSHOTS, maker] = True
+            facts[_REPEATS, p] = seen[i]
+            seen[i] = True
             previous = i
-            (tapes if code else states)[i] = p
-        elif code == Code.TURN:
-            if states[stages] == -2:
+            if code:
+                tapes[i] = p
+            else:
+                states[i] = p
+        elif code == _TURN:
+            if states[stages] == _NONE:
                 last_read[tapes[stages]] = p
             previous = -1
-        elif code == Code.BACKWARD:
-            tapes[i] = -2
+        elif code == _BACKWARD:
+            tapes[i] = _NONE
             previous = -1
-        elif code == Code.DROP and sources[p] == Tier.DEVICE:
-            if kinds[p] == Kind.STATE:
-                states[i] = -2
-            elif kinds[p] == Kind.TAPE:
-                tapes[i] = -2
-    for maker, reader in last_read.items():
-        if maker >= 0:
-            keeps_output[maker] = True
-            frees_input[reader] = True
-    return Liveness(keeps_output, frees_input, restores, snapshots, snapshots_input, repeats)
+        elif code == _DROP and packed[p] >> 16 & 0xFF == _DEVICE:
+            if kind == _STATE:
+                states[i] = _NONE
+            elif kind == _TAPE:
+                tapes[i] = _NONE
+    for maker in range(len(packed)):
+        if last_read[maker] >= 0:
+            facts[KEEPS_OUTPUT, maker] = True
+            facts[FREES_INPUT, last_read[maker]] = True
+    return snapshots_input
 
 
 def snapshot_bytes(

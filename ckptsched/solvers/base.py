@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -40,7 +40,6 @@ class AbstractSolver(abc.ABC):
     name: str
     """The name by which users ask for it."""
 
-    @abc.abstractmethod
     def solve(self, chain: Chain, budget_bytes: int) -> Solution:
         """Find the cheapest schedule of the solver's class within a budget.
 
@@ -56,11 +55,16 @@ class AbstractSolver(abc.ABC):
                 budget that does and the stage that binds.
             WorkloadError: The solver does not take such a chain.
         """
+        (result,) = self.solve_each(chain, [budget_bytes])
+        if isinstance(result, InfeasibleBudgetError):
+            raise result
+        return result
 
+    @abc.abstractmethod
     def solve_each(
         self, chain: Chain, budgets: Sequence[int]
     ) -> list[Solution | InfeasibleBudgetError]:
-        """Solve for several budgets; methods that share work between them override this.
+        """Solve for several budgets, with as much shared between them as can be.
 
         Args:
             chain: The chain to plan.
@@ -68,14 +72,28 @@ class AbstractSolver(abc.ABC):
 
         Returns:
             A solution, or why there is none, for each budget.
+
+        Raises:
+            WorkloadError: The solver does not take such a chain.
         """
-        results: list[Solution | InfeasibleBudgetError] = []
-        for budget in budgets:
-            try:
-                results.append(self.solve(chain, budget))
-            except InfeasibleBudgetError as error:
-                results.append(error)
-        return results
+
+
+def each_of(
+    budgets: Sequence[int], solve: Callable[[int], Solution]
+) -> list[Solution | InfeasibleBudgetError]:
+    """A solution, or why there is none, for each budget.
+
+    Args:
+        budgets: Bytes, in any order.
+        solve: Finds a solution for one of them, or raises.
+    """
+    results: list[Solution | InfeasibleBudgetError] = []
+    for budget in budgets:
+        try:
+            results.append(solve(budget))
+        except InfeasibleBudgetError as error:
+            results.append(error)
+    return results
 
 
 def infeasible(

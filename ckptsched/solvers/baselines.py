@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import final
 
 import numpy as np
 import numpy.typing as npt
 
-from ..base.errors import SolverRefusalError, WorkloadError
+from ..base.errors import InfeasibleBudgetError, SolverRefusalError, WorkloadError
 from ..schedule.language import Schedule, ScheduleBuilder
 from ..simulator.simulator import simulate
 from ..workload.chain import Chain
@@ -106,19 +106,23 @@ class Baseline(AbstractSolver):
             return _input_only(len(chain))
         return _segmented(len(chain), self._segments(chain))
 
-    def solve(self, chain: Chain, budget_bytes: int) -> Solution:
-        """Return the strategy's schedule if its simulated peak fits the budget."""
+    def solve_each(
+        self, chain: Chain, budgets: Sequence[int]
+    ) -> list[Solution | InfeasibleBudgetError]:
+        """Return the strategy's schedule for each budget that its simulated peak fits."""
         schedule = self.schedule(chain)
         trace = simulate(chain, schedule)
-        if trace.peak_bytes > budget_bytes:
-            raise infeasible(chain, budget_bytes, trace, self.name)
-        return Solution(
+        solution = Solution(
             schedule=schedule,
             trace=trace,
             schedule_class="fixed schedule",
             lower_bound_seconds=trace.seconds,
             least_budget_bytes=trace.peak_bytes,
         )
+        return [
+            solution if trace.peak_bytes <= x else infeasible(chain, x, trace, self.name)
+            for x in budgets
+        ]
 
     def guess(self, chain: Chain) -> Guess:
         """What the strategy takes, and needs at least, without simulating it.

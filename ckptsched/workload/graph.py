@@ -14,16 +14,19 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 from urllib.parse import quote, unquote
-
-import networkx as nx
 
 from ..base.errors import InvalidScheduleError, WorkloadError
 from ..base.json_files import fault_of_seal, read_json, sealed, write_atomically
 from ..schedule.language import Operation, Schedule, format_operation, parse_operation
 from .chain import WRITES_ONE, Chain, ChainArrays
 from .stage import Block, Stage, check_size, check_stage, check_time
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+# networkx is imported where it is needed: it takes longer than most plans.
 
 INPUT = "input"
 """What the input is called where nothing else is said."""
@@ -232,6 +235,8 @@ class Graph:
             WorkloadError: A cycle, several inputs or sinks, nodes that read nothing, attributes
                 that are missing or unknown, impossible values.
         """
+        import networkx as nx
+
         if not isinstance(graph, nx.DiGraph) or graph.is_multigraph():
             raise WorkloadError(f"a networkx.DiGraph is needed, found {type(graph).__name__}")
         unknown = sorted(set(graph.graph) - set(_FIGURES), key=str)
@@ -244,6 +249,8 @@ class Graph:
 
     def to_networkx(self) -> nx.DiGraph[str]:
         """A graph of networkx that `from_networkx` reads back."""
+        import networkx as nx
+
         figures: dict[str, Any] = {figure: getattr(self, figure) for figure in _FIGURES}
         graph: nx.DiGraph[str] = nx.DiGraph(**figures)
         graph.add_node(self.input_name)
@@ -411,6 +418,8 @@ def _check_reads(graph: Graph) -> None:
 
 def _structure(graph: nx.DiGraph[str]) -> dict[str, Any]:
     """Stages, reads and the input's name, in topological order."""
+    import networkx as nx
+
     try:
         cycle = [str(edge[0]) for edge in nx.find_cycle(graph)]
     except nx.NetworkXNoCycle:

@@ -12,9 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ckptsched.base import jit as module
-from ckptsched.base.jit import turn
+from ckptsched.base.errors import InfeasibleBudgetError
+from ckptsched.base.jit import compiled, count_steps, folder_lock, is_interpreted, suited
+from ckptsched.base.progress import listening
+from ckptsched.solvers import ChainDp, Solution
+from ckptsched.workload.chain import Chain
+from tests.support.shared_chains import instance
+from tests.support.strategies import (
+    chains_with_options,
+    ledger_chains,
+    parted_chains,
+    scaled_chains,
+)
 
 KERNEL = """
 from ckptsched.base.jit import compiled
@@ -35,7 +48,7 @@ def test_one_after_the_other(tmp_path: Path) -> None:
     def work() -> None:
         start.wait()
         for _ in range(50):
-            with turn(tmp_path / "not there yet"):
+            with folder_lock(tmp_path / "not there yet"):
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
                 sum(range(2000))
@@ -51,9 +64,9 @@ def test_one_after_the_other(tmp_path: Path) -> None:
 
 def test_a_folder_without_locks_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with turn(tmp_path / "file" / "folder"):
+    with folder_lock(tmp_path / "file" / "folder"):
         pass
-    with turn(tmp_path), pytest.raises(KeyError), turn(tmp_path / "other"):
+    with folder_lock(tmp_path), pytest.raises(KeyError), folder_lock(tmp_path / "other"):
         raise KeyError
 
 
@@ -61,7 +74,7 @@ def test_a_lock_that_is_never_let_go_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PATIENCE_SECONDS", 0.02)
-    with turn(tmp_path), turn(tmp_path):
+    with folder_lock(tmp_path), folder_lock(tmp_path):
         pass
 
 
@@ -72,7 +85,7 @@ def test_a_process_forked_meanwhile_does_not_keep_the_lock(
     fcntl = pytest.importorskip("fcntl")
     lock, copies = module._lock, []
     monkeypatch.setattr(module, "_lock", lambda x: (copies.append(os.dup(x)), lock(x)))
-    with turn(tmp_path):
+    with folder_lock(tmp_path):
         pass
     try:
         with open(next(tmp_path.iterdir()), "ab") as file:
@@ -85,12 +98,12 @@ def test_machine_code_is_read_and_written_under_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caching = pytest.importorskip("numba.core.caching")
-    held, seen = [0], []
+    held, seen, told = [0], [], []
 
     @contextlib.contextmanager
     def noted(folder: Path) -> Iterator[None]:
         held[0] += 1
-        with turn(folder):
+        with folder_lock(folder):
             yield
         held[0] -= 1
 
@@ -101,14 +114,85 @@ def test_machine_code_is_read_and_written_under_the_lock(
             name,
             lambda *a, m=method, n=name: seen.append((n, held[0])) or m(*a),
         )
-    monkeypatch.setattr(module, "turn", noted)
+    monkeypatch.setattr(module, "folder_lock", noted)
     (tmp_path / "kernel_of_test.py").write_text(KERNEL)
     monkeypatch.syspath_prepend(str(tmp_path))
     total = importlib.import_module("kernel_of_test").total
     try:
-        assert total(np.arange(10.0)) == 45
-        assert total(np.arange(20.0)[::2]) == 90
+        with listening(lambda what, share: told.append(what)):
+            assert total(np.arange(10.0)) == 45
+            assert total(np.arange(20.0)[::2]) == 90
     finally:
         del sys.modules["kernel_of_test"]
     assert seen == [("load", 1), ("save", 1)] * 2
     assert len(list(tmp_path.rglob("*.nbc"))) == 2
+    assert told == ["compiling total: done once on this machine"] * 2
+
+
+@compiled
+def _twice(x: int) -> int:
+    return 2 * x
+
+
+@compiled
+def _four_times(x: int) -> int:
+    return _twice(_twice(x))
+
+
+def test_few_steps_are_interpreted_and_many_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until together they have cost about as much as compiling does; then machine code is used."""
+    monkeypatch.setattr(module, "INTERPRETED_STEPS", 1000)
+    monkeypatch.setattr(module, "LOADED_STEPS", 10)
+    for kernel in (_four_times, suited(_four_times, 400), suited(_four_times, 500)):
+        if kernel is not _four_times:
+            assert not hasattr(kernel, "signatures")
+            assert kernel(3) == 12
+    assert is_interpreted(_four_times, 100)
+    assert not is_interpreted(_four_times, 101)
+    count_steps(_four_times, 50)
+    assert not is_interpreted(_four_times, 100)
+    machine = suited(_four_times, 100)
+    assert machine(3) == 12
+    assert len(machine.signatures) == 1  # type: ignore[attr-defined]
+    assert is_interpreted(_four_times, 10)
+    assert not is_interpreted(_four_times, 11)
+
+
+def _solved(
+    chain: Chain, budgets: list[int], steps: float
+) -> list[Solution | InfeasibleBudgetError]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "INTERPRETED_STEPS", steps)
+        patch.setattr(module, "LOADED_STEPS", steps)
+        return ChainDp().solve_each(chain, budgets)
+
+
+def _check_same(chain: Chain, budgets: list[int]) -> None:
+    pairs = zip(*(_solved(chain, budgets, steps) for steps in (0, float("inf"))), strict=True)
+    for one, other in pairs:
+        if isinstance(one, Solution):
+            assert isinstance(other, Solution)
+            assert one.schedule == other.schedule
+            assert one.lower_bound_seconds == other.lower_bound_seconds
+            assert one.least_budget_bytes == other.least_budget_bytes
+        else:
+            assert str(one) == str(other)
+
+
+@settings(max_examples=25)
+@given(
+    st.one_of(scaled_chains(9), chains_with_options(6), ledger_chains(8), parted_chains(6)),
+    st.lists(st.floats(0, 1.05), min_size=1, max_size=3),
+)
+def test_plans_and_certificates_are_the_same_compiled_or_interpreted(
+    chain: Chain, shares: list[float]
+) -> None:
+    whole = ChainDp().solve(chain, 2**62).trace.peak_bytes
+    _check_same(chain, [max(1, int(share * whole)) for share in shares])
+
+
+@pytest.mark.parametrize("name", ["random_n20_s0", "resnet50_b32", "random_n50_s0"])
+def test_instances_are_solved_to_the_same_bits(name: str) -> None:
+    chain = instance(name)
+    whole = ChainDp().solve(chain, 2**62).trace.peak_bytes
+    _check_same(chain, [int(share * whole) for share in (0.2, 0.5, 0.8)])

@@ -14,7 +14,7 @@ from ckptsched.base import progress
 from ckptsched.base.errors import InfeasibleBudgetError
 from ckptsched.base.json_files import checksum
 from ckptsched.fitting.planning import plan
-from ckptsched.planner.disk_cache import PlanCache, open_cache, program_digest
+from ckptsched.planner.disk_cache import PlanCache, open_cache, source_digest
 from ckptsched.planner.plan import Plan
 from ckptsched.planner.planner import plan_each
 from ckptsched.solvers import get_solver
@@ -236,8 +236,8 @@ def test_other_code_reads_no_plans_of_this(
     slow: None, solves: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan(mixed_chain(), budget="50%")
-    assert len(program_digest()) == 64
-    monkeypatch.setattr("ckptsched.planner.planner.program_digest", lambda: "another")
+    assert len(source_digest()) == 64
+    monkeypatch.setattr("ckptsched.planner.planner.source_digest", lambda: "another")
     plan(mixed_chain(), budget="50%")
     assert len(solves) == 2
 

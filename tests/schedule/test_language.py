@@ -147,7 +147,6 @@ def test_columns() -> None:
     assert schedule.stages.tolist() == [1, 2, 0, 2, 1, 3]
     assert schedule.kinds.tolist()[4:] == [Kind.STATE, Kind.TAPE]
     assert schedule.sources.tolist()[4:] == [Tier.DEVICE, Tier.HOST]
-    assert schedule.targets.tolist()[4] == Tier.DISK
 
 
 def test_parts_equality_and_repr() -> None:

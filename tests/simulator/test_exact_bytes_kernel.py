@@ -1,7 +1,8 @@
-"""The compiled pass of the ledger: the same bytes at every operation."""
+"""The ledger: the bytes of the readable version at every operation, compiled or interpreted."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,16 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptsched.base import jit
 from ckptsched.base.budget import Tier
 from ckptsched.base.errors import InvalidScheduleError
 from ckptsched.schedule.language import Copy, Drop, Kind, Schedule, Value
-from ckptsched.simulator import exact_bytes as ledger
-from ckptsched.simulator import exact_bytes_kernel as ledger_kernel
-from ckptsched.simulator.exact_bytes import charge
+from ckptsched.simulator.exact_bytes import charge, live_at
 from ckptsched.simulator.liveness import analyse
 from ckptsched.simulator.simulator import simulate
 from ckptsched.workload.chain import Chain
 from ckptsched.workload.stage import Block
+from tests.oracles.exact_bytes import Ledger
+from tests.oracles.exact_bytes import analyse as read_liveness
 from tests.support.random_schedules import schedules
 from tests.support.shared_chains import exact_stage
 from tests.support.strategies import SMALL, ledger_chains, parted_chains
@@ -53,39 +55,37 @@ def cases(draw: st.DrawFn) -> tuple[Chain, Schedule]:
     return chain, draw(schedules(len(chain)))
 
 
-def timeline(chain: Chain, schedule: Schedule, *, compiled: bool) -> Any:
-    """Bytes while each operation runs, by one of the passes."""
-    done: list[int] = []
-    run = ledger_kernel.charge
-
-    def counted(*args: Any) -> None:
-        run(*args)
-        done.append(len(args[0]))
-
+def found(chain: Chain, schedule: Schedule, steps: float) -> Any:
+    """Bytes while each operation runs, interpreted or compiled."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger_kernel, "charge", counted)
-        for name in ("_COMPILED_OPERATIONS", "_COMPILED_ONCE_LOADED"):
-            patch.setattr(ledger, name, 0 if compiled else len(schedule) + 1)
-        found = charge(chain, schedule).timeline
-    assert done == [len(schedule)] * compiled
-    return found
+        for name in ("INTERPRETED_STEPS", "LOADED_STEPS"):
+            patch.setattr(jit, name, steps)
+        return charge(chain, schedule)
+
+
+def check_charges(chain: Chain, schedule: Schedule) -> list[int]:
+    """All passes charge the same; returns it."""
+    read = Ledger(chain, schedule).run()
+    for steps in (0, math.inf):
+        np.testing.assert_array_equal(found(chain, schedule, steps), read)
+    return read
 
 
 @settings(max_examples=200, deadline=None)
 @given(cases())
-def test_both_passes_charge_the_same(case: tuple[Chain, Schedule]) -> None:
-    read, compiled = (timeline(*case, compiled=flag) for flag in (False, True))
-    np.testing.assert_array_equal(compiled, read)
-    # What was live is told by the readable pass.
-    at = int(read.argmax())
-    assert sum(x.bytes for x in charge(*case, until=at).live) == compiled[at]
+def test_all_passes_charge_the_same(case: tuple[Chain, Schedule]) -> None:
+    read = check_charges(*case)
+    for at in {0, int(np.argmax(read)), len(read) // 2, len(read) - 1}:
+        live = live_at(*case, at, read[at])
+        assert all(x.bytes > 0 for x in live)
+        assert sum(x.bytes for x in live) == read[at]
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 6).flatmap(lambda n: st.tuples(st.just(n), schedules(n))))
-def test_both_passes_find_the_same_live(case: tuple[int, Schedule]) -> None:
+def test_all_passes_find_the_same_live(case: tuple[int, Schedule]) -> None:
     n, schedule = case
-    one, two = (analyse(schedule, n, compiled=flag) for flag in (False, True))
+    one, two = read_liveness(schedule, n), analyse(schedule, n)
     assert one.snapshots_input == two.snapshots_input
     for name in ("keeps_output", "frees_input", "restores", "snapshots", "repeats"):
         np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
@@ -97,17 +97,14 @@ def test_gradients_that_were_dropped_take_nothing() -> None:
     )
     schedule = Schedule.from_text("T1 T2 turn B2 -t1 T1 B1 -x0")
     dropped = Schedule.of([*schedule, *[Drop(Value(Kind.GRAD, 0))] * 2])
-    read, compiled = (timeline(chain, dropped, compiled=flag) for flag in (False, True))
-    np.testing.assert_array_equal(compiled, read)
+    read = check_charges(chain, dropped)
     assert read[-2] - read[-1] == chain.input_gradient_bytes
 
 
-def test_other_tiers_are_left_to_the_readable_pass() -> None:
+def test_other_tiers_are_refused() -> None:
     chain = Chain(stages=(exact_stage(),), input_bytes=10, input_gradient_bytes=10, held_bytes=12)
     x0 = Value(Kind.STATE, 0)
     away = [Copy(x0, Tier.DEVICE, Tier.HOST), Drop(x0, Tier.HOST)]
     schedule = Schedule.of([*away, *Schedule.from_text("T1 turn B1 -x0")])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger, "_COMPILED_ONCE_LOADED", 0)
-        with pytest.raises(InvalidScheduleError, match="the ledger knows the device only"):
-            simulate(chain, schedule)
+    with pytest.raises(InvalidScheduleError, match="the ledger knows the device only"):
+        simulate(chain, schedule)

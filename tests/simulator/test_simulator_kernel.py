@@ -1,13 +1,14 @@
-"""The compiled pass of the simulator: the same verdicts and the same traces."""
+"""The planning model's pass: the same verdicts and traces, compiled or not, and as a graph."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptsched.base import jit
 from ckptsched.base.budget import Tier
 from ckptsched.base.errors import InvalidScheduleError
 from ckptsched.schedule.language import (
@@ -22,9 +23,9 @@ from ckptsched.schedule.language import (
     Value,
 )
 from ckptsched.schedule.trace import Trace
-from ckptsched.simulator import simulator, simulator_kernel
 from ckptsched.simulator.simulator import simulate
 from ckptsched.workload.chain import Chain
+from ckptsched.workload.graph import Graph
 from tests.oracles.brute_force import persistent_schedules
 from tests.support.random_schedules import schedules
 from tests.support.strategies import chains
@@ -81,30 +82,38 @@ def verdict(chain: Chain, schedule: Schedule) -> Trace | str:
         return f"{error.position} {error}"
 
 
+def passes(chain: Chain, schedule: Schedule) -> list[Trace | str]:
+    """The verdicts of the interpreted and of the compiled pass."""
+    found = []
+    for steps in (math.inf, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("INTERPRETED_STEPS", "LOADED_STEPS"):
+                patch.setattr(jit, name, steps)
+            found.append(verdict(chain, schedule))
+    return found
+
+
 @settings(max_examples=300, deadline=None)
 @given(cases())
 def test_both_passes_say_the_same(case: tuple[Chain, Schedule]) -> None:
     chain, schedule = case
-    interpreted = verdict(chain, schedule)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simulator, "_COMPILED_OPERATIONS", 1)
-        assert verdict(chain, schedule) == interpreted
+    interpreted, compiled = passes(chain, schedule)
+    assert compiled == interpreted
+    if isinstance(compiled, Trace) and isinstance(interpreted, Trace):
+        assert compiled.timeline.tolist() == interpreted.timeline.tolist()
+        assert compiled.live_at_peak == interpreted.live_at_peak
+        assert sum(x.bytes for x in compiled.live_at_peak) == compiled.peak_bytes
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.data(), chains(4))
-def test_the_compiled_pass_does_all_of_a_valid_schedule(data: st.DataObject, chain: Chain) -> None:
-    schedule = data.draw(schedules(len(chain)))
-    done: list[int] = []
-    run = simulator_kernel.run
-
-    def counted(*args: Any) -> int:
-        done.append(run(*args))
-        return done[-1]
-
-    simulate(chain, schedule)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simulator, "_COMPILED_OPERATIONS", 1)
-        patch.setattr(simulator_kernel, "run", counted)
-        simulate(chain, schedule)
-    assert done[0] == len(schedule)
+@given(cases())
+def test_a_chain_is_judged_as_the_graph_that_it_is(case: tuple[Chain, Schedule]) -> None:
+    """The rules of graphs are written down on their own: what one lets pass, the other does."""
+    chain, schedule = case
+    found = verdict(chain, schedule), verdict(Graph.from_chain(chain), schedule)
+    if all(isinstance(x, Trace) for x in found):
+        one, other = found
+        assert one.timeline.tolist() == other.timeline.tolist()  # type: ignore[union-attr]
+        assert one.seconds == pytest.approx(other.seconds)  # type: ignore[union-attr]
+    else:
+        assert all(isinstance(x, str) for x in found), found

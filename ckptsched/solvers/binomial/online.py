@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import TypeAlias, final
 
 from ...base.errors import WorkloadError
-from ...schedule.language import Code, Schedule, ScheduleBuilder
-from .revolve import advances, first_advance
+from ...schedule.language import Code
+from .revolve import first_advance
 
 Operation: TypeAlias = tuple[Code, int]
 """An operation on a stage: a run, one with tape, a backward, or that its state is dropped."""
@@ -194,57 +194,6 @@ def reversal(
             middle = first + split
             todo += [(first, split, free), (middle, 0, 0)]
             todo.append((middle, length - split, max(free - 1, 1)))
-
-
-def reversal_advances(
-    positions: Sequence[int], stages: int, slots: int, *, last_input: bool
-) -> int:
-    """Count the runs without tape of `reversal`, from the closed form.
-
-    Args:
-        positions: As there.
-        stages: As there.
-        slots: As there.
-        last_input: As there.
-    """
-    _check_positions(positions, stages, slots)
-    end = stages - 1 if last_input and positions[-1] < stages - 1 else stages
-    ends = (*positions[1:], end)
-    lengths = [b - a for a, b in zip(positions, ends, strict=True)]
-    return sum(advances(length, slots - k) for k, length in enumerate(lengths))
-
-
-def online_schedule(stages: int, slots: int, *, last_input: bool = True) -> Schedule:
-    """Write out what a chain of unknown length is in for, once it turns out to be so long.
-
-    Args:
-        stages: Its length, at least 1.
-        slots: States kept at once, the input included, at least 1.
-        last_input: Whether the input of the last stage is kept besides, from when the end shows.
-            It takes no more than the sweep back takes anyway.
-
-    Returns:
-        A schedule whose forward pass is decided without knowing the length.
-    """
-    placement, build = OnlinePlacement(slots), ScheduleBuilder()
-    for n in range(stages):
-        visit = placement.visit()
-        if visit.evicted is not None:
-            build.drop_state(visit.evicted)
-        build.forward(n + 1)
-        if not visit.store and not (last_input and n == stages - 1):
-            build.drop_state(n)
-    build.turn()
-    build.drop_state(stages)
-    emit = {
-        Code.FORWARD: build.forward,
-        Code.TAPED_FORWARD: build.tape,
-        Code.BACKWARD: build.backward,
-        Code.DROP: build.drop_state,
-    }
-    for code, stage in reversal(placement.positions, stages, slots, last_input=last_input):
-        emit[code](stage)
-    return build.build()
 
 
 def _check_positions(positions: Sequence[int], stages: int, slots: int) -> None:

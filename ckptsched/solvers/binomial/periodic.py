@@ -14,16 +14,16 @@ Pallez, H-Revolve, ACM TOMS 46(2), 2020, use levels of storage.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from ...base.errors import SolverRefusalError
+from ...base.errors import InfeasibleBudgetError, SolverRefusalError
 from ...schedule.language import Code, Schedule, ScheduleBuilder
 from ...schedule.trace import Trace
 from ...simulator.simulator import simulate
 from ...workload.chain import Chain
-from ..base import AbstractSolver, Solution, infeasible
+from ..base import AbstractSolver, Solution, each_of, infeasible
 from .revolve import advances, revolve_schedule
 
 _CLASS = "binomial over periods"
@@ -101,11 +101,12 @@ class Periodic(AbstractSolver):
 
     name = "periodic"
 
-    def solve(self, chain: Chain, budget_bytes: int) -> Solution:
-        """Find the fastest schedule of the class that fits.
+    def solve_each(
+        self, chain: Chain, budgets: Sequence[int]
+    ) -> list[Solution | InfeasibleBudgetError]:
+        """Find the fastest schedule of the class that fits each budget.
 
         Raises:
-            InfeasibleBudgetError: None fits.
             WorkloadError: The chain has no period.
         """
         periods = find_periods(chain)
@@ -115,7 +116,10 @@ class Periodic(AbstractSolver):
                 "use chain_dp"
             )
         trials = _Trials(chain, periods)
-        least = trials.run(trials.smallest)[1]
+        return each_of(budgets, lambda budget: self._solve(trials, budget))
+
+    def _solve(self, trials: _Trials, budget_bytes: int) -> Solution:
+        chain, least = trials.chain, trials.run(trials.smallest)[1]
         if least.peak_bytes > budget_bytes:
             raise infeasible(chain, budget_bytes, least, "periodic")
         fitting = [trials.run(shape) for shape in trials.fitting(budget_bytes)]

@@ -18,11 +18,13 @@ from typing import final
 import numpy as np
 
 from ...base.errors import InfeasibleBudgetError, SolverRefusalError
-from ...schedule.language import Schedule, ScheduleBuilder
+from ...base.jit import suited
+from ...schedule.language import Schedule
 from ...schedule.trace import Trace
 from ...simulator.simulator import simulate
 from ...workload.chain import Chain
-from ..base import AbstractSolver, Solution, infeasible
+from ..base import AbstractSolver, Solution, each_of, infeasible
+from .revolve_kernel import write_out
 
 # Schedules with more runs without tape are not made: 16 million operations take 130 MB, and a
 # second to simulate. 100,000 stages need three states then, 4,000 stages one.
@@ -35,8 +37,8 @@ _MOST_ADVANCES_OF_LEDGER = (100_000, 4)
 # state fewer saves its bytes. The schedule chosen is always simulated, and with a ledger that of
 # the fewest states, which gives the least budget.
 _SIMULATED_ADVANCES = 100_000
-# From so many operations on, the compiled loop saves more than it takes to load.
-_COMPILED_OPERATIONS = 30_000
+# Steps of the interpreter for an operation of a schedule.
+_STEPS = 10
 # What the lower bound holds for: schedules that keep several tapes may take less.
 _CLASS = "binomial (states and one tape)"
 
@@ -114,42 +116,9 @@ def revolve_schedule(stages: int, states: int) -> Schedule:
         stages: Length l of the chain, at least 1.
         states: States s kept at once, the input included, at least 1.
     """
-    operations = 2 * (advances(stages, states) + stages + 1)
-    if operations >= _COMPILED_OPERATIONS:
-        from . import revolve_kernel
-
-        packed = np.empty(operations, dtype=np.int64)
-        revolve_kernel.write_out(stages, states, packed)
-        return Schedule(packed)
-    return _short_schedule(stages, states)
-
-
-def _short_schedule(stages: int, states: int) -> Schedule:
-    """The same, without compiled code."""
-    build = ScheduleBuilder()
-    todo = [(0, stages, states)]  # the input of stage first + 1 is kept; reverse `length` stages
-    splits: dict[tuple[int, int], int] = {}  # the same few shapes come again and again
-    while todo:
-        first, length, s = todo.pop()
-        if length == 0:  # a part is done: its input goes
-            build.drop_state(first)
-            continue
-        if length == 1:
-            build.tape(first + 1)
-            if first + 1 == stages:
-                build.turn()
-            build.backward(first + 1)
-            if first == 0:
-                build.drop_state(0)
-            continue
-        split = splits.get((length, s))
-        if split is None:
-            split = splits[length, s] = first_advance(length, s)
-        build.sweep(first + 1, first + split)
-        todo.append((first, split, s))
-        todo.append((first + split, 0, 0))
-        todo.append((first + split, length - split, max(s - 1, 1)))
-    return build.build()
+    packed = np.empty(2 * (advances(stages, states) + stages + 1), dtype=np.int64)
+    suited(write_out, _STEPS * len(packed))(stages, states, packed)
+    return Schedule(packed)
 
 
 @final
@@ -244,38 +213,20 @@ class Revolve(AbstractSolver):
 
     name = "revolve"
 
-    def solve(self, chain: Chain, budget_bytes: int) -> Solution:
-        """Find the binomial schedule with the most states that fits.
-
-        Raises:
-            WorkloadError: The chain is not uniform.
-        """
-        self._check(chain)
-        return self._solve(_Trials(chain), budget_bytes)
-
     def solve_each(
         self, chain: Chain, budgets: Sequence[int]
     ) -> list[Solution | InfeasibleBudgetError]:
-        """Solve for several budgets, simulating each number of states once.
+        """Find the binomial schedule with the most states that fits each budget.
 
         Raises:
             WorkloadError: The chain is not uniform.
         """
-        self._check(chain)
-        trials = _Trials(chain)
-        results: list[Solution | InfeasibleBudgetError] = []
-        for budget in budgets:
-            try:
-                results.append(self._solve(trials, budget))
-            except InfeasibleBudgetError as error:
-                results.append(error)
-        return results
-
-    def _check(self, chain: Chain) -> None:
         if not chain.is_uniform:
             raise SolverRefusalError(
                 "revolve needs stages of equal seconds and bytes; for others use chain_dp"
             )
+        trials = _Trials(chain)
+        return each_of(budgets, lambda budget: self._solve(trials, budget))
 
     def _solve(self, trials: _Trials, budget_bytes: int) -> Solution:
         chain = trials.chain

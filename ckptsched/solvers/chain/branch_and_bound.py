@@ -16,7 +16,7 @@ from typing import NamedTuple, final
 
 import numpy as np
 
-from ...base.jit import compiled
+from ...base.jit import compiled, count_steps, is_interpreted, suited
 from ...base.progress import report
 from .sizes import Slots
 from .table_kernel import END, LEAST, ZERO, Integers, Numbers, taped_need
@@ -28,6 +28,11 @@ from .traceback_kernel import BACKWARD, DROP, SWEEP, TAPE, TURN
 _MEMORY = 2**22
 # Looks at choices between two chances for Ctrl-C: some hundredths of a second.
 _LOOKS_AT_ONCE = 4_000_000
+# The first looks are few, so that where they do nothing need be compiled. What a look takes in the
+# interpreter, in steps.
+_FIRST_LOOKS = 200_000
+_LOOK_STEPS = 2
+_INTERPRETED_STAGES = 150
 # The bound rises from the table's to the seconds of the schedule at hand in so many steps. A low
 # goal leaves out more, and what it proves helps with the next.
 _STEPS = 8
@@ -35,6 +40,7 @@ _STEPS = 8
 _DIGITS = 1e-12
 # State of a search: segments remembered, looks left, whether these ran out.
 _USED, _LEFT, _STOPPED = range(3)
+_LOW = 2**31 - 1
 
 
 class _Model(NamedTuple):
@@ -66,8 +72,6 @@ class Found:
     """The optimum of the recurrence, where it was found and is below what was at hand."""
     bound_seconds: float
     """No schedule of the recurrence is below, in seconds more than the fastest."""
-    is_proven: bool
-    """Whether the search came to its end."""
 
 
 def search(least: LeastMemory, table: Table, size: int, extra_seconds: float, looks: int) -> Found:
@@ -85,7 +89,7 @@ def search(least: LeastMemory, table: Table, size: int, extra_seconds: float, lo
     """
     n, known = len(least.sizes), table.bound(size)
     if known >= extra_seconds:
-        return Found(None, extra_seconds, True)
+        return Found(None, extra_seconds)
     model = _model(least, table)
     scale = 1 / table.unscaled(1.0)
     low, high = known, extra_seconds
@@ -94,14 +98,14 @@ def search(least: LeastMemory, table: Table, size: int, extra_seconds: float, lo
         report(f"exact search of {n} stages", (step - 1) / _STEPS)
         value, looks = _solve_in_parts(model, size, goal * scale, looks)
         if looks <= 0:
-            return Found(None, known, False)
+            return Found(None, known)
         if value < math.inf:
             events = np.empty((4 * n + 2, 3), dtype=np.int64)
-            count = follow(model, size, events)
+            written = suited(follow, n**2)(model, size, events)
             found = table.unscaled(value)
-            return Found(Outline(events[:count], found), found * (1 - _DIGITS), True)
+            return Found(Outline(events[:written], found), found * (1 - _DIGITS))
         known = goal * (1 - _DIGITS)
-    return Found(None, known, True)
+    return Found(None, known)
 
 
 def _solve_in_parts(model: _Model, size: int, goal: float, looks: int) -> tuple[float, int]:
@@ -111,14 +115,25 @@ def _solve_in_parts(model: _Model, size: int, goal: float, looks: int) -> tuple[
         Its seconds, as `solve` gives them, and the looks that are left: 0 where it did not end.
     """
     n = model.least.shape[1] - 2
-    while looks > 0 and model.state[_USED] < _most(model.keys):
-        granted = min(looks, _LOOKS_AT_ONCE)
+    # Segments are solved within each other, in the interpreter as deep as it allows.
+    step = _LOOK_STEPS if n <= _INTERPRETED_STAGES else math.inf
+    at_once = _FIRST_LOOKS
+    while looks > 0 and model.state[_USED] < _most_remembered(model):
+        granted = min(looks, at_once)
         model.state[_LEFT], model.state[_STOPPED] = granted, 0
-        value = solve(model, 1, n + 1, size, goal)
-        looks -= granted - max(int(model.state[_LEFT]), 0)
+        interpreted = is_interpreted(solve, step * granted)
+        value = suited(solve, 0.0 if interpreted else math.inf)(model, 1, n + 1, size, goal)
+        used = granted - max(int(model.state[_LEFT]), 0)
+        count_steps(solve, step * used if interpreted else 0.0)
+        looks -= used
         if not model.state[_STOPPED]:
             return value, max(looks, 1)
+        at_once = _LOOKS_AT_ONCE
     return math.inf, 0
+
+
+def _most_remembered(model: _Model) -> int:
+    return suited(_most, 0.0)(model.keys)
 
 
 def _model(least: LeastMemory, table: Table) -> _Model:
@@ -150,8 +165,8 @@ def _bound(model: _Model, start: int, t: int, m: int) -> float:
         return np.inf
     if slot >= model.rows[start, t, END]:
         return 0.0
-    value = model.values[model.rows[start, t, ZERO] + slot] * model.shrink - model.slack
-    return float(max(value, 0.0))
+    value = np.float64(model.values[model.rows[start, t, ZERO] + slot])
+    return float(max(value * model.shrink - model.slack, 0.0))
 
 
 @compiled
@@ -161,12 +176,11 @@ def _most(keys: Integers) -> int:
 
 
 @compiled
-def _place(keys: Integers, start: int, t: int, m: int) -> int:
+def _entry(keys: Integers, start: int, t: int, m: int) -> int:
     """Where a segment is remembered, or would be."""
-    mixed = np.uint64(start * 1_000_003 + t) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ np.uint64(m)) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(29)
-    at = int(np.int64(mixed & np.uint64(len(keys) - 1)))
+    # Products of 31 bits each, so that none overflows: start and t have some 13 bits, m up to 62.
+    mixed = (m & _LOW) * 0x5851F42D ^ (m >> 31) * 0x14057B7F ^ (start * 65_537 + t) * 0x2545F491
+    at = ((mixed ^ mixed >> 32) & _LOW) * 0x4F1BBCDD >> 20 & (len(keys) - 1)
     while keys[at, 0] and (keys[at, 0] != start or keys[at, 1] != t or keys[at, 2] != m):
         at = (at + 1) & (len(keys) - 1)
     return at
@@ -183,7 +197,7 @@ def solve(model: _Model, start: int, t: int, m: int, goal: float) -> float:
         return np.inf
     if m >= model.enough[start, t]:
         return 0.0
-    at = _place(model.keys, start, t, m)
+    at = _entry(model.keys, start, t, m)
     bound = _bound(model, start, t, m)
     if model.keys[at, 0]:
         if model.bounds[at, 1]:
@@ -198,7 +212,7 @@ def solve(model: _Model, start: int, t: int, m: int, goal: float) -> float:
         return np.inf
     costs, choices = _choices(model, start, s, t, m, goal)
     best, way, split = goal, -1, 0
-    for k in np.argsort(costs):
+    for k in np.argsort(costs, kind="mergesort"):  # stable, so that ties go one way everywhere
         if costs[k] >= best:
             break
         i, j = choices[k, 0], choices[k, 1]
@@ -217,7 +231,7 @@ def solve(model: _Model, start: int, t: int, m: int, goal: float) -> float:
             return np.inf
         if cost < best:
             best, way, split = cost, i, j
-    at = _place(model.keys, start, t, m)
+    at = _entry(model.keys, start, t, m)
     if not model.keys[at, 0]:
         model.keys[at, 0], model.keys[at, 1], model.keys[at, 2] = start, t, m
         model.state[_USED] += 1
@@ -265,7 +279,7 @@ def _choices(
 
 @compiled
 def follow(model: _Model, size: int, events: Integers) -> int:
-    """Write out the choices that `solve` remembers, as `chain_walk.walk` does; their number."""
+    """Write out the choices that `solve` remembers, as `walk` writes them; returns their number."""
     exact, n = model.exact, model.least.shape[1] - 2
     todo = np.empty((3 * n + 6, 3), np.int64)
     todo[0, 0], todo[0, 1] = -DROP, 0
@@ -306,7 +320,7 @@ def _remembered(model: _Model, start: int, s: int, t: int, m: int) -> tuple[int,
     """The taping or split of a solved segment."""
     exact = model.exact
     if m < model.enough[start, t]:
-        at = _place(model.keys, start, t, m)
+        at = _entry(model.keys, start, t, m)
         return model.choices[at, 0], model.choices[at, 1]
     for way in range(exact.first[start], exact.first[start + 1]):
         fits = m >= taped_need(exact, way, start, t, model.least.shape[1] - 1)

@@ -4,7 +4,7 @@ For a chain without exact bytes they are the planning model's, and the recurrenc
 a chain with a ledger they are *relaxed*: each operation of a persistent schedule takes at most
 the bytes that the ledger charges for it, so that the recurrence bounds the ledger from below. It
 is exact but for snapshots of random states, clones of buffers, and outputs that have storages of
-earlier states. What states share counts once (`chain_storages`).
+earlier states. What states share counts once (`shared_storages`).
 """
 
 from __future__ import annotations

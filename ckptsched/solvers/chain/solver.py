@@ -1,7 +1,7 @@
 """The best memory-persistent schedule of any chain, by dynamic programming.
 
 Persistent: once kept, a state or tape stays until the backward has consumed it. Reference:
-Beaumont et al. (RR-9302); recurrence and conditions stand in `chain_table`.
+Beaumont et al. (RR-9302); recurrence and conditions stand in `tables`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .to_schedule import Outline, fastest_outline, outline
 # A table has at most so many slots, more where it is small, and so many numbers of 4 bytes. It
 # serves a range of budgets, of which the smallest has `_USEFUL_SLOTS` where that can be.
 _SLOTS = (8_000, 64_000)
-_ADDITIONS = 2e9
+_ADDITIONS = 2e8
 _NUMBERS = 1.25e8
 _USEFUL_SLOTS = 1_000
 _LEAST_SPAN, _MOST_SPAN = 2.0, 8.0
@@ -77,11 +77,11 @@ class ChainDp(AbstractSolver):
     ledger, the schedule is optimal in its class. Else sizes are counted in 1,000 slots or more,
     so that too much fits: the table bounds the seconds from below, and the schedules are those
     that it prefers among what fits in exact bytes. Where those are above the bound, a search in
-    exact bytes (`chain_search`) looks for the optimum itself, and finds and proves it on most
+    exact bytes (`branch_and_bound`) looks for the optimum itself, and finds and proves it on most
     chains of up to some 200 stages. Where the best is not near the bound, a table of sizes rounded
     to the nearest slot is asked too. The baselines are candidates and, on uniform
     chains, revolve. For a chain with a ledger the sizes bound the ledger from below
-    (`chain_sizes`), so that the bound holds in the ledger, and schedules are simulated until one
+    (`sizes`), so that the bound holds in the ledger, and schedules are simulated until one
     fits.
 
     A larger budget never gives a costlier schedule within one `solve_each`. A table serves a
@@ -102,13 +102,6 @@ class ChainDp(AbstractSolver):
         if self.slots is not None and self.slots < 1:
             raise WorkloadError(f"chain_dp needs at least one slot, found {self.slots}")
 
-    def solve(self, chain: Chain, budget_bytes: int) -> Solution:
-        """Find the cheapest memory-persistent schedule within a budget."""
-        (result,) = self.solve_each(chain, [budget_bytes])
-        if isinstance(result, InfeasibleBudgetError):
-            raise result
-        return result
-
     def solve_each(
         self, chain: Chain, budgets: Sequence[int]
     ) -> list[Solution | InfeasibleBudgetError]:
@@ -117,7 +110,7 @@ class ChainDp(AbstractSolver):
         Raises:
             WorkloadError: The chain is too long for a useful table.
         """
-        search = _Search(chain, self.slots)
+        search = _ChainPlanning(chain, self.slots)
         found: dict[int, Solution | InfeasibleBudgetError] = {}
         feasible = []
         for budget in sorted(set(budgets)):
@@ -129,14 +122,14 @@ class ChainDp(AbstractSolver):
             for result in Revolve().solve_each(chain, feasible):
                 if isinstance(result, Solution):
                     search.know(result.schedule)
-        for grid, group in search.groups(feasible):
-            found.update(search.solve(grid, group))
+        for grain, group in search.groups(feasible):
+            found.update(search.solve(grain, group))
         return [found[budget] for budget in budgets]
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Grid:
+class _Grain:
     """How bytes are counted: slots of so many bytes, whether that is exact, and up to where."""
 
     unit: int
@@ -165,7 +158,7 @@ class _Candidate:
 
 @final
 @dataclass(eq=False)
-class _Search:
+class _ChainPlanning:
     """What is shared between the budgets of one chain."""
 
     chain: Chain
@@ -235,26 +228,26 @@ class _Search:
         traces = [candidate.run(self.chain)[1] for candidate in self.known.values()]
         self.least = min(traces, key=lambda trace: trace.peak_bytes)
 
-    def groups(self, budgets: Iterable[int]) -> list[tuple[_Grid, list[int]]]:
+    def groups(self, budgets: Iterable[int]) -> list[tuple[_Grain, list[int]]]:
         """Budgets that share a table, smallest first."""
-        groups: dict[_Grid, list[int]] = {}
+        groups: dict[_Grain, list[int]] = {}
         for budget in budgets:
-            groups.setdefault(self._grid(budget - self.sizes.fixed), []).append(budget)
+            groups.setdefault(self._grain(budget - self.sizes.fixed), []).append(budget)
         return list(groups.items())
 
-    def _grid(self, m: int) -> _Grid:
+    def _grain(self, m: int) -> _Grain:
         """The slots for m bytes: exact where they can be, else those of its range."""
         top = self.store_all.peak_bytes - self.sizes.fixed
         divisor = self.sizes.common_divisor
         if self._unit(min(m, top), min(_EXACT_NUMBERS, MOST_NUMBERS)) <= divisor:
-            return _Grid(divisor, exact=True, top=0)
+            return _Grain(divisor, exact=True, top=0)
         while True:
             unit = max(self._unit(top, MOST_NUMBERS), top // _USEFUL_SLOTS)
             unit = min(unit, self._unit(top, min(_NUMBERS, MOST_NUMBERS)))
             span = min(max(_LEAST_SPAN, top / unit / _USEFUL_SLOTS), _MOST_SPAN)
             if self.slots is not None or m * span > top:
                 self._check_memory(top)
-                return _Grid(unit, exact=False, top=top)
+                return _Grain(unit, exact=False, top=top)
             top = math.ceil(top / span)
 
     def _unit(self, top: int, numbers: float) -> int:
@@ -274,29 +267,29 @@ class _Search:
                 'solver="auto" takes chains of any length'
             )
 
-    def solve(self, grid: _Grid, budgets: Sequence[int]) -> list[tuple[int, Solution]]:
-        """Solve for budgets of one grid, smallest first, with one table or two."""
+    def solve(self, grain: _Grain, budgets: Sequence[int]) -> list[tuple[int, Solution]]:
+        """Solve for budgets of one grain, smallest first, with one table or two."""
         base = self.chain.store_all_seconds
         bounds = dict.fromkeys(budgets, base)
         # A budget that fits everything needs no table.
         needed = [budget for budget in budgets if budget < self.store_all.peak_bytes]
         if needed:
-            top = grid.top or self._usable(needed[-1])
-            numbers = table_numbers(self.fewest, top) / grid.unit
-            exact = grid.exact and 2 * numbers <= _EXACT_NUMBERS
-            table = Table(self.sizes, grid.unit, top, exact=exact)
+            top = grain.top or self._usable(needed[-1])
+            numbers = table_numbers(self.fewest, top) / grain.unit
+            exact = grain.exact and 2 * numbers <= _EXACT_NUMBERS
+            table = Table(self.sizes, grain.unit, top, exact=exact)
             bounds |= {budget: base + table.bound(self._usable(budget)) for budget in needed}
-            poor = self._draw_each(table, {x: bounds[x] for x in needed}, exact=grid.exact)
+            poor = self._draw_each(table, {x: bounds[x] for x in needed}, exact=grain.exact)
             for budget in needed:
                 looks = self._looks(len(needed))
                 bounds[budget] = base + self._search(table, budget, looks)
             poor = [x for x in poor if self._best(x).seconds > bounds[x] * (1 + _POOR)]
             del table  # before the next takes as much
-            if poor and not grid.exact:
-                table = Table(self.sizes, grid.unit, top, nearest=True)
+            if poor and not grain.exact:
+                table = Table(self.sizes, grain.unit, top, nearest=True)
                 self._draw_each(table, {x: bounds[x] for x in poor}, exact=False)
         return [
-            (budget, self.solution(self._cheapest(budget), bounds[budget], grid))
+            (budget, self.solution(self._cheapest(budget), bounds[budget], grain))
             for budget in budgets
         ]
 
@@ -386,7 +379,7 @@ class _Search:
             self.last = found
         return self.last
 
-    def solution(self, candidate: _Candidate, bound: float, grid: _Grid) -> Solution:
+    def solution(self, candidate: _Candidate, bound: float, grain: _Grain) -> Solution:
         """A candidate that fits, with what is known about the budget."""
         schedule, trace = candidate.run(self.chain)
         if trace.seconds - bound <= 1e-12 * trace.seconds:
@@ -397,5 +390,5 @@ class _Search:
             schedule_class="memory-persistent",
             lower_bound_seconds=bound,
             least_budget_bytes=self.least.peak_bytes,
-            rounding_unit_bytes=grid.unit,
+            rounding_unit_bytes=grain.unit,
         )

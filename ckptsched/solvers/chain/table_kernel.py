@@ -1,6 +1,6 @@
 """The compiled loops of the chain recurrence: least memory, and the table of seconds.
 
-The recurrence stands in `chain_table`. Its inner operation, for every split j of a segment
+The recurrence stands in `tables`. Its inner operation, for every split j of a segment
 (s, t) and all slots m at once, is
 
     E(s,t)[m] = min(E(s,t)[m], E(j,t)[m - takes] + E(s,j-1)[m] + seconds)
@@ -13,12 +13,13 @@ costs more than what is found already is not tried for those slots.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ...base.jit import compiled
+from ...base.jit import compiled, suited
 from .sizes import Slots
 
 Integers = npt.NDArray[np.int64]
@@ -294,13 +295,75 @@ def _tape(
             rest, shift = slots.after[way], slots.tape[way]
             begin = max(begin, rows[rest, t, LEAST] + shift)
             stop = max(begin, min(last, rows[rest, t, END] + shift))
-            for m in range(begin, stop):
-                x = values[rows[rest, t, ZERO] + m - shift] + cost
-                if x < values[zero + m]:
-                    values[zero + m] = x
-        for m in range(stop, last):
-            if cost < values[zero + m]:
-                values[zero + m] = cost
+            first = rows[rest, t, ZERO] - shift
+            row = values[zero + begin : zero + stop]
+            row[:] = np.minimum(row, values[first + begin : first + stop] + cost)
+        row = values[zero + stop : zero + last]
+        row[:] = np.minimum(row, cost)
     if end == top + 2 and least <= top:
         # A slot more than there are: rounding may ask for it, and bytes never need it.
         values[zero + top + 1] = values[zero + top]
+
+
+def fill_by_rows(
+    values: Numbers, rows: Integers, slots: Slots, seconds: Numbers, extra: Numbers, top: int
+) -> None:
+    """Fill a small table as `fill` does, to the same bits, by numpy: a row and a split at a time.
+
+    Args:
+        values: The rows, to fill.
+        rows: Where each row lies.
+        slots: The sizes.
+        seconds: Running sum of u_f by stage.
+        extra: What each taping takes longer than the stage's fastest.
+        top: The largest number of slots.
+    """
+    n, interpreted = rows.shape[1] - 2, suited(_tape, 0)
+    places, takes, elapsed = rows.tolist(), slots.takes.tolist(), seconds.tolist()
+    needs = slots.sweep[slots.stage] + (slots.handed + slots.up)[:, None]  # less level[t]
+    for t in range(1, n + 2):
+        least_swept = ((needs + slots.level[t]) // slots.unit).tolist()
+        for s in range(min(t, n), 0, -1):
+            start = s
+            while start:
+                zero, least, end = places[start][t]
+                stop = min(end, top + 1)
+                values[zero + least : zero + end] = np.inf
+                row = values[zero + least : zero + stop]
+                for j in range(s + 1, t + 1):
+                    cost, shift = elapsed[j - 1] - elapsed[s - 1], takes[start][j]
+                    # Numbers fall with slots, and the seconds of a sweep rise with j: what costs
+                    # more than is known costs more for all further j as well.
+                    if not len(row) or row[-1] <= cost:
+                        row = row[: _first_within(row, cost)]
+                        if not len(row):
+                            break
+                    left, left_least, left_end = places[j][t]
+                    right, right_least, right_end = places[start][j - 1]
+                    begin = max(least, least_swept[start][j], left_least + shift, right_least)
+                    stop = least + len(row)
+                    if begin >= stop:
+                        continue
+                    both = max(begin, min(stop, left_end + shift, right_end))
+                    found = values[left + begin - shift : left + both - shift]
+                    found = found + values[right + begin : right + both]
+                    found += values.dtype.type(cost)
+                    part = row[begin - least : both - least]
+                    np.minimum(part, found, out=part)
+                    if both < stop:  # one of them is 0 from here on, or both
+                        found = np.zeros(stop - both, values.dtype)
+                        one, other = min(stop, left_end + shift), min(stop, right_end)
+                        if one > both:
+                            found[: one - both] = values[left + both - shift : left + one - shift]
+                        if other > both:
+                            found[: other - both] = values[right + both : right + other]
+                        found += values.dtype.type(cost)
+                        part = row[both - least :]
+                        np.minimum(part, found, out=part)
+                interpreted(values, rows, slots, extra, top, start, s, t)
+                start = int(slots.other[start])
+
+
+def _first_within(row: Numbers, most: float) -> int:
+    """The first place of a falling row where it is no more than a number; its length if none is."""
+    return bisect_left(row, True, key=lambda x: bool(x <= most))

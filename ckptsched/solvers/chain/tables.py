@@ -42,6 +42,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...base.budget import format_bytes
+from ...base.jit import count_steps, is_interpreted, suited
 from ...base.progress import report
 from . import table_kernel as chain_kernel
 from .sizes import ChainSizes, Slots, slots_of
@@ -53,6 +54,8 @@ _TILES_AT_ONCE = 4
 # Less work than this is done before a second thread has started.
 _ADDITIONS_ALONE = 3e9
 _THREADS = 2
+# Steps of the interpreter that a split takes by numpy, and more of them for every slot.
+_SPLIT, _SLOT = 10.0, 0.001
 # Ends of segments between two looks, while least memory is found.
 _ENDS_AT_ONCE = 16
 
@@ -93,9 +96,10 @@ def least_memory(sizes: ChainSizes, unit: int = 1, *, nearest: bool = False) -> 
     shape = (len(sizes.starts.stage), n + 2)
     found = LeastMemory(sizes, slots, np.zeros(shape, np.int64), np.zeros(shape, np.int64))
     free = sizes.tapings.extra_seconds == 0
+    kernel = suited(chain_kernel.least_slots, table_splits(sizes))
     for first in range(1, n + 2, _ENDS_AT_ONCE):
         last = min(first + _ENDS_AT_ONCE - 1, n + 1)
-        chain_kernel.least_slots(slots, first, last, free, found.least, found.enough)
+        kernel(slots, first, last, free, found.least, found.enough)
         report(f"least memory of {n} stages", (last / (n + 1)) ** 3)
     return found
 
@@ -129,7 +133,7 @@ class Table:
         needs = least_memory(sizes, unit, nearest=nearest)
         self.sizes, self.slots = sizes, needs.slots
         self.top = self.slots.columns(top_bytes)
-        self.rows, numbers = _place(needs, self.top)
+        self.rows, numbers = _laid_out(needs, self.top)
         # Times are scaled by a power of two, which rounds nothing, so that none is too large or
         # too small for a 32-bit float.
         total = math.fsum(sizes.forward_seconds) + math.fsum(sizes.tapings.extra_seconds)
@@ -199,13 +203,16 @@ class Table:
         n, top = len(self.sizes), self.top
         self.values[: top + 2] = 0
         self.values[top + 2 : 2 * top + 4] = np.inf
+        model = self.slots, self.seconds, self.extra, top
+        steps = table_splits(self.sizes) * (_SPLIT + top * _SLOT)
+        if is_interpreted(chain_kernel.fill, steps):
+            count_steps(chain_kernel.fill, steps)
+            chain_kernel.fill_by_rows(self.values, self.rows, *model)
+            return
         cut = np.empty(self.rows.shape[:2], dtype=np.int64)
 
         def fill(tiles: npt.NDArray[np.int64]) -> None:
-            chain_kernel.fill(
-                *(self.values, self.rows, cut, self.slots, self.seconds, self.extra, top, _TILE),
-                tiles,
-            )
+            chain_kernel.fill(self.values, self.rows, cut, *model, _TILE, tiles)
 
         what = f"table of {n} stages and {top} slots, {format_bytes(self.nbytes)}"
         report(what, 0.0)
@@ -229,7 +236,7 @@ class Table:
                 pool.shutdown(cancel_futures=True)
 
 
-def _place(needs: LeastMemory, top: int) -> tuple[npt.NDArray[np.int64], int]:
+def _laid_out(needs: LeastMemory, top: int) -> tuple[npt.NDArray[np.int64], int]:
     """Where rows lie, and how many numbers they take, zeros and infinities included.
 
     A row that does not end before `top` has a number for one slot more.

@@ -13,6 +13,7 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
+from ...base.jit import suited
 from ...schedule.language import Schedule, ScheduleBuilder
 from . import traceback_kernel as chain_walk
 from .sizes import ChainSizes
@@ -25,7 +26,7 @@ class Outline:
     """A schedule before its operations are written out."""
 
     events: npt.NDArray[np.int64]
-    """What to do, as `chain_walk.walk` writes it, shape (events, 3)."""
+    """What to do, as `traceback_kernel.walk` writes it, shape (events, 3)."""
     extra_seconds: float
     """What it takes longer than when nothing is run twice and every tape is the fastest."""
 
@@ -84,5 +85,6 @@ def outline(
         model = (values, rows, least.slots, seconds, extra, -1)
     else:
         model = (table.values, table.rows, table.slots, table.seconds, table.extra, table.top)
-    count, total = chain_walk.walk(least.slots, least.least, *model, size, scale, events)
+    walk = suited(chain_walk.walk, len(sizes) ** 2)
+    count, total = walk(least.slots, least.least, *model, size, scale, events)
     return Outline(events[:count], total if table is None else table.unscaled(total))

@@ -1,6 +1,6 @@
 """The compiled walk through the tables of the chain recurrence: what every segment begins with.
 
-Least memory is exact, in bytes; the seconds come from a table in slots. `chain_lowering` says why.
+Least memory is exact, in bytes; the seconds come from a table in slots. `to_schedule` says why.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 
@@ -25,10 +25,13 @@ from ...workload.chain import Chain
 from ...workload.graph import Graph
 from ..base import AbstractSolver, Solution, infeasible
 from .cuts_solver import ALL_SCHEDULES, GraphCuts, Judged, plain_schedules
-from .milp_backend import minimise
-from .milp_model import GraphModel
 from .orders import Reordered, orders
 from .to_schedule import with_drops
+
+if TYPE_CHECKING:
+    from .milp_model import GraphModel
+
+# What solves programs is imported where there is one: it takes longer than most plans.
 
 # What is counted grows with nodes**3: with 150 nodes the program has 60,000 variables, takes ten
 # seconds to write and a gigabyte.
@@ -121,7 +124,7 @@ class GraphIlp(AbstractSolver):
             )
         graph = Graph.from_chain(chain) if isinstance(chain, Chain) else chain
         sweeps = self.sweeps or (2 if len(graph) <= _TWO_SWEEPS_NODES else 1)
-        search = _Search(chain, graph, self.time_limit_seconds, sweeps)
+        search = _GraphPlanning(chain, graph, self.time_limit_seconds, sweeps)
         # First, as from a plain schedule the solver finds more than from one that is nearly good.
         search.find_least()
         for solution in GraphCuts().solve_each(graph, budgets):
@@ -156,7 +159,7 @@ class _TimeUpError(Exception):
 
 @final
 @dataclass(eq=False)
-class _Search:
+class _GraphPlanning:
     """What is shared between the budgets of one graph."""
 
     workload: Chain | Graph
@@ -268,6 +271,8 @@ class _Search:
     def _write(
         self, order: Reordered, budget: int | None, *, rounds_up: bool = False
     ) -> GraphModel:
+        from .milp_model import GraphModel
+
         return GraphModel(
             order.graph,
             budget,
@@ -278,6 +283,8 @@ class _Search:
 
     def _solve(self, order: Reordered, budget: int | None) -> float:
         """Solve one order's program; returns its bound in bytes or seconds."""
+        from .milp_backend import minimise
+
         model = self._write(order, budget)
         best = self.least if budget is None else self.best(budget)
         start = None
@@ -297,6 +304,8 @@ class _Search:
 
     def _fit(self, order: Reordered, budget: int) -> None:
         """Solve again with sizes rounded up, where a schedule for those rounded down is too big."""
+        from .milp_backend import minimise
+
         model = self._write(order, budget, rounds_up=True)
         best = self.best(budget)
         if best is not None:

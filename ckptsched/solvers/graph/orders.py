@@ -1,6 +1,6 @@
 """Other orders in which the nodes of a graph can be counted.
 
-The program of `graph_model` runs nodes in their order, and backwards in the reverse of it.
+The program of `milp_model` runs nodes in their order, and backwards in the reverse of it.
 Where branches lie side by side another order may need fewer bytes.
 """
 
@@ -10,8 +10,6 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import final
-
-import networkx as nx
 
 from ...schedule.language import Backward, Forward, Operation
 from ...workload.graph import Graph
@@ -69,6 +67,8 @@ def orders(graph: Graph, most: int) -> tuple[list[Reordered], bool]:
     Returns:
         The orders, and whether they are all there are.
     """
+    import networkx as nx  # when it is needed: it takes a while
+
     edges: nx.DiGraph[int] = nx.DiGraph()
     edges.add_nodes_from(range(len(graph) + 1))
     for i, sources in enumerate(graph.reads, 1):

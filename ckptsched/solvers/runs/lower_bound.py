@@ -156,7 +156,7 @@ class RunBound:
         worth[self.priced] = self.prices[self.priced] / runs.seconds[self.priced]
         self.levels = _Levels(self.relaxed, self.prices.copy(), math.ceil(worth.max()) + 1, m)
         paid = float(self.prices @ runs.count)
-        row = self.levels.block(0)[0, 0, number] + paid
+        row = self.levels.batch(0)[0, 0, number] + paid
         row -= _ROUNDING * (paid + np.where(np.isinf(row), 0, np.abs(row)))
         np.maximum(self.best[: m + 1], row, out=self.best[: m + 1])
         return float(row[m])
@@ -166,7 +166,7 @@ class RunBound:
 class _Levels:
     """Least reduced costs at given prices, by earlier runs k = 0..top.
 
-    Levels are kept in blocks: of all but one, the first level alone, from which the block before
+    Levels are kept in batches: of all but one, the first level alone, from which the batch before
     is filled again when it is asked for.
     """
 
@@ -186,11 +186,11 @@ class _Levels:
         self.firsts: dict[int, npt.NDArray[np.float64]] = {}
         self.at = -1
         self.levels = np.empty((self.size + 1, *self.shape))
-        for block in range(top // self.size, -1, -1):
-            self.block(block)
-            self.firsts[block] = self.levels[0].copy()
+        for batch in range(top // self.size, -1, -1):
+            self.batch(batch)
+            self.firsts[batch] = self.levels[0].copy()
 
-    def block(self, number: int) -> npt.NDArray[np.float64]:
+    def batch(self, number: int) -> npt.NDArray[np.float64]:
         """Levels number * size to (number + 1) * size."""
         from . import lower_bound_kernel as run_bound_kernel
 
@@ -221,7 +221,7 @@ class _Levels:
         weight[0, 0, number, -1] = 1
         used = np.zeros(number)
         for k in range(self.top + 1):
-            levels, i = self.block(k // self.size), k % self.size
+            levels, i = self.batch(k // self.size), k % self.size
             now, then, is_top = weight[k % 2], weight[(k + 1) % 2], k == self.top
             if not run_bound_kernel.stages_used(
                 levels[i], levels[i + 1], self.relaxed, self.prices, now, then, used, k, is_top

@@ -1,7 +1,7 @@
-"""The compiled loops of `run_bound`: least reduced cost of segments by the runs they span.
+"""The compiled loops of `lower_bound`: least reduced cost of segments by the runs they span.
 
 level[a, b, m] is the least reduced cost of a segment from run a to run b in m slots, when each of
-its stages is run k times without tape before, which is what its level k says: see `run_bound`.
+its stages is run k times without tape before, which is what its level k says: see `lower_bound`.
 """
 
 from __future__ import annotations

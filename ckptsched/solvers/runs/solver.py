@@ -1,7 +1,7 @@
 """The best memory-persistent schedules of chains with long runs, as networks of ODE blocks are.
 
-The recurrence of `chain_dp` on the segments that matter (`run_table`), and a lower bound that does
-not look at places (`run_bound`).
+The recurrence of `chain_dp` on the segments that matter (`tables`), and a lower bound that does
+not look at places (`lower_bound`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MOST_RUNS = 64
 _FEWEST_STAGES_A_RUN = 2
 # Ends and starts of lines in a long run, by slots up to which: few slots need exact places, and
 # cost little.
-_GRIDS = ((400, 16, 16), (1 << 62, 3, 4))
+_MESHES = ((400, 16, 16), (1 << 62, 3, 4))
 # Schedules of slots beyond the budget may fit after all, as sizes are rounded.
 _HEADROOM = 1.05
 # Schedules that are tried for one budget where sizes are rounded.
@@ -56,7 +56,7 @@ MOST_ADVANCES = 8_000_000
 _LEAST_ADVANCES = 1_000_000
 # Numbers in a table of segments inside a run: 0.25 GB.
 _NUMBERS = 6e7
-MOST_STAGES = int(_NUMBERS / _GRIDS[0][0])
+MOST_STAGES = int(_NUMBERS / _MESHES[0][0])
 """Of more stages even a table of the fewest slots has too many numbers: there are two or three."""
 # Schedules of the fewest slots that are tried to find the least budget.
 _LEAST_TRIALS = 4
@@ -92,17 +92,6 @@ class RunDp(AbstractSolver):
 
     name = "run_dp"
 
-    def solve(self, chain: Chain, budget_bytes: int) -> Solution:
-        """Find a cheap memory-persistent schedule within a budget, and a bound.
-
-        Raises:
-            WorkloadError: The chain has no long runs, or more than `MOST_STAGES` stages.
-        """
-        (result,) = self.solve_each(chain, [budget_bytes])
-        if isinstance(result, InfeasibleBudgetError):
-            raise result
-        return result
-
     def solve_each(
         self, chain: Chain, budgets: Sequence[int]
     ) -> list[Solution | InfeasibleBudgetError]:
@@ -111,7 +100,7 @@ class RunDp(AbstractSolver):
         Raises:
             WorkloadError: The chain has no long runs, or more than `MOST_STAGES` stages.
         """
-        search = _Search(chain)
+        search = _RunPlanning(chain)
         feasible = sorted({x for x in budgets if x >= search.least_bytes})
         found: dict[int, Solution] = {}
         for grain, group_ in search.grains(feasible).items():
@@ -147,7 +136,7 @@ class _Found:
 
 @final
 @dataclass(eq=False)
-class _Search:
+class _RunPlanning:
     """What is shared between the budgets of one chain."""
 
     chain: Chain
@@ -224,7 +213,7 @@ class _Search:
         runs = self._untimed.plan
         needed = self._least_bytes()
         divisor = self.sizes.common_divisor
-        unit = divisor if needed // divisor <= _GRIDS[0][0] else max(1, needed // _GRIDS[0][0])
+        unit = divisor if needed // divisor <= _MESHES[0][0] else max(1, needed // _MESHES[0][0])
         top = needed // unit + 1
         most = _LEAST_ADVANCES if self.sizes.is_ledger else MOST_ADVANCES
         # Tables for fewer states than the closed form of equal stages takes would be in vain.
@@ -264,13 +253,13 @@ class _Search:
 
     def _grain(self, budget: int) -> _Grain:
         m, divisor = budget - self.sizes.fixed, self.sizes.common_divisor
-        slots = min(_SLOTS, max(_GRIDS[0][0], int(_NUMBERS / len(self.chain))))
+        slots = min(_SLOTS, max(_MESHES[0][0], int(_NUMBERS / len(self.chain))))
         exact = m // divisor <= slots and not self.sizes.is_ledger
         unit = divisor
         if not exact:
             octave = math.ceil(2 * math.log2(m / slots)) if m > slots else 0
             unit = math.ceil(2 ** (octave / 2))
-        ends, starts = next((e, s) for most, e, s in _GRIDS if m // unit <= most)
+        ends, starts = next((e, s) for most, e, s in _MESHES if m // unit <= most)
         return _Grain(unit, exact, ends, starts)
 
     def solve(self, grain: _Grain, budgets: Sequence[int]) -> dict[int, Solution]:
@@ -327,7 +316,7 @@ def _fewest_states(runs: Runs, most: int) -> int:
 class _Plans:
     """Schedules of one table, by their slots."""
 
-    def __init__(self, search: _Search, grain: _Grain, top_bytes: int) -> None:
+    def __init__(self, search: _RunPlanning, grain: _Grain, top_bytes: int) -> None:
         """Fill the table."""
         self.search, self.grain = search, grain
         most = top_bytes if grain.exact else int(top_bytes * _HEADROOM)

@@ -1,4 +1,4 @@
-"""The compiled loops of `run_table`: segments inside one run, and lines of segments with one end.
+"""The compiled loops of `tables`: segments inside one run, and lines of segments with one end.
 
 Positions count the stages from a segment's first one to the end of the chain, so that the segment
 that starts with X stages of a run has position end + X. Rows hold all positions (or lengths) at one
@@ -24,7 +24,7 @@ Indices = npt.NDArray[np.int64]
 _at = np.uintp  # see chain/table_kernel
 
 # Segments whose best splits are looked for together.
-BLOCK = 64
+TOGETHER = 64
 # How far from the best split of the segments before that is looked for.
 _WINDOW = 16
 # Of all splits so many are looked at where the best may be anywhere.
@@ -59,7 +59,7 @@ class Entries(NamedTuple):
     """By run; -1 where no single stage is before it, or it is one itself."""
 
 
-class Grid(NamedTuple):
+class Mesh(NamedTuple):
     """The ends that segments of several runs have, and the starts that end in another run."""
 
     line_of: Indices
@@ -108,7 +108,7 @@ def fill_in_run(
             least = 1 if m >= alone else 2
             most = count - 1 if m >= pair else 1
             rest = values[m - keep]
-            if exact or most <= BLOCK:
+            if exact or most <= TOGETHER:
                 _push(row, rest, row, (0, least, most, 1), 2, count, (0.0, seconds))
             else:
                 _split(row, rest, row, (0, least, count, 1), (0.0, seconds))
@@ -146,7 +146,7 @@ def fill_entry(
         most = count - 1 if m >= slots.cross[a, r, r, 0, 1] else 1
         if m >= keep and least <= most:
             rest = inside[(m - keep) // unit]
-            if exact or most <= BLOCK:
+            if exact or most <= TOGETHER:
                 _push(row, rest, row, (0, least, most, 1), 2, count, seconds)
             else:
                 _split(row, rest, row, (0, least, count, 1), seconds)
@@ -158,7 +158,7 @@ def fill_line(
     slots: RunSlots,
     rows: InRun,
     entries: Entries,
-    grid: Grid,
+    mesh: Mesh,
     crossing: Numbers,
     end: Any,
     low: int,
@@ -173,8 +173,8 @@ def fill_line(
         slots: The sizes.
         rows: Segments inside runs.
         entries: Segments from the stage before a run into it.
-        grid: Ends and starts of segments of several runs.
-        crossing: Lines with earlier ends at the grid's starts: see `Grid.zero`.
+        mesh: Ends and starts of segments of several runs.
+        crossing: Lines with earlier ends at the mesh's starts: see `Mesh.zero`.
         end: Run of the last stage and its number in the run; R and 0 for the loss.
         low: First run of interest.
         exact: Try every split in the run of the first stage.
@@ -189,7 +189,7 @@ def fill_line(
         row[:] = np.inf
         _own_run(row, slots, rows, entries, b, stage, m)
         for a in range(min(b, number) - 1, low - 1, -1):
-            _cross(line, slots, grid, crossing, a, b, stage, m)
+            _cross(line, slots, mesh, crossing, a, b, stage, m)
             if a + 1 < b and a + 1 < number and entries.zero[a + 1] >= 0:
                 _enter(line, slots, entries, a, b, m)
             start, keep = slots.end[a], slots.keep[a]
@@ -206,7 +206,7 @@ def fill_line(
                 least = 1 if m >= alone else 2
                 most = count if m >= pair else 1
                 rest, cost = line[m - keep], (0.0, slots.seconds[a])
-                if exact or most <= BLOCK:
+                if exact or most <= TOGETHER:
                     _push(row, rest, inside, (start, least, most, 0), 1, count, cost)
                 else:
                     _split(row, rest, inside, (start, least, count, 0), cost)
@@ -251,19 +251,19 @@ def _enter(line: Any, slots: RunSlots, entries: Entries, a: int, b: int, m: int)
 
 @compiled
 def _cross(
-    line: Any, slots: RunSlots, grid: Grid, crossing: Any, a: int, b: int, stage: int, m: int
+    line: Any, slots: RunSlots, mesh: Mesh, crossing: Any, a: int, b: int, stage: int, m: int
 ) -> None:
-    """Splits in a later run than the first stage's, for the starts of the grid in run a."""
+    """Splits in a later run than the first stage's, for the starts of the mesh in run a."""
     row, number = line[m], len(slots.stages)
-    first, last = grid.point_of[a], grid.point_of[a + 1]
-    while last > first and grid.place[last - 1] >= line.shape[1]:
+    first, last = mesh.point_of[a], mesh.point_of[a + 1]
+    while last > first and mesh.place[last - 1] >= line.shape[1]:
         last -= 1
     if first == last:
         return
     for c in range(a + 1, min(b, number - 1) + 1):
         keep = slots.keep[c]
-        for k in range(grid.line_of[c], grid.line_of[c + 1]):
-            own = grid.stage[k]
+        for k in range(mesh.line_of[c], mesh.line_of[c + 1]):
+            own = mesh.stage[k]
             if c == b and own >= stage:
                 break
             y = 1 if own > 1 else 0
@@ -271,44 +271,51 @@ def _cross(
                 break
             split = slots.end[c] + slots.stages[c] - own
             rest = line[m - keep, split]
-            if rest == np.inf or first < grid.least[k]:
+            if rest == np.inf or first < mesh.least[k]:
                 continue
-            left = grid.zero[k] + m * (grid.point_of[c + 1] - grid.least[k]) - grid.least[k]
+            left = mesh.zero[k] + m * (mesh.point_of[c + 1] - mesh.least[k]) - mesh.least[k]
             swept = slots.elapsed[split]
             for p in range(first, last):
-                at = grid.place[p]
+                at = mesh.place[p]
                 if m < slots.cross[a, c, b, 1, y] and at > slots.end[a] + 1:
                     break
                 found = np.float32(slots.elapsed[at] - swept) + crossing[left + p] + rest
                 row[at] = min(row[at], found)
     if b < number and m >= slots.cross[a, b, b, 1, 1]:
-        _peel(row, slots, grid, crossing, (b, stage), m, first, last)
+        _peel(row, slots, mesh, crossing, (b, stage), m, first, last)
 
 
 @compiled
 def _peel(
-    row: Any, slots: RunSlots, grid: Grid, crossing: Any, end: Any, m: int, first: int, last: int
+    row: Any,
+    slots: RunSlots,
+    mesh: Mesh,
+    crossing: Any,
+    end: Any,
+    m: int,
+    first: int,
+    last: int,
 ) -> None:
-    """The stages after the grid's end before this one, each swept to from the start and reversed.
+    """The stages after the mesh's end before this one, each swept to from the start and reversed.
 
     What splits at the last stage come to: no split needs less.
     """
     b, stage = end
-    k = grid.line_of[b]
-    while k + 1 < grid.line_of[b + 1] and grid.stage[k + 1] < stage:
+    k = mesh.line_of[b]
+    while k + 1 < mesh.line_of[b + 1] and mesh.stage[k + 1] < stage:
         k += 1
-    own, run, keep = grid.stage[k], b, slots.keep[b]
-    if own >= stage or first < grid.least[k]:  # down to the end of the run before
-        k, own, run = grid.line_of[b] - 1, 0, b - 1
+    own, run, keep = mesh.stage[k], b, slots.keep[b]
+    if own >= stage or first < mesh.least[k]:  # down to the end of the run before
+        k, own, run = mesh.line_of[b] - 1, 0, b - 1
         keep = max(keep, slots.keep[run])
     if m < keep + slots.taped[b, b]:
         return
-    left = grid.zero[k] + m * (grid.point_of[run + 1] - grid.least[k]) - grid.least[k]
+    left = mesh.zero[k] + m * (mesh.point_of[run + 1] - mesh.least[k]) - mesh.least[k]
     peeled = stage - own
     seconds = slots.seconds[b] * (peeled * (peeled - 1) / 2)
     swept = slots.elapsed[slots.end[b] + slots.stages[b] - own]
     for p in range(first, last):
-        at = grid.place[p]
+        at = mesh.place[p]
         found = np.float32(seconds + peeled * (slots.elapsed[at] - swept)) + crossing[left + p]
         row[at] = min(row[at], found)
 
@@ -338,10 +345,10 @@ def _split(row: Any, rest: Any, inside: Any, parts: Any, cost: Any) -> None:
     """
     start, least, count, shorter = parts
     best = least
-    for x in range(0, count, BLOCK):
-        end = min(x + BLOCK, count)
+    for x in range(0, count, TOGETHER):
+        end = min(x + TOGETHER, count)
         longest, before = end - shorter, best
-        low, high = max(least, best - _WINDOW), min(best + BLOCK + _WINDOW, longest)
+        low, high = max(least, best - _WINDOW), min(best + TOGETHER + _WINDOW, longest)
         if shorter:  # what is looked at must be final
             _push(row, rest, inside, (start, low, high, shorter), x + 1, end, cost)
         best = _best(rest, start + end, inside, low, high, cost)

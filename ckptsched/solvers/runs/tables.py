@@ -1,9 +1,9 @@
 """Tables of the recurrence on a chain of runs.
 
-The recurrence is that of `chain_table`. Segments inside one run depend on their length alone: a
+The recurrence is that of `tables`. Segments inside one run depend on their length alone: a
 row a length. Segments of several runs are kept in *lines*: all that have one end, for every start
-and every number of slots. Ends are those of a grid, a few a run, and a line is filled from those
-with earlier ends, at the starts of the grid; where a segment splits in the run of its first stage,
+and every number of slots. Ends are those of a mesh, a few a run, and a line is filled from those
+with earlier ends, at the starts of the mesh; where a segment splits in the run of its first stage,
 all splits count. So a table has some hundred lines, and what is lost is in the choice of the few
 places at which a left part of several runs starts and ends.
 
@@ -23,7 +23,7 @@ from ...base.progress import report
 from .find_runs import Runs, RunSlots, run_slots
 
 if TYPE_CHECKING:
-    from .table_kernel import Entries, Grid, InRun, Limits
+    from .table_kernel import Entries, InRun, Limits, Mesh
 
 Numbers: TypeAlias = npt.NDArray[np.float32]
 End: TypeAlias = tuple[int, int]
@@ -36,7 +36,7 @@ _ADDITIONS_AT_ONCE = 5e9
 _MOST_ADDITIONS = 2e10
 # Runs of fewer stages do not count as long, where it is asked how far back a line reaches.
 _LONG = 8
-# Stages next to a run's ends that are ends and starts of the grid in any case.
+# Stages next to a run's ends that are ends and starts of the mesh in any case.
 _MARGIN = 2
 
 
@@ -60,7 +60,7 @@ class RunTable:
     """Extra seconds of segments for every number of slots up to `top`."""
 
     def __init__(self, runs: Runs, unit: int, top: int, *, ends: int, starts: int) -> None:
-        """Fill the lines of the grid.
+        """Fill the lines of the mesh.
 
         Args:
             runs: The runs, with the sizes to plan with.
@@ -84,7 +84,7 @@ class RunTable:
             after |= _margins(count) | (_starts(count, starts) if starts else set())
             place += [end + x for x in sorted(after) if x]
             point_of.append(len(place))
-        self.grid, numbers = self._place(line_of, stage, point_of, place)
+        self.mesh, numbers = self._place(line_of, stage, point_of, place)
         self.crossing = np.full(numbers, np.inf, np.float32)
         self.rows = self._in_run()
         self.entries = self._entries()
@@ -140,8 +140,8 @@ class RunTable:
 
     def _place(
         self, line_of: list[int], stage: list[int], point_of: list[int], place: list[int]
-    ) -> tuple[Grid, int]:
-        """The grid, and how many numbers its lines have at its starts."""
+    ) -> tuple[Mesh, int]:
+        """The mesh, and how many numbers its lines have at its starts."""
         from . import table_kernel as run_kernel
 
         run = np.repeat(np.arange(len(self.runs)), np.diff(line_of))
@@ -150,19 +150,19 @@ class RunTable:
         width = of[run + 1] - of[reach]
         zero = np.cumsum(np.append(0, (self.top + 1) * width))
         columns = (line_of, stage, point_of, place, of[reach], zero[:-1])
-        grid = run_kernel.Grid(*(np.array(x, dtype=np.int64) for x in columns))
-        return grid, int(zero[-1])
+        mesh = run_kernel.Mesh(*(np.array(x, dtype=np.int64) for x in columns))
+        return mesh, int(zero[-1])
 
     def _left(self, k: int, m: int) -> int:
         """Where the numbers of a line in m slots lie, less its first point."""
-        grid = self.grid
-        run = int(np.searchsorted(grid.line_of, k, side="right")) - 1
-        width = int(grid.point_of[run + 1] - grid.least[k])
-        return int(grid.zero[k]) + m * width - int(grid.least[k])
+        mesh = self.mesh
+        run = int(np.searchsorted(mesh.line_of, k, side="right")) - 1
+        width = int(mesh.point_of[run + 1] - mesh.least[k])
+        return int(mesh.zero[k]) + m * width - int(mesh.least[k])
 
     def left_seconds(self, k: int, m: int, p: int) -> float:
-        """Extra seconds of the segment from a start of the grid to the end of a line."""
-        if p < self.grid.least[k]:
+        """Extra seconds of the segment from a start of the mesh to the end of a line."""
+        if p < self.mesh.least[k]:
             return math.inf
         return float(self.crossing[self._left(k, m) + p])
 
@@ -224,17 +224,17 @@ class RunTable:
         return row
 
     def _fill(self) -> None:
-        grid, runs = self.grid, self.runs
+        mesh, runs = self.mesh, self.runs
         buffer = np.empty((self.top + 1, runs.stages + 1), np.float32)
         what = f"table of {runs.stages} stages in {len(runs)} runs and {self.top} slots"
         for r in range(len(runs)):
-            for k in range(int(grid.line_of[r]), int(grid.line_of[r + 1])):
-                end = r, int(grid.stage[k])
-                report(what, k / (len(grid.stage) + 1))
+            for k in range(int(mesh.line_of[r]), int(mesh.line_of[r + 1])):
+                end = r, int(mesh.stage[k])
+                report(what, k / (len(mesh.stage) + 1))
                 self._fill_line(end, buffer, self._reach(end))
-                points = slice(int(grid.least[k]), int(grid.point_of[r + 1]))
-                numbers = buffer[:, grid.place[points]]
-                zero = int(grid.zero[k])
+                points = slice(int(mesh.least[k]), int(mesh.point_of[r + 1]))
+                numbers = buffer[:, mesh.place[points]]
+                zero = int(mesh.zero[k])
                 self.crossing[zero : zero + numbers.size] = numbers.ravel()
 
     def _reach(self, end: End) -> int:
@@ -259,7 +259,7 @@ class RunTable:
             step = max(1, int(_ADDITIONS_AT_ONCE / additions))
         for first in range(0, rows, step):
             last = min(first + step, rows) - 1
-            tables = (self.slots, self.rows, self.entries, self.grid, self.crossing)
+            tables = (self.slots, self.rows, self.entries, self.mesh, self.crossing)
             run_kernel.fill_line(values, *tables, end, low, exact, first, last)
 
 
@@ -325,17 +325,17 @@ class Line:
         return float(self.values[m, place])
 
     def _cross(self, a: int, place: int, m: int, best: float, choice: Choice) -> Choice:
-        """Splits in later runs, where the position is one of the grid."""
-        table, grid, slots = self.table, self.table.grid, self.table.slots
-        p = int(np.searchsorted(grid.place[grid.point_of[a] : grid.point_of[a + 1]], place))
-        p += int(grid.point_of[a])
-        if p == grid.point_of[a + 1] or grid.place[p] != place:
+        """Splits in later runs, where the position is one of the mesh."""
+        table, mesh, slots = self.table, self.table.mesh, self.table.slots
+        p = int(np.searchsorted(mesh.place[mesh.point_of[a] : mesh.point_of[a + 1]], place))
+        p += int(mesh.point_of[a])
+        if p == mesh.point_of[a + 1] or mesh.place[p] != place:
             return choice
         x = int(place > slots.end[a] + 1)
         b, stage = self.end
         for c in range(a + 1, min(b, len(table.runs) - 1) + 1):
-            for k in range(int(grid.line_of[c]), int(grid.line_of[c + 1])):
-                own = int(grid.stage[k])
+            for k in range(int(mesh.line_of[c]), int(mesh.line_of[c + 1])):
+                own = int(mesh.stage[k])
                 if c == b and own >= stage:
                     break
                 need = int(slots.cross[a, c, b, x, int(own > 1)])
@@ -350,17 +350,17 @@ class Line:
         return self._peel(place, p, m, best, choice)
 
     def _peel(self, place: int, p: int, m: int, best: float, choice: Choice) -> Choice:
-        table, grid, slots = self.table, self.table.grid, self.table.slots
+        table, mesh, slots = self.table, self.table.mesh, self.table.slots
         b, stage = self.end
         a = table.run_at(place)
         if b == len(table.runs) or m < slots.cross[a, b, b, 1, 1]:
             return choice
-        lines = range(int(grid.line_of[b]), int(grid.line_of[b + 1]))
-        earlier = [k for k in lines if grid.stage[k] < stage][-1:]
-        if earlier and p < grid.least[earlier[0]]:
+        lines = range(int(mesh.line_of[b]), int(mesh.line_of[b + 1]))
+        earlier = [k for k in lines if mesh.stage[k] < stage][-1:]
+        if earlier and p < mesh.least[earlier[0]]:
             earlier = []  # down to the end of the run before
         k = earlier[0] if earlier else lines[0] - 1
-        own, keep = (int(grid.stage[k]), 0) if earlier else (0, int(slots.keep[b - 1]))
+        own, keep = (int(mesh.stage[k]), 0) if earlier else (0, int(slots.keep[b - 1]))
         keep = max(keep, int(slots.keep[b]))
         if m < keep + slots.taped[b, b]:
             return choice

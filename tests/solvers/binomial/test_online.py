@@ -8,16 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.online import reversal_advances
 from ckptsched.base.errors import WorkloadError
-from ckptsched.schedule.language import Code
+from ckptsched.schedule.language import Code, Schedule, ScheduleBuilder
 from ckptsched.simulator.simulator import simulate
-from ckptsched.solvers.binomial.online import (
-    OnlinePlacement,
-    online_schedule,
-    optimal_length,
-    reversal,
-    reversal_advances,
-)
+from ckptsched.solvers.binomial.online import OnlinePlacement, optimal_length, reversal
 from ckptsched.solvers.binomial.revolve import advances
 from ckptsched.workload.chain import Chain
 
@@ -41,6 +36,39 @@ def runs(stages: int, slots: int, *, last_input: bool, optimal_start: bool = Tru
     """Runs without tape of forward and backward together."""
     positions = placed(stages, slots, optimal_start=optimal_start)
     return stages + reversal_advances(positions, stages, slots, last_input=last_input)
+
+
+def online_schedule(stages: int, slots: int, *, last_input: bool = True) -> Schedule:
+    """Write out what a chain of unknown length is in for, once it turns out to be so long.
+
+    Args:
+        stages: Its length, at least 1.
+        slots: States kept at once, the input included, at least 1.
+        last_input: Whether the input of the last stage is kept besides, from when the end shows.
+            It takes no more than the sweep back takes anyway.
+
+    Returns:
+        A schedule whose forward pass is decided without knowing the length.
+    """
+    placement, build = OnlinePlacement(slots), ScheduleBuilder()
+    for n in range(stages):
+        visit = placement.visit()
+        if visit.evicted is not None:
+            build.drop_state(visit.evicted)
+        build.forward(n + 1)
+        if not visit.store and not (last_input and n == stages - 1):
+            build.drop_state(n)
+    build.turn()
+    build.drop_state(stages)
+    emit = {
+        Code.FORWARD: build.forward,
+        Code.TAPED_FORWARD: build.tape,
+        Code.BACKWARD: build.backward,
+        Code.DROP: build.drop_state,
+    }
+    for code, stage in reversal(placement.positions, stages, slots, last_input=last_input):
+        emit[code](stage)
+    return build.build()
 
 
 @given(lengths, slot_numbers)
