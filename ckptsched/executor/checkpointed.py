@@ -90,35 +90,27 @@ def checkpointed(
             f"context_fn is {context_fn!r}; give a function that returns two context managers"
         )
     inspection = inspect_model(model, "checkpointed", PlanMismatchError)
-    return follow(inspection, model, plan, check=check, context_fn=context_fn)
+    return follow(inspection, model, plan, check, context_fn)
 
 
 def follow(
-    inspection: Inspection,
-    model: nn.Module,
-    plan: Plan,
-    *,
-    check: Check = "glance",
-    context_fn: ContextFn | None = None,
+    inspection: Inspection, given: object, plan: Plan, check: Check, context_fn: ContextFn | None
 ) -> Checkpointed:
-    """The same for a model that has been inspected.
+    """Make an inspected model train by a plan; further arguments and errors as `checkpointed`.
 
     Args:
         inspection: The model.
-        model: It as the user gave it, which may follow a plan already.
+        given: The model as the user gave it; of one that follows a plan the contexts are kept.
         plan: The plan.
-        check: As for `checkpointed`.
-        context_fn: As for `checkpointed`.
-
-    Raises:
-        PlanMismatchError: The plan was made for another model, or by hand, or is none.
+        check: What is compared of stages that run again.
+        context_fn: Gives the contexts of first runs and recomputations, or None.
     """
-    if isinstance(model, Checkpointed):
-        context_fn = context_fn or model.context_fn
+    if isinstance(given, Checkpointed):
+        context_fn = context_fn or given.context_fn
     if not isinstance(plan, Plan):
         advice = "; make one of it: plan(chain, budget=...)" if isinstance(plan, Chain) else ""
         raise PlanMismatchError(f"a model follows a Plan, found a {type(plan).__name__}{advice}")
-    return Checkpointed(PreparedPlan(inspection, plan, check=check, context_fn=context_fn))
+    return Checkpointed(PreparedPlan(inspection, plan, check, context_fn))
 
 
 @final

@@ -42,12 +42,7 @@ class PreparedPlan:
     """A plan bound to its model: stages, the script of operations, and what steps learn."""
 
     def __init__(
-        self,
-        inspection: Inspection,
-        plan: Plan,
-        *,
-        check: Check = "glance",
-        context_fn: ContextFn | None = None,
+        self, inspection: Inspection, plan: Plan, check: Check, context_fn: ContextFn | None
     ) -> None:
         """Cut the model into the plan's stages.
 

@@ -173,7 +173,7 @@ def verify(
         PlanMismatchError: The plan does not belong to the model or the sample.
     """
     inspection = inspect_model(model, "verify", PlanMismatchError)
-    planned = follow(inspection, model, plan, check="none")  # what differs is measured
+    planned = follow(inspection, model, plan, "none", None)  # what differs is measured
     call = _Call(sample, kwargs or {}, inspection)
     if not torch.is_grad_enabled():
         raise PlanMismatchError("verify needs gradients; call it outside torch.no_grad")

@@ -51,4 +51,4 @@ def fit(
     with nullcontext() if context_fn is None else contexts(context_fn)[0]:
         chain = measure(inspection, sample, kwargs, loss)
     made = plan_one(chain, budget, solver=solver)
-    return follow(inspection, model, made, context_fn=context_fn)
+    return follow(inspection, model, made, "glance", context_fn)
