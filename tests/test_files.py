@@ -324,3 +324,13 @@ GraphIlp().solve_each(g, [10**6])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_the_first_profile_leaves_pythons_random_state() -> None:
+    """A library that is imported on the way draws from it."""
+    code = (
+        "import random, torch, ckptsched as cs; before = random.getstate();"
+        "cs.profile(torch.nn.Linear(2, 2), torch.randn(3, 2)); print(before == random.getstate())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import Progress
+_state = random.getstate()
 
-from . import progress
-from .progress import Listener
+from rich.console import Console  # noqa: E402
+from rich.progress import Progress  # noqa: E402
+
+from . import progress  # noqa: E402
+from .progress import Listener  # noqa: E402
+
+random.setstate(_state)  # rich draws from Python's generator as it is imported
 
 _PATIENCE_SECONDS = 1.0  # before a bar is shown
 

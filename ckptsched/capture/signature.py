@@ -204,6 +204,7 @@ def sign(
         frozen=frozen,
         settings=ambient.described(),
         hooks=describe_hooks(ambient.hooks),
+        modes=ambient.costly_modes(),
     )
 
 

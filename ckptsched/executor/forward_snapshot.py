@@ -302,6 +302,8 @@ class Surroundings:
         self._wanted = self._around = around
         if wanted != around:
             self._wanted = wanted
+        if around.operations:
+            self.program.expected.check_modes_of_backward(around)
         convolves = any(p.dim() > 2 for p in self.parameters)  # or may, by its parameters
         if convolves and wanted.settings != around.settings:
             self.program.expected.check_backward(around)

@@ -30,11 +30,12 @@ from ..tensors.devices import KNOWN, what_is_wrong
 from ..tensors.pytree import Extras, State
 from ..torch_state.locks import InTurn
 from ..torch_state.replay_context import Autocast, Generators, OneWay, RandomState, Recomputing
+from ..torch_state.surroundings import Ambient
 from ..workload.chain import Chain
 from .advice import about_value
 from .chain_builder import assemble
 from .meta_estimate import estimate
-from .stage_memory import go_back, weigh, weigh_loss
+from .stage_memory import bytes_left_for_good, go_back, weigh, weigh_loss
 from .stage_paths import Variations
 from .stage_probe import (
     Kind,
@@ -174,7 +175,9 @@ def profile(
         (blocks, frozen, order), ending, lost = surveyed
         carries = [order[0].wanted, *(kind.carries for kind in order)]
         kinds = survey_backward(order, lost.gradients)
+        among = Ambient.take(device).costly_modes()
         seconds, spread = _measure(kinds, lambda: go_back(*ending), meter, progress)
+        left = [kind.count * bytes_left_for_good(kind, meter) for kind in kinds] if among else []
         note_unfit(state, state, "a stage that has run several times")
         lost = replace(lost, seconds=seconds)
         chain = assemble(blocks, order, lost, device, inputs.leaves, generators)
@@ -183,7 +186,7 @@ def profile(
     sides = [bool(kind.sides) for kind in order]
     asked = as_asked(inputs, carries[0])
     signature = sign(model, blocks, asked, given, carries, alone, own_leaves, sides, hidden, frozen)
-    signature = replace(signature, unfit=state.unfit)
+    signature = replace(signature, unfit=state.unfit, mode_bytes=sum(left))
     return replace(chain, signature=signature, seconds_spread=spread)
 
 

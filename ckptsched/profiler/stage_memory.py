@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..base.errors import ProfileError
 from ..memory.meters import Meter, storage_bytes
+from ..recompute.side_outputs import attributes_kept
 from ..tensors.pytree import State, copied, storages
 from ..tensors.wrapper_tensors import all_parts
 from ..torch_state.locks import Lent
@@ -63,6 +64,29 @@ def weigh(kind: Kind, meter: Meter) -> StageLedger:
         varies=kind.varies,
     )
     return replace(ledger, bounds=bounds)
+
+
+def bytes_left_for_good(kind: Kind, meter: Meter) -> int:
+    """Bytes that each run of a stage and its backward leave behind, beside those of the run before.
+
+    Modes that keep tensors do so. What the stage itself keeps, in lists of its modules, is put
+    back, as it is no matter of the modes.
+
+    Args:
+        kind: The stage, weighed.
+        meter: What counts bytes.
+    """
+    kind.set_gradients(first=False)
+    with attributes_kept(kind.call.module.modules()), meter.window() as window:
+        for _ in range(3):  # a first one may set up what is replaced from then on
+            kind.begin()
+            tape, _ = kind.record(kind.x)
+            kind.go_back(tape)
+            del tape
+            window.mark()
+    kind.set_gradients(first=True)
+    last = window.phases[2]
+    return max(0, last.final_bytes - last.start_bytes)
 
 
 def _inputs(kind: Kind) -> int:
