@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import NamedTuple, NoReturn, TypeAlias, final
+from typing import NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -780,7 +780,11 @@ class Run:
             further = self.sides.gradients_of(tape.sides)
             lives = tape.watch()
             with self.seen.going_back(), self._attributes_kept(start, i):
-                self.gradients = tape.backward(gradients, further)
+                try:
+                    self.gradients = tape.backward(gradients, further)
+                except RuntimeError as error:  # freed, by who went back from what was left?
+                    self._refuse_left(start, i, error)
+                    raise
             del tape, further
             held = lives() is not None and not module_tracker_at_work()
             if held and still(partial(_is_there, lives)):
@@ -795,14 +799,20 @@ class Run:
             return nullcontext()
         return attributes_kept(part for module in modules for part in module.modules())
 
-    def _refuse_left(self, first: int, last: int) -> NoReturn:
+    def _refuse_left(self, first: int, last: int, error: RuntimeError | None = None) -> None:
+        """Say that stages have left something; if that explains an error, or always without one."""
         stages = self.program.stages[first - 1 : last]
+        if error is not None:
+            sides = self.program.sides[first - 1 : last]
+            stages = [s for s, looks in zip(stages, sides, strict=True) if not looks]
         names = " or ".join(dict.fromkeys(repr(stage.name) for stage in stages))
         found = ", ".join(dict.fromkeys(w for s in stages for w in whereabouts(s.module)))
+        if error is not None and not found:
+            return
         raise ExecutionError(
             f"stage {names} left a tensor with a graph by another way than its output "
             f"({found or 'in a list, a closure or a hook'}), {_NOT_SEEN}"
-        )
+        ) from error
 
     def _feed_again(self, i: int, kept: _Kept) -> None:
         """Let sums come first that stages after a tape turned out to share only since."""

@@ -183,7 +183,7 @@ def profile(
         chain = assemble(blocks, order, lost, device, inputs.leaves, generators)
     alone, own_leaves = [kind.alone for kind in order], [kind.own_leaves for kind in order]
     hidden = {place for kind in order for place in kind.hidden}
-    sides = [bool(kind.sides) for kind in order]
+    sides = [kind.looks for kind in order]
     asked = as_asked(inputs, carries[0])
     signature = sign(model, blocks, asked, given, carries, alone, own_leaves, sides, hidden, frozen)
     signature = replace(signature, unfit=state.unfit, mode_bytes=sum(left))

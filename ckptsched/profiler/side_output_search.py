@@ -46,6 +46,7 @@ def find_side_outputs(
     aliases: Iterable[Tensor],
     module: nn.Module,
     keeps: bool = True,
+    again: Callable[[], object] = lambda: None,
 ) -> Found:
     """Run a stage with its tape, and see what it leaves.
 
@@ -58,6 +59,7 @@ def find_side_outputs(
         aliases: Those of its parameters, and what else collects gradients.
         module: The module that the stage runs.
         keeps: As for `tape.run_under`; without, what is found can be refused only.
+        again: Called before each run.
 
     Raises:
         ProfileError: It leaves a graph that cannot be found again when it runs again, or keeps one
@@ -67,6 +69,7 @@ def find_side_outputs(
 
     def look() -> list[Tensor]:
         look = Look()
+        again()
         with _all_young():
             tape, _ = record(stage, x, wanted=wanted, extras=extras, look=look, keeps=keeps)
             lives = tape.watch()

@@ -122,7 +122,7 @@ def _weigh_path(kind: Kind, meter: Meter) -> StageLedger:
         output_is_view=simple and _sources(kind) == (0,),
         # What the modules hold on to anyway is theirs, where no other tape of them is kept, and
         # no side output of the first run stays beside that of a later one.
-        tape_bytes=(max(0, lone.tape - left) if kind.count == 1 and not kind.sides else lone.tape),
+        tape_bytes=(max(0, lone.tape - left) if kind.count == 1 and not kind.looks else lone.tape),
         input_saved=bool(lone.saved_inputs),
         output_saved=bool(lone.saved_outputs),
         forward_peak_bytes=forward_peak,

@@ -117,6 +117,8 @@ class Kind:
     """Buffers that hold what it, or another stage, reads and changes."""
     sides: tuple[Tensor, ...] = ()
     """Gradients of its side outputs, made up: what it leaves by another way than its output."""
+    looks: bool = False
+    """Whether it has side outputs, on this path or on another one."""
     left: list[Tensor] = field(default_factory=list)
     """Its side outputs, while the loss is weighed: leaves that want gradients."""
     piles_up: bool = False
@@ -165,7 +167,7 @@ class Kind:
 
     def run(self) -> State:
         """Run the stage and keep no tape, as the executor does."""
-        look = Look() if self.sides else None
+        look = Look() if self.looks else None
         output = run_alone(
             self.call,
             self.x,
@@ -180,16 +182,31 @@ class Kind:
 
     def record(self, x: State) -> tuple[Tape, State]:
         """Run the stage with its tape, as the executor does."""
-        look = Look() if self.sides else None
-        tape, output = record(self.call, x, wanted=self.wanted, extras=self.extras, look=look)
-        take_sides(tape, look)
+        tape, output, _ = self.recorded(x)
         if self.repeated:
             with torch.enable_grad():
                 tape.feed_back(self.repeated)
         return tape, output
 
+    def recorded(self, x: State) -> tuple[Tape, State, list[Tensor]]:
+        """The same without what going back takes, and its side outputs without their graphs."""
+        look = Look() if self.looks else None
+        tape, output = record(self.call, x, wanted=self.wanted, extras=self.extras, look=look)
+        return tape, output, take_sides(tape, look)
+
     def go_back(self, tape: Tape) -> tuple[Tensor | None, ...]:
-        """Go back once, as the executor does: outside of autocast, as torch asks for."""
+        """Go back once, as the executor does: outside of autocast, as torch asks for.
+
+        Raises:
+            ProfileError: The run had other side outputs than those before.
+        """
+        if len(tape.sides) != len(self.sides):
+            name = self.call.name or type(self.call.module).__name__
+            raise ProfileError(
+                f"stage {name!r} left {len(self.sides)} tensors with a graph by another way than "
+                f"its output, and {len(tape.sides)} in another run; let it leave the same from run "
+                "to run, zeros where there is nothing to say, or return them"
+            )
         with Autocast.off(self.x.leaves[0].device).again():
             return tape.backward(
                 list(self.gradients), dict(zip(tape.sides, self.sides, strict=True))
@@ -212,14 +229,16 @@ class Kind:
 
 
 def leave_sides(kind: Kind) -> None:
-    """Run a stage that has side outputs as `_examine` did: for a loss to find those of this run."""
+    """Run a stage that has side outputs as `_examine` did: for a loss to find those of this run.
+
+    It takes the path on which it leaves most.
+    """
     for tensor in kind.left:
         tensor.requires_grad_(False)
-    look = Look()
-    kind.begin()
-    tape, _ = record(kind.call, kind.x, wanted=kind.wanted, extras=kind.extras, look=look)
+    most = max((kind, *kind.others), key=lambda path: storage_bytes(path.sides))
+    most.begin()
+    *_, left = most.recorded(most.x)
     kept = rewritten_weights(kind.call.module)
-    left = take_sides(tape, look)
     kind.left = [tensor.requires_grad_() for tensor in left if id(tensor) not in kept]
 
 
@@ -465,10 +484,11 @@ def _examine(
         alone=alone,
         own_leaves=own_leaves,
         hidden=probe.hidden,
-        sides=tuple([torch.zeros_like(tensor, requires_grad=False) for tensor in found.tensors]),
+        sides=gradients_of_sides(found.tensors),
+        looks=bool(found.tensors),
         left=[t.requires_grad_() for t in left if id(t) not in rewritten_weights(call.module)],
         piles_up=found.piles_up,
-        left_bytes=(probe.replaced_bytes + probe.cached_bytes + _held_of_input(x, found.tensors)),
+        left_bytes=(probe.replaced_bytes + probe.cached_bytes + held_of_input(x, found.tensors)),
     )
 
 
@@ -519,7 +539,12 @@ def _makes_leaves(
     return True
 
 
-def _held_of_input(x: State, sides: Iterable[Tensor]) -> int:
+def gradients_of_sides(left: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of side outputs, made up."""
+    return tuple([torch.zeros_like(tensor, requires_grad=False) for tensor in left])
+
+
+def held_of_input(x: State, sides: Iterable[Tensor]) -> int:
     """Bytes of the input that stay after the run as side outputs lie in them."""
     homes = storages(sides).keys()
     mine = storages(x.leaves)
