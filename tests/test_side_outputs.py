@@ -553,6 +553,21 @@ def test_what_another_stage_reads_is_refused_by_name() -> None:
         cs.profile(nn.Sequential(Layer(), layer, Layer()), X)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_where_stages_add_up_their_losses_a_list_is_named(in_place: bool) -> None:
+    box: list[Any] = [0.0]
+
+    def add(layer: Any, x: Tensor, y: Tensor) -> None:
+        aux = y.square().mean()
+        if in_place and isinstance(box[0], Tensor):
+            box[0] += aux
+        else:
+            box[0] = box[0] + aux
+
+    with pytest.raises(cs.ProfileError, match=r"stage '0'.*append its own to a list"):
+        cs.profile(chain_of(add), X)
+
+
 LATER: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "of both": lambda s, x, y: y.square().mean(),
     "linear": lambda s, x, y: y.sum(),

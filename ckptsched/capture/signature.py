@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,48 @@ from .stage_discovery import Block
 _DIGITS = "0123"
 _INDEX = re.compile(r"\[\d+\]$")
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+\b")
+
+
+def first_by_position(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The arguments of a call with the first, which the first stage takes, by position.
+
+    Args:
+        model: What is called.
+        args: By position.
+        kwargs: By name.
+
+    Returns:
+        The same, or the first taken from those by name as the model's forward names it; as they
+        were where it is not among them.
+    """
+    name = "" if args else _first_parameter(model)
+    if not name or name not in kwargs:
+        return args, kwargs
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+
+
+def without_first(model: nn.Module, kwargs: Mapping[str, Any], way: str = "or as {}=...") -> str:
+    """What is wrong with a call without the first argument, and what to give.
+
+    Args:
+        model: What is called.
+        kwargs: What it is called with.
+        way: How to give an argument by its name.
+    """
+    found = f"only {', '.join(map(repr, kwargs))}" if kwargs else "nothing"
+    name = _first_parameter(model)
+    named = f" {way.format(name)}" if name else ""
+    return f"found {found}; give what the first stage takes first, by position{named}"
+
+
+def _first_parameter(model: nn.Module) -> str:
+    """Name of the first argument of a model's forward; empty where it has none."""
+    with suppress(TypeError, ValueError):
+        for parameter in inspect.signature(model.forward).parameters.values():
+            return parameter.name if parameter.kind is parameter.POSITIONAL_OR_KEYWORD else ""
+    return ""
 
 
 def stage_label(block: Block, name: str) -> str:

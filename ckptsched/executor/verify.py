@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..base.budget import format_bytes, format_seconds
 from ..base.errors import PlanMismatchError
 from ..capture.model_state import left_as_it_was
+from ..capture.signature import first_by_position, without_first
 from ..capture.wrappers import plain_model
 from ..memory.meters import Meter, default_meter
 from ..planner.plan import Plan
@@ -173,8 +174,8 @@ def verify(
     """
     plain_model(model, "verify", PlanMismatchError)
     planned = checkpointed(model, plan, check="none")  # what differs is measured
-    call = _Call(sample, kwargs or {})
     plain = planned.model
+    call = _Call(plain, *first_by_position(plain, sample, kwargs or {}))
     if not torch.is_grad_enabled():
         raise PlanMismatchError("verify needs gradients; call it outside torch.no_grad")
     if loss is not None and not callable(loss):
@@ -234,9 +235,12 @@ def verify(
 class _Call:
     """A call of the model; its tensors are leaves, as what they came from is no part of a step."""
 
-    def __init__(self, sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, sample: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
         if not sample:
-            raise PlanMismatchError("verify needs a sample to call the model with, found nothing")
+            wrong = without_first(model, kwargs, "or as {!r} in kwargs")
+            raise PlanMismatchError(f"verify needs a sample to call the model with, {wrong}")
         state = State.of((sample, dict(kwargs)), opaque=True)
         if not state.leaves:
             raise PlanMismatchError("verify needs a sample with tensors, found none in it")

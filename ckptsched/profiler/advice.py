@@ -33,6 +33,12 @@ def about_state(x: State, error: Exception) -> str:
     value, first = x.value(), x.leaves[0]
     if "inference tensor" in str(error).lower():
         return "make the sample outside of torch.inference_mode, or give a clone made outside"
+    if "leaf Variable that requires grad is being used in an in-place" in str(error):
+        return (
+            "it changes a parameter, or what a stage has left before, such as a sum of auxiliary "
+            "losses: let each stage append its own to a list, and sum up the list when the model "
+            "has returned"
+        )
     if isinstance(value, dict) and isinstance(error, TypeError):
         return (
             "the stage was given the whole dict: if this is a batch as a data loader gives it, "

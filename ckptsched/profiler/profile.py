@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from ..base.errors import CkptschedError, ProfileError
 from ..base.progress_bar import progress_bar
 from ..capture.model_state import ModelState, left_as_it_was
-from ..capture.signature import sign
+from ..capture.signature import first_by_position, sign, without_first
 from ..capture.stage_discovery import Block, taken_apart
 from ..capture.wrappers import plain_model
 from ..memory.meters import Meter, default_meter
@@ -136,7 +136,7 @@ def profile(
             "the model has lazy modules whose parameters have no shape yet; run it once on a "
             "batch, under torch.no_grad(), before it is profiled"
         )
-    inputs, given = _apart(sample, kwargs or {})
+    inputs, given = _apart(model, *first_by_position(model, sample, kwargs or {}))
     # First, as a tensor on another device than the rest is no matter of that device alone.
     wrong = what_is_wrong(model, inputs, given)
     if wrong:
@@ -190,10 +190,13 @@ def profile(
     return replace(chain, signature=signature, seconds_spread=spread)
 
 
-def _apart(sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[State, State]:
+def _apart(
+    model: nn.Module, sample: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[State, State]:
     """The arguments of a call, taken apart."""
     if not sample:
-        raise ProfileError("profile needs a sample to call the model with, found nothing")
+        wrong = without_first(model, kwargs, "or as {!r} in kwargs")
+        raise ProfileError(f"profile needs a sample to call the model with, {wrong}")
     try:
         inputs = State.of(sample[0])
     except CkptschedError as error:

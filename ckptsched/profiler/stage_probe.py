@@ -534,7 +534,8 @@ def _makes_leaves(
             f"another stage left in an attribute or a list{what}, so its gradient would be lost; "
             "register the parameter, or the module that owns it, in the stage, or give the tensor "
             "to the model as a further argument that requires a gradient; let a stage return what "
-            "a later one needs"
+            "a later one needs; and where stages add up their auxiliary losses, let each append "
+            "its own to a list, and sum up the list when the model has returned"
         )
     return True
 
