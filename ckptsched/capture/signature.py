@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import PlanMismatchError
+from ..base.json_files import printable
 from ..recompute.fsdp import class_before, is_sharded
 from ..recompute.parameter_swap import Place
 from ..tensors.pytree import NO_EXTRAS, State
@@ -263,7 +264,7 @@ def _names(model: nn.Module, places: Iterable[Place]) -> tuple[str, ...]:
                 f"buffer {name!r} of a {type(module).__name__} is read and changed by a stage, and "
                 "belongs to no module of the model; register the module in the model"
             )
-        found.add(f"{paths[id(module)]}.{name}".removeprefix("."))
+        found.add(printable(f"{paths[id(module)]}.{name}".removeprefix(".")))
     return tuple(sorted(found))
 
 
@@ -277,14 +278,19 @@ def find_places(model: nn.Module, names: Iterable[str]) -> list[Place]:
     Raises:
         PlanMismatchError: The model has no such buffer.
     """
-    places = []
-    for full in names:
-        path, _, name = full.rpartition(".")
-        module = dict(model.named_modules()).get(path)
-        if module is None or name not in module._buffers:
-            raise PlanMismatchError(
-                f"the plan says that the buffer {full!r} is read and changed, and the model has "
-                "none of that name; profile and plan again"
-            )
-        places.append((module, name))
-    return places
+    wanted = set(names)
+    places: dict[str, Place] = {}
+    for path, module in model.named_modules() if wanted else ():
+        for name in module._buffers:
+            full = printable(f"{path}.{name}".removeprefix("."))
+            if full in wanted and places.setdefault(full, (module, name)) != (module, name):
+                raise PlanMismatchError(
+                    f"two buffers of the model are called {full!r} once control characters are "
+                    "written as escapes, and one of them is read and changed; give it another name"
+                )
+    for full in sorted(wanted - places.keys()):
+        raise PlanMismatchError(
+            f"the plan says that the buffer {full!r} is read and changed, and the model has "
+            "none of that name; profile and plan again"
+        )
+    return [places[full] for full in sorted(wanted)]

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..base.json_files import printable
 from ..capture.stage_discovery import Block as TracedBlock
 from ..memory.meters import storage_bytes
 from ..recompute.parameter_swap import Slots
@@ -143,7 +144,13 @@ def _spans(blocks: tuple[TracedBlock, ...], order: Iterable[Kind]) -> tuple[Bloc
         last = first + len(block.stages) - 1
         buffers = sum(buffer.nbytes for buffer in own.buffers())
         spans.append(
-            Block(name=block.name, first=first, last=last, buffer_bytes=buffers, hidden_bytes=size)
+            Block(
+                name=printable(block.name),
+                first=first,
+                last=last,
+                buffer_bytes=buffers,
+                hidden_bytes=size,
+            )
         )
         first = last + 1
     return tuple(spans)
@@ -179,7 +186,7 @@ def _stage(
         highest = max(parts.backward_peak_bytes[half:] if fresh else parts.backward_peak_bytes)
     backward = max(0, highest - _sent_bytes(kind) - fresh)
     return Stage(
-        name=kind.name,
+        name=printable(kind.name),
         forward_seconds=kind.forward_seconds,
         backward_seconds=kind.backward_seconds,
         state_bytes=state,

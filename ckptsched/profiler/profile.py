@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..base.errors import CkptschedError, ProfileError
+from ..base.json_files import printable
 from ..base.progress_bar import progress_bar
 from ..capture.model_state import ModelState, left_as_it_was
 from ..capture.signature import first_by_position, sign, without_first
@@ -186,7 +187,7 @@ def profile(
     sides = [kind.looks for kind in order]
     asked = as_asked(inputs, carries[0])
     signature = sign(model, blocks, asked, given, carries, alone, own_leaves, sides, hidden, frozen)
-    signature = replace(signature, unfit=state.unfit, mode_bytes=sum(left))
+    signature = replace(signature, unfit=printable(state.unfit), mode_bytes=sum(left))
     return replace(chain, signature=signature, seconds_spread=spread)
 
 

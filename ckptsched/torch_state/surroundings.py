@@ -18,6 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch as dispatch
 
+from ..base.json_files import printable
 from .replay_context import Autocast
 from .saved_hooks import Hooks, describe_hooks, hooks_now, only_hooks
 from .settings import described, read, settings_of, written
@@ -87,7 +88,9 @@ class Ambient:
         """
         seen = self.operations if in_backward else (*self.functions, *self.operations)
         kinds = [type(mode) for mode in seen]
-        return tuple([f"{k.__module__}.{k.__qualname__}" for k in kinds if not _is_free(k)])
+        return tuple(
+            [printable(f"{k.__module__}.{k.__qualname__}") for k in kinds if not _is_free(k)]
+        )
 
     def __eq__(self, other: object) -> bool:
         """Whether both are the same to what runs among them."""
