@@ -27,8 +27,9 @@ from ..base.errors import CkptschedError
 from ..capture.stage_discovery import ModuleStage, StageCall
 from ..memory.meters import storage_bytes
 from ..recompute.parameter_swap import Slots
+from ..recompute.side_outputs import Look, cut_all
 from ..recompute.stateful_buffers import Watch, is_write_only, own_generators
-from ..recompute.tape import Carries, Tape
+from ..recompute.tape import Carries, Tape, record
 from ..tensors.pytree import Extras, State, copied, storages
 from ..tensors.wrapper_tensors import is_plain
 from ..torch_state.replay_context import RandomState, uncompiled
@@ -233,8 +234,11 @@ class _Paths:
 
     def look(self, kind: Kind) -> None:
         """Run a stage, and keep it if its path is new and may take the most."""
+        if kind.varies and not self.looks and kind is not self.sample and self._leaves(kind):
+            self._discover(kind)
+        kind.looks = self.looks
         try:
-            tape, output, left = self._recorded(kind)
+            tape, output, left = self._run(kind)
         except Exception:  # what a stage refuses is no path of it
             return
         if len(output.leaves) != len(self.carries):
@@ -244,9 +248,6 @@ class _Paths:
         kind.sides = gradients_of_sides(left)
         self.carries = [_either(a, b) for a, b in zip(self.carries, tape.carries, strict=True)]
         self.found.setdefault(_path(kind, tape, output), kind)
-        del tape
-        if left and not self.looks:
-            self._discover(kind)
         if len(self.found) > _MOST_PATHS:
             wanted = {*_most(self.found)}
             self.found = {
@@ -259,25 +260,32 @@ class _Paths:
         self._again()
         kind.begin()
 
-    def _recorded(self, kind: Kind) -> tuple[Tape, State, list[Tensor]]:
-        """Run a stage, and look for side outputs, which the sample may not have shown."""
-        for looks in dict.fromkeys((kind.varies or kind.looks, kind.looks)):
-            self._begin(kind)
-            device = kind.x.leaves[0].device
-            before = RandomState.take(device)
-            counted = nullcontext() if _holds_compiled(kind) else _Operations(self._most)
-            try:
-                with counted:
-                    found = replace(kind, looks=looks).recorded(kind.x)
-                self.draws = self.draws or before != RandomState.take(device)
-                return found
-            except RuntimeError:  # torch.func allows no hooks of what is saved
-                if looks is kind.looks:
-                    raise
-        raise AssertionError
+    def _run(self, kind: Kind) -> tuple[Tape, State, list[Tensor]]:
+        self._begin(kind)
+        device = kind.x.leaves[0].device
+        before = RandomState.take(device)
+        with nullcontext() if _holds_compiled(kind) else _Operations(self._most):
+            found = kind.recorded(kind.x)
+        self.draws = self.draws or before != RandomState.take(device)
+        return found
+
+    def _leaves(self, kind: Kind) -> bool:
+        """Whether a run leaves something besides its output, as that of the sample has not."""
+        self._begin(kind)
+        look = Look()
+        try:
+            with nullcontext() if _holds_compiled(kind) else _Operations(self._most):
+                tape, _ = record(
+                    kind.call, kind.x, wanted=kind.wanted, extras=kind.extras, look=look
+                )
+        except Exception:  # of the stage's, or torch.func allows no hooks of what is saved
+            return False
+        lives = tape.watch()
+        del tape
+        return bool(cut_all(look.take())) or lives() is not None
 
     def _discover(self, kind: Kind) -> None:
-        """Look at the first run that leaves something, where the sample's has left nothing.
+        """Look closer at it.
 
         Raises:
             ProfileError: A plan cannot follow it.
@@ -294,7 +302,7 @@ class _Paths:
         )
         for tensor in found.tensors:
             tensor.requires_grad_(False)
-        self.looks, self._piles_up = True, found.piles_up
+        self.looks, self._piles_up = bool(found.tensors), found.piles_up
 
     def let_look(self, kind: Kind) -> None:
         """Have all runs of a stage look for what some paths leave.
