@@ -92,6 +92,27 @@ def test_a_sign_that_was_forgotten(budget: Any, meant: str) -> None:
         cs.plan(chain, budget=budget)
 
 
+@pytest.mark.parametrize("budget", [1.5, "1.5", np.float32(1.5)])
+def test_half_a_byte_is_more_likely_a_gibibyte_or_a_share(budget: Any) -> None:
+    chain = cs.profile(network(), X)
+    with pytest.raises(CkptschedError, match=r"if 1.5 GiB or 150% .* give '1.5GiB' or '150%'"):
+        cs.plan(chain, budget=budget)
+
+
+def test_the_losss_own_error_says_where_it_arose() -> None:
+    failure = KeyError("targets")
+
+    def loss(y: Any) -> Any:
+        raise failure
+
+    with pytest.raises(KeyError) as caught:
+        cs.profile(network(), X, loss=loss)
+    assert caught.value is failure
+    assert failure.__notes__ == [
+        "this arose in the loss, while ckptsched.profile measured the model"
+    ]
+
+
 @pytest.mark.parametrize("budget", [101, "101", 10**3, "1kB", -1, "-5", 0])
 def test_nothing_is_asked_where_bytes_are_meant(budget: Any) -> None:
     with pytest.raises(CkptschedError) as caught:

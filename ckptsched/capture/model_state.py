@@ -314,7 +314,7 @@ def left_as_it_was(
     Yields:
         The state, and what puts everything back already in between.
     """
-    state, foreign, is_back = ModelState(model), ForeignGenerators(model.modules()), False
+    state, foreign, is_back = ModelState(model), ForeignGenerators.of(model.modules()), False
     state.note_gradients(leaves)
 
     def put_back() -> None:

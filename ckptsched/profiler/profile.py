@@ -213,7 +213,10 @@ def _apart(
 
 @contextmanager
 def _failure_of_loss(loss: Loss | None) -> Iterator[None]:
-    """Say which loss failed, where the caller named none, and how one is called."""
+    """Say which loss failed, where the caller named none, and how one is called.
+
+    Other errors of the caller's own loss are left as they are, with a note.
+    """
     try:
         yield
     except CkptschedError:
@@ -225,6 +228,7 @@ def _failure_of_loss(loss: Loss | None) -> Iterator[None]:
                 "so let it have its targets: loss=lambda y: criterion(y, targets)"
             ) from error
         if loss is not None:
+            error.add_note("this arose in the loss, while ckptsched.profile measured the model")
             raise
         raise ProfileError(
             f"the default loss failed on the model's output ({type(error).__name__}: {error}); "

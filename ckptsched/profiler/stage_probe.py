@@ -793,7 +793,7 @@ class _Probe:
         return output
 
     def _run_first(self) -> State:
-        given, others = self.extras.apart(), ForeignGenerators(self.call.module.modules())
+        given, others = self.extras.apart(), ForeignGenerators.of(self.call.module.modules())
         elsewhere = drawn_elsewhere(self.x.leaves[0].device)
         versions = self.x.versions(), given.versions()
         output = self._run()

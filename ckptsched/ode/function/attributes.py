@@ -7,15 +7,14 @@ are counters of evaluations, and each is one.
 
 from __future__ import annotations
 
-import random
 import types
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
 from contextlib import contextmanager
 from typing import Any, final
 
-import numpy as np
 from torch import Tensor, nn
 
+from ...torch_state.foreign_generators import ForeignGenerators
 from .places import LONGEST, NOT_READ, Place, global_names, walk
 
 _NOTHING: Any = object()
@@ -40,13 +39,17 @@ class Attributes:
         self._lists: list[tuple[MutableSequence[Any], list[Any], int]] = []
         self._sets: list[tuple[set[Any], set[Any]]] = []
         self._places: list[tuple[Place, Any]] = []
+        values: list[Any] = []
         for visit in walk(func):
             self._note(visit.value)
+            values += [visit.value, *(place.look() for place in visit.places)]
             for place in visit.places:
                 if not isinstance(place.container, (MutableMapping, MutableSequence, Place)):
                     self._places.append((place, place.look(_NOTHING)))
+        values += [value for _, then in self._dictionaries for value in then.values()]
+        values += [value for _, value in self._places]
         # Python's and numpy's generators, from which noise may have come.
-        self._random = random.getstate(), np.random.get_state()
+        self._foreign = ForeignGenerators(values)
         self._before = set(map(id, _tensors(func)))
 
     def _note(self, value: Any) -> None:
@@ -92,8 +95,7 @@ class Attributes:
                 members.clear()
                 members.update(before)
         _put(self._places)
-        random.setstate(self._random[0])
-        np.random.set_state(self._random[1])
+        self._foreign.restore()
         return sum(found.values())
 
 
