@@ -114,6 +114,7 @@ class BoundedSolve:
 
     def _run(self, y0: Tensor, t: Tensor) -> Tensor:
         carried = Carried(self._closure, y0.device)
+        begun = Found(self._problem.func)
         forward = _Forward(self._problem, carried, self._room, y0, t)
         forward.with_tapes()
         forward.without_tapes()
@@ -126,7 +127,8 @@ class BoundedSolve:
         self._tapes, self._before = tapes, forward.outputs_with_tapes
         self._states, head = forward.states, forward.heads[-1]
         self._first = self._states[tapes]
-        self._environment = Environment(self._closure, self._wanted, y0, Found(self._problem.func))
+        found = Found(self._problem.func, begun)
+        self._environment = Environment(self._closure, self._wanted, y0, found)
         own, others = outputs[: self._before], outputs[self._before :]
         del forward, integration, outputs
         with no_hooks():  # what a further backward begins with is saved as it is

@@ -90,8 +90,9 @@ def solve_planned(
         call = Call(func, grid, closure, integrator, result, first=0 if y0.requires_grad else 1)
         del result  # the call gives it away
         try:
+            begun = Found(func)
             last = model(y0, call, *tensors)
-            call.found = Found(func)
+            call.found = Found(func, begun)
         except PlanMismatchError:
             # Something changed that the key does not tell, such as a frozen parameter.
             kept.drop(key)

@@ -8,12 +8,13 @@ are counters of evaluations, and each is one.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence
 from contextlib import contextmanager
 from typing import Any, final
 
 from torch import Tensor, nn
 
+from ...base.errors import ExecutionError
 from ...torch_state.foreign_generators import ForeignGenerators
 from .places import LONGEST, NOT_READ, Place, global_names, walk
 
@@ -117,15 +118,21 @@ def _own(module: nn.Module) -> dict[Any, Any]:
 class Found:
     """What a function was left with by the forward pass."""
 
-    def __init__(self, func: Callable[..., Any]) -> None:
+    def __init__(self, func: Callable[..., Any], begun: Found | None = None) -> None:
         """Take down what is there now.
 
         Args:
             func: The function.
+            begun: The same before the forward pass.
         """
         self._places: list[tuple[Place, Any]] = []
         self._lists: list[tuple[MutableSequence[Any], list[Any]]] = []
+        # What is held keeps its id.
+        self._held: dict[int, tuple[str, Tensor, int]] = {}
         for visit in walk(func):
+            if isinstance(visit.value, nn.Module):
+                for part in visit.value.modules():
+                    self._hold(part._buffers)
             few = isinstance(visit.value, (MutableMapping, MutableSequence))
             if few and len(visit.value) > _FEW:
                 continue
@@ -136,11 +143,35 @@ class Found:
                 self._lists.append((visit.value, list(visit.value)))
             else:
                 self._places += found
+            self._hold({str(place.key): value for place, value in found})
+        # A tensor that the forward pass itself has changed is no constant of the function.
+        before = {} if begun is None else begun._held
+        self._steady = [
+            (name, tensor, version)
+            for key, (name, tensor, version) in self._held.items()
+            if key not in before or before[key][2] == version
+        ]
         self._changed: list[tuple[Place, Any]] = []
         self._longer: list[tuple[MutableSequence[Any], list[Any]]] = []
 
+    def _hold(self, values: Mapping[str, Any]) -> None:
+        tensors = [(name, x) for name, x in values.items() if isinstance(x, Tensor)]
+        self._held |= {id(x): (name, x, x._version) for name, x in tensors if not x.requires_grad}
+
     def look(self) -> None:
-        """See what of it is another by now; called once before a backward."""
+        """See what of it is another by now; called once before a backward.
+
+        Raises:
+            ExecutionError: A tensor that the forward pass left alone was changed in place.
+        """
+        for name, tensor, version in self._steady:
+            if tensor._version != version:
+                raise ExecutionError(
+                    f"{name!r}, a tensor of shape {tuple(tensor.shape)} that f keeps and the "
+                    "forward pass left alone, was changed in place between forward and backward, "
+                    "so steps would run again with another; call backward before, or give f a new "
+                    "tensor"
+                )
         self._changed = [
             (place, value)
             for place, value in self._places
@@ -151,6 +182,14 @@ class Found:
     @contextmanager
     def again(self) -> Iterator[None]:
         """Around what is run again: everything is there as the forward pass left it."""
+        try:
+            with self._there():
+                yield
+        finally:  # what runs again may change what it has not changed before
+            self._steady = [(name, tensor, tensor._version) for name, tensor, _ in self._steady]
+
+    @contextmanager
+    def _there(self) -> Iterator[None]:
         if not self._changed and not self._longer:
             yield
             return
