@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -137,6 +138,19 @@ def test_what_a_mode_keeps_for_good_is_said_with_both_figures() -> None:
     assert step_among(run, x, Keeping, nullcontext) == []
     (text,) = step_among(run, x, nullcontext, nullcontext)
     assert "profile ran among tests.test_ambient.Keeping, and this forward does not" in text
+
+
+def test_a_counter_of_flops_says_so_where_it_holds_the_graph() -> None:
+    """Around the forward alone it takes nothing."""
+    layers = [part for _ in range(4) for part in (nn.Linear(6, 6), nn.Tanh())]
+    model, x = nn.Sequential(*layers), sample(Stage)
+    plan = planned(model, x, "input_only")
+    run = cs.checkpointed(model, plan)
+    assert step_among(run, x, partial(FlopCounterMode, display=False), nullcontext) == []
+    with FlopCounterMode(display=False):
+        (text,) = step_among(run, x, nullcontext, nullcontext)
+        assert f"more than the projected peak of {plan.peak_bytes} bytes" in text
+        assert step_among(run, x, nullcontext, nullcontext) == []
 
 
 def test_a_second_mode_of_a_class_is_one_more() -> None:
@@ -354,6 +368,7 @@ def test_flops_of_a_forward_are_those_of_plain_autograd() -> None:
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.filterwarnings("ignore:FlopCounterMode is around:ckptsched.BudgetWarning")
 def test_flops_of_a_step_are_those_that_were_done() -> None:
     x = sample(Stage)
     model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(5)])

@@ -101,6 +101,22 @@ def in_some_draws(
     return model, step
 
 
+def in_a_list_of_everybodys_in_some_draws() -> tuple[nn.Module, Step]:
+    losses: list[Tensor] = []
+
+    def leave(layer: Any, x: Tensor, y: Tensor) -> None:
+        if torch.rand(()) < 0.5:
+            losses.append(y.square().mean())
+
+    model = chain_of(leave)
+
+    def step(run: nn.Module) -> Tensor:
+        losses.clear()
+        return run(X).square().mean() + sum(losses[:])
+
+    return model, step
+
+
 def where_data_have_it_so() -> tuple[nn.Module, Step]:
     """Batches other than the sample have other layers leave a feature."""
 
@@ -353,6 +369,7 @@ PROGRAMS: dict[str, Callable[[], tuple[nn.Module, Step]]] = {
     "some draws": lambda: in_some_draws(lambda s, x, y: y.square().mean()),
     "rare draws": lambda: in_some_draws(lambda s, x, y: y.sin(), odds=0.1),
     "most draws": lambda: in_some_draws(lambda s, x, y: y, odds=0.9),
+    "some draws, one list": in_a_list_of_everybodys_in_some_draws,
     "data": where_data_have_it_so,
     "list": in_a_list,
     "dict of a hook": in_a_dict,

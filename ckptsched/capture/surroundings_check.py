@@ -73,12 +73,21 @@ class Expected:
         if modes or expected.modes:
             self._check_modes(modes)
 
-    def check_modes_of_backward(self, ambient: Ambient) -> None:
+    def check_modes_of_backward(self, ambient: Ambient, forward: Ambient) -> None:
         """Say once where modes are around a backward that were not around when it was measured.
 
         Args:
             ambient: What is around the backward.
+            forward: What was around the forward.
         """
+        if forward.counts_flops_of(ambient):
+            peak = self._peak_bytes
+            self._tell_once(
+                "FlopCounterMode is around this forward and its backward, and hangs hooks on the "
+                "graph that hold what has been gone back through: the step may take more than the "
+                f"projected peak of {peak} bytes ({format_bytes(peak)}); count in a step of its "
+                "own, or leave the mode before the backward"
+            )
         modes = ambient.costly_modes(in_backward=True)
         if modes:
             self._check_modes(modes, "backward")

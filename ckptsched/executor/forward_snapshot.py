@@ -303,7 +303,7 @@ class Surroundings:
         if wanted != around:
             self._wanted = wanted
         if around.operations:
-            self.program.expected.check_modes_of_backward(around)
+            self.program.expected.check_modes_of_backward(around, self._ambient)
         convolves = any(p.dim() > 2 for p in self.parameters)  # or may, by its parameters
         if convolves and wanted.settings != around.settings:
             self.program.expected.check_backward(around)

@@ -45,8 +45,8 @@ def find_side_outputs(
     extras: Extras,
     aliases: Iterable[Tensor],
     module: nn.Module,
+    again: Callable[[], object],
     keeps: bool = True,
-    again: Callable[[], object] = lambda: None,
 ) -> Found:
     """Run a stage with its tape, and see what it leaves.
 
@@ -59,7 +59,7 @@ def find_side_outputs(
         aliases: Those of its parameters, and what else collects gradients.
         module: The module that the stage runs.
         keeps: As for `tape.run_under`; without, what is found can be refused only.
-        again: Called before each run.
+        again: Called before each run, to let it take the same path.
 
     Raises:
         ProfileError: It leaves a graph that cannot be found again when it runs again, or keeps one

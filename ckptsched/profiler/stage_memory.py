@@ -363,7 +363,9 @@ def go_back(
                 "there is nothing to train: no parameter that the output depends on requires a "
                 "gradient, and the sample does not either; unfreeze what is to be trained "
                 "(requires_grad_()) before the model is profiled, or give a sample that requires "
-                "a gradient"
+                "a gradient; where parameters do require one, a stage cuts the graph: by detach(), "
+                "torch.no_grad(), or torch.utils.checkpoint on an input without gradient "
+                "(give that use_reentrant=False)"
             )
         raise ProfileError(
             f"the model's output has dtype {dtypes}; a loss needs a floating point one that "

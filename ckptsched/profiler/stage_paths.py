@@ -228,13 +228,14 @@ class _Paths:
         self.found: dict[_Path, Kind] = {}
         self.carries = list(kind.carries)
         self.draws = kind.draws
-        self.looks, self._piles_up = kind.looks, kind.piles_up
+        self.looks = self._looked = kind.looks
+        self._piles_up = kind.piles_up
         self._again, self._most = again, most
         self.look(self.sample)
 
     def look(self, kind: Kind) -> None:
         """Run a stage, and keep it if its path is new and may take the most."""
-        if kind.varies and not self.looks and kind is not self.sample and self._leaves(kind):
+        if kind.varies and not self.looks and self._leaves(kind):
             self._discover(kind)
         kind.looks = self.looks
         try:
@@ -243,7 +244,7 @@ class _Paths:
             return
         if len(output.leaves) != len(self.carries):
             return  # a step refuses it by name
-        if left and not self.sample.looks:
+        if left and not self._looked:
             kind.left_bytes += held_of_input(kind.x, left)
         kind.sides = gradients_of_sides(left)
         self.carries = [_either(a, b) for a, b in zip(self.carries, tape.carries, strict=True)]

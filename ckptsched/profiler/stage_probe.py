@@ -698,7 +698,6 @@ class _Probe:
         """
 
         def find(*, keeps: bool = True) -> Found:
-            self.begin_again()
             return find_side_outputs(
                 self.name,
                 self.call,
@@ -708,6 +707,7 @@ class _Probe:
                 aliases=collecting,
                 module=self.call.module,
                 keeps=keeps,
+                again=self.begin_again,
             )
 
         try:

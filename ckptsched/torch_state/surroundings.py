@@ -92,6 +92,15 @@ class Ambient:
             [printable(f"{k.__module__}.{k.__qualname__}") for k in kinds if not _is_free(k)]
         )
 
+    def counts_flops_of(self, backward: Ambient) -> bool:
+        """Whether a `FlopCounterMode` is around this forward and a backward.
+
+        Args:
+            backward: What is around that.
+        """
+        both = (mode for mode in self.operations if mode in backward.operations)
+        return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in both)
+
     def __eq__(self, other: object) -> bool:
         """Whether both are the same to what runs among them."""
         return (
