@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import math
+import numbers
 import operator
 import re
 from dataclasses import dataclass
@@ -159,6 +160,8 @@ def parse_budget(budget: int | float | str | Budget) -> Budget:
     if not isinstance(budget, (str, float)) and not isinstance(budget, bool):
         with contextlib.suppress(TypeError):
             budget = operator.index(budget)  # numpy's integers, too
+        if isinstance(budget, numbers.Real) and not isinstance(budget, int):
+            budget = float(budget)  # numpy's floats of any size, and fractions
     if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
         raise BudgetSyntaxError(
             f"a budget cannot be read from {type(budget).__name__} {budget!r}; {_REMEDY}"
@@ -188,7 +191,16 @@ def meant_as_percentage(asked: int | float | str | Budget, size: int) -> str:
     """
     if isinstance(asked, Budget) or size > 100 or (isinstance(asked, str) and "%" in asked):
         return ""
-    meant = percent(asked) if isinstance(asked, float) and asked <= 1 else f"{size}%"
+    number = 0.0
+    with contextlib.suppress(ValueError):
+        number = float(asked)
+    if number > 1 and number != size:  # nobody asks for half a byte
+        gib, share = f"{number:.6g}GiB", percent(number)
+        return (
+            f"{size} bytes were asked for: if {number:.6g} GiB or {share} of what storing "
+            f"everything needs was meant, give {gib!r} or {share!r}"
+        )
+    meant = percent(number) if isinstance(asked, float) and number <= 1 else f"{size}%"
     return f"{size} bytes were asked for: if {meant} was meant, give {meant!r}"
 
 

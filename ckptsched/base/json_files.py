@@ -169,8 +169,22 @@ def checksum(content: Mapping[str, Any]) -> str:
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with its checksum."""
-    return {**content, "checksum": checksum(content)}
+    """The content with its checksum, and control characters in its texts as escapes.
+
+    Those of other people's texts, such as names of modules; files with others are not read.
+    """
+    shown = {key: _shown(value) for key, value in content.items()}
+    return {**shown, "checksum": checksum(shown)}
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {printable(key): _shown(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)) and not all(isinstance(x, (int, float)) for x in value):
+        return [_shown(part) for part in value]
+    return value
 
 
 def fault_of_seal(content: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import time
 from collections.abc import Iterator
@@ -39,8 +40,11 @@ def progress_bar(
     if not visible:
         yield lambda what, share: None
         return
+    state = random.getstate()
     from rich.console import Console  # when it is needed: it takes a while
     from rich.progress import Progress
+
+    random.setstate(state)  # from which rich has drawn as it was imported
 
     console = console or Console(stderr=True)
     patience = _PATIENCE_SECONDS if patience_seconds is None else patience_seconds

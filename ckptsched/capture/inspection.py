@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import CkptschedError, PlanMismatchError
+from ..base.json_files import printable
 from ..recompute.fsdp import class_before, own_hooks
 from ..recompute.parameter_swap import Slot, Slots
 from ..recompute.stateful_buffers import own_generators
@@ -125,22 +126,27 @@ class Inspection:
         """The places of some buffers.
 
         Args:
-            names: As in the model's `state_dict`.
+            names: As in the model's `state_dict`, control characters written as escapes.
 
         Raises:
-            PlanMismatchError: The model has no such buffer.
+            PlanMismatchError: The model has no such buffer, or two.
         """
-        modules, places = dict(zip(self.paths, self.modules, strict=True)), []
-        for full in names:
-            path, _, name = full.rpartition(".")
-            module = modules.get(path)
-            if module is None or name not in module._buffers:
-                raise PlanMismatchError(
-                    f"the plan says that the buffer {full!r} is read and changed, and the model "
-                    "has none of that name; profile and plan again"
-                )
-            places.append((module, name))
-        return places
+        wanted, places = set(names), dict[str, Slot]()
+        for path, module in zip(self.paths, self.modules, strict=True) if wanted else ():
+            for name in module._buffers:
+                full = printable(_joined(path, name))
+                if full in wanted and places.setdefault(full, (module, name)) != (module, name):
+                    raise PlanMismatchError(
+                        f"two buffers of the model are called {full!r} once control characters are "
+                        "written as escapes, and one of them is read and changed; give it another "
+                        "name"
+                    )
+        for full in sorted(wanted - places.keys()):
+            raise PlanMismatchError(
+                f"the plan says that the buffer {full!r} is read and changed, and the model "
+                "has none of that name; profile and plan again"
+            )
+        return [places[full] for full in sorted(wanted)]
 
     def generators(self, given: Iterable[object] = ()) -> tuple[torch.Generator, ...]:
         """The random generators that stages may draw from besides torch's own.

@@ -340,7 +340,7 @@ def left_as_it_was(
         The state, and what puts everything back already in between.
     """
     state = ModelState(inspection.modules, inspection.paths)
-    foreign, is_back = ForeignGenerators(inspection.modules), False
+    foreign, is_back = ForeignGenerators.of(inspection.modules), False
     state.note_gradients(leaves)
 
     def put_back() -> None:

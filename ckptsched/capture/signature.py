@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import final
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from ..base.errors import PlanMismatchError
+from ..base.json_files import printable
 from ..recompute.fsdp import class_before, is_sharded
 from ..recompute.parameter_swap import Slot
 from ..tensors.pytree import NO_EXTRAS, State
@@ -27,6 +30,48 @@ from .stage_discovery import TracedBlock
 _DIGITS = "0123"
 _INDEX = re.compile(r"\[\d+\]$")
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]+\b")
+
+
+def first_by_position(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The arguments of a call with the first, which the first stage takes, by position.
+
+    Args:
+        model: What is called.
+        args: By position.
+        kwargs: By name.
+
+    Returns:
+        The same, or the first taken from those by name as the model's forward names it; as they
+        were where it is not among them.
+    """
+    name = "" if args else _first_parameter(model)
+    if not name or name not in kwargs:
+        return args, kwargs
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+
+
+def without_first(model: nn.Module, kwargs: Mapping[str, Any], way: str = "or as {}=...") -> str:
+    """What is wrong with a call without the first argument, and what to give.
+
+    Args:
+        model: What is called.
+        kwargs: What it is called with.
+        way: How to give an argument by its name.
+    """
+    found = f"only {', '.join(map(repr, kwargs))}" if kwargs else "nothing"
+    name = _first_parameter(model)
+    named = f" {way.format(name)}" if name else ""
+    return f"found {found}; give what the first stage takes first, by position{named}"
+
+
+def _first_parameter(model: nn.Module) -> str:
+    """Name of the first argument of a model's forward; empty where it has none."""
+    with suppress(TypeError, ValueError):
+        for parameter in inspect.signature(model.forward).parameters.values():
+            return parameter.name if parameter.kind is parameter.POSITIONAL_OR_KEYWORD else ""
+    return ""
 
 
 def stage_label(block: TracedBlock, name: str) -> str:
@@ -224,7 +269,7 @@ def sign(
     """
     x = inputs.leaves[0]
     ambient = Ambient.take(x.device)
-    return Signature(
+    signature = Signature(
         structure=structure_digest(blocks),
         input_shape=tuple(x.shape),
         input_stride=tuple(x.stride()),
@@ -241,8 +286,9 @@ def sign(
         unfit=unfit,
         settings=ambient.described(),
         hooks=describe_hooks(ambient.hooks),
-        **facts.write(),
+        modes=ambient.costly_modes(),
     )
+    return replace(signature, **facts.write())  # type: ignore[arg-type]
 
 
 def _names(inspection: Inspection, places: Iterable[Slot]) -> tuple[str, ...]:
@@ -256,5 +302,5 @@ def _names(inspection: Inspection, places: Iterable[Slot]) -> tuple[str, ...]:
                 f"buffer {name!r} of a {type(module).__name__} is read and changed by a stage, and "
                 "belongs to no module of the model; register the module in the model"
             )
-        found.add(full)
+        found.add(printable(full))
     return tuple(sorted(found))

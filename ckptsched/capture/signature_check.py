@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
+from ..base.budget import format_bytes
 from ..base.errors import BudgetWarning, PlanMismatchError
 from ..recompute.stateful_buffers import unsteady_weight
 from ..tensors.devices import several_devices
@@ -188,6 +190,28 @@ class Expected:
         if hooks != expected.hooks and hooks not in self._told:
             self._told.add(hooks)
             self._tell_of(hooks)
+        modes = ambient.costly_modes()
+        if modes or expected.modes:
+            self._check_modes(modes)
+
+    def check_modes_of_backward(self, ambient: Ambient, forward: Ambient) -> None:
+        """Say once where modes are around a backward that were not around when it was measured.
+
+        Args:
+            ambient: What is around the backward.
+            forward: What was around the forward.
+        """
+        if forward.counts_flops_of(ambient):
+            peak = self._peak_bytes
+            self._tell_once(
+                "FlopCounterMode is around this forward and its backward, and hangs hooks on the "
+                "graph that hold what has been gone back through: the step may take more than the "
+                f"projected peak of {peak} bytes ({format_bytes(peak)}); count in a step of its "
+                "own, or leave the mode before the backward"
+            )
+        modes = ambient.costly_modes(in_backward=True)
+        if modes:
+            self._check_modes(modes, "backward")
 
     def check_backward(self, ambient: Ambient) -> None:
         """Warn once if other kernels may run in a backward than were measured.
@@ -244,6 +268,44 @@ class Expected:
             BudgetWarning,
             stacklevel=2,
         )
+
+    def _check_modes(self, found: tuple[str, ...], where: str = "forward") -> None:
+        """Say once what modes take that no figure of the plan has."""
+        expected, peak = self._signature, self._peak_bytes
+        then, now = Counter(expected.modes), Counter(found)
+        if expected.mode_bytes and not then.keys().isdisjoint(now):
+            more = peak + expected.mode_bytes
+            self._tell_once(
+                f"this step runs among {_listed(then & now)}, which kept {expected.mode_bytes} "
+                "bytes for good of one run of each stage and its backward when the model was "
+                f"profiled, and no plan provides for that: {peak} bytes ({format_bytes(peak)}) are "
+                f"projected, and {more} ({format_bytes(more)}) or more may be taken; let it keep "
+                "no tensors, or leave it off"
+            )
+        said = f"the step may take more than the projected peak of {peak} bytes"
+        if now - then:
+            new = _listed(now - then)
+            self._tell_once(
+                f"this {where} runs among {new}, and profile did not: what a mode computes and "
+                f"keeps itself is in no figure of the plan, so {said} ({format_bytes(peak)}); "
+                f"profile and plan inside of it (with {new.rpartition('.')[2]}(): ...), or leave "
+                "it off"
+            )
+        if then - now and where == "forward":
+            self._tell_once(
+                f"profile ran among {_listed(then - now)}, and this forward does not: other "
+                f"operations may run than were measured, so {said} ({format_bytes(peak)}); run the "
+                "model inside of it, or profile and plan without"
+            )
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            warnings.warn(text, BudgetWarning, stacklevel=2)
+
+
+def _listed(modes: Counter[str]) -> str:
+    return " and ".join(modes)
 
 
 def _name(setting: str) -> str:

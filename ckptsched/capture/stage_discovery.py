@@ -343,6 +343,12 @@ def _stages(module: nn.Module, path: str) -> Iterator[StageCall]:
                 "its stages() must return at least one"
             )
         for stage in stages:
+            if not isinstance(stage, StageCall):
+                raise ProfileError(
+                    f"stages() of {type(module).__name__} ({path or 'the model'}) lists a "
+                    f"{type(stage).__name__}, which is no StageCall; for a module list "
+                    "ckptsched.ModuleStage(module)"
+                )
             stage.prefix = path
             yield stage
     else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast, final, get_args
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ..base.errors import BudgetWarning, ExecutionError, PlanMismatchError
 from ..capture.inspection import Inspection, inspect_model
+from ..capture.signature import first_by_position, without_first
 from ..capture.wrappers import StandsFor
 from ..planner.plan import Plan
 from ..recompute.fsdp import call_as_forward, is_sharded
@@ -140,36 +142,39 @@ class Checkpointed(StandsFor):
         """
         cast(PreparedPlan, self.__dict__["_prepared"]).lock = lock
 
-    def forward(self, x: Any, *extras: Any, **options: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; a backward from the output follows the plan.
 
         Args:
-            x: A batch: a tensor, or tuples, lists, dicts and dataclasses of them; as planned
-                where gradients are wanted.
-            extras: What every stage is given besides, such as a condition.
-            options: The same by name.
+            args: A batch: a tensor, or tuples, lists, dicts and dataclasses of them; as planned
+                where gradients are wanted. Then what every stage is given besides, such as a
+                condition.
+            kwargs: The same by name; the batch by that of the first argument of the model.
 
         Raises:
             PlanMismatchError: The batch, the mode or what is trained is not as planned.
             ExecutionError: A stage cannot be run again with the same result.
         """
         if not torch.is_grad_enabled():
-            return self.plainly(x, *extras, **options)
-        return self._follow_plan(x, extras, options)
+            return self.plainly(*args, **kwargs)
+        given, options = first_by_position(self.model, args, kwargs)
+        if not given:
+            wrong = without_first(self.model, kwargs)
+            raise PlanMismatchError(f"the model was called without its batch, {wrong}")
+        return self._follow_plan(given[0], given[1:], options)
 
-    def plainly(self, x: Any, *extras: Any, **options: Any) -> Any:
+    def plainly(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model as it is, in the context of a first run.
 
         Args:
-            x: A batch.
-            extras: What every stage is given besides.
-            options: The same by name.
+            args: A batch, and what every stage is given besides.
+            kwargs: The same by name.
         """
         with cast(PreparedPlan, self.__dict__["_prepared"]).first_context():
-            return self.model(x, *extras, **options)
+            return self.model(*args, **kwargs)
 
     @outside_of_compiled_code
-    def _follow_plan(self, x: Any, extras: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def _follow_plan(self, x: Any, extras: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
         """The same where gradients are on."""
         prepared = cast(PreparedPlan, self.__dict__["_prepared"])
         inputs, given = _apart(x, Extras(extras, options))

@@ -292,6 +292,8 @@ class ForwardSnapshot:
         self._wanted = self._around = around
         if wanted != around:
             self._wanted = wanted
+        if around.operations:
+            self.prepared.expected.check_modes_of_backward(around, self._ambient)
         convolves = any(p.dim() > 2 for p in self.parameters)  # or may, by its parameters
         if convolves and wanted.settings != around.settings:
             self.prepared.expected.check_backward(around)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NoReturn, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -412,7 +412,11 @@ class Interpreter:
             further = self.sides.gradients_of(tape.sides)
             lives = tape.watch()
             with self.seen.going_back(), self._attributes_kept(start, i):
-                self.gradients = tape.backward(gradients, further)
+                try:
+                    self.gradients = tape.backward(gradients, further)
+                except RuntimeError as error:  # freed, by who went back from what was left?
+                    self._refuse_left(start, i, error)
+                    raise
             del tape, further
             held = lives() is not None and not module_tracker_at_work()
             if held and still(partial(_is_there, lives)):
@@ -427,14 +431,20 @@ class Interpreter:
             return nullcontext()
         return attributes_kept(part for module in modules for part in module.modules())
 
-    def _refuse_left(self, first: int, last: int) -> NoReturn:
+    def _refuse_left(self, first: int, last: int, error: RuntimeError | None = None) -> None:
+        """Say that stages have left something; if that explains an error, or always without one."""
         stages = self.prepared.stages[first - 1 : last]
+        if error is not None:
+            sides = self.prepared.facts.sides[first - 1 : last]
+            stages = [s for s, looks in zip(stages, sides, strict=True) if not looks]
         names = " or ".join(dict.fromkeys(repr(stage.name) for stage in stages))
         found = ", ".join(dict.fromkeys(w for s in stages for w in whereabouts(s.module)))
+        if error is not None and not found:
+            return
         raise ExecutionError(
             f"stage {names} left a tensor with a graph by another way than its output "
             f"({found or 'in a list, a closure or a hook'}), {NOT_SEEN}"
-        )
+        ) from error
 
     def _feed_again(self, i: int, kept: _StoredTape) -> None:
         """Let sums come first that stages after a tape turned out to share only since."""

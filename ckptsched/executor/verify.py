@@ -19,6 +19,7 @@ from ..base.budget import format_bytes, format_seconds
 from ..base.errors import PlanMismatchError
 from ..capture.inspection import Inspection, inspect_model
 from ..capture.model_state import left_as_it_was
+from ..capture.signature import first_by_position, without_first
 from ..memory.meters import Meter, default_meter
 from ..planner.plan import Plan
 from ..profiler.profile import default_loss
@@ -174,7 +175,7 @@ def verify(
     """
     inspection = inspect_model(model, "verify", PlanMismatchError)
     planned = follow(inspection, model, plan, "none", None)  # what differs is measured
-    call = _Call(sample, kwargs or {}, inspection)
+    call = _Call(inspection, *first_by_position(inspection.model, sample, kwargs or {}))
     if not torch.is_grad_enabled():
         raise PlanMismatchError("verify needs gradients; call it outside torch.no_grad")
     if loss is not None and not callable(loss):
@@ -263,10 +264,11 @@ class _Call:
     """A call of the model; its tensors are leaves, as what they came from is no part of a step."""
 
     def __init__(
-        self, sample: tuple[Any, ...], kwargs: Mapping[str, Any], inspection: Inspection
+        self, inspection: Inspection, sample: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         if not sample:
-            raise PlanMismatchError("verify needs a sample to call the model with, found nothing")
+            wrong = without_first(inspection.model, kwargs, "or as {!r} in kwargs")
+            raise PlanMismatchError(f"verify needs a sample to call the model with, {wrong}")
         state = State.of((sample, dict(kwargs)), opaque=True)
         if not state.leaves:
             raise PlanMismatchError("verify needs a sample with tensors, found none in it")

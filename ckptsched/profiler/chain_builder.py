@@ -9,6 +9,7 @@ from typing import cast, final
 import torch
 from torch import Tensor
 
+from ..base.json_files import printable
 from ..memory.meters import storage_bytes
 from ..recompute.parameter_swap import Slots
 from ..recompute.stateful_buffers import HiddenBuffers
@@ -170,7 +171,13 @@ def _spans(survey: Survey) -> tuple[Block, ...]:
         last = first + len(block.stages) - 1
         buffers = sum(buffer.nbytes for buffer in own.buffers())
         spans.append(
-            Block(name=block.name, first=first, last=last, buffer_bytes=buffers, hidden_bytes=size)
+            Block(
+                name=printable(block.name),
+                first=first,
+                last=last,
+                buffer_bytes=buffers,
+                hidden_bytes=size,
+            )
         )
         first = last + 1
     return tuple(spans)
@@ -199,7 +206,7 @@ def _stage(kind: StageKind, setting: _Setting) -> Stage:
         highest = max(parts.backward_peak_bytes[half:] if fresh else parts.backward_peak_bytes)
     backward = max(0, highest - _sent_bytes(kind) - fresh)
     return Stage(
-        name=kind.name,
+        name=printable(kind.name),
         forward_seconds=kind.forward_seconds,
         backward_seconds=kind.backward_seconds,
         state_bytes=state,

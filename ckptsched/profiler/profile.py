@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import CkptschedError, ProfileError
+from ..base.json_files import printable
 from ..base.progress_bar import progress_bar
 from ..capture.inspection import Inspection, inspect_model
 from ..capture.model_state import ModelState, left_as_it_was
@@ -24,12 +25,13 @@ from ..recompute.tape import Carries, as_asked
 from ..tensors.pytree import Extras, State
 from ..torch_state.locks import Locked
 from ..torch_state.replay_context import Autocast, Generators, OneWay, RandomState, Recomputing
+from ..torch_state.surroundings import Ambient
 from ..workload.chain import Chain
 from .chain_builder import assemble
 from .meta_estimate import estimate
 from .refusals import call_of, refuse_unmeasurable
 from .stage_kind import Loss, LossWeight, StageKind
-from .stage_memory import go_back, weigh, weigh_loss
+from .stage_memory import bytes_left_for_good, go_back, weigh, weigh_loss
 from .stage_paths import Variations
 from .stage_time import ROUNDS, time_stages
 from .survey import Survey, sides_held, survey_backward, survey_model
@@ -123,7 +125,7 @@ def measure(
             "loss=lambda y: criterion(y, targets)"
         )
     take_out_what_was_left()
-    inputs, given = call_of(sample, kwargs or {})
+    inputs, given = call_of(inspection.model, sample, kwargs or {})
     refuse_unmeasurable(inspection, inputs, given, fake=fake)
     if fake:
         with Recomputing():
@@ -157,7 +159,9 @@ def _measured(
         survey, ending, lost = _surveyed(inspection, inputs, extras, state, loss, meter)
         facts = survey.facts()
         kinds = survey_backward(survey.order, lost.gradients)
+        among = Ambient.take(device).costly_modes()
         seconds, spread = _weigh_and_time(kinds, lambda: go_back(*ending), meter, progress)
+        left = [kind.count * bytes_left_for_good(kind, meter) for kind in kinds] if among else []
         state.note_unfit(state, "a stage that has run several times")
         lost = replace(lost, seconds=seconds)
         chain = assemble(survey, lost, device, inputs.leaves, generators)
@@ -169,14 +173,18 @@ def _measured(
         facts,
         hidden=survey.hidden(),
         frozen=survey.frozen,
-        unfit=state.unfit,
+        unfit=printable(state.unfit),
     )
+    signature = replace(signature, mode_bytes=sum(left))
     return replace(chain, signature=signature, seconds_spread=spread)
 
 
 @contextmanager
 def _failure_of_loss(loss: Loss | None) -> Iterator[None]:
-    """Say which loss failed, where the caller named none, and how one is called."""
+    """Say which loss failed, where the caller named none, and how one is called.
+
+    Other errors of the caller's own loss are left as they are, with a note.
+    """
     try:
         yield
     except CkptschedError:
@@ -188,6 +196,7 @@ def _failure_of_loss(loss: Loss | None) -> Iterator[None]:
                 "so let it have its targets: loss=lambda y: criterion(y, targets)"
             ) from error
         if loss is not None:
+            error.add_note("this arose in the loss, while ckptsched.profile measured the model")
             raise
         raise ProfileError(
             f"the default loss failed on the model's output ({type(error).__name__}: {error}); "

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ..base.errors import CkptschedError, ProfileError
 from ..capture.inspection import Inspection
+from ..capture.signature import first_by_position, without_first
 from ..recompute.fsdp import is_sharded
 from ..tensors.devices import KNOWN, what_is_wrong
 from ..tensors.pytree import Extras, State
@@ -25,14 +26,18 @@ _WITHOUT_DATA = (
 )
 
 
-def call_of(sample: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[State, State]:
+def call_of(
+    model: nn.Module, sample: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[State, State]:
     """The arguments of a call, taken apart: the first, and what every stage is given besides.
 
     Raises:
         ProfileError: There is no tensor in the first.
     """
+    sample, kwargs = first_by_position(model, sample, kwargs)
     if not sample:
-        raise ProfileError("profile needs a sample to call the model with, found nothing")
+        wrong = without_first(model, kwargs, "or as {!r} in kwargs")
+        raise ProfileError(f"profile needs a sample to call the model with, {wrong}")
     value, advice = sample[0], _about_value(sample[0])
     try:
         inputs = State.of(value)
@@ -179,6 +184,12 @@ def _about_state(x: State, error: Exception) -> str:
     value, first = x.value(), x.leaves[0]
     if "inference tensor" in str(error).lower():
         return "make the sample outside of torch.inference_mode, or give a clone made outside"
+    if "leaf Variable that requires grad is being used in an in-place" in str(error):
+        return (
+            "it changes a parameter, or what a stage has left before, such as a sum of auxiliary "
+            "losses: let each stage append its own to a list, and sum up the list when the model "
+            "has returned"
+        )
     if isinstance(value, dict) and isinstance(error, TypeError):
         return (
             "the stage was given the whole dict: if this is a batch as a data loader gives it, "

@@ -46,6 +46,7 @@ def find_side_outputs(
     extras: Extras,
     aliases: Iterable[Tensor],
     module: nn.Module,
+    again: Callable[[], object],
     keeps: bool = True,
 ) -> Found:
     """Run a stage with its tape, and find its side outputs.
@@ -59,6 +60,7 @@ def find_side_outputs(
         aliases: Those of its parameters, and what else collects gradients.
         module: The module that the stage runs.
         keeps: As for `tape.run_under`; without, what is found can be refused only.
+        again: Called before each run, to let it take the same path.
 
     Raises:
         ProfileError: It leaves a graph that cannot be found again when it runs again, or keeps one
@@ -68,6 +70,7 @@ def find_side_outputs(
 
     def look() -> list[Tensor]:
         look = Look()
+        again()
         with _all_young():
             tape, _ = record(stage, x, wanted=wanted, extras=extras, look=look, keeps=keeps)
             lives = tape.watch()

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor
 
+from ..base.errors import ProfileError
 from ..capture.stage_discovery import StageCall, TracedBlock
 from ..memory.meters import storage_bytes
 from ..recompute.parameter_swap import Slot, Slots
@@ -97,6 +98,8 @@ class StageKind:
     """Buffers that hold what it, or another stage, reads and changes."""
     sides: tuple[Tensor, ...] = ()
     """Gradients of its side outputs, made up: what it leaves by another way than its output."""
+    looks: bool = False
+    """Whether it has side outputs, on this path or on another one."""
     left: list[Tensor] = field(default_factory=list)
     """Its side outputs, while the loss is weighed: leaves that want gradients."""
     piles_up: bool = False
@@ -145,7 +148,7 @@ class StageKind:
 
     def run(self) -> State:
         """Run the stage and keep no tape, as the executor does."""
-        look = Look() if self.sides else None
+        look = Look() if self.looks else None
         output = run_alone(
             self.call,
             self.x,
@@ -160,16 +163,31 @@ class StageKind:
 
     def record(self, x: State) -> tuple[Tape, State]:
         """Run the stage with its tape, as the executor does."""
-        look = Look() if self.sides else None
-        tape, output = record(self.call, x, wanted=self.wanted, extras=self.extras, look=look)
-        take_sides(tape, look)
+        tape, output, _ = self.recorded(x)
         if self.repeated:
             with torch.enable_grad():
                 tape.feed_back(self.repeated)
         return tape, output
 
+    def recorded(self, x: State) -> tuple[Tape, State, list[Tensor]]:
+        """The same without what going back takes, and its side outputs without their graphs."""
+        look = Look() if self.looks else None
+        tape, output = record(self.call, x, wanted=self.wanted, extras=self.extras, look=look)
+        return tape, output, take_sides(tape, look)
+
     def go_back(self, tape: Tape) -> tuple[Tensor | None, ...]:
-        """Go back once, as the executor does: outside of autocast, as torch asks for."""
+        """Go back once, as the executor does: outside of autocast, as torch asks for.
+
+        Raises:
+            ProfileError: The run had other side outputs than those before.
+        """
+        if len(tape.sides) != len(self.sides):
+            name = self.call.name or type(self.call.module).__name__
+            raise ProfileError(
+                f"stage {name!r} left {len(self.sides)} tensors with a graph by another way than "
+                f"its output, and {len(tape.sides)} in another run; let it leave the same from run "
+                "to run, zeros where there is nothing to say, or return them"
+            )
         with Autocast.off(self.x.leaves[0].device).again():
             return tape.backward(
                 list(self.gradients), dict(zip(tape.sides, self.sides, strict=True))
@@ -192,14 +210,16 @@ class StageKind:
 
 
 def leave_sides(kind: StageKind) -> None:
-    """Run a stage that has side outputs as `examine` did: for a loss to find those of this run."""
+    """Run a stage that has side outputs as `examine` did: for a loss to find those of this run.
+
+    It takes the path on which it leaves most.
+    """
     for tensor in kind.left:
         tensor.requires_grad_(False)
-    look = Look()
-    kind.begin()
-    tape, _ = record(kind.call, kind.x, wanted=kind.wanted, extras=kind.extras, look=look)
+    most = max((kind, *kind.others), key=lambda path: storage_bytes(path.sides))
+    most.begin()
+    *_, left = most.recorded(most.x)
     kept = rewritten_weights(kind.call.module)
-    left = take_sides(tape, look)
     kind.left = [tensor.requires_grad_() for tensor in left if id(tensor) not in kept]
 
 
@@ -210,6 +230,18 @@ def take_sides(tape: Tape, look: Look | None) -> list[Tensor]:
     found = look.take()
     tape.sides = edges_of(0, found)
     return cut_all(found)
+
+
+def gradients_of_sides(left: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of side outputs, made up."""
+    return tuple([torch.zeros_like(tensor, requires_grad=False) for tensor in left])
+
+
+def held_of_input(x: State, sides: Iterable[Tensor]) -> int:
+    """Bytes of the input that stay after the run as side outputs lie in them."""
+    homes = storages(sides).keys()
+    mine = storages(x.leaves)
+    return storage_bytes(part for home in mine.keys() & homes for part in mine[home])
 
 
 def layout(leaves: Iterable[Tensor]) -> tuple[Any, ...]:

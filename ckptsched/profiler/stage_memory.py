@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..base.errors import ProfileError
 from ..memory.meters import Meter, storage_bytes
+from ..recompute.side_outputs import attributes_kept
 from ..tensors.pytree import State, copied, storages
 from ..tensors.wrapper_tensors import all_parts
 from ..torch_state.locks import Lent
@@ -65,6 +66,29 @@ def weigh(kind: StageKind, meter: Meter) -> StageLedger:
     return replace(ledger, bounds=bounds)
 
 
+def bytes_left_for_good(kind: StageKind, meter: Meter) -> int:
+    """Bytes that each run of a stage and its backward leave behind, beside those of the run before.
+
+    Modes that keep tensors do so. What the stage itself keeps, in lists of its modules, is put
+    back, as it is no matter of the modes.
+
+    Args:
+        kind: The stage, weighed.
+        meter: What counts bytes.
+    """
+    kind.set_gradients(first=False)
+    with attributes_kept(kind.call.module.modules()), meter.window() as window:
+        for _ in range(3):  # a first one may set up what is replaced from then on
+            kind.begin()
+            tape, _ = kind.record(kind.x)
+            kind.go_back(tape)
+            del tape
+            window.mark()
+    kind.set_gradients(first=True)
+    last = window.phases[2]
+    return max(0, last.final_bytes - last.start_bytes)
+
+
 def _inputs(kind: StageKind) -> int:
     return len(storages(kind.x.leaves))
 
@@ -98,7 +122,7 @@ def _weigh_path(kind: StageKind, meter: Meter) -> StageLedger:
         output_is_view=simple and _sources(kind) == (0,),
         # What the modules hold on to anyway is theirs, where no other tape of them is kept, and
         # no side output of the first run stays beside that of a later one.
-        tape_bytes=(max(0, lone.tape - left) if kind.count == 1 and not kind.sides else lone.tape),
+        tape_bytes=(max(0, lone.tape - left) if kind.count == 1 and not kind.looks else lone.tape),
         input_saved=bool(lone.saved_inputs),
         output_saved=bool(lone.saved_outputs),
         forward_peak_bytes=forward_peak,
@@ -339,7 +363,9 @@ def go_back(
                 "there is nothing to train: no parameter that the output depends on requires a "
                 "gradient, and the sample does not either; unfreeze what is to be trained "
                 "(requires_grad_()) before the model is profiled, or give a sample that requires "
-                "a gradient"
+                "a gradient; where parameters do require one, a stage cuts the graph: by detach(), "
+                "torch.no_grad(), or torch.utils.checkpoint on an input without gradient "
+                "(give that use_reentrant=False)"
             )
         raise ProfileError(
             f"the model's output has dtype {dtypes}; a loss needs a floating point one that "

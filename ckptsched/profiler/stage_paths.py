@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -27,12 +28,21 @@ from ..capture.stage_discovery import ModuleStage, StageCall
 from ..capture.wrappers import is_compiled
 from ..memory.meters import storage_bytes
 from ..recompute.parameter_swap import Slots
+from ..recompute.side_outputs import Look, cut_all
 from ..recompute.stateful_buffers import BufferWatch, is_write_only, own_generators
-from ..recompute.tape import Carries, Tape
+from ..recompute.tape import Carries, Tape, record
 from ..tensors.pytree import Extras, State, copied, storages
 from ..tensors.wrapper_tensors import is_plain
 from ..torch_state.replay_context import RandomState, uncompiled
-from .stage_kind import StageKind, Standing, layout, leave_sides
+from .side_output_search import find_side_outputs
+from .stage_kind import (
+    StageKind,
+    Standing,
+    gradients_of_sides,
+    held_of_input,
+    layout,
+    leave_sides,
+)
 
 _DRAWS = 16  # a layer that is kept one time in six is kept in one of them, 19 times in 20
 _POSITIONS = 4
@@ -114,15 +124,18 @@ class _Path:
     """For each tensor of the output which of the input's storages it lies in; -1 for none."""
     saved: frozenset[int]
     """Storages of the input that the tape keeps, by number, and -1 - k for the output's."""
+    sides: tuple[Any, ...]
+    """Layout of what it leaves by another way."""
     output_bytes: int
+    side_bytes: int
     saved_bytes: int
     largest_bytes: int
     nodes: int
 
     @property
-    def size(self) -> tuple[int, int, int]:
+    def size(self) -> tuple[int, int, int, int]:
         """Larger for what is likely to take more."""
-        return self.output_bytes, self.saved_bytes, self.nodes
+        return self.output_bytes, self.side_bytes, self.saved_bytes, self.nodes
 
 
 @final
@@ -165,18 +178,19 @@ class Variations:
                 candidates = itertools.chain(candidates, _candidates(kind, own))
             elif not apart:
                 return
-            paths = _Paths(kind, before, max(_LEAST_PATIENCE, _PATIENCE * count))
+            paths = _Paths(kind, before, again, max(_LEAST_PATIENCE, _PATIENCE * count))
             for candidate in candidates:
-                again()
                 paths.look(candidate)
                 changed = [place for place in watch.changed() if not is_write_only(place)]
                 kind.hidden = tuple(dict.fromkeys((*kind.hidden, *changed)))
             kind.draws = paths.draws
+            if paths.looks:
+                paths.let_look(kind)
             if len(paths.found) > 1:
                 self._take(kind, paths, again)
         finally:
             again()
-            if kind.sides:  # they are another run's now
+            if kind.looks:  # they are another run's now
                 leave_sides(kind)
                 again()
 
@@ -198,6 +212,7 @@ class Variations:
         kind.call, kind.x, kind.extras = largest.call, largest.x, largest.extras
         kind.standing, kind.begins_with = largest.standing, largest.begins_with
         kind.output, kind.hands_on, kind.others = largest.output, handed, others
+        kind.sides, kind.left_bytes = largest.sides, largest.left_bytes
         kind.carries = tuple(paths.carries)
         for other in others:
             other.carries = kind.carries
@@ -207,34 +222,40 @@ class Variations:
 class _Paths:
     """The paths of a stage that have been seen, and a run that takes each."""
 
-    def __init__(self, kind: StageKind, begins_with: RandomState, most: float) -> None:
+    def __init__(
+        self, kind: StageKind, begins_with: RandomState, again: Callable[[], None], most: float
+    ) -> None:
         """Begin with what the stage makes of the sample.
 
         Args:
             kind: The stage.
             begins_with: The random state as the sample found it.
+            again: Puts that back, and hidden buffers.
             most: After how many operations a run is given up.
         """
         self.sample = replace(kind, begins_with=begins_with)
         self.found: dict[_Path, StageKind] = {}
         self.carries = list(kind.carries)
         self.draws = kind.draws
-        self._most = most
+        self.looks = self._looked = kind.looks
+        self._piles_up = kind.piles_up
+        self._again, self._most = again, most
         self.look(self.sample)
 
     def look(self, kind: StageKind) -> None:
         """Run a stage, and keep it if its path is new and may take the most."""
-        kind.begin()
-        before = RandomState.take(kind.x.leaves[0].device)
-        counted = nullcontext() if _holds_compiled(kind) else _Operations(self._most)
+        if kind.varies and not self.looks and self._leaves(kind):
+            self._discover(kind)
+        kind.looks = self.looks
         try:
-            with counted:
-                tape, output = kind.record(kind.x)
+            tape, output, left = self._run(kind)
         except Exception:  # what a stage refuses is no path of it
             return
-        if (len(output.leaves), len(tape.sides)) != (len(self.carries), len(kind.sides)):
+        if len(output.leaves) != len(self.carries):
             return  # a step refuses it by name
-        self.draws = self.draws or before != RandomState.take(kind.x.leaves[0].device)
+        if left and not self._looked:
+            kind.left_bytes += held_of_input(kind.x, left)
+        kind.sides = gradients_of_sides(left)
         self.carries = [_either(a, b) for a, b in zip(self.carries, tape.carries, strict=True)]
         self.found.setdefault(_path(kind, tape, output), kind)
         if len(self.found) > _MOST_PATHS:
@@ -244,6 +265,64 @@ class _Paths:
                 for path, kept in self.found.items()
                 if path in wanted or kept is self.sample
             }
+
+    def _begin(self, kind: StageKind) -> None:
+        self._again()
+        kind.begin()
+
+    def _run(self, kind: StageKind) -> tuple[Tape, State, list[Tensor]]:
+        self._begin(kind)
+        device = kind.x.leaves[0].device
+        before = RandomState.take(device)
+        with nullcontext() if _holds_compiled(kind) else _Operations(self._most):
+            found = kind.recorded(kind.x)
+        self.draws = self.draws or before != RandomState.take(device)
+        return found
+
+    def _leaves(self, kind: StageKind) -> bool:
+        """Whether a run leaves something besides its output, as that of the sample has not."""
+        self._begin(kind)
+        look = Look()
+        try:
+            with nullcontext() if _holds_compiled(kind) else _Operations(self._most):
+                tape, _ = record(
+                    kind.call, kind.x, wanted=kind.wanted, extras=kind.extras, look=look
+                )
+        except Exception:  # of the stage's, or torch.func allows no hooks of what is saved
+            return False
+        lives = tape.watch()
+        del tape
+        return bool(cut_all(look.take())) or lives() is not None
+
+    def _discover(self, kind: StageKind) -> None:
+        """Look closer at it.
+
+        Raises:
+            ProfileError: A plan cannot follow it.
+        """
+        found = find_side_outputs(
+            kind.call.name or type(kind.call.module).__name__,
+            kind.call,
+            kind.x,
+            wanted=kind.wanted,
+            extras=kind.extras,
+            aliases=kind.aliases,
+            module=kind.call.module,
+            again=partial(self._begin, kind),
+        )
+        for tensor in found.tensors:
+            tensor.requires_grad_(False)
+        self.looks, self._piles_up = bool(found.tensors), found.piles_up
+
+    def let_look(self, kind: StageKind) -> None:
+        """Have all runs of a stage look for what some paths leave.
+
+        Args:
+            kind: The stage, whose paths have been looked at.
+        """
+        for path in (kind, *self.found.values()):
+            path.looks, path.piles_up = True, self._piles_up
+        kind.begins_with = self.sample.begins_with  # how many it leaves hangs on its draws
 
     def chosen(self) -> list[StageKind]:
         """The largest of the paths, then others that may take the most in some respect."""
@@ -286,7 +365,9 @@ def _path(kind: StageKind, tape: Tape, output: State) -> _Path:
         output=layout(output.leaves),
         sources=tuple([inputs.index(h) if h in inputs else -1 for h in outputs]),
         saved=frozenset(kept),
+        sides=layout(kind.sides),
         output_bytes=storage_bytes(output.leaves),
+        side_bytes=storage_bytes(kind.sides),
         saved_bytes=kind.saved_bytes + kind.used_bytes,
         largest_bytes=kind.largest_bytes,
         nodes=contents.nodes,
@@ -298,7 +379,7 @@ def _most(found: dict[_Path, StageKind]) -> list[_Path]:
     paths = sorted(found, key=lambda path: path.size, reverse=True)
     alike: dict[Any, _Path] = {}
     for path in paths:  # the largest of each way to hand storages on
-        alike.setdefault((path.sources, path.saved), path)
+        alike.setdefault((path.sources, path.saved, path.sides), path)
     by_nodes = sorted(paths, key=lambda path: path.nodes)
     by_saved = sorted(paths, key=lambda path: path.saved_bytes, reverse=True)
     by_largest = sorted(paths, key=lambda path: path.largest_bytes, reverse=True)

@@ -11,7 +11,6 @@ from ..base.errors import CkptschedError, ProfileError
 from ..capture.model_state import ModelState
 from ..capture.signature import stage_label
 from ..capture.stage_discovery import StageCall, TracedBlock
-from ..memory.meters import storage_bytes
 from ..recompute.parameter_swap import Slot, Slots
 from ..recompute.side_outputs import Look, cut_all
 from ..recompute.stateful_buffers import BufferWatch, is_write_only, own_generators
@@ -23,7 +22,7 @@ from ..torch_state.foreign_generators import ForeignGenerators
 from ..torch_state.replay_context import RandomState
 from .refusals import failures_named, refuse_tensors, shape_text
 from .side_output_search import Found, find_side_outputs, rewritten_weights
-from .stage_kind import StageKind, Standing, take_sides
+from .stage_kind import StageKind, Standing, gradients_of_sides, held_of_input, take_sides
 
 
 def examine(
@@ -87,10 +86,11 @@ def examine(
         alone=alone,
         own_leaves=own_leaves,
         hidden=probe.hidden,
-        sides=tuple([torch.zeros_like(tensor, requires_grad=False) for tensor in found.tensors]),
+        sides=gradients_of_sides(found.tensors),
+        looks=bool(found.tensors),
         left=[t.requires_grad_() for t in left if id(t) not in rewritten_weights(call.module)],
         piles_up=found.piles_up,
-        left_bytes=(probe.replaced_bytes + probe.cached_bytes + _held_of_input(x, found.tensors)),
+        left_bytes=(probe.replaced_bytes + probe.cached_bytes + held_of_input(x, found.tensors)),
     )
 
 
@@ -138,16 +138,10 @@ def _makes_leaves(
             f"another stage left in an attribute or a list{what}, so its gradient would be lost; "
             "register the parameter, or the module that owns it, in the stage, or give the tensor "
             "to the model as a further argument that requires a gradient; let a stage return what "
-            "a later one needs"
+            "a later one needs; and where stages add up their auxiliary losses, let each append "
+            "its own to a list, and sum up the list when the model has returned"
         )
     return True
-
-
-def _held_of_input(x: State, sides: Iterable[Tensor]) -> int:
-    """Bytes of the input that stay after the run as side outputs lie in them."""
-    homes = storages(sides).keys()
-    mine = storages(x.leaves)
-    return storage_bytes(part for home in mine.keys() & homes for part in mine[home])
 
 
 class _AsksForGradients(Exception):
@@ -279,7 +273,6 @@ class _Probe:
         """
 
         def find(*, keeps: bool = True) -> Found:
-            self.begin_again()
             return find_side_outputs(
                 self.name,
                 self.call,
@@ -289,6 +282,7 @@ class _Probe:
                 aliases=collecting,
                 module=self.call.module,
                 keeps=keeps,
+                again=self.begin_again,
             )
 
         try:
@@ -374,7 +368,7 @@ class _Probe:
         return output
 
     def _run_first(self) -> State:
-        given, others = self.extras.apart(), ForeignGenerators(self._parts())
+        given, others = self.extras.apart(), ForeignGenerators.of(self._parts())
         elsewhere = drawn_elsewhere(self.x.leaves[0].device)
         versions = self.x.versions(), given.versions()
         output = self._run()

@@ -59,7 +59,7 @@ class Survey:
             carries=[order[0].wanted, *(kind.carries for kind in order)],
             alone=[kind.alone for kind in order],
             own_leaves=[kind.own_leaves for kind in order],
-            sides=[bool(kind.sides) for kind in order],
+            sides=[kind.looks for kind in order],
         )
 
     def hidden(self) -> set[Slot]:

@@ -18,14 +18,13 @@ import numpy as np
 class ForeignGenerators:
     """The generators of Python and numpy that a program and its modules have, as they are now."""
 
-    def __init__(self, modules: Iterable[object]) -> None:
+    def __init__(self, values: Iterable[object]) -> None:
         """Note their states.
 
         Args:
-            modules: Whose attributes are looked at, without their submodules; lists, tuples and
-                dicts among these are looked into.
+            values: What the program keeps; lists, tuples and dicts among it are looked into.
         """
-        values = [value for module in modules for value in vars(module).values()]
+        values = [*values]
         inside: list[Any] = []
         for value in values:
             if isinstance(value, (list, tuple)):
@@ -40,6 +39,11 @@ class ForeignGenerators:
         }
         self._found: list[Any] = [random, np.random, *found.values()]
         self._states = [_state_of(generator) for generator in self._found]
+
+    @classmethod
+    def of(cls, modules: Iterable[object]) -> ForeignGenerators:
+        """Those that are attributes of modules, their submodules not among them."""
+        return cls(value for module in modules for value in vars(module).values())
 
     def moved(self) -> bool:
         """Whether any of them has been drawn from since."""

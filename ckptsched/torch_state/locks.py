@@ -5,7 +5,8 @@ holds a lock and calls the engine waits for those threads, and a node that asks 
 would wait for ever: one of a planned model inside the stage that is gone back through, or one that
 another thread has the same engine's thread run. So who calls the engine lends its locks. While it
 waits, nodes come in one after the other, and it goes on once the last of them has left. What they
-do leaves no trace, so it finds everything as it was.
+do leaves no trace, so it finds everything as it was. A thread that such a node has started, and
+waits for, comes in as well.
 
 A process that is forked has one thread. What the others held there, nobody would ever let go, so
 in a forked process it is free.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from threading import get_ident
@@ -23,7 +25,11 @@ from typing import Any, final
 
 import torch
 
+from ..base.errors import ExecutionError
+from .waiting_threads import is_blocked, waits_for_caller
+
 _POLL_SECONDS = 0.005  # between two looks whether a lock that is held is lent
+_PATIENCE_SECONDS = 60.0  # with a thread that waits for another while it has the turn
 
 # Not public, though torch's own checkpoint asks it: without, nothing is lent.
 _graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
@@ -62,7 +68,14 @@ class Stay:
 
     def lets_in(self, within: Iterable[Stay]) -> bool:
         """Whether the calling thread may come in on top of it."""
-        return (self.lent and (self.thread == get_ident() or in_engine())) or self in within
+        if self in within:
+            return True
+        mine = self.thread == get_ident() or in_engine()
+        return self.lent and (mine or waits_for_caller(self.thread))
+
+    def is_stuck(self) -> bool:
+        """Whether its thread has lent it, and waits for some thread itself."""
+        return self.lent and self.thread != get_ident() and is_blocked(self.thread)
 
 
 class _Mine(threading.local):
@@ -127,8 +140,20 @@ class LendingLock:
             return
         stay = Stay(thread)
         entered.append((self, stay, 0))
+        stuck_since: float | None = None
         while not self._comes_in(stay, within):
-            pass
+            last = self._last
+            if last is None or not last.is_stuck():
+                stuck_since = None
+            elif stuck_since is None:
+                stuck_since = time.monotonic()
+            elif time.monotonic() - stuck_since > _PATIENCE_SECONDS:
+                raise ExecutionError(
+                    "a model that follows a plan was called in a thread while another thread, "
+                    f"which has the turn, has waited in a backward for {_PATIENCE_SECONDS:g} "
+                    "seconds, maybe for this one: let the node that starts a thread join it "
+                    "(Thread.join, Future.result), or run the model in the thread of the backward"
+                )
 
     def _comes_in(self, stay: Stay, within: Sequence[Stay]) -> bool:
         last = self._last

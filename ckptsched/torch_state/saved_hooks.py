@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..base.json_files import printable
+
 Hooks: TypeAlias = tuple[Callable[..., Any], Callable[..., Any]]
 """What packs a tensor that autograd saves, and what unpacks it."""
 
@@ -49,7 +51,7 @@ def describe_hooks(hooks: Hooks | None) -> str:
     if hooks is None:
         return ""
     name = getattr(hooks[0], "__qualname__", type(hooks[0]).__qualname__)
-    return str(name).replace("__init__.<locals>.", "").replace("<locals>.", "")
+    return printable(str(name).replace("__init__.<locals>.", "").replace("<locals>.", ""))
 
 
 @contextmanager

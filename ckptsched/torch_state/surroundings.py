@@ -18,6 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch as dispatch
 
+from ..base.json_files import printable
 from .replay_context import Autocast
 from .saved_hooks import Hooks, describe_hooks, hooks_now, only_hooks
 from .settings import described, read, settings_of, written
@@ -27,6 +28,9 @@ _MISSING = object()
 # Modes and hooks that are at home here are not entered again once they are off: the first only
 # counts, and the second plans a recomputation of its own.
 _PASSING = ("torch.utils.flop_counter", "torch.utils.checkpoint")
+# Modes that are at home here keep no tensor and make none: they count, or choose a device.
+_FREE = ("torch.utils.flop_counter", "torch.utils._device")
+_OURS = __name__.partition(".")[0]
 
 
 @final
@@ -75,6 +79,27 @@ class Ambient:
         """A key of all that kernels and bytes depend on."""
         modes = tuple([type(m) for m in (*self.functions, *self.operations) if not _passes(m)])
         return str(self.autocast), self.described(), describe_hooks(self.hooks), modes
+
+    def costly_modes(self, *, in_backward: bool = False) -> tuple[str, ...]:
+        """Classes of the modes that may compute or keep something of their own.
+
+        Args:
+            in_backward: Whether a backward is meant, which calls no function of torch's.
+        """
+        seen = self.operations if in_backward else (*self.functions, *self.operations)
+        kinds = [type(mode) for mode in seen]
+        return tuple(
+            [printable(f"{k.__module__}.{k.__qualname__}") for k in kinds if not _is_free(k)]
+        )
+
+    def counts_flops_of(self, backward: Ambient) -> bool:
+        """Whether a `FlopCounterMode` is around this forward and a backward.
+
+        Args:
+            backward: What is around that.
+        """
+        both = (mode for mode in self.operations if mode in backward.operations)
+        return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in both)
 
     def __eq__(self, other: object) -> bool:
         """Whether both are the same to what runs among them."""
@@ -155,6 +180,10 @@ def _passes(thing: Any) -> bool:
     """Whether a mode or a hook is not to be entered again once it is off."""
     home = getattr(thing, "__module__", None) or type(thing).__module__
     return home in _PASSING
+
+
+def _is_free(kind: type) -> bool:
+    return kind.__module__ in _FREE or kind.__module__.partition(".")[0] == _OURS
 
 
 # -- modes: torch keeps a stack of them, which a guarded look into its private parts shows

@@ -257,6 +257,10 @@ class Signature:
     in plans of older versions, which do not know them."""
     hooks: str = ""
     """What packed the tensors that autograd saves; empty: nothing did."""
+    modes: tuple[str, ...] = ()
+    """Classes of the modes that see every operation or call of torch, and may take bytes."""
+    mode_bytes: int = 0
+    """What these kept of one run of each stage and its backward, for good: no plan has it."""
 
 
 def check_size(what: str, value: object) -> None:

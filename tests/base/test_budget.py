@@ -63,6 +63,13 @@ def test_shares(text: str, share: str) -> None:
     assert parse_budget(text) == Budget(share=Fraction(share))
 
 
+@pytest.mark.parametrize(
+    "number", [1e6, np.float32(1e6), np.float64(1e6), np.int64(10**6), np.uint32(10**6)]
+)
+def test_numbers_of_numpy_are_numbers(number: float) -> None:
+    assert parse_budget(number) == Budget(bytes=10**6)
+
+
 def test_a_share_is_of_what_storing_everything_needs() -> None:
     assert parse_budget("40%").resolve(1000) == 400
     assert parse_budget("33.3%").resolve(1000) == 333
@@ -88,6 +95,10 @@ def test_a_share_is_of_what_storing_everything_needs() -> None:
         (0, "a budget of 0 bytes is not positive"),
         (-7, "a budget of -7 bytes is not positive"),
         (0.5, "less than one byte; if 50% was meant, give '50%'"),
+        (np.float32(0.5), "less than one byte; if 50% was meant, give '50%'"),
+        (Fraction(1, 2), "less than one byte; if 50% was meant, give '50%'"),
+        (np.float16(math.nan), "a budget of nan bytes is not a finite number"),
+        (np.bool_(True), "cannot be read from bool"),
         (math.nan, "a budget of nan bytes is not a finite number"),
         (math.inf, "not a finite number"),
         (-math.inf, "not a finite number"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,6 +29,7 @@ from ckptsched.planner.disk_cache import PlanCache
 from ckptsched.planner.plan import Plan
 from ckptsched.workload.chain import Chain
 from ckptsched.workload.graph import Graph
+from ckptsched.workload.stage import Stage
 from tests.support.small_chains import mixed_chain
 
 SAVED: dict[str, Callable[[Path], Any]] = {
@@ -331,6 +333,58 @@ def test_names_of_modules_are_shown_as_escapes() -> None:
     assert made.chain.stage_name(1) == "a\\x1b[2J"
 
 
+@pytest.mark.parametrize("odd", ["a\nb", "\x1b[31m", "\u202e", "half \ud800"])
+def test_models_with_odd_names_are_saved_and_loaded(tmp_path: Path, odd: str) -> None:
+    class Hiding(torch.nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer(odd, torch.ones(4))
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            counter = self._buffers[odd]
+            assert counter is not None
+            counter.add_(1.0)
+            return super().forward(input) * counter
+
+    model, x = torch.nn.Sequential(), torch.randn(3, 4)
+    model.add_module(odd, Hiding())
+    model.add_module("last", torch.nn.Tanh())
+    chain = cs.profile(model, x)
+    chain.save(tmp_path / "chain")
+    assert Chain.load(tmp_path / "chain") == chain
+    made = plan(chain, budget=10**9, solver="input_only", cache=False)
+    made.save(tmp_path / "plan")
+    loaded = Plan.load(tmp_path / "plan")
+    assert loaded.chain == chain
+    cs.checkpointed(model, loaded)(x).sum().backward()
+    assert cs.verify(model, loaded, x).ok
+
+    figures = {"state_bytes": 1, "tape_bytes": 1, "gradient_bytes": 1}
+    stage = Stage(forward_seconds=1, backward_seconds=1, **figures, name=odd)
+    mine = Chain(stages=(stage,), input_bytes=1, input_gradient_bytes=1, name=odd)
+    mine.save(tmp_path / "mine")
+    assert Chain.load(tmp_path / "mine").stages[0].name == printable(odd)
+    Graph.from_chain(mine).save(tmp_path / "graph")
+    assert Graph.load(tmp_path / "graph").names[1] == printable(odd)
+
+
+def test_two_hidden_buffers_of_one_printed_name_are_refused() -> None:
+    class Hiding(torch.nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("a\n", torch.ones(4))
+            self.register_buffer("a\\n", torch.ones(4))
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            self._buffers["a\n"].add_(1.0)  # type: ignore[union-attr]
+            return super().forward(input) * self._buffers["a\n"]  # type: ignore[operator]
+
+    model, x = torch.nn.Sequential(Hiding(), torch.nn.Tanh()), torch.randn(3, 4)
+    made = plan(cs.profile(model, x), budget=10**9, cache=False)
+    with pytest.raises(PlanMismatchError, match=r"two buffers .* give it another name"):
+        cs.checkpointed(model, made)
+
+
 def test_planning_writes_nothing_to_standard_output() -> None:
     code = """
 from ckptsched.workload.chain import Chain
@@ -349,3 +403,13 @@ GraphIlp().solve_each(g, [10**6])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_the_first_profile_leaves_pythons_random_state() -> None:
+    """A library that is imported on the way draws from it."""
+    code = (
+        "import random, torch, ckptsched as cs; before = random.getstate();"
+        "cs.profile(torch.nn.Linear(2, 2), torch.randn(3, 2)); print(before == random.getstate())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"

@@ -5,6 +5,7 @@ import io
 import pickle
 import sys
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
@@ -180,6 +181,15 @@ def test_an_empty_model_is_refused() -> None:
         trace(nn.Sequential())
     with pytest.raises(ProfileError, match=r"Twice \(1\) lists no stages.*at least one"):
         trace(nn.Sequential(nn.Tanh(), Twice(3, times=0)))
+
+
+def test_a_stage_that_is_none_is_refused() -> None:
+    class Bare(StagedModule):
+        def stages(self) -> Any:
+            return [nn.Tanh()]
+
+    with pytest.raises(ProfileError, match=r"stages\(\) of Bare \(1\) lists a Tanh.*ModuleStage"):
+        trace(nn.Sequential(nn.Tanh(), Bare()))
 
 
 def test_an_empty_sequential_inside_is_an_identity() -> None:

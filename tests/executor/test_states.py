@@ -296,6 +296,39 @@ def test_calls_that_were_not_planned_are_refused() -> None:
         assert trained(x[:1], condition[:1]).shape == (1, 7, 16)
 
 
+def test_the_batch_may_come_by_the_name_that_the_model_gives_it() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+            y: Tensor = torch.tanh(self.inner(hidden))
+            return y if mask is None else y * mask
+
+    torch.manual_seed(0)
+    x, mask = torch.randn(3, 4), torch.ones(3, 1)
+    model, chained = Named(), nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    trained = cs.fit(model, kwargs={"mask": mask, "hidden": x}, budget="100%")
+    assert cs.verify(model, trained.plan, kwargs={"hidden": x, "mask": mask}).ok
+    trained(mask=mask, hidden=x).sum().backward()
+    found = model.inner.weight.grad
+    model.zero_grad()
+    model(x, mask).sum().backward()
+    assert found is not None
+    assert torch.equal(found, model.inner.weight.grad)
+
+    with pytest.raises(PlanMismatchError, match=r"found only 'mask'; give .* or as hidden="):
+        trained(mask=mask)
+    with pytest.raises(cs.ProfileError, match=r"found only 'mask'; give .* 'hidden' in kwargs"):
+        cs.profile(model, kwargs={"mask": mask})
+    with pytest.raises(PlanMismatchError, match=r"found nothing; give .* 'hidden' in kwargs"):
+        cs.verify(model, trained.plan)
+    assert torch.equal(cs.fit(chained, x, budget="100%")(input=x), chained(x))
+    with torch.no_grad():
+        assert torch.equal(trained(hidden=x), model(x))
+
+
 def test_a_condition_that_changes_before_the_backward_is_caught() -> None:
     model, (x, condition), kwargs = decoder()
     condition = condition.detach()

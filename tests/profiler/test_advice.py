@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import ckptsched as cs
 from ckptsched.base.errors import CkptschedError
@@ -90,6 +91,39 @@ def test_a_sign_that_was_forgotten(budget: Any, meant: str) -> None:
     chain = cs.profile(network(), X)
     with pytest.raises(CkptschedError, match=f"if {meant} was meant, give '{meant}'"):
         cs.plan(chain, budget=budget)
+
+
+@pytest.mark.parametrize("budget", [1.5, "1.5", np.float32(1.5)])
+def test_half_a_byte_is_more_likely_a_gibibyte_or_a_share(budget: Any) -> None:
+    chain = cs.profile(network(), X)
+    with pytest.raises(CkptschedError, match=r"if 1.5 GiB or 150% .* give '1.5GiB' or '150%'"):
+        cs.plan(chain, budget=budget)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_a_reentrant_checkpoint_of_what_needs_no_gradient_is_named() -> None:
+    class Reentrant(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = checkpoint(super().forward, input, use_reentrant=True)
+            return y
+
+    model = nn.Sequential(*[Reentrant(4, 4) for _ in range(2)])
+    with pytest.raises(cs.ProfileError, match=r"cuts the graph: .* use_reentrant=False"):
+        cs.profile(model, torch.randn(3, 4))
+
+
+def test_the_losss_own_error_says_where_it_arose() -> None:
+    failure = KeyError("targets")
+
+    def loss(y: Any) -> Any:
+        raise failure
+
+    with pytest.raises(KeyError) as caught:
+        cs.profile(network(), X, loss=loss)
+    assert caught.value is failure
+    assert failure.__notes__ == [
+        "this arose in the loss, while ckptsched.profile measured the model"
+    ]
 
 
 @pytest.mark.parametrize("budget", [101, "101", 10**3, "1kB", -1, "-5", 0])

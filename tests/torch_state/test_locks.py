@@ -8,7 +8,9 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
+from ckptsched.torch_state import locks
 from ckptsched.torch_state.locks import LendingLock, Lent, Locked, is_first
 from ckptsched.torch_state.replay_context import Generators
 from tests.support.networks import planned
@@ -183,10 +186,100 @@ def test_a_turn_that_is_lent_is_not_given_to_who_begins_a_step() -> None:
         thread.start()
         asks.wait()
         with Lent():
-            thread.join(0.2)
+            time.sleep(0.2)
         log.append("first")
     thread.join()
     assert log == ["first", "other"]
+
+
+class _Starting(torch.autograd.Function):
+    """Has a thread run something in its backward, and waits for it."""
+
+    work = staticmethod(in_thread)
+
+    @staticmethod
+    def forward(ctx: Any, inner: nn.Module, x: Tensor) -> Tensor:
+        ctx.inner = inner
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        def step() -> bool:
+            with torch.enable_grad():
+                ctx.inner(torch.ones(4, 8)).sum().backward()
+            return True
+
+        assert _Starting.work(step)
+        return None, grads[0] * 2
+
+
+def by_executor(work: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(2) as pool:
+        return all(pool.map(lambda _: work(), range(3)))
+
+
+def by_event(work: Callable[[], Any]) -> Any:
+    """What waits for a thread in a way that does not show which one it is."""
+    done, failures = threading.Event(), []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as failure:
+            failures.append(failure)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    assert done.wait(PATIENCE_SECONDS), "it waits for ever"
+    if failures:
+        raise failures[0]
+    return True
+
+
+class Starts(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.linear, self.__dict__["within"] = nn.Linear(8, 8), inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Starting.apply(self.within, self.linear(x))
+        return y
+
+
+def starting() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8))
+    run = cs.checkpointed(inner, planned(inner, torch.ones(4, 8), "input_only"))
+    return nn.Sequential(*[Starts(run) for _ in range(3)]), torch.randn(4, 8)
+
+
+@pytest.mark.parametrize("work", [in_thread, by_executor])
+def test_a_thread_that_a_backward_starts_and_waits_for_has_its_turn(
+    work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Starting, "work", staticmethod(work))
+    model, x = starting()
+
+    def step(run: nn.Module) -> list[Tensor]:
+        torch.manual_seed(1)
+        model.zero_grad()
+        run(x).square().mean().backward()
+        return [*(p.grad for p in model.parameters() if p.grad is not None), torch.get_rng_state()]
+
+    expected = step(model)
+    for solver in ("input_only", "store_all"):
+        found = step(cs.checkpointed(model, planned(model, x, solver)))
+        assert all(map(torch.equal, found, expected))
+
+
+def test_a_thread_that_may_be_waited_for_says_so_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_Starting, "work", staticmethod(by_event))
+    monkeypatch.setattr(locks, "_PATIENCE_SECONDS", 0.1)
+    with pytest.raises(cs.ProfileError, match=r"has waited in a backward .*join it \(Thread\.join"):
+        cs.profile(*starting())
 
 
 def test_who_lends_goes_on_when_the_last_has_left() -> None:

@@ -8,11 +8,14 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import ckptsched as cs
@@ -24,6 +27,7 @@ from tests.support.surroundings import (
     FREE,
     PLANNED,
     SOLVERS,
+    Around,
     Attention,
     Doubling,
     Squashing,
@@ -39,8 +43,13 @@ from tests.support.surroundings import (
 
 # Modes that keep a product for the backward take bytes that were not planned for.
 more_bytes = pytest.mark.filterwarnings("ignore:stage '.' has a tape:ckptsched.BudgetWarning")
+# As may those that were not around profile, which is said.
+new_modes = pytest.mark.filterwarnings(
+    "ignore:this [a-z]* runs among tests:ckptsched.BudgetWarning"
+)
 
 
+@new_modes
 @more_bytes
 @pytest.mark.parametrize("name", FREE)
 def test_what_was_around_the_forward_alone_is_found_again(name: str) -> None:
@@ -54,6 +63,106 @@ def test_what_was_around_the_forward_alone_is_found_again(name: str) -> None:
         assert Ambient.take(CPU) == Ambient.take(CPU)
 
 
+class Keeping(TorchDispatchMode):
+    """Keeps a copy of what tanh gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.tanh.default:
+            self.kept.append(found.detach().clone())
+        return found
+
+
+class Calls(TorchFunctionMode):
+    """The same one level up, which sees no backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.tanh:
+            self.kept.append(found.detach().clone())
+        return found
+
+
+def step_among(run: Any, x: Tensor, forward: Around, backward: Around) -> list[str]:
+    """Take a step, and return what is said of bytes."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", cs.BudgetWarning)
+        with forward():
+            loss = run(x).square().mean()
+        with backward():
+            loss.backward()
+    return [str(w.message) for w in told]
+
+
+@pytest.mark.parametrize("around", [Keeping, Calls])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_modes_that_were_not_around_profile_are_named_once(around: Around, where: str) -> None:
+    model, x = chain_of(Stage), sample(Stage)
+    plan = planned(model, x, "every_2")
+    run = cs.checkpointed(model, plan)
+    both = (around, nullcontext) if where == "forward" else (nullcontext, around)
+    expected = copy.deepcopy(model)
+    step_among(expected, x, *both)
+    told = step_among(run, x, *both)
+    assert equal(grads(model), grads(expected))
+    assert step_among(run, x, *both) == []
+    if around is Calls and where == "backward":
+        assert told == []
+        return
+    (text,) = told
+    assert f"this {where} runs among tests.test_ambient.{around.__name__}, and" in text  # type: ignore[attr-defined]
+    assert f"projected peak of {plan.peak_bytes} bytes" in text
+    assert f"with {around.__name__}(): ..." in text  # type: ignore[attr-defined]
+
+
+def test_what_a_mode_keeps_for_good_is_said_with_both_figures() -> None:
+    """A plan provides for what a mode computes where it was profiled, not for what piles up."""
+    model, x = chain_of(Stage), sample(Stage)
+    with Keeping():
+        plan = planned(model, x, "every_2")
+    plan = cs.Plan.from_json(plan.to_json())
+    run = cs.checkpointed(model, plan)
+    (text,) = step_among(run, x, Keeping, nullcontext)
+    kept = 5 * x.nbytes
+    assert f"kept {kept} bytes for good" in text
+    assert f"{plan.peak_bytes} bytes" in text
+    assert f"{plan.peak_bytes + kept} (" in text
+    assert step_among(run, x, Keeping, nullcontext) == []
+    (text,) = step_among(run, x, nullcontext, nullcontext)
+    assert "profile ran among tests.test_ambient.Keeping, and this forward does not" in text
+
+
+def test_a_counter_of_flops_says_so_where_it_holds_the_graph() -> None:
+    """Around the forward alone it takes nothing."""
+    layers = [part for _ in range(4) for part in (nn.Linear(6, 6), nn.Tanh())]
+    model, x = nn.Sequential(*layers), sample(Stage)
+    plan = planned(model, x, "input_only")
+    run = cs.checkpointed(model, plan)
+    assert step_among(run, x, partial(FlopCounterMode, display=False), nullcontext) == []
+    with FlopCounterMode(display=False):
+        (text,) = step_among(run, x, nullcontext, nullcontext)
+        assert f"more than the projected peak of {plan.peak_bytes} bytes" in text
+        assert step_among(run, x, nullcontext, nullcontext) == []
+
+
+def test_a_second_mode_of_a_class_is_one_more() -> None:
+    model, x = chain_of(Stage), sample(Stage)
+    with Squashing():
+        run = cs.checkpointed(model, planned(model, x, "every_2"))
+    assert step_among(run, x, Squashing, nullcontext) == []
+    (text,) = step_among(run, x, all_of(Squashing, Squashing), nullcontext)
+    assert "this forward runs among tests.surroundings.Squashing, and profile did not" in text
+
+
+@new_modes
 def test_a_mode_that_takes_bytes_says_so_unless_it_was_planned_for() -> None:
     model, x = chain_of(Stage), sample(Stage)
     plan = planned(model, x, "every_2")
@@ -64,6 +173,7 @@ def test_a_mode_that_takes_bytes_says_so_unless_it_was_planned_for() -> None:
     gradients(cs.checkpointed(model, plan), model, x, Doubling)
 
 
+@new_modes
 @pytest.mark.parametrize("name", FREE)
 def test_what_is_around_the_backward_alone_is_not_found(name: str) -> None:
     """A stage that runs again must not see what its first run did not."""
@@ -162,6 +272,7 @@ def test_two_models_among_different_things() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "stage '.' has a tape", cs.BudgetWarning)
+        warnings.filterwarnings("ignore", "this forward runs among tests", cs.BudgetWarning)
         assert equal(step(*_with_inputs(pair, one, two)), expected)
 
 
@@ -171,6 +282,7 @@ def _with_inputs(pair: list[cs.Checkpointed], one: nn.Module, two: nn.Module) ->
     return pair[0], cs.checkpointed(two, planned(two, x, "every_stage"))
 
 
+@new_modes
 @more_bytes
 def test_backward_in_another_thread() -> None:
     model, x = chain_of(Stage), sample(Stage)
@@ -232,6 +344,7 @@ def test_everything_is_put_back_after_a_failure() -> None:
     assert Ambient.take(CPU) == before
 
 
+@new_modes
 def test_modes_are_not_entered_as_their_users_do() -> None:
     """What entering does besides, such as to set a counter to zero, happens once."""
     model, x, mode = chain_of(Stage), sample(Stage), Squashing()
@@ -255,6 +368,7 @@ def test_flops_of_a_forward_are_those_of_plain_autograd() -> None:
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.filterwarnings("ignore:FlopCounterMode is around:ckptsched.BudgetWarning")
 def test_flops_of_a_step_are_those_that_were_done() -> None:
     x = sample(Stage)
     model = nn.Sequential(*[nn.Linear(6, 6) for _ in range(5)])

@@ -116,6 +116,7 @@ class CheckpointedSolve:
 
     def _run(self, y0: Tensor, t: Tensor) -> Tensor:
         carried = RngAndBuffers(self._closure, y0.device)
+        begun = ForwardAttributes(self._problem.func)
         forward = _Forward(self._problem, carried, self._room, y0, t)
         forward.with_tapes()
         forward.without_tapes()
@@ -128,7 +129,7 @@ class CheckpointedSolve:
         self._tapes, self._before = tapes, forward.outputs_with_tapes
         self._states, head = forward.states, forward.heads[-1]
         self._first = self._states[tapes]
-        attributes = ForwardAttributes(self._problem.func)
+        attributes = ForwardAttributes(self._problem.func, begun)
         self._environment = Environment(self._closure, self._wanted, y0, attributes)
         own, others = outputs[: self._before], outputs[self._before :]
         del forward, integration, outputs

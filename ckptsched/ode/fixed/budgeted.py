@@ -89,8 +89,9 @@ def solve_planned(chain: StepChain, call: Call, y0: Tensor, request: Request) ->
         running = call.writing_into(result, first=0 if y0.requires_grad else 1)
         del result  # the call gives it away
         try:
+            begun = ForwardAttributes(call.func)
             last = model(y0, running, *tensors)
-            running.found = ForwardAttributes(call.func)
+            running.found = ForwardAttributes(call.func, begun)
         except PlanMismatchError:
             # Something changed that the key does not tell, such as a frozen parameter.
             cache.drop(key)

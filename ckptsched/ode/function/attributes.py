@@ -7,15 +7,15 @@ forward pass left. Whole numbers are left alone: most are counters of evaluation
 
 from __future__ import annotations
 
-import random
 import types
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence
 from contextlib import contextmanager
 from typing import Any, final
 
-import numpy as np
 from torch import Tensor, nn
 
+from ...base.errors import ExecutionError
+from ...torch_state.foreign_generators import ForeignGenerators
 from .references import LONGEST, NOT_READ, Reference, global_names, walk
 
 _NOTHING: Any = object()
@@ -36,15 +36,19 @@ class Attributes:
         self._lists: list[tuple[MutableSequence[Any], list[Any], int]] = []
         self._sets: list[tuple[set[Any], set[Any]]] = []
         self._references: list[tuple[Reference, Any]] = []
+        values: list[Any] = []
         for holder in walk(func):
             self._note(holder.value)
+            values += [holder.value, *(reference.look() for reference in holder.references)]
             for reference in holder.references:
                 if not isinstance(
                     reference.container, (MutableMapping, MutableSequence, Reference)
                 ):
                     self._references.append((reference, reference.look(_NOTHING)))
+        values += [value for _, then in self._dictionaries for value in then.values()]
+        values += [value for _, value in self._references]
         # Noise may be drawn from Python's and numpy's generators, too.
-        self._random = random.getstate(), np.random.get_state()
+        self._foreign = ForeignGenerators(values)
         self._before = set(map(id, _tensors(func)))
 
     def _note(self, value: Any) -> None:
@@ -86,8 +90,7 @@ class Attributes:
                 members.clear()
                 members.update(before)
         _put(self._references)
-        random.setstate(self._random[0])
-        np.random.set_state(self._random[1])
+        self._foreign.restore()
         return sum(found.values())
 
 
@@ -109,11 +112,21 @@ def _own(module: nn.Module) -> dict[Any, Any]:
 class ForwardAttributes:
     """The attributes, items and globals of a function as its forward pass left them."""
 
-    def __init__(self, func: Callable[..., Any]) -> None:
-        """Note them by reference."""
+    def __init__(self, func: Callable[..., Any], begun: ForwardAttributes | None = None) -> None:
+        """Note them by reference.
+
+        Args:
+            func: The function.
+            begun: The same before the forward pass.
+        """
         self._references: list[tuple[Reference, Any]] = []
         self._lists: list[tuple[MutableSequence[Any], list[Any]]] = []
+        # What is held keeps its id.
+        self._held: dict[int, tuple[str, Tensor, int]] = {}
         for holder in walk(func):
+            if isinstance(holder.value, nn.Module):
+                for part in holder.value.modules():
+                    self._hold(part._buffers)
             few = isinstance(holder.value, (MutableMapping, MutableSequence))
             if few and len(holder.value) > _FEW:
                 continue
@@ -124,11 +137,35 @@ class ForwardAttributes:
                 self._lists.append((holder.value, list(holder.value)))
             else:
                 self._references += found
+            self._hold({str(reference.key): value for reference, value in found})
+        # A tensor that the forward pass itself has changed is no constant of the function.
+        before = {} if begun is None else begun._held
+        self._steady = [
+            (name, tensor, version)
+            for key, (name, tensor, version) in self._held.items()
+            if key not in before or before[key][2] == version
+        ]
         self._changed: list[tuple[Reference, Any]] = []
         self._longer: list[tuple[MutableSequence[Any], list[Any]]] = []
 
+    def _hold(self, values: Mapping[str, Any]) -> None:
+        tensors = [(name, x) for name, x in values.items() if isinstance(x, Tensor)]
+        self._held |= {id(x): (name, x, x._version) for name, x in tensors if not x.requires_grad}
+
     def look(self) -> None:
-        """Find those that changed since; called once before a backward."""
+        """Find those that changed since; called once before a backward.
+
+        Raises:
+            ExecutionError: A tensor that the forward pass left alone was changed in place.
+        """
+        for name, tensor, version in self._steady:
+            if tensor._version != version:
+                raise ExecutionError(
+                    f"{name!r}, a tensor of shape {tuple(tensor.shape)} that f keeps and the "
+                    "forward pass left alone, was changed in place between forward and backward, "
+                    "so steps would run again with another; call backward before, or give f a new "
+                    "tensor"
+                )
         self._changed = [
             (reference, value)
             for reference, value in self._references
@@ -139,6 +176,14 @@ class ForwardAttributes:
     @contextmanager
     def again(self) -> Iterator[None]:
         """Restore them in this context, and afterwards put back those that were there before it."""
+        try:
+            with self._there():
+                yield
+        finally:  # what runs again may change what it has not changed before
+            self._steady = [(name, tensor, tensor._version) for name, tensor, _ in self._steady]
+
+    @contextmanager
+    def _there(self) -> Iterator[None]:
         if not self._changed and not self._longer:
             yield
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import types
 import warnings
 import weakref
@@ -10,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -278,3 +280,113 @@ def test_a_gradient_that_adaptive_steps_would_lose_is_an_error_before_they_run()
     y0, t = torch.ones(2, 4, requires_grad=True), torch.linspace(0, 1, 5)
     with pytest.raises(ExecutionError, match=r"shape \(4,\) .* gradient would be lost"):
         odeint(lambda t, y: -y * next(hidden), y0, t, budget="1MiB")
+
+
+class Noisy(nn.Module):
+    """Adds noise that it keeps in one of several ways, drawn before or in its first evaluation."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.linear, self.way, self.list = nn.Linear(3, 3), way, list[Tensor]()
+        if way == "attribute":
+            self.noise = torch.randn(4, 3)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        if self.way == "list":
+            if not self.list:
+                self.list.append(torch.randn_like(y))
+            return torch.tanh(self.linear(y) + self.list[0])
+        if not hasattr(self, "noise"):
+            if self.way == "late buffer":
+                self.register_buffer("noise", torch.randn_like(y), persistent=False)
+            else:
+                self.noise = torch.randn_like(y)
+        return torch.tanh(self.linear(y) + self.noise)
+
+
+@pytest.mark.parametrize("way", ["attribute", "late attribute", "late buffer", "list"])
+@pytest.mark.parametrize(("method", "budget"), [("rk4", 8300), ("dopri5", 7300)])
+def test_noise_that_is_redrawn_in_place_before_the_backward_is_refused_by_name(
+    way: str, method: str, budget: int
+) -> None:
+    """Steps that run again would read another noise than the forward pass, and say nothing."""
+    torch.manual_seed(0)
+    f, times = Noisy(way), torch.linspace(0, 1, 17)
+    y0 = torch.randn(4, 3, requires_grad=True)
+    y = odeint(f, y0, times, method=method, budget=budget)
+    noise = f.list[0] if way == "list" else f.noise
+    assert isinstance(noise, Tensor)
+    noise.normal_()
+    name = "0" if way == "list" else "noise"
+    with pytest.raises(ExecutionError, match=rf"'{name}', a tensor .* give f a new tensor"):
+        y.sum().backward()
+
+    y = odeint(f, y0, times, method=method, budget=budget)
+    if way == "list":
+        f.list[0] = torch.randn(4, 3)
+    else:
+        f.noise = torch.randn(4, 3)
+    y.sum().backward(retain_graph=True)
+    y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "buffer"),
+    [("rk4", 8300, True), ("dopri5", 7300, True), ("dopri5", 7300, False)],
+)
+def test_a_counter_that_f_moves_in_place_is_no_constant_of_it(
+    method: str, budget: int, buffer: bool
+) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            if buffer:
+                self.register_buffer("calls", torch.zeros(()))
+            else:
+                self.calls = torch.zeros(())
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            self.calls += 1
+            return torch.tanh(self.linear(y))
+
+    torch.manual_seed(0)
+    f, y0, times = Counting(), torch.randn(4, 3), torch.linspace(0, 1, 17)
+    solves = [odeint(f, y0, times, method=method, budget=budget) for _ in range(2)]
+    for y in solves:
+        y.sum().backward(retain_graph=True)
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+@pytest.mark.parametrize("kind", ["numpy", "python"])
+@pytest.mark.parametrize("where", ["closure", "object"])
+def test_a_generator_that_f_keeps_is_put_back_after_measuring(
+    method: str, kind: str, where: str
+) -> None:
+    """It draws once: the noise is that of a solve without a budget."""
+
+    def make() -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[], object]]:
+        generator: Any = np.random.default_rng(3) if kind == "numpy" else random.Random(3)
+        held, noise = types.SimpleNamespace(generator=generator), dict[str, float]()
+
+        def f(t: Tensor, y: Tensor) -> Tensor:
+            source = generator if where == "closure" else held.generator
+            if "noise" not in noise:
+                noise["noise"] = source.random()
+            return torch.sin(y) + noise["noise"]
+
+        def state() -> object:
+            return generator.bit_generator.state if kind == "numpy" else generator.getstate()
+
+        return f, state
+
+    y0, times = torch.randn(4, 3, requires_grad=True), torch.linspace(0, 1, 5)
+    f, state = make()
+    expected = odeint(f, y0, times, method=method)
+    g, found_state = make()
+    found = odeint(g, y0, times, method=method, budget=10**7)
+    assert torch.equal(found, expected)
+    assert found_state() == state()
+    found.sum().backward()
+    assert found_state() == state()
