@@ -156,7 +156,9 @@ class Found:
 
     def _hold(self, values: Mapping[str, Any]) -> None:
         tensors = [(name, x) for name, x in values.items() if isinstance(x, Tensor)]
-        self._held |= {id(x): (name, x, x._version) for name, x in tensors if not x.requires_grad}
+        # Those that have gradients have stand-ins, and inference tensors no versions.
+        kept = [(name, x) for name, x in tensors if not x.requires_grad and not x.is_inference()]
+        self._held |= {id(x): (name, x, x._version) for name, x in kept}
 
     def look(self) -> None:
         """See what of it is another by now; called once before a backward.
