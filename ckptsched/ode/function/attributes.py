@@ -150,7 +150,9 @@ class ForwardAttributes:
 
     def _hold(self, values: Mapping[str, Any]) -> None:
         tensors = [(name, x) for name, x in values.items() if isinstance(x, Tensor)]
-        self._held |= {id(x): (name, x, x._version) for name, x in tensors if not x.requires_grad}
+        # Those that have gradients have stand-ins, and inference tensors no versions.
+        kept = [(name, x) for name, x in tensors if not x.requires_grad and not x.is_inference()]
+        self._held |= {id(x): (name, x, x._version) for name, x in kept}
 
     def look(self) -> None:
         """Find those that changed since; called once before a backward.

@@ -330,6 +330,15 @@ def test_noise_that_is_redrawn_in_place_before_the_backward_is_refused_by_name(
     y.sum().backward()
 
 
+@pytest.mark.parametrize(("method", "budget"), [("rk4", 8300), ("dopri5", 7300)])
+def test_tensors_of_inference_mode_may_be_kept(method: str, budget: int) -> None:
+    with torch.inference_mode():
+        noise = torch.randn(4, 3)
+    f, y0 = Noisy("late attribute"), torch.randn(4, 3)
+    f.note = noise
+    odeint(f, y0, torch.linspace(0, 1, 17), method=method, budget=budget).sum().backward()
+
+
 @pytest.mark.parametrize(
     ("method", "budget", "buffer"),
     [("rk4", 8300, True), ("dopri5", 7300, True), ("dopri5", 7300, False)],
