@@ -118,7 +118,7 @@ def test_modes_that_were_not_around_profile_are_named_once(around: Around, where
         assert told == []
         return
     (text,) = told
-    assert f"this {where} runs among tests.torch_state.test_surroundings.{around.__name__}, and" in text  # type: ignore[attr-defined]
+    assert f"this {where} runs among {__name__}.{around.__name__}, and" in text  # type: ignore[attr-defined]
     assert f"projected peak of {plan.peak_bytes} bytes" in text
     assert f"with {around.__name__}(): ..." in text  # type: ignore[attr-defined]
 
@@ -137,7 +137,7 @@ def test_what_a_mode_keeps_for_good_is_said_with_both_figures() -> None:
     assert f"{plan.peak_bytes + kept} (" in text
     assert step_among(run, x, Keeping, nullcontext) == []
     (text,) = step_among(run, x, nullcontext, nullcontext)
-    assert "profile ran among tests.torch_state.test_surroundings.Keeping, and this forward does not" in text
+    assert f"profile ran among {__name__}.Keeping, and this forward does not" in text
 
 
 def test_a_counter_of_flops_says_so_where_it_holds_the_graph() -> None:
@@ -159,7 +159,7 @@ def test_a_second_mode_of_a_class_is_one_more() -> None:
         run = cs.checkpointed(model, planned(model, x, "every_2"))
     assert step_among(run, x, Squashing, nullcontext) == []
     (text,) = step_among(run, x, all_of(Squashing, Squashing), nullcontext)
-    assert "this forward runs among tests.support.surroundings.Squashing, and profile did not" in text
+    assert f"this forward runs among {Squashing.__module__}.Squashing, and profile did not" in text
 
 
 @new_modes
