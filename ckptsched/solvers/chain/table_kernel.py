@@ -9,6 +9,11 @@ Here four splits share one pass over m. Segments are filled in square tiles of s
 that the rows that a tile reads and writes stay in a core's cache; a tile needs only tiles of
 shorter segments. A row is stored from its least slots to where it is 0 for good; a split that
 costs more than what is found already is not tried for those slots.
+
+Indices: a segment runs from stage s to stage t, n + 1 being the loss; `start` says besides how it
+is entered (`sizes.Starts`) and is s itself for the plain way; j splits it into s..j-1, run without
+tape, and j..t; m counts slots; `way` is a taping of a start's first stage (`sizes.Tapings`). A row
+holds one segment's numbers for all m: rows[start, t] says where.
 """
 
 from __future__ import annotations

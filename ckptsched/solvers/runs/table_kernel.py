@@ -7,6 +7,11 @@ number of slots, because the inner operation is then a (min,+) step between two 
     row[X] = min(row[X], cost(l) + rest[X - l])     for many X at once,
 
 at some ten additions a nanosecond. Which l are worth a try is known from the X before.
+
+Indices: a segment begins in run a and ends in run b (R is the loss) with the stage of that number
+in the run; c is the run of a split between them; m counts slots; k is a line, p a point of the
+mesh. cross[a, c, b, x, y] are the least slots of a sweep from run a that ends in run c, in a
+segment that ends in run b: x is 1 where it runs more than one stage of run a, y the same of run c.
 """
 
 from __future__ import annotations
