@@ -29,7 +29,7 @@ settings.register_profile(
 settings.load_profile("ckptsched")
 
 # No verdict depends on a clock, whatever the scope of a fixture.
-timing._MOST_SPREAD = float("inf")
+timing.MOST_SPREAD = float("inf")
 
 # What decides how wide and how colourful text is, which a user's shell or a CI machine may set.
 _OF_TERMINALS = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
@@ -65,7 +65,7 @@ def cache_of_its_own(
     for library in built_libraries:
         (folder / library.name).symlink_to(library)
     monkeypatch.setenv("CKPTSCHED_CACHE", str(folder))
-    monkeypatch.setattr("ckptsched.planner.planner._WORTH_SECONDS", 1e9)
+    monkeypatch.setenv("CKPTSCHED_CACHE_SECONDS", "1e9")
     return folder
 
 
@@ -89,6 +89,6 @@ def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     (`profiler/test_stage_time.py`).
     """
     now = a_clock(0)
-    monkeypatch.setattr("ckptsched.profiler.stage_time.now", now)
-    monkeypatch.setattr("ckptsched.profiler.stage_time._thread_seconds", lambda: 0.0)
+    monkeypatch.setattr(timing, "now", now)
+    monkeypatch.setattr(timing, "thread_seconds", lambda: 0.0)
     monkeypatch.setattr("ckptsched.executor.verify.now", now)

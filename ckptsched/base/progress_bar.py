@@ -15,7 +15,7 @@ from .progress import Listener
 if TYPE_CHECKING:
     from rich.console import Console
 
-_PATIENCE_SECONDS = 1.0  # before a bar is shown
+PATIENCE_SECONDS = 1.0  # before a bar is shown
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def progress_bar(
     random.setstate(state)  # from which rich has drawn as it was imported
 
     console = console or Console(stderr=True)
-    patience = _PATIENCE_SECONDS if patience_seconds is None else patience_seconds
+    patience = PATIENCE_SECONDS if patience_seconds is None else patience_seconds
     # In a file nothing can be taken away again: there the last state alone is written.
     bar = Progress(console=console, transient=console.is_terminal)
     task = bar.add_task("", total=1.0)

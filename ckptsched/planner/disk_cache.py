@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, final
 
 from ..base.cache_folder import cache_folder, private_folder
-from ..base.errors import PlanMismatchError
+from ..base.errors import PlanMismatchError, StorageError
 from ..base.json_files import parse_json, read_regular, write_atomically
 from .plan import Plan, Workload
 
@@ -29,6 +29,10 @@ FORMAT = "ckptsched cached plan"
 MOST_BYTES = 256 * 2**20
 _ENTRY = re.compile(r"[0-9a-f]{64}\.json")
 _DRAFT = re.compile(r"\.[0-9a-f]{64}\.json\.[0-9a-f]+\.draft")
+SECONDS = "CKPTSCHED_CACHE_SECONDS"
+"""The environment variable that says from how many seconds on a plan is kept."""
+_WORTH_SECONDS = 0.1
+_READ_SECONDS = 1e-5  # about what it takes to simulate an operation
 _FORGOTTEN_SECONDS = 3600.0  # a draft this old belongs to a process that was killed
 
 
@@ -116,6 +120,26 @@ def open_cache() -> PlanCache | None:
     """
     folder = cache_folder()
     return None if folder is None else PlanCache(folder / "plans")
+
+
+def is_worth_keeping(seconds: float, operations: int) -> bool:
+    """Whether plans took longer to find than to read back.
+
+    Args:
+        seconds: What they took.
+        operations: Of their schedules, which are simulated when they are read.
+
+    Raises:
+        StorageError: `CKPTSCHED_CACHE_SECONDS` is no number.
+    """
+    asked = os.environ.get(SECONDS, "")
+    try:
+        least = float(asked) if asked else _WORTH_SECONDS
+    except ValueError:
+        raise StorageError(
+            f"{SECONDS} is {asked!r}; it may be a number of seconds, such as 0.1, or unset"
+        ) from None
+    return seconds > least + _READ_SECONDS * operations
 
 
 @functools.cache

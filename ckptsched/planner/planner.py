@@ -22,14 +22,9 @@ from ..simulator.simulator import simulate
 from ..solvers import Baseline, get_solver
 from ..workload.chain import Chain
 from . import TIME_LIMIT
-from .disk_cache import PlanCache, open_cache, source_digest
+from .disk_cache import PlanCache, is_worth_keeping, open_cache, source_digest
 from .plan import Plan, Workload, excess
 from .solver_choice import ALL_SCHEDULES, AUTO, NO_LIMIT, Answer, Portfolio, rules_for
-
-# A plan is kept on disk if it took longer than reading it back will: that simulates its
-# schedule, at some 10 microseconds an operation.
-_WORTH_SECONDS = 0.1
-_READ_SECONDS = 1e-5
 
 
 class PlanOptions(TypedDict, total=False):
@@ -296,7 +291,7 @@ def _solve(task: _Task, shelf: PlanCache | None) -> list[_Result]:
     taken = time.perf_counter() - begun
     plans = [result for result in results if isinstance(result, Plan)]
     operations = sum(len(plan.schedule) for plan in plans)
-    if shelf is not None and taken > _WORTH_SECONDS + _READ_SECONDS * operations:
+    if shelf is not None and is_worth_keeping(taken, operations):
         for plan in plans:
             shelf.keep(task.request(plan.budget_bytes), plan)
     return results

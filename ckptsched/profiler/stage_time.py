@@ -20,10 +20,10 @@ from .stage_kind import StageKind, layout
 _MIN_ROUNDS, _FEW_RUNS, _CHEAP_SECONDS = 3, 15, 2.0
 _MAX_ROUNDS, _MOST_SECONDS = 60, 8.0
 _AGREED = 0.03  # the disagreement, relative, with which they are good enough
-_MOST_SPREAD = 0.10  # the one from which on people are warned
+MOST_SPREAD = 0.10  # the one from which on people are warned
 # A run in which the thread waited for longer than this was disturbed, or waits by itself.
 _WAITED_SHARE, _WAITED_SECONDS = 0.05, 20e-6
-_thread_seconds = time.thread_time
+thread_seconds = time.thread_time
 _FEWEST = 3  # undisturbed runs that are taken by themselves
 
 ROUNDS = _MIN_ROUNDS
@@ -54,11 +54,11 @@ class _StopWatch:
 
     def start(self) -> None:
         """Start the clock."""
-        self._wall, self._busy = now(self.device), _thread_seconds()
+        self._wall, self._busy = now(self.device), thread_seconds()
 
     def lap(self) -> _Run:
         """The run since `start` or the last lap."""
-        wall, busy = now(self.device), _thread_seconds()
+        wall, busy = now(self.device), thread_seconds()
         seconds, worked = wall - self._wall, busy - self._busy
         self._wall, self._busy = wall, busy
         waited = seconds - worked > max(_WAITED_SHARE * seconds, _WAITED_SECONDS)
@@ -195,7 +195,7 @@ def time_stages(
     for kind, look in zip(kinds, looks, strict=True):
         samples[look].tell(kind)
     spread = _spread(samples.values())
-    if spread > _MOST_SPREAD:
+    if spread > MOST_SPREAD:
         warnings.warn(
             f"the seconds of stages differ by {spread:.0%} between halves of {len(of_loss)} "
             "rounds: something else keeps the machine busy. Bytes are exact; the overhead of "

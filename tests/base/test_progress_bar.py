@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from ckptsched.base import progress
+from ckptsched.base import progress_bar as bar
 from ckptsched.base.progress_bar import bar_of_solvers, progress_bar
 from ckptsched.fitting.planning import plan
 from tests.support.small_chains import mixed_chain
@@ -65,7 +66,7 @@ def test_planning_shows_a_bar(
     def told(budget: int) -> None:
         progress.report("work", 0.5)
 
-    monkeypatch.setattr("ckptsched.base.progress_bar._PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(bar, "PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr(
         "ckptsched.planner.solver_choice.Portfolio.answers",
         lambda self: [told(x) for x in self.sizes],

@@ -204,7 +204,7 @@ def test_show_explains(folder: Path) -> None:
 
 
 def test_no_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, cache_of_its_own: Path) -> None:
-    monkeypatch.setattr("ckptsched.planner.planner._WORTH_SECONDS", -1e9)
+    monkeypatch.setenv("CKPTSCHED_CACHE_SECONDS", "-inf")
     for command in (
         ("plan", "chain.json", "--budget", "50%"),
         ("plan", "chain.json", "--overhead", "10%"),

@@ -11,7 +11,7 @@ import platformdirs
 import pytest
 
 from ckptsched.base import progress
-from ckptsched.base.errors import InfeasibleBudgetError
+from ckptsched.base.errors import InfeasibleBudgetError, StorageError
 from ckptsched.base.json_files import checksum
 from ckptsched.fitting.planning import plan
 from ckptsched.planner.disk_cache import PlanCache, open_cache, source_digest
@@ -36,7 +36,7 @@ def request(of: Plan, **changes: Any) -> dict[str, Any]:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every plan counts as one that took long."""
-    monkeypatch.setattr("ckptsched.planner.planner._WORTH_SECONDS", -1e9)
+    monkeypatch.setenv("CKPTSCHED_CACHE_SECONDS", "-inf")
 
 
 @pytest.fixture
@@ -219,9 +219,15 @@ def test_what_fails_is_not_kept(
 
 
 def test_a_quick_plan_is_not_kept(monkeypatch: pytest.MonkeyPatch, cache_of_its_own: Path) -> None:
-    monkeypatch.setattr("ckptsched.planner.planner._WORTH_SECONDS", 1e9)
+    monkeypatch.setenv("CKPTSCHED_CACHE_SECONDS", "1e9")
     plan(mixed_chain(), budget="50%")
     assert entries(cache_of_its_own) == []
+
+
+def test_seconds_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CKPTSCHED_CACHE_SECONDS", "soon")
+    with pytest.raises(StorageError, match="'soon'; it may be a number of seconds"):
+        plan(mixed_chain(), budget="50%")
 
 
 def test_the_cache_can_be_turned_off(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
+from ckptsched.base import progress_bar as bar
 from ckptsched.memory.meters import AllocatorMeter, ProfilerMeter, default_meter
 from ckptsched.solvers import baselines_for
 from tests.support.networks import NETWORKS, conv_block, ode_net
@@ -307,7 +308,7 @@ def test_progress_goes_to_a_bar(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def shown(progress: bool | None, patience: float = 0.1) -> str:
-        monkeypatch.setattr("ckptsched.base.progress_bar._PATIENCE_SECONDS", patience)
+        monkeypatch.setattr(bar, "PATIENCE_SECONDS", patience)
         cs.profile(nn.Sequential(Slow()), torch.ones(1, 2, requires_grad=True), progress=progress)
         out, err = capsys.readouterr()
         assert not out

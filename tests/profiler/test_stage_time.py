@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ckptsched as cs
+from ckptsched.profiler import stage_time as timing
 from ckptsched.workload.scaling import with_steps
 from tests.support.networks import NETWORKS, conv_block
 
@@ -53,7 +54,7 @@ class Costs(nn.Module):
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, model: nn.Module, clock: Callable[..., float]) -> Any:
-    monkeypatch.setattr("ckptsched.profiler.stage_time.now", clock)
+    monkeypatch.setattr(timing, "now", clock)
     return cs.profile(model, torch.randn(2, 4, requires_grad=True))
 
 
@@ -152,8 +153,8 @@ def profiled_in(monkeypatch: pytest.MonkeyPatch, factors: Sequence[float]) -> cs
         clock["round"] += 1  # the loss ends each round
         return y.square().sum()
 
-    monkeypatch.setattr("ckptsched.profiler.stage_time.now", now)
-    monkeypatch.setattr("ckptsched.profiler.stage_time._MOST_SPREAD", 0.10)
+    monkeypatch.setattr(timing, "now", now)
+    monkeypatch.setattr(timing, "MOST_SPREAD", 0.10)
     return cs.profile(Stage(), torch.randn(2, 4), loss=loss)
 
 
