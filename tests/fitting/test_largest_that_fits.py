@@ -1,6 +1,7 @@
 """The least budget for an overhead, the largest batch, the most steps: each against trying all."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,9 +22,10 @@ from ckptsched.fitting.largest_that_fits import (
     parse_overhead,
 )
 from ckptsched.fitting.planning import plan
+from ckptsched.solvers import SOLVERS, ChainDp
 from ckptsched.workload.chain import Chain
 from ckptsched.workload.scaling import with_batch, with_steps
-from tests.support.shared_chains import without_search
+from tests.support.shared_chains import WITHOUT_SEARCH
 from tests.support.small_chains import MIB, mixed_chain, random_chains, uniform_chain
 
 
@@ -59,7 +61,8 @@ def test_the_least_budget_where_sizes_are_rounded(share: float) -> None:
 
 
 def test_the_bound_excludes_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_search(monkeypatch)  # it would leave nothing open
+    # The search in exact bytes would leave nothing open.
+    monkeypatch.setitem(SOLVERS, "chain_dp", partial(ChainDp, effort=WITHOUT_SEARCH))
     found = least_budget(mixed_chain(), overhead="10%")
     excluded = int(found.budget_text.split(" in ")[1].split(" bytes")[0])
     assert excluded < found.budget_bytes

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -23,7 +24,8 @@ from ckptsched.planner.plan import Plan
 from ckptsched.planner.planner import compare_baselines, plan_each
 from ckptsched.planner.tradeoff import Tradeoff, tradeoff
 from ckptsched.simulator.simulator import simulate
-from ckptsched.solvers import get_solver
+from ckptsched.solvers import SOLVERS, ChainDp, get_solver
+from ckptsched.solvers.chain.solver import Effort
 from ckptsched.workload.chain import Chain
 from ckptsched.workload.stage import Stage
 from tests.support.shared_chains import exact_stage, uniform
@@ -164,7 +166,7 @@ def test_auto_is_never_beaten_by_a_baseline(chain: Chain) -> None:
 
 
 def test_long_chains_are_planned_without_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckptsched.solvers.chain.solver.MOST_ADDITIONS", 100)
+    monkeypatch.setitem(SOLVERS, "chain_dp", partial(ChainDp, effort=Effort(additions=100)))
     made = plan(mixed_chain(), budget="60%")
     assert made.solver != "chain_dp"
     assert made.peak_bytes <= made.budget_bytes

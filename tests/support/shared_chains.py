@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from ckptsched.schedule.language import Schedule
 from ckptsched.schedule.trace import Trace
 from ckptsched.simulator.simulator import simulate
+from ckptsched.solvers.chain.solver import Effort
 from ckptsched.workload.chain import Chain
 from ckptsched.workload.stage import Block, Stage, StageLedger
 
@@ -155,7 +154,5 @@ def steps(pairs: Sequence[tuple[int, float]], last: int) -> list[tuple[int, floa
     return found
 
 
-def without_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the schedules and bound of chain_dp's table as they are, without its exact search."""
-    for name in ("_LOOKS", "_LEAST_LOOKS"):
-        monkeypatch.setattr(f"ckptsched.solvers.chain.solver.{name}", 0)
+WITHOUT_SEARCH = Effort(looks=0, least_looks=0)
+"""Leaves the schedules and bound of chain_dp's table as they are, without its exact search."""

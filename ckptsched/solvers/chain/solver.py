@@ -34,13 +34,9 @@ _ADDITIONS = 2e8
 _NUMBERS = 1.25e8
 _USEFUL_SLOTS = 1_000
 _LEAST_SPAN, _MOST_SPAN = 2.0, 8.0
-# Where it is exact it may take 1 GB, and where it would have few slots 1.2 GB.
-_EXACT_NUMBERS = 2.5e8
-MOST_NUMBERS = 3e8
-# With fewer slots a plan says little. More additions take more than about half a minute of one
-# core; to look at a split takes as long as the second number.
-FEWEST_SLOTS = 100
-MOST_ADDITIONS = 3.5e11
+_EXACT_NUMBERS = 2.5e8  # where it is exact it may take 1 GB
+# With fewer slots a plan says little; to look at a split takes as long as so many additions.
+_FEWEST_SLOTS = 100
 _SPLIT_ADDITIONS = 300
 # How many schedules are drawn from a table for a budget: some at least, more on short chains.
 # Each looks the table up for a little less memory than there is, as rounding lets too much fit,
@@ -49,14 +45,7 @@ _DRAWN = (12, 60)
 _DRAWN_STAGES = 6_000
 _LESS = (0.0002, 0.04)
 _MORE = (0.0002, 0.01)
-# Where they are above the bound, schedules are searched in exact bytes: so many looks at choices,
-# for one budget alone (some seconds), fewer for each of several, but some at least. Of chains of
-# more stages the search comes to no end, so that it is cut short.
-_LOOKS, _LEAST_LOOKS = 200_000_000, 1_500_000
-_LOOKS_STAGES = 200
-# Where the best of them is so much above the bound, a second table is filled, in which sizes are
-# rounded to the nearest, and more are drawn from that.
-_POOR = 0.006
+_LOOKS_STAGES = 200  # of more the search in exact bytes comes to no end, and is cut short
 # No more are drawn where one is as near to the bound as this.
 _CLOSE = 1e-4
 # Where the ledger charges more than its relaxation: how often schedules of fewer bytes are drawn,
@@ -66,6 +55,24 @@ _TRIALS = 3
 # The same, to find the least budget: a small table, and schedules tried with it.
 _EDGE_SLOTS = 500
 _EDGE_TRIALS = 24
+
+
+@final
+@dataclass(frozen=True)
+class Effort:
+    """How much `chain_dp` may take to find a plan."""
+
+    numbers: float = 3e8
+    """Numbers of 4 bytes in a table."""
+    additions: float = 3.5e11
+    """Additions for a table of few slots: about half a minute of one core."""
+    looks: int = 200_000_000
+    """Looks at choices by the search in exact bytes, for one budget alone: some seconds."""
+    least_looks: int = 1_500_000
+    """The same for each of several budgets, at least."""
+    poor: float = 0.006
+    """How much above the bound, as a share of it, the best schedule must be for a second table, in
+    which sizes are rounded to the nearest slot."""
 
 
 @final
@@ -94,6 +101,8 @@ class ChainDp(AbstractSolver):
     slots: int | None = None
     """Where sizes must be rounded, slots of the one table that serves all budgets. None takes as
     many slots as are of use, in several tables where memory is short."""
+    effort: Effort = Effort()
+    """What it may take."""
 
     name = "chain_dp"
 
@@ -110,7 +119,7 @@ class ChainDp(AbstractSolver):
         Raises:
             WorkloadError: The chain is too long for a useful table.
         """
-        search = _ChainPlanning(chain, self.slots)
+        search = _ChainPlanning(chain, self.slots, self.effort)
         found: dict[int, Solution | InfeasibleBudgetError] = {}
         feasible = []
         for budget in sorted(set(budgets)):
@@ -163,6 +172,7 @@ class _ChainPlanning:
 
     chain: Chain
     slots: int | None
+    effort: Effort
     sizes: ChainSizes = field(init=False)
     fewest: LeastMemory = field(init=False)
     least: Trace = field(init=False)
@@ -185,12 +195,12 @@ class _ChainPlanning:
 
     def _check_length(self) -> None:
         """Refuse a chain whose coarsest table would take minutes."""
-        least = table_splits(self.sizes) * (FEWEST_SLOTS + _SPLIT_ADDITIONS)
-        if least > MOST_ADDITIONS:
+        least = table_splits(self.sizes) * (_FEWEST_SLOTS + _SPLIT_ADDITIONS)
+        if least > self.effort.additions:
             raise SolverRefusalError(
                 f"chain_dp takes chains of up to about 1,700 stages, found {len(self.chain)}: a "
-                f"table of {FEWEST_SLOTS} slots would need {least:.1e} additions, more than "
-                f'{MOST_ADDITIONS:.1e}; solver="auto" takes chains of any length, "revolve" '
+                f"table of {_FEWEST_SLOTS} slots would need {least:.1e} additions, more than "
+                f'{self.effort.additions:.1e}; solver="auto" takes chains of any length, "revolve" '
                 "those of equal stages"
             )
 
@@ -219,7 +229,7 @@ class _ChainPlanning:
         fewest = replace(self.fewest, sizes=self.sizes.untimed())
         least = fewest.total
         top = self.least.peak_bytes - self.sizes.fixed
-        unit = max(self._unit(top, MOST_NUMBERS), -(-top // _EDGE_SLOTS))
+        unit = max(self._unit(top, self.effort.numbers), -(-top // _EDGE_SLOTS))
         table = Table(fewest.sizes, unit, top)
         for m in np.unique(np.linspace(least, top, _EDGE_TRIALS).astype(np.int64)):
             self.know(outline(fewest, int(m)).build())
@@ -239,11 +249,11 @@ class _ChainPlanning:
         """The slots for m bytes: exact where they can be, else those of its range."""
         top = self.store_all.peak_bytes - self.sizes.fixed
         divisor = self.sizes.common_divisor
-        if self._unit(min(m, top), min(_EXACT_NUMBERS, MOST_NUMBERS)) <= divisor:
+        if self._unit(min(m, top), min(_EXACT_NUMBERS, self.effort.numbers)) <= divisor:
             return _Grain(divisor, exact=True, top=0)
         while True:
-            unit = max(self._unit(top, MOST_NUMBERS), top // _USEFUL_SLOTS)
-            unit = min(unit, self._unit(top, min(_NUMBERS, MOST_NUMBERS)))
+            unit = max(self._unit(top, self.effort.numbers), top // _USEFUL_SLOTS)
+            unit = min(unit, self._unit(top, min(_NUMBERS, self.effort.numbers)))
             span = min(max(_LEAST_SPAN, top / unit / _USEFUL_SLOTS), _MOST_SPAN)
             if self.slots is not None or m * span > top:
                 self._check_memory(top)
@@ -258,12 +268,12 @@ class _ChainPlanning:
 
     def _check_memory(self, top: int) -> None:
         """Refuse where fewer slots than are of use would take too much memory."""
-        needed = table_numbers(self.fewest, top) * FEWEST_SLOTS / top
-        if needed > MOST_NUMBERS:
+        needed = table_numbers(self.fewest, top) * _FEWEST_SLOTS / top
+        if needed > self.effort.numbers:
             raise SolverRefusalError(
                 f"the table of chain_dp for {len(self.chain)} stages would need "
-                f"{format_bytes(int(4 * needed))} for {FEWEST_SLOTS} slots, more than the "
-                f"{format_bytes(int(4 * MOST_NUMBERS))} that it may take; "
+                f"{format_bytes(int(4 * needed))} for {_FEWEST_SLOTS} slots, more than the "
+                f"{format_bytes(int(4 * self.effort.numbers))} that it may take; "
                 'solver="auto" takes chains of any length'
             )
 
@@ -283,7 +293,7 @@ class _ChainPlanning:
             for budget in needed:
                 looks = self._looks(len(needed))
                 bounds[budget] = base + self._search(table, budget, looks)
-            poor = [x for x in poor if self._best(x).seconds > bounds[x] * (1 + _POOR)]
+            poor = [x for x in poor if self._best(x).seconds > bounds[x] * (1 + self.effort.poor)]
             del table  # before the next takes as much
             if poor and not grain.exact:
                 table = Table(self.sizes, grain.unit, top, nearest=True)
@@ -296,7 +306,7 @@ class _ChainPlanning:
     def _looks(self, budgets: int) -> int:
         """How many choices the exact search may look at for each of so many budgets."""
         share = min(1.0, _LOOKS_STAGES / len(self.chain)) / budgets
-        return max(_LEAST_LOOKS, int(_LOOKS * share**2))
+        return max(self.effort.least_looks, int(self.effort.looks * share**2))
 
     def _usable(self, budget: int) -> int:
         """The bytes of a budget that states and tapes can use: all sizes have a common divisor."""
@@ -310,7 +320,7 @@ class _ChainPlanning:
             if least > bound:  # else that of a smaller budget cannot be bettered
                 found = self._draw(table, budget, bound, exact=exact)
                 least = min(least, found)
-                if found > bound * (1 + _POOR):
+                if found > bound * (1 + self.effort.poor):
                     poor.append(budget)
         return poor
 

@@ -21,6 +21,7 @@ from ckptsched.simulator.simulator import simulate
 from ckptsched.solvers import Baseline, ChainDp, Revolve, Solution, baselines_for
 from ckptsched.solvers.binomial.revolve import advances, revolve_schedule
 from ckptsched.solvers.chain.sizes import chain_sizes
+from ckptsched.solvers.chain.solver import Effort
 from ckptsched.solvers.chain.tables import Table, least_memory
 from ckptsched.solvers.chain.to_schedule import outline
 from ckptsched.workload.chain import Chain
@@ -33,13 +34,13 @@ from tests.oracles.brute_force import (
 )
 from tests.support.shared_chains import (
     EXAMPLES,
+    WITHOUT_SEARCH,
     example,
     instance,
     reference,
     steps,
     tiny_cases,
     uniform,
-    without_search,
 )
 from tests.support.strategies import (
     chains,
@@ -384,9 +385,7 @@ def test_drawn_schedules_fit_in_bytes(
         assert chain.store_all_seconds + drawn.extra_seconds == pytest.approx(trace.seconds)
 
 
-def test_a_table_of_nearest_sizes_helps_where_states_are_smaller_than_slots(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_table_of_nearest_sizes_helps_where_states_are_smaller_than_slots() -> None:
     # At one slot in 300 the states of most steps take less than a slot.
     chain, budget = instance("ode_L8_Nt16"), reference("ode_L8_Nt16")[7]["budget_bytes"]
     sizes, least = chain_sizes(chain), least_memory(chain_sizes(chain))
@@ -399,10 +398,9 @@ def test_a_table_of_nearest_sizes_helps_where_states_are_smaller_than_slots(
         for nearest in (False, True)
     ]
     assert seconds[1] < seconds[0]
-    without_search(monkeypatch)
-    both = ChainDp(slots=300).solve(chain, budget)
-    monkeypatch.setattr("ckptsched.solvers.chain.solver._POOR", math.inf)
-    one = ChainDp(slots=300).solve(chain, budget)
+    both = ChainDp(slots=300, effort=WITHOUT_SEARCH).solve(chain, budget)
+    effort = replace(WITHOUT_SEARCH, poor=math.inf)
+    one = ChainDp(slots=300, effort=effort).solve(chain, budget)
     assert both.trace.seconds < one.trace.seconds
     assert both.lower_bound_seconds == one.lower_bound_seconds
 
@@ -572,23 +570,18 @@ def test_a_frontier_of_rounded_sizes_is_no_worse_than_its_plans() -> None:
         assert result.rounding_unit_bytes == alone.rounding_unit_bytes
 
 
-def test_too_little_memory_means_larger_slots_then_an_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_too_little_memory_means_larger_slots_then_an_error() -> None:
     chain = instance("random_n50_s0")
     budget = reference("random_n50_s0")[3]["budget_bytes"]
-    without_search(monkeypatch)
-    fine = ChainDp().solve(chain, budget)
-    monkeypatch.setattr("ckptsched.solvers.chain.solver.MOST_NUMBERS", 1e5)
-    coarse = ChainDp().solve(chain, budget)
+    fine = ChainDp(effort=WITHOUT_SEARCH).solve(chain, budget)
+    coarse = ChainDp(effort=replace(WITHOUT_SEARCH, numbers=1e5)).solve(chain, budget)
     assert coarse.rounding_unit_bytes > 10 * fine.rounding_unit_bytes
     assert coarse.lower_bound_seconds < fine.lower_bound_seconds
     assert fine.trace.seconds <= coarse.trace.seconds * (1 + 1e-9)
     check_result(chain, budget, coarse)
-    monkeypatch.setattr("ckptsched.solvers.chain.solver.MOST_NUMBERS", 1e4)
     message = r"50 stages would need .* for 100 slots, more than the 39\.063 KiB"
     with pytest.raises(WorkloadError, match=message):
-        ChainDp().solve(chain, budget)
+        ChainDp(effort=Effort(numbers=1e4)).solve(chain, budget)
 
 
 def test_a_long_computation_tells_its_progress_and_can_be_stopped() -> None:
