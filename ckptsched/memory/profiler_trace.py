@@ -32,7 +32,7 @@ _CHATTER = re.compile(
 
 
 @final
-class Recording:
+class Readings:
     """What the profiler saw of one device, from mark to mark."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ def _lost() -> ProfileError:
 
 
 @contextlib.contextmanager
-def recording(device: torch.device) -> Iterator[Recording]:
+def recording(device: torch.device) -> Iterator[Readings]:
     """Record the blocks of a device inside the `with` block.
 
     Args:
@@ -74,7 +74,7 @@ def recording(device: torch.device) -> Iterator[Recording]:
             "a profiler is running, and measuring by the profiler would spoil its trace; measure "
             "outside of it, or use AllocatorMeter (CPU) or CudaMeter"
         )
-    result = Recording()
+    result = Readings()
     with _without_chatter(), tempfile.TemporaryDirectory(prefix="ckptsched-") as folder:
         # torch.profiler.profile would add 0.3 ms to a window and nothing that is needed here.
         profiler = torch.autograd.profiler.profile(use_kineto=True, profile_memory=True)

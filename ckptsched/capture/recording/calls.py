@@ -15,7 +15,7 @@ from ...tensors.pytree import State
 
 @final
 @dataclass(frozen=True, slots=True)
-class Value:
+class Numbered:
     """A tensor that the call of the model was given, or that a call in it has made."""
 
     number: int
@@ -70,7 +70,7 @@ class Fixed:
         return f"tensor{list(self.tensor.shape)}"
 
 
-Source: TypeAlias = Value | Place | Fixed
+Source: TypeAlias = Numbered | Place | Fixed
 """Where a call finds a tensor that it is given."""
 
 
@@ -102,7 +102,7 @@ PLAIN = Around()
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class Call:
+class RecordedCall:
     """One call: a module, a function of torch, or a custom autograd Function."""
 
     target: Callable[..., Any] | str
@@ -139,7 +139,7 @@ class Call:
     @property
     def values(self) -> tuple[int, ...]:
         """Numbers of the values that it reads."""
-        return tuple(source.number for source in self.reads if isinstance(source, Value))
+        return tuple(source.number for source in self.reads if isinstance(source, Numbered))
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -184,7 +184,7 @@ def tensors_of(value: Any) -> tuple[Tensor, ...]:
 class Guard:
     """A decision that the model took by the values of a tensor: others need another recording."""
 
-    read: Call
+    read: RecordedCall
     """What read the tensor, such as `Tensor.item`."""
     found: Any
     """What it gave."""

@@ -26,7 +26,7 @@ _NEAR = 1 / 400
 
 @final
 @dataclass(frozen=True)
-class Measured:
+class CallCosts:
     """What the calls of a recording take, in the order in which they run."""
 
     seconds: tuple[float, ...]
@@ -37,7 +37,7 @@ class Measured:
     """Before each call whether a cut may lie there; the first is none."""
 
 
-def measure(recording: Recording, model: nn.Module, tensors: Sequence[Tensor]) -> Measured:
+def measure(recording: Recording, model: nn.Module, tensors: Sequence[Tensor]) -> CallCosts:
     """Run a recording call by call; who calls this puts the model back.
 
     Args:
@@ -73,7 +73,7 @@ def measure(recording: Recording, model: nn.Module, tensors: Sequence[Tensor]) -
         for k in range(made.get(home, end) + 1, end + 1):
             legal[k] = False
     live = [sum(dict(_homes_at(recording, homes, k)).values()) for k in range(calls + 1)]
-    return Measured(tuple(seconds), tuple(live), tuple(legal))
+    return CallCosts(tuple(seconds), tuple(live), tuple(legal))
 
 
 def _note(
@@ -95,12 +95,12 @@ def _homes_at(
     return [homes[number] for number in recording.live(k) if number in homes]
 
 
-def every_cut(measured: Measured) -> tuple[int, ...]:
+def every_cut(measured: CallCosts) -> tuple[int, ...]:
     """All places where a cut may lie."""
     return tuple(k for k, legal in enumerate(measured.legal) if legal)
 
 
-def lean_cuts(measured: Measured) -> tuple[int, ...]:
+def lean_cuts(measured: CallCosts) -> tuple[int, ...]:
     """Those of all cuts beside which no leaner one lies within a small part of the seconds."""
     cuts, at = every_cut(measured), [0.0]
     for seconds in measured.seconds:
@@ -119,7 +119,7 @@ def lean_cuts(measured: Measured) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def smallest_cuts(measured: Measured) -> tuple[int, ...]:
+def smallest_cuts(measured: CallCosts) -> tuple[int, ...]:
     """Those of all cuts where the live bytes have a local minimum; of equal ones the first."""
     cuts, live = every_cut(measured), measured.live_bytes
     chosen = []

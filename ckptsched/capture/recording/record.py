@@ -14,7 +14,7 @@ from ...tensors.pytree import State
 from ...torch_state.replay_context import Autocast, OneWay, RandomState, Recomputing
 from ..inspection import Inspection
 from ..model_state import left_as_it_was
-from .calls import Call, Fixed, Source
+from .calls import Fixed, RecordedCall, Source
 from .recorder import GoesBackError, Recorder
 from .recording import Recording, attributes_of, layouts_of
 
@@ -143,7 +143,7 @@ def _difference(one: Recorder, other: Recorder) -> str | None:
     return None if same else ""
 
 
-def _alike(one: Call, other: Call) -> bool:
+def _alike(one: RecordedCall, other: RecordedCall) -> bool:
     return (
         one.target == other.target
         and _same_constants(one.given, other.given)

@@ -35,7 +35,18 @@ from ...torch_state.settings import EVERYWHERE
 from ...torch_state.torch_modes import transform_at_work
 from ..stage_discovery import StagedModule, has_hooks
 from ..wrappers import is_compiled
-from .calls import PLAIN, Around, Call, Fixed, Guard, Place, Source, Value, name_of, tensors_of
+from .calls import (
+    PLAIN,
+    Around,
+    Fixed,
+    Guard,
+    Numbered,
+    Place,
+    RecordedCall,
+    Source,
+    name_of,
+    tensors_of,
+)
 from .functions import (
     ASKED,
     EFFECTS,
@@ -77,7 +88,7 @@ class Recorder:
             whole: Modules that are called whole, by path, and why.
         """
         self.model = model
-        self.calls: list[Call] = []
+        self.calls: list[RecordedCall] = []
         self.guards: list[Guard] = []
         self.marked: dict[str, str] = {}
         """Modules that the next recording must call whole, and why."""
@@ -231,7 +242,7 @@ class Recorder:
                 [
                     source.number
                     for source, leaf, version in zip(reads, given.leaves, before, strict=True)
-                    if isinstance(source, Value) and _version(leaf) != version
+                    if isinstance(source, Numbered) and _version(leaf) != version
                 ]
             )
             if isinstance(target, str) or not self._only_asks(target, given, reads, result):
@@ -268,7 +279,7 @@ class Recorder:
         if trained or not can_ask:
             self.mark(f"{name_of(function)} reads values that the model computes with")
             return
-        read = Call(function, State((), given.tree), reads, (), self.scopes[-1])
+        read = RecordedCall(function, State((), given.tree), reads, (), self.scopes[-1])
         self.guards.append(Guard(read, result, len(self.calls)))
 
     def _add(
@@ -297,7 +308,7 @@ class Recorder:
         self._origins.note_sizes(reads, given.leaves, numbered, by_data=self._sized)
         why = self._whole.get(target, "") if is_module else ""
         tree, scope = State((), given.tree), self.scopes[-1]
-        self.calls.append(Call(target, tree, reads, makes, scope, around, changed, why))
+        self.calls.append(RecordedCall(target, tree, reads, makes, scope, around, changed, why))
 
     # -- what is known
 
@@ -307,7 +318,7 @@ class Recorder:
             return place
         number = self._numbers.of(tensor)
         if number is not None:
-            return Value(number)
+            return Numbered(number)
         born = self._born.get(_home(tensor))
         if transform_at_work([tensor]):
             self.mark("a transform of torch.func is at work")

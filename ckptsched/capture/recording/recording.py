@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...base.errors import ExecutionError, PlanMismatchError
 from ...tensors.pytree import State
-from .calls import Call, Guard, Place, Source, Value
+from .calls import Guard, Numbered, Place, RecordedCall, Source
 
 
 @final
@@ -20,7 +20,7 @@ from .calls import Call, Guard, Place, Source, Value
 class Recording:
     """The calls of one forward pass, in order: a program without branches."""
 
-    calls: tuple[Call, ...]
+    calls: tuple[RecordedCall, ...]
     given: tuple[int, ...]
     """Numbers of the tensors of the arguments, in order."""
     inputs: State
@@ -53,7 +53,7 @@ class Recording:
         found: dict[int, int] = {}
         for k, call in enumerate(self.calls):
             found.update(dict.fromkeys((*call.values, *call.makes), k))
-        ends = (s.number for s in self.returned if isinstance(s, Value))
+        ends = (s.number for s in self.returned if isinstance(s, Numbered))
         found.update(dict.fromkeys((*ends, *self.kept.values()), len(self.calls)))
         found.pop(-1, None)
         return found
@@ -165,7 +165,7 @@ class Bound:
             source: The source.
             values: The tensors that are there, by number.
         """
-        if isinstance(source, Value):
+        if isinstance(source, Numbered):
             return values[source.number]
         if isinstance(source, Place):
             return source.look_up(self._owners[source])
@@ -248,7 +248,7 @@ def attributes_of(model: nn.Module) -> dict[str, object]:
     return found
 
 
-def _callee(call: Call, model: nn.Module) -> Any:
+def _callee(call: RecordedCall, model: nn.Module) -> Any:
     target: Any = call.target
     if isinstance(target, str):
         return model.get_submodule(target) if target else model.forward

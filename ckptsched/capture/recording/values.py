@@ -9,7 +9,7 @@ from typing import final
 
 from torch import Tensor
 
-from .calls import Source, Value
+from .calls import Numbered, Source
 
 
 @final
@@ -109,4 +109,4 @@ class Origins:
 
 
 def _any_in(reads: Iterable[Source], values: set[int]) -> bool:
-    return any(isinstance(source, Value) and source.number in values for source in reads)
+    return any(isinstance(source, Numbered) and source.number in values for source in reads)
