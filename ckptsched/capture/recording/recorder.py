@@ -112,6 +112,8 @@ class Recorder:
         self._settings, self._python_random = _settings(), _python_random()
         # Of the call that runs: whether an operator ran, drew, or made sizes of data.
         self._ran = self._drew = self._sized = False
+        # What modules that are not opened have saved: graphs hold the boxes, and no tensors.
+        self._boxes: list[list[Tensor]] = []
         # Storages that came into being meanwhile, by identity, each with its scope then.
         self._born: dict[int, str] = {}
 
@@ -142,7 +144,9 @@ class Recorder:
         result = State.of(output, opaque=True)
         self.returned = tuple([self._source(leaf) for leaf in result.leaves])
         result = State((), result.tree)
-        del output  # and with it the graph, which holds what modules that are not opened have saved
+        del output
+        for box in self._boxes:
+            box.clear()
         self._look_at_what_is_held()
         return result
 
@@ -236,7 +240,7 @@ class Recorder:
             self._ran = self._drew = self._sized = False
             # What is not opened may go back through a graph of its own.
             keeps = isinstance(target, str) and target in self._whole
-            with saved_tensors_hooks(_as_it_is, _as_it_is) if keeps else nullcontext():
+            with saved_tensors_hooks(self._keep, self._take) if keeps else nullcontext():
                 result = callee(*args, **kwargs)
             changed = tuple(
                 [
@@ -367,6 +371,16 @@ class Recorder:
         finally:
             self._depth -= 1
 
+    def _keep(self, tensor: Tensor) -> list[Tensor]:
+        box = [tensor]
+        self._boxes.append(box)
+        return box
+
+    def _take(self, box: list[Tensor]) -> Tensor:
+        if not box:
+            raise GoesBackError
+        return box[0]
+
     def _recall(self, nothing: None) -> Tensor:
         """Somebody goes back through a graph whose tensors were not saved."""
         self.mark("it goes back through a graph inside the model")
@@ -483,7 +497,3 @@ def _python_random() -> int:
 
 def _forget(tensor: Tensor) -> None:
     """Saves nothing."""
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 from typing import Any
@@ -24,12 +25,19 @@ from tests.support.odd_modules import (
     STRAIGHT,
     WHOLE,
     WIDTH,
+    AppendsOutside,
     BranchOnData,
     KeepsTensor,
     Within,
 )
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_frozen() -> None:
+    """Another test may have frozen what the collector searches, which makes recordings careful."""
+    gc.unfreeze()
 
 
 def batch(seed: int = 0) -> Tensor:
@@ -106,6 +114,17 @@ def test_what_a_recording_cannot_follow_is_one_call(kind: type[nn.Module]) -> No
     for seed in range(3):
         assert_same_steps(model, recording, batch(seed))
     OUTSIDE.clear()
+
+
+def test_what_is_left_in_a_frozen_list_is_found() -> None:
+    """Programs that fork take what they have out of the collector's sight."""
+    gc.collect()
+    gc.freeze()
+    try:
+        assert list(recorded(Within(AppendsOutside), batch()).whole) == ["inner"]
+    finally:
+        gc.unfreeze()
+        OUTSIDE.clear()
 
 
 @pytest.mark.parametrize("kind", WHOLE, ids=name_of)
