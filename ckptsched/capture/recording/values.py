@@ -45,8 +45,8 @@ class Numbers:
         if all(ref() is None for ref, _ in asked):
             return []
         gc.collect()
-        # What a program has frozen, as before it forks, the collector does not search: then what C++
-        # holds counts, too.
+        # The collector does not search what a program has frozen, as before it forks: then what is
+        # held in C++ counts, too.
         blind = gc.get_freeze_count() > 0
         return [n for ref, n in asked if ref() is not None and (blind or gc.get_referrers(ref()))]
 
