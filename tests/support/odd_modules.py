@@ -271,6 +271,16 @@ class Counts(Two):
         return self.b(self.a(x))
 
 
+class CountsInDict(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = {"calls": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counts["calls"] += 1
+        return self.b(self.a(x))
+
+
 class PythonDraws(Two):
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.a(x)) if random.random() < 0.5 else self.a(x)
@@ -372,7 +382,15 @@ class StopsWhenClose(Two):
 
 
 WHOLE = (
-    *(ReadsValue, BranchOnActivation, Counts, PythonDraws, NumpyDraws, Differentiates),
+    *(
+        ReadsValue,
+        BranchOnActivation,
+        Counts,
+        CountsInDict,
+        PythonDraws,
+        NumpyDraws,
+        Differentiates,
+    ),
     *(AppendsToList, AppendsOutside, HookOverTensor, TrainedGlobal, OtherWeights, Vmapped),
     *(AsksForSizes, ChangesSettings, OtherThread, ReentrantCheckpoint, StopsWhenClose),
 )

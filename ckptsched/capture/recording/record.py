@@ -14,9 +14,10 @@ from ...tensors.pytree import State
 from ...torch_state.replay_context import Autocast, OneWay, RandomState, Recomputing
 from ..inspection import Inspection
 from ..model_state import left_as_it_was
+from .attributes import attributes_of
 from .calls import Fixed, RecordedCall, Source
 from .recorder import GoesBackError, Recorder
-from .recording import Recording, attributes_of, layouts_of
+from .recording import Recording, layouts_of
 
 # Each pass may find more that must be called whole, most often the module around it.
 _MOST_PASSES = 12
@@ -94,7 +95,7 @@ def _one_pass(
 ) -> tuple[Recorder, State]:
     """One pass, after which all is as it was but Python's own random numbers."""
     recorder = Recorder(inspection.model, whole)
-    output = State(())
+    output, before = State(()), attributes_of(inspection.model)
     with (
         left_as_it_was(inspection, RandomState.take(device)) as (state, _),
         Autocast.take(device).again(),
@@ -108,7 +109,9 @@ def _one_pass(
         with contextlib.suppress(GoesBackError):  # the module around is marked
             output = recorder.run(fresh, device)
         kept = {str(place) for place in recorder.kept}
-        for name in state.rebound():
+        after = attributes_of(inspection.model)
+        other = [n for n in before.keys() | after.keys() if before.get(n) != after.get(n)]
+        for name in sorted({*state.rebound(), *other}):
             path = _owner(inspection, name)
             if name not in kept and not _is_within(path, whole):
                 recorder.mark(f"attribute {name!r} changes in a forward pass", path)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...base.errors import ExecutionError, PlanMismatchError
 from ...tensors.pytree import State
+from .attributes import attributes_of
 from .calls import Guard, Numbered, Place, RecordedCall, Source
 
 
@@ -34,7 +35,7 @@ class Recording:
     guards: tuple[Guard, ...]
     """What steered the pass besides the layouts of its arguments and the model's attributes."""
     attributes: Mapping[str, object]
-    """Numbers, text and flags that modules keep, by path and name: others may steer otherwise."""
+    """What the model keeps besides tensors, by path and name: others may steer otherwise."""
     kept: Mapping[Place, int] = field(default_factory=dict)
     """Attributes and buffers that hold a value when the pass is over, and its number."""
     whole: Mapping[str, str] = field(default_factory=dict)
@@ -112,9 +113,10 @@ class Recording:
         now = attributes_of(model)
         for name in sorted(self.attributes.keys() | now.keys()):
             if self.attributes.get(name) != now.get(name):
+                then, found = _said(self.attributes.get(name)), _said(now.get(name))
                 raise PlanMismatchError(
-                    f"{name} was {self.attributes.get(name)!r} when the model was recorded, and is "
-                    f"{now.get(name)!r}; record it again"
+                    f"{name} of the model is another than when the model was recorded ({then} "
+                    f"then, {found} now), so that it may go another way; record it again"
                 )
         bound, values = Bound(self, model), dict(zip(self.given, inputs.leaves, strict=True))
         with torch.no_grad():
@@ -234,18 +236,11 @@ def layouts_of(inputs: State) -> tuple[tuple[object, ...], ...]:
     return tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in inputs.leaves])
 
 
-def attributes_of(model: nn.Module) -> dict[str, object]:
-    """Numbers, text and flags that modules keep, by path and name: what code looks at.
-
-    Args:
-        model: The model.
-    """
-    found: dict[str, object] = {}
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, bool | int | float | str | None):
-                found[f"{path}.{name}" if path else name] = value
-    return found
+def _said(value: object) -> str:
+    """A short text of what `attributes_of` gives for an attribute."""
+    plain = value[1] if isinstance(value, tuple) and len(value) == 2 else value
+    text = repr(plain)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _callee(call: RecordedCall, model: nn.Module) -> Any:

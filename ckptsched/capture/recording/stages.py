@@ -15,7 +15,7 @@ from ...tensors.pytree import State
 from ...torch_state.replay_context import OneWay, RandomState, Recomputing
 from ..inspection import inspect_model
 from ..model_state import left_as_it_was
-from ..stage_discovery import StageCall, StagedModule
+from ..stage_discovery import StageCall, StagedModule, has_hooks
 from ..wrappers import share
 from .cuts import every_cut, lean_cuts, measure, smallest_cuts
 from .record import record
@@ -236,6 +236,11 @@ def captured(
     inputs = State.of((sample, dict(kwargs or {})), opaque=True)
     if not inputs.leaves:
         raise ProfileError("captured needs a sample to call the model with, found no tensor in it")
+    if has_hooks(inspection.model):
+        raise ProfileError(
+            "the model itself has hooks, which a recording of its forward would leave out; take "
+            "them off, or put the model into a module that calls it"
+        )
     device = inputs.leaves[0].device
     model, recording = inspection.model, record(inspection, inputs, device)
     left, again = left_as_it_was(inspection, RandomState.take(device)), Recomputing()

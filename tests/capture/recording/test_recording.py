@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.support.odd_modules import (
     WHOLE,
     WIDTH,
     AppendsOutside,
+    Box,
     BranchOnData,
     KeepsTensor,
     Within,
@@ -216,5 +218,48 @@ def test_an_attribute_that_has_changed_is_named() -> None:
     model = Within(KeepsTensor)
     recording = recorded(model, batch())
     model.inner.eval()
-    with pytest.raises(cs.PlanMismatchError, match=r"inner\.a\.training was True"):
+    with pytest.raises(
+        cs.PlanMismatchError,
+        match=r"inner\.a\.training .*True then, False now",
+    ):
         recording.check(model, State.of(((batch(),), {})))
+
+
+class Steered(nn.Module):
+    """Takes as many steps as a dict says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.settings, self.named = Within(KeepsTensor), {"steps": [2]}, Box(batch())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.settings["steps"][0]):
+            x = self.part(x)
+        return x
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "settings": lambda model: model.settings["steps"].append(model.settings["steps"].pop() + 1),
+    "named": lambda model: setattr(model.named, "word", "new"),
+    "part.(hooks)": lambda model: model.part.register_forward_hook(lambda m, a, y: y * 2),
+    "(hooks)": lambda model: model.register_forward_hook(lambda m, a, y: y * 2),
+    "forward": lambda model: setattr(model, "forward", lambda x: x),
+    "part.(class and parts)": lambda model: model.part.add_module("more", nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_may_steer_the_model_otherwise_is_named(name: str) -> None:
+    model = Steered()
+    net = cs.captured(model, batch())
+    assert torch.equal(net.give(net(net.take(batch(1)))), model(batch(1)))
+    CHANGES[name](model)
+    with pytest.raises(cs.PlanMismatchError, match=rf"^{re.escape(name)} of the model is another"):
+        net.take(batch(1))
+
+
+def test_hooks_of_the_model_itself_are_refused() -> None:
+    model = Within(KeepsTensor)
+    model.register_forward_hook(lambda m, a, y: y * 2)
+    with pytest.raises(cs.ProfileError, match="the model itself has hooks"):
+        cs.captured(model, batch())
