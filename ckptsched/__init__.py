@@ -40,6 +40,8 @@ if TYPE_CHECKING:  # for type checkers; when it runs, `__getattr__` finds the sa
     from .executor.verify import Verification as Verification
     from .executor.verify import verify as verify
     from .fitting.fit import fit as fit
+    from .fitting.fit import plan_of as plan_of
+    from .fitting.fit import unfit as unfit
     from .fitting.largest_that_fits import Largest as Largest
     from .fitting.largest_that_fits import largest as largest
     from .fitting.largest_that_fits import largest_batch as largest_batch
@@ -99,6 +101,7 @@ _HOMES = {
     "odeint": "ode",
     "parse_budget": "base.budget",
     "plan": "fitting.planning",
+    "plan_of": "fitting.fit",
     "Plan": "planner.plan",
     "PlanMismatchError": "base.errors",
     "profile": "profiler.profile",
@@ -120,6 +123,7 @@ _HOMES = {
     "Trace": "schedule.trace",
     "Tradeoff": "planner.tradeoff",
     "tradeoff": "planner.tradeoff",
+    "unfit": "fitting.fit",
     "Verification": "executor.verify",
     "verify": "executor.verify",
     "WorkloadError": "base.errors",

@@ -94,6 +94,9 @@ class ProfileError(CkptschedError, RuntimeError):
 class PlanMismatchError(CkptschedError, ValueError):
     """A plan, plan file, model or input that do not belong together."""
 
+    before_step = False
+    """Whether a call was refused before anything of it ran."""
+
 
 class ExecutionError(CkptschedError, RuntimeError):
     """A training step that cannot go on without giving wrong gradients."""

@@ -23,7 +23,7 @@ from ..recompute.fsdp import class_before, own_hooks
 from ..recompute.parameter_swap import Slot, Slots
 from ..recompute.stateful_buffers import own_generators
 from .stage_discovery import HOOKS, StagedModule, has_hooks, taken_apart
-from .wrappers import refuse_wrapped, unwrapped
+from .wrappers import forward_attribute, refuse_wrapped, unwrapped
 
 _children_of = attrgetter("_modules")
 _parameters_of = attrgetter("_parameters")
@@ -306,7 +306,7 @@ class _Tree:
         self._parameters = list(map(tuple, map(_parameters_of, modules)))
         self._buffers = list(map(tuple, map(_buffers_of, modules)))
         self._classes = list(map(class_before, modules))
-        self._forwards = list(map(_forward_of, map(vars, modules)))
+        self._forwards = self._own_forwards()
         self._hooks = self._own_hooks()
         self._passed: object = None  # what code was found to be the same last
         # torch's own compute the same whatever their attributes are set to.
@@ -336,7 +336,7 @@ class _Tree:
 
     def _code_changed(self) -> str:
         """The same of what modules run: their class, a forward of their own, their hooks."""
-        forwards = list(map(_forward_of, map(vars, self._modules)))
+        forwards = self._own_forwards()
         if forwards != self._forwards:
             differs = list(map(ne, forwards, self._forwards)).index(True)
             return f"the forward of a {type(self._modules[differs]).__name__}"
@@ -354,6 +354,12 @@ class _Tree:
                     return f"{what} of a {type(module).__name__}"
         self._passed = now
         return ""
+
+    def _own_forwards(self) -> list[Any]:
+        """What modules have as a forward of their own; of the model, before it was fitted."""
+        found = list(map(_forward_of, map(vars, self._modules)))
+        found[0] = forward_attribute(self._modules[0])
+        return found
 
     def _own_hooks(self) -> list[tuple[tuple[int, ...], ...]]:
         """The hooks of each module, FSDP's apart, and those that a wrapper brings."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..base.errors import ProfileError
 from ..recompute.fsdp import own_hooks
-from .wrappers import is_compiled
+from .wrappers import forward_attribute, is_compiled
 
 # Modules that may hand their input on as it is, or as a view: what changes their output in
 # place changes their input, too.
@@ -298,7 +298,7 @@ def _can_flatten(module: nn.Module) -> TypeGuard[nn.Sequential]:
         isinstance(module, nn.Sequential)
         and type(module).forward is nn.Sequential.forward
         and type(module).__call__ is nn.Module.__call__
-        and "forward" not in vars(module)
+        and forward_attribute(module) is None
         and not is_compiled(module)
         and not has_hooks(module)
     )

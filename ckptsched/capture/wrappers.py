@@ -7,8 +7,11 @@ parameters could not be replaced while stages run.
 from __future__ import annotations
 
 import abc
+import functools
+import threading
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast, final
 
 from torch import Tensor, nn
 
@@ -33,6 +36,102 @@ def share(model: nn.Module, other: nn.Module) -> None:
     vars(other).update({name: own[name] for name in _SHARED if name in own})
 
 
+class InPlace(abc.ABC):
+    """What runs in place of a model's forward, as an attribute of the model itself.
+
+    So the model keeps its class, and its `__call__` runs its hooks around this.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Note the forward that this takes the place of.
+
+        Args:
+            model: The model; its forward is not replaced yet.
+        """
+        self.model = model
+        self.attribute = forward_attribute(model)
+        """What the model had as an attribute of that name; None where it had its class's."""
+        self.before = self.attribute or type(model).forward.__get__(model)
+        """The forward that a call would have run."""
+        self._off = threading.local()
+        functools.update_wrapper(self, self.before)  # its name, and its signature
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Let calls from this thread run the forward of before."""
+        depth = getattr(self._off, "depth", 0)
+        self._off.depth = depth + 1
+        try:
+            yield
+        finally:
+            self._off.depth = depth
+
+    def is_off(self) -> bool:
+        """Whether calls from this thread run the forward of before."""
+        return getattr(self._off, "depth", 0) > 0
+
+    @abc.abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The forward of before: a saved model is as it was."""
+        if self.attribute is None:
+            return getattr, (self.model, "forward")
+        return functools.partial, (self.attribute,)
+
+
+@final
+class PlainForward(nn.Module):
+    """A fitted model as one stage: called, it runs the forward of before, without the hooks.
+
+    All that the model has is this one's, too: the two share their attributes.
+    """
+
+    __slots__ = ("_fitted",)
+
+    _fitted: InPlace
+
+    def __init__(self, fitted: InPlace) -> None:
+        """Stand for a model.
+
+        Args:
+            fitted: What takes the place of its forward.
+        """
+        object.__setattr__(self, "__dict__", vars(fitted.model))
+        object.__setattr__(self, "_fitted", fitted)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of before."""
+        return self._fitted.before(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        """As the model prints."""
+        return repr(self._fitted.model)
+
+
+def in_place(module: nn.Module) -> InPlace | None:
+    """What runs in place of a module's forward, if something of ours does."""
+    found = vars(module).get("forward")
+    return found if isinstance(found, InPlace) else None
+
+
+def forward_attribute(module: nn.Module) -> Any:
+    """A forward that a module has as an attribute of its own, ours apart; None for its class's."""
+    found = vars(module).get("forward")
+    return found.attribute if isinstance(found, InPlace) else found
+
+
+def plain_forward(model: nn.Module) -> AbstractContextManager[None]:
+    """Let calls of a model from this thread run the forward that it came with.
+
+    Args:
+        model: The model, fitted in place or not.
+    """
+    found = in_place(model)
+    return nullcontext() if found is None else found.off()
+
+
 class StandsFor(nn.Module, abc.ABC):
     """A module that owns what another one owns, and adds nothing to its `state_dict`."""
 
@@ -46,6 +145,15 @@ class StandsFor(nn.Module, abc.ABC):
         share(model, self)
         self.__dict__["_model"] = model
         self.training = model.training
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not found here is the model's: its methods, its configuration."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_model" not in self.__dict__:  # while it is being made, or copied
+                raise
+            return getattr(self.model, name)
 
     @property
     def model(self) -> nn.Module:

@@ -29,6 +29,7 @@ from ..tensors.comparison import same_values
 from ..tensors.pytree import State
 from ..torch_state.replay_context import Autocast, RandomState, now
 from .checkpointed import Checkpointed, follow
+from .recorded import RecordedCalls
 
 
 @final
@@ -175,7 +176,10 @@ def verify(
     """
     inspection = inspect_model(model, "verify", PlanMismatchError)
     planned = follow(inspection, model, plan, "none", None)  # what differs is measured
-    call = _Call(inspection, *first_by_position(inspection.model, sample, kwargs or {}))
+    sample, kwargs = first_by_position(inspection.model, sample, kwargs or {})
+    if isinstance(planned.calls, RecordedCalls):
+        planned.calls.prepare(sample, kwargs)  # which takes memory that is no part of a step
+    call = _Call(inspection, sample, kwargs)
     if not torch.is_grad_enabled():
         raise PlanMismatchError("verify needs gradients; call it outside torch.no_grad")
     if loss is not None and not callable(loss):
@@ -266,10 +270,10 @@ class _Call:
     def __init__(
         self, inspection: Inspection, sample: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
-        if not sample:
+        state = State.of((sample, dict(kwargs)), opaque=True)
+        if not sample and not state.leaves:
             wrong = without_first(inspection.model, kwargs, "or as {!r} in kwargs")
             raise PlanMismatchError(f"verify needs a sample to call the model with, {wrong}")
-        state = State.of((sample, dict(kwargs)), opaque=True)
         if not state.leaves:
             raise PlanMismatchError("verify needs a sample with tensors, found none in it")
         self.leaves = [t if t.is_leaf else t.detach().requires_grad_() for t in state.leaves]

@@ -1,54 +1,126 @@
-"""Profiles a model, plans it, and returns a model that follows the plan, in one call."""
+"""Fits a model in place: profiles and plans it, and lets its own calls follow the plan."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from ..base.budget import Budget
-from ..base.errors import ProfileError
+from ..base.budget import Budget, parse_budget
+from ..base.errors import PlanMismatchError, ProfileError
 from ..capture.inspection import inspect_model
-from ..executor.checkpointed import Checkpointed, follow
-from ..planner.planner import plan_one
-from ..profiler.profile import measure
+from ..capture.wrappers import in_place, unwrapped
+from ..executor.checkpointed import Checkpointed, check_options
+from ..planner.plan import Plan
 from ..profiler.stage_kind import Loss
-from ..torch_state.replay_context import ContextFn, contexts
+from ..torch_state.replay_context import ContextFn
+from .in_place import Fitted, OnNewInput, Options
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def fit(
-    model: nn.Module,
+    model: M,
     *sample: Any,
     kwargs: Mapping[str, Any] | None = None,
     budget: int | float | str | Budget,
     solver: str = "auto",
     loss: Loss | None = None,
     context_fn: ContextFn | None = None,
-) -> Checkpointed:
-    """Fit the training of a model into a budget.
+    capture: bool | None = None,
+    on_new_input: OnNewInput = "plan",
+) -> M:
+    """Fit the training of a model into a budget: from now on its calls follow a plan.
+
+    The model stays what it is: its class, methods, parameters, keys of its `state_dict`, hooks and
+    the signature of its forward. Where gradients are off, and in eval mode unless it was fitted in
+    that, its forward runs as before. A copy of it (`copy.deepcopy`) plans anew when it is first
+    called; what is pickled of it is the model alone.
+
+    A call of another shape follows the same schedule if none of its tensors is larger than in a
+    call that was planned, so it is best to fit on the largest batch; any other call is planned
+    when it is first seen, within the same budget, and a line in the log "ckptsched" says so.
 
     Args:
         model: The model, in the mode to train in.
-        sample: One batch, of the shape to train with, and what every stage is given besides.
+        sample: One batch, of the shape to train with.
         kwargs: The same by name.
-        budget: Bytes, text such as "256MiB", or a share such as "40%".
+        budget: Bytes, text such as "256MiB", or a share such as "40%" of what storing everything
+            takes on this batch.
         solver: Name of a solver, or "auto".
-        loss: From the output to a scalar, so that its bytes are counted exactly.
+        loss: From the output to a scalar, so that its bytes are counted exactly; None for the loss
+            that the output has as `.loss` or under that key, and else bytes as for a
+            cross-entropy.
         context_fn: Gives what is around the first run of stages, in which the model is measured,
             and what is around those that run again; see `checkpointed`.
+        capture: Whether to record the model, see `profile`.
+        on_new_input: What happens to a call that no plan is for: "plan" plans for it, "refuse"
+            ends in an error, "plain" runs it by plain autograd, with a `BudgetWarning`.
 
     Returns:
-        A module with the same parameters and `state_dict` keys; its plan is `.plan`.
+        The model that was given. `plan_of` gives its plan, `unfit` takes the plans off.
 
     Raises:
         BudgetSyntaxError: The budget cannot be read.
-        InfeasibleBudgetError: Nothing fits; the message names the least budget that works.
+        InfeasibleBudgetError: Nothing fits; the message names the least budget that works. The
+            model is as it was.
         ProfileError: The model cannot be measured.
     """
-    inspection = inspect_model(model, "fit", ProfileError)
-    with nullcontext() if context_fn is None else contexts(context_fn)[0]:
-        chain = measure(inspection, sample, kwargs, loss)
-    made = plan_one(chain, budget, solver=solver)
-    return follow(inspection, model, made, "glance", context_fn)
+    check_options("glance", context_fn)
+    parse_budget(budget)
+    if context_fn is None and isinstance(model, Checkpointed):
+        context_fn = model.context_fn
+    inspected = inspect_model(model, "fit", ProfileError).model
+    fitted = Fitted(
+        inspected,
+        Options(
+            budget=budget,
+            solver=solver,
+            loss=loss,
+            context_fn=context_fn,
+            capture=capture,
+            on_new_input=on_new_input,
+        ),
+    )
+    fitted.make(sample, kwargs or {})
+    vars(inspected)["forward"] = fitted
+    return inspected  # type: ignore[return-value]  # of what checkpointed() gave it is the model
+
+
+def unfit(model: M) -> M:
+    """Take off what `fit` has put in place: the model's calls run by plain autograd again.
+
+    Args:
+        model: The model; one that is not fitted is left as it is.
+
+    Returns:
+        The model.
+    """
+    found = in_place(unwrapped(model, "unfit", PlanMismatchError))
+    if found is not None:
+        own = vars(found.model)
+        if found.attribute is None:
+            del own["forward"]
+        else:
+            own["forward"] = found.attribute
+    return model
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that a model follows; of one that was fitted, the plan for its first batch.
+
+    Args:
+        model: A model that was fitted, or what `checkpointed` has given.
+
+    Raises:
+        PlanMismatchError: It follows none.
+    """
+    if isinstance(model, Checkpointed):
+        return model.plan
+    found = in_place(unwrapped(model, "plan_of", PlanMismatchError))
+    if not isinstance(found, Fitted):
+        raise PlanMismatchError(
+            f"the {type(model).__name__} follows no plan; fit it, or give what checkpointed() gave"
+        )
+    return found.plan

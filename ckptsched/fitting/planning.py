@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 from ..base.budget import Budget, parse_budget
-from ..base.errors import WorkloadError
+from ..base.errors import InfeasibleBudgetError, WorkloadError
 from ..planner import TIME_LIMIT
 from ..planner.plan import Plan, Workload
-from ..planner.planner import plan_one
+from ..planner.planner import PlanOptions, plan_one
 from ..profiler.profile import profile
 from ..workload.chain import Chain
 from ..workload.graph import Graph
@@ -22,6 +23,8 @@ def plan(
     time_limit: float = TIME_LIMIT,
     cache: bool = True,
     progress: bool | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    capture: bool | None = None,
 ) -> Plan:
     """Find the schedule that takes least time within a budget.
 
@@ -42,6 +45,8 @@ def plan(
             time (see `plan_cache`).
         progress: Whether to show a progress bar on stderr where planning takes more than a
             second; None shows it if stderr is a terminal.
+        kwargs: Arguments of the model's call by name.
+        capture: Whether to record the model, see `profile`.
 
     Returns:
         A plan that keeps the budget by simulation, with its certificate.
@@ -54,22 +59,59 @@ def plan(
         ProfileError: The model cannot be measured.
     """
     parse_budget(budget)  # before the model is measured, which takes a while
-    chain = chain_of(workload, sample)
-    return plan_one(
+    chain = chain_of(workload, sample, kwargs, capture)
+    return plan_measured(
         chain, budget, solver=solver, time_limit=time_limit, cache=cache, progress=progress
     )
 
 
-def chain_of(workload: Any, sample: tuple[Any, ...]) -> Workload:
+def plan_measured(
+    chain: Workload,
+    budget: int | float | str | Budget,
+    *,
+    progress: bool | None = None,
+    **options: Unpack[PlanOptions],
+) -> Plan:
+    """Plan a chain or graph, and say where nothing fits because a model could not be recorded.
+
+    Arguments and errors are those of `plan`.
+    """
+    try:
+        return plan_one(chain, budget, progress=progress, **options)
+    except InfeasibleBudgetError as error:
+        whole = chain.signature.whole if isinstance(chain, Chain) and chain.signature else ""
+        if not whole:
+            raise
+        raise InfeasibleBudgetError(
+            f"{error}; the model is one stage, so that nothing can be run again in parts, as it "
+            f"could not be recorded: {whole}",
+            budget_bytes=error.budget_bytes,
+            least_budget_bytes=error.least_budget_bytes,
+            stage=error.stage,
+        ) from None
+
+
+def chain_of(
+    workload: Any,
+    sample: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    capture: bool | None = None,
+) -> Workload:
     """The chain or graph itself, or the chain of a model on a sample.
+
+    Args:
+        workload: A chain, a graph, or a model.
+        sample: What the model is called with.
+        kwargs: The same by name.
+        capture: Whether to record the model, see `profile`.
 
     Raises:
         WorkloadError: A chain and a sample.
         ProfileError: The model cannot be measured.
     """
     if not isinstance(workload, Chain | Graph):
-        return profile(workload, *sample)
-    if sample:
+        return profile(workload, *sample, kwargs=kwargs, capture=capture)
+    if sample or kwargs:
         raise WorkloadError(
             "a chain was profiled with its own sample: plan(chain, budget=...) takes no other"
         )

@@ -18,6 +18,8 @@ from ..base.json_files import printable
 from ..base.progress_bar import progress_bar
 from ..capture.inspection import Inspection, inspect_model
 from ..capture.model_state import ModelState, left_as_it_was
+from ..capture.recording.opening import Opened, open_model
+from ..capture.recording.stages import Captured
 from ..capture.signature import sign
 from ..memory.meters import Meter, default_meter
 from ..recompute.parameter_swap import Slots, make_alias, take_out_what_was_left
@@ -27,6 +29,7 @@ from ..torch_state.locks import Locked
 from ..torch_state.replay_context import Autocast, Generators, OneWay, RandomState, Recomputing
 from ..torch_state.surroundings import Ambient
 from ..workload.chain import Chain
+from ..workload.stage import Signature
 from .chain_builder import assemble
 from .meta_estimate import estimate
 from .refusals import call_of, refuse_unmeasurable
@@ -40,7 +43,8 @@ from .survey import Survey, sides_held, survey_backward, survey_model
 def default_loss(output: Any) -> Tensor:
     """A loss that takes at least the bytes of a cross-entropy, where the user names none.
 
-    It computes in no less than float32, as losses do whose model runs under autocast.
+    Where the output has its loss itself, as `.loss` or under that key, it is that one. The other
+    computes in no less than float32, as losses do whose model runs under autocast.
 
     Args:
         output: The model's output: a floating point tensor of any shape, or a value of several,
@@ -49,11 +53,39 @@ def default_loss(output: Any) -> Tensor:
     Returns:
         A scalar.
     """
+    own = _own_loss(output)
+    if own is not None:
+        return own
     if isinstance(output, Tensor):
         half = output.dtype in (torch.float16, torch.bfloat16)
         return torch.log_softmax(output.float() if half else output, dim=-1).square().mean()
     losses = [default_loss(leaf) for leaf in State.of(output).leaves if leaf.requires_grad]
     return torch.stack(losses).sum()
+
+
+def _own_loss(output: Any) -> Tensor | None:
+    """The loss that a model gives itself: a number that carries a gradient."""
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    is_loss = isinstance(found, Tensor) and found.numel() == 1 and found.requires_grad
+    return found if is_loss else None
+
+
+def loss_of_tensors(captured: Captured, loss: Loss | None) -> Loss:
+    """The loss of what a recorded model gives, from the tensors that its last stage makes.
+
+    Args:
+        captured: The recorded model.
+        loss: Of the model's output, or None for the default.
+    """
+
+    def of_tensors(tensors: tuple[Tensor, ...]) -> Tensor:
+        output = captured.give(tensors, keep=False)
+        if loss is not None:
+            return loss(output)
+        own = _own_loss(output)
+        return default_loss(tensors) if own is None else own
+
+    return of_tensors
 
 
 def _default_loss_with(sides: Sequence[Tensor]) -> Loss:
@@ -74,6 +106,7 @@ def profile(
     meter: Meter | None = None,
     progress: bool | None = None,
     fake: bool = False,
+    capture: bool | None = None,
 ) -> Chain:
     """Measure a model as a chain of stages.
 
@@ -81,21 +114,26 @@ def profile(
     gradients, modes, hooks and counters, and the random state.
 
     Args:
-        model: An `nn.Sequential`, an `ODEBlock`, a `StagedModule`, or any module, which then is
-            one stage. It is measured in the mode (train or eval) that it is in.
+        model: Any module. An `nn.Sequential`, an `ODEBlock` and a `StagedModule` are chains of
+            stages as they are; another is recorded, and cut into stages between its calls. It is
+            measured in the mode (train or eval) that it is in.
         sample: What the model is called with: one batch, on the model's device, of the shape to
             train with; with `requires_grad` where the gradient with respect to it is wanted. It
             is a tensor, or tuples, lists, dicts and dataclasses of them. What follows is given to
-            every stage.
-        kwargs: Arguments of the call by name; they are given to every stage, too.
+            every stage of a model that is a chain as it is.
+        kwargs: Arguments of the call by name; those are given to every stage, too.
         loss: From the output to a scalar; its seconds and bytes are measured, too. Without
-            it, bytes are provided for as for a cross-entropy (`default_loss`).
+            it, the loss is what the output has as `.loss` or under that key; without that, bytes
+            are provided for as for a cross-entropy (`default_loss`).
         meter: What counts bytes; the best that works on the device where none is given.
         progress: Whether to show a progress bar on stderr where measuring takes more than a
             second; None shows it if stderr is a terminal.
         fake: Whether to estimate instead: nothing is run on data, seconds are guesses, and what
             operations need while they run is left out (see `meta_estimate.estimate`). The chain is
-            for planning; `checkpointed` refuses its plans.
+            for planning; `checkpointed` refuses its plans. The model is not recorded.
+        capture: None to record a model that would be one stage, and to leave it one stage where it
+            cannot be recorded (`chain.signature.whole` says why); True to record in any case,
+            False not to.
 
     Returns:
         The chain, with a ledger of exact bytes (none if fake), and the input's bytes reserved.
@@ -105,7 +143,52 @@ def profile(
             result; the message names it.
     """
     inspection = inspect_model(model, "profile", ProfileError)
-    return measure(inspection, sample, kwargs, loss, meter, progress=progress, fake=fake)
+    if fake:
+        return measure(inspection, sample, kwargs, loss, meter, progress=progress, fake=True)
+    opened = open_for_measuring(inspection, sample, kwargs, loss, capture)
+    return measure_opened(opened, inspection, sample, kwargs, loss, meter, progress=progress)
+
+
+def open_for_measuring(
+    inspection: Inspection,
+    sample: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    loss: Loss | None,
+    capture: bool | None,
+) -> Opened:
+    """Record a model that is not a chain, after a look whether it can be measured at all.
+
+    Arguments and errors are those of `profile`.
+    """
+    _refuse_loss(loss)
+    take_out_what_was_left()
+    inputs = State.of((sample, dict(kwargs or {})), opaque=True)
+    if inputs.leaves and capture is not False:
+        refuse_unmeasurable(inspection, inputs, State(()), fake=False)
+    return open_model(inspection, sample, kwargs or {}, capture)
+
+
+def measure_opened(
+    opened: Opened,
+    inspection: Inspection,
+    sample: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    loss: Loss | None = None,
+    meter: Meter | None = None,
+    *,
+    progress: bool | None = None,
+) -> Chain:
+    """Measure a model by its recording, if it has one; arguments and errors as of `profile`."""
+    captured = opened.captured
+    if captured is None:
+        chain = measure(inspection, sample, kwargs, loss, meter, progress=progress)
+        assert chain.signature is not None
+        signature = replace(chain.signature, whole=printable(opened.whole))
+        return replace(chain, signature=signature) if opened.whole else chain
+    tensors = State.of((sample, dict(kwargs or {})), opaque=True).leaves
+    of_tensors = loss_of_tensors(captured, loss)
+    recorded = Inspection.of(captured)
+    return measure(recorded, (tensors,), None, of_tensors, meter, progress=progress)
 
 
 def measure(
@@ -119,11 +202,7 @@ def measure(
     fake: bool = False,
 ) -> Chain:
     """Measure a model that has been looked at; arguments and errors are those of `profile`."""
-    if loss is not None and not callable(loss):
-        raise ProfileError(
-            f"loss is {loss!r}; give a function from the model's output to a number, such as "
-            "loss=lambda y: criterion(y, targets)"
-        )
+    _refuse_loss(loss)
     take_out_what_was_left()
     inputs, given = call_of(inspection.model, sample, kwargs or {})
     refuse_unmeasurable(inspection, inputs, given, fake=fake)
@@ -131,19 +210,47 @@ def measure(
         with Recomputing():
             return estimate(inspection, inputs, given, loss or default_loss)
     meter = meter or default_meter(inputs.leaves[0].device, own_thread=True)
-    return _measured(inspection, inputs, given, loss, meter, progress)
+    chain = _examined(inspection, inputs, given, loss, meter, progress)[1]
+    assert chain is not None
+    return chain
 
 
-def _measured(
+def sign_again(captured: Captured, tensors: tuple[Tensor, ...]) -> Signature:
+    """The signature of a recorded model on a batch, which is not measured.
+
+    Args:
+        captured: The model, recorded on the batch.
+        tensors: The tensors of the batch.
+
+    Raises:
+        ProfileError: A stage cannot be run again with the same result.
+    """
+    inspection, loss = Inspection.of(captured), loss_of_tensors(captured, None)
+    meter = default_meter(tensors[0].device, own_thread=True)
+    return _examined(inspection, State.of(tensors), Extras().apart(), loss, meter, weighs=False)[0]
+
+
+def _refuse_loss(loss: Loss | None) -> None:
+    if loss is not None and not callable(loss):
+        raise ProfileError(
+            f"loss is {loss!r}; give a function from the model's output to a number, such as "
+            "loss=lambda y: criterion(y, targets)"
+        )
+
+
+def _examined(
     inspection: Inspection,
     inputs: State,
     given: State,
     loss: Loss | None,
     meter: Meter,
-    progress: bool | None,
-) -> Chain:
-    """Survey, weigh and time all stages, and leave the model as it was."""
+    progress: bool | None = None,
+    *,
+    weighs: bool = True,
+) -> tuple[Signature, Chain | None]:
+    """Survey all stages, weigh and time them if asked to, and leave the model as it was."""
     device, generators = inputs.leaves[0].device, inspection.generators(given.constants())
+    chain, left = None, list[int]()
     with (
         torch.inference_mode(False),
         Locked((Generators.lock,)),  # one thread at a time: measuring draws, and counts bytes
@@ -159,12 +266,15 @@ def _measured(
         survey, ending, lost = _surveyed(inspection, inputs, extras, state, loss, meter)
         facts = survey.facts()
         kinds = survey_backward(survey.order, lost.gradients)
-        among = Ambient.take(device).costly_modes()
-        seconds, spread = _weigh_and_time(kinds, lambda: go_back(*ending), meter, progress)
-        left = [kind.count * bytes_left_for_good(kind, meter) for kind in kinds] if among else []
-        state.note_unfit(state, "a stage that has run several times")
-        lost = replace(lost, seconds=seconds)
-        chain = assemble(survey, lost, device, inputs.leaves, generators)
+        if weighs:
+            among = Ambient.take(device).costly_modes()
+            seconds, spread = _weigh_and_time(kinds, lambda: go_back(*ending), meter, progress)
+            if among:
+                left = [kind.count * bytes_left_for_good(kind, meter) for kind in kinds]
+            state.note_unfit(state, "a stage that has run several times")
+            lost = replace(lost, seconds=seconds)
+            chain = assemble(survey, lost, device, inputs.leaves, generators)
+            chain = replace(chain, seconds_spread=spread)
     signature = sign(
         inspection,
         survey.blocks,
@@ -175,8 +285,15 @@ def _measured(
         frozen=survey.frozen,
         unfit=printable(state.unfit),
     )
-    signature = replace(signature, mode_bytes=sum(left))
-    return replace(chain, signature=signature, seconds_spread=spread)
+    signature = replace(signature, mode_bytes=sum(left), **_of_recording(inspection.model))
+    return signature, chain and replace(chain, signature=signature)
+
+
+def _of_recording(model: nn.Module) -> dict[str, Any]:
+    """The fields of a signature that tell how a recorded model was cut."""
+    if not isinstance(model, Captured):
+        return {}
+    return {"recorded": len(model.recording.calls), "cuts": model.cuts}
 
 
 @contextmanager

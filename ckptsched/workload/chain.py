@@ -465,7 +465,7 @@ def _read_signature(data: Mapping[str, Any] | None) -> Signature | None:
     if data is None:
         return None
     tuples = {key: tuple(data[key]) for key in ("input_shape", "input_stride")}
-    tuples |= {key: tuple(data.get(key, ())) for key in ("hidden", "settings", "modes")}
+    tuples |= {key: tuple(data.get(key, ())) for key in ("hidden", "settings", "modes", "cuts")}
     return Signature(**{**data, **tuples})
 
 

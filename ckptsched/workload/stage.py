@@ -261,6 +261,12 @@ class Signature:
     """Classes of the modes that see every operation or call of torch, and may take bytes."""
     mode_bytes: int = 0
     """What these kept of one run of each stage and its backward, for good: no plan has it."""
+    recorded: int = 0
+    """Of a model that was recorded, how many calls the recording has; else 0."""
+    cuts: tuple[int, ...] = ()
+    """Before which of these calls a stage begins, the first apart."""
+    whole: str = ""
+    """Why the model is one stage though it was to be recorded; empty where it is not."""
 
 
 def check_size(what: str, value: object) -> None:

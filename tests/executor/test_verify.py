@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ckptsched as cs
 from ckptsched.cli.commands import main
-from ckptsched.executor.interpreter import _Checkpoint
+from ckptsched.executor.step.interpreter import _Checkpoint
 from ckptsched.executor.verify import _compare
 from ckptsched.tensors.pytree import State
 from ckptsched.torch_state.replay_context import RandomState

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..stage_discovery import has_hooks
+from ..wrappers import forward_attribute
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 _DEPTH, _LENGTH = 4, 1000  # what lies deeper, or in longer containers, counts by type and length
@@ -30,7 +31,8 @@ def attributes_of(model: nn.Module) -> dict[str, object]:
         dot = f"{path}." if path else ""
         found[f"{dot}(class and parts)"] = type(module), tuple(module._modules)
         found[f"{dot}(hooks)"] = has_hooks(module)
-        for name, value in vars(module).items():
+        own = {**vars(module), "forward": forward_attribute(module)}
+        for name, value in own.items():
             if name not in _OF_EVERY_MODULE and not isinstance(value, Tensor | nn.Module):
                 found[f"{dot}{name}"] = _comparable(value, known, _DEPTH)
     return found

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ...base.errors import ExecutionError, PlanMismatchError
 from ...tensors.pytree import State
 from .attributes import attributes_of
-from .calls import Guard, Numbered, Place, RecordedCall, Source
+from .calls import Fixed, Guard, Numbered, Place, RecordedCall, Source
 
 
 @final
@@ -26,7 +27,7 @@ class Recording:
     """Numbers of the tensors of the arguments, in order."""
     inputs: State
     """The arguments, as `(args, kwargs)`, without their tensors."""
-    layouts: tuple[tuple[object, ...], ...]
+    layouts: tuple[Layout, ...]
     """Shape, dtype, device and whether it asks for a gradient, of each tensor of the arguments."""
     returned: tuple[Source, ...]
     """Where the tensors of the result come from, in order."""
@@ -94,6 +95,29 @@ class Recording:
             bound.run(k, values)
         return bound.result(values)
 
+    def is_alike(self, other: Recording) -> bool:
+        """Whether another recording has the same calls of the same values, up to constants.
+
+        Args:
+            other: Of the same model, on a batch of another shape.
+        """
+        mine, theirs = self.calls, other.calls
+        return len(mine) == len(theirs) and all(map(_same_call, mine, theirs))
+
+    def covers(self, inputs: State) -> bool:
+        """Whether a call is like the recorded one, and none of its tensors larger in any way.
+
+        Args:
+            inputs: What the model is called with, as `(args, kwargs)`, taken apart.
+        """
+        found = layouts_of(inputs)
+        if State((), inputs.tree).tree != self.inputs.tree or len(found) != len(self.layouts):
+            return False
+        return all(
+            a[1:] == b[1:] and len(a[0]) == len(b[0]) and all(map(operator.le, a[0], b[0]))
+            for a, b in zip(found, self.layouts, strict=True)
+        )
+
     def check(self, model: nn.Module, inputs: State) -> None:
         """See that a call of the model would go the way that was recorded.
 
@@ -107,8 +131,8 @@ class Recording:
         """
         if State((), inputs.tree).tree != self.inputs.tree or self.layouts != layouts_of(inputs):
             raise PlanMismatchError(
-                f"the model was recorded for {_described(self.layouts)}, and is called with "
-                f"{_described(layouts_of(inputs))}; record it for these"
+                f"the model was recorded for {described(self.layouts)}, and is called with "
+                f"{described(layouts_of(inputs))}; record it for these"
             )
         now = attributes_of(model)
         for name in sorted(self.attributes.keys() | now.keys()):
@@ -215,19 +239,37 @@ class Bound:
         ).value()
         return guard.read.target(*args, **kwargs)  # type: ignore[operator]
 
-    def result(self, values: Mapping[int, Tensor]) -> Any:
+    def result(self, values: Mapping[int, Tensor], *, keep: bool = True) -> Any:
         """What the model gives; what it keeps in attributes is put there.
 
         Args:
             values: The tensors that are there after the last call, by number.
+            keep: Whether that is done.
         """
-        for place, number in self._recording.kept.items():
+        for place, number in self._recording.kept.items() if keep else ():
             place.put(self._owners[place], values[number])
         sources = self._recording.returned
         return self._recording.output.replaced(self.tensor(s, values) for s in sources).value()
 
 
-def layouts_of(inputs: State) -> tuple[tuple[object, ...], ...]:
+def _same_call(one: RecordedCall, other: RecordedCall) -> bool:
+    return (
+        one.target == other.target
+        and len(one.reads) == len(other.reads)
+        and all(map(_same_source, one.reads, other.reads))
+        and (one.makes, one.around, one.writes) == (other.makes, other.around, other.writes)
+    )
+
+
+def _same_source(one: Source, other: Source) -> bool:
+    return one == other or (isinstance(one, Fixed) and isinstance(other, Fixed))
+
+
+Layout: TypeAlias = tuple[torch.Size, torch.dtype, torch.device, bool]
+"""Shape, dtype, device, and whether it asks for a gradient."""
+
+
+def layouts_of(inputs: State) -> tuple[Layout, ...]:
     """Shape, dtype, device and whether it asks for a gradient, of each tensor.
 
     Args:
@@ -250,8 +292,9 @@ def _callee(call: RecordedCall, model: nn.Module) -> Any:
     return getattr(target, "apply") if isinstance(target, type) else target  # noqa: B009
 
 
-def _described(layouts: Iterable[tuple[object, ...]]) -> str:
-    texts = [f"{dtype}{list(shape)} on {device}" for shape, dtype, device, _ in layouts]  # type: ignore[call-overload]
+def described(layouts: Iterable[Layout]) -> str:
+    """Layouts of tensors in words."""
+    texts = [f"{dtype}{list(shape)} on {device}" for shape, dtype, device, _ in layouts]
     return ", ".join(texts) or "no tensors"
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ...base.budget import format_bytes
-from ...base.errors import ProfileError
+from ...base.errors import PlanMismatchError, ProfileError
 from ...tensors.pytree import State
 from ...torch_state.replay_context import OneWay, RandomState, Recomputing
-from ..inspection import inspect_model
+from ..inspection import Inspection, inspect_model
 from ..model_state import left_as_it_was
 from ..stage_discovery import StageCall, StagedModule, has_hooks
-from ..wrappers import share
+from ..wrappers import plain_forward, share
 from .cuts import every_cut, lean_cuts, measure, smallest_cuts
 from .record import record
 from .recording import Bound, Recording
@@ -147,6 +147,11 @@ class Captured(StagedModule):
         return cast(nn.Module, self.__dict__["_model"])
 
     @property
+    def cuts(self) -> tuple[int, ...]:
+        """Before which calls a stage begins, the first apart."""
+        return cast(tuple[int, ...], self.__dict__["cuts"])
+
+    @property
     def recording(self) -> Recording:
         """The calls, and what they were recorded for."""
         return cast(Recording, self.__dict__["recording"])
@@ -163,18 +168,36 @@ class Captured(StagedModule):
                 would take another way.
         """
         inputs = State.of((args, kwargs), opaque=True)
-        self.recording.check(self.model, inputs)
+        self.check(inputs)
         return inputs.leaves
 
-    def give(self, tensors: Sequence[Tensor]) -> Any:
+    def check(self, inputs: State) -> None:
+        """See that a call of the model would go the way that was recorded.
+
+        Args:
+            inputs: What it is called with, as `(args, kwargs)`, taken apart.
+
+        Raises:
+            PlanMismatchError: It would not; nothing has run.
+        """
+        try:
+            self.recording.check(self.model, inputs)
+        except PlanMismatchError as error:
+            error.before_step = True
+            raise
+
+    def give(self, tensors: Sequence[Tensor], *, keep: bool = True) -> Any:
         """What the model gives, made of what this module gives.
 
         Args:
             tensors: The output of this module.
+            keep: Whether tensors that the model keeps as attributes are put there, as its forward
+                would do.
         """
         recording = self.recording
         numbers = recording.live(len(recording.calls))
-        return Bound(recording, self.model).result(dict(zip(numbers, tensors, strict=True)))
+        values = dict(zip(numbers, tensors, strict=True))
+        return Bound(recording, self.model).result(values, keep=keep)
 
     def __repr__(self) -> str:
         """The calls, the cuts between them with their live bytes, and the guards."""
@@ -241,16 +264,41 @@ def captured(
             "the model itself has hooks, which a recording of its forward would leave out; take "
             "them off, or put the model into a module that calls it"
         )
-    device = inputs.leaves[0].device
-    model, recording = inspection.model, record(inspection, inputs, device)
+    return capture(inspection, inputs, cuts)
+
+
+def capture(
+    inspection: Inspection,
+    inputs: State,
+    cuts: Literal["lean", "smallest", "every"] | Sequence[int] = "lean",
+) -> Captured:
+    """Record the forward of a model, its own hooks apart, and cut it into stages.
+
+    Args:
+        inspection: The model.
+        inputs: What it is called with, as `(args, kwargs)`, taken apart, with some tensor.
+        cuts: As `captured` takes it, or before which calls to cut, in ascending order.
+
+    Raises:
+        ProfileError: The model cannot be taken apart, or there are no such cuts.
+    """
+    device, model = inputs.leaves[0].device, inspection.model
+    with plain_forward(model):
+        recording = record(inspection, inputs, device)
     left, again = left_as_it_was(inspection, RandomState.take(device)), Recomputing()
     with left, OneWay(), again, torch.enable_grad():
         measured = measure(recording, model, [leaf.detach() for leaf in inputs.leaves])
     ways = {"lean": lean_cuts, "smallest": smallest_cuts, "every": every_cut}
-    if cuts not in ways:
-        raise ProfileError(f"cuts is {cuts!r}; give one of {', '.join(map(repr, ways))}")
-    chosen = ways[cuts](measured)
-    return Captured(model, recording, chosen, [measured.live_bytes[k] for k in chosen])
+    if isinstance(cuts, str):
+        if cuts not in ways:
+            raise ProfileError(f"cuts is {cuts!r}; give one of {', '.join(map(repr, ways))}")
+        cuts = ways[cuts](measured)
+    elif not set(cuts) <= set(every_cut(measured)):
+        raise ProfileError(
+            f"the model makes {len(recording.calls)} calls on this batch, which cannot be cut "
+            f"before calls {', '.join(map(str, cuts))}"
+        )
+    return Captured(model, recording, cuts, [measured.live_bytes[k] for k in cuts])
 
 
 def _stage(

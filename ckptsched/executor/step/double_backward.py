@@ -14,10 +14,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..capture.stage_discovery import StagedModule
-from ..recompute.side_outputs import SideOutputs
-from ..recompute.tape import run_stage
-from ..tensors.pytree import Extras, State
+from ...capture.stage_discovery import StagedModule
+from ...recompute.side_outputs import SideOutputs
+from ...recompute.tape import run_stage
+from ...tensors.pytree import Extras, State
 from .forward_snapshot import ForwardSnapshot
 
 

@@ -13,12 +13,12 @@ from typing import NoReturn, final
 
 from torch import Tensor, nn
 
-from ..base.errors import ExecutionError
-from ..recompute.parameter_swap import make_alias
-from ..recompute.stateful_buffers import Values
-from ..tensors.pytree import NO_EXTRAS, Extras, State
-from ..torch_state.locks import Stay
-from ..torch_state.replay_context import (
+from ...base.errors import ExecutionError
+from ...recompute.parameter_swap import make_alias
+from ...recompute.stateful_buffers import Values
+from ...tensors.pytree import NO_EXTRAS, Extras, State
+from ...torch_state.locks import Stay
+from ...torch_state.replay_context import (
     Autocast,
     Generators,
     OneWay,
@@ -26,8 +26,8 @@ from ..torch_state.replay_context import (
     Recomputing,
     contexts,
 )
-from ..torch_state.surroundings import Ambient
-from .prepared_plan import PreparedPlan
+from ...torch_state.surroundings import Ambient
+from ..prepared_plan import PreparedPlan
 
 _NOTHING = NO_EXTRAS.apart()
 

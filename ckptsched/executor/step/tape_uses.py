@@ -13,13 +13,13 @@ from typing import NamedTuple, TypeAlias, final
 import torch
 from torch import Tensor
 
-from ..base.errors import ExecutionError
-from ..recompute.budget_watch import storage_sizes
-from ..recompute.tape import Tape, are_leaves
-from ..recompute.tape_contents import Contents
-from ..tensors.pytree import State, storages
+from ...base.errors import ExecutionError
+from ...recompute.budget_watch import storage_sizes
+from ...recompute.tape import Tape, are_leaves
+from ...recompute.tape_contents import Contents
+from ...tensors.pytree import State, storages
+from ..parameter_usage import Path, Uses
 from .forward_snapshot import ForwardSnapshot
-from .parameter_usage import Path, Uses
 
 _UNUSED = None, 0
 

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ..base.errors import ExecutionError
-from ..profiler.side_output_search import still, whereabouts
-from ..recompute.budget_watch import storage_sizes
-from ..recompute.engine import nodes_made
-from ..recompute.output_check import SeenOutputs
-from ..recompute.side_outputs import Look, SideOutputs, SidePlace, aliases_kept, attributes_kept
-from ..recompute.tape import Tape, run_alone, run_stage, run_under, sources_of
-from ..schedule.language import Code, Kind
-from ..simulator.liveness import Segment
-from ..tensors.pytree import State
-from ..torch_state.torch_modes import module_tracker_at_work
+from ...base.errors import ExecutionError
+from ...profiler.side_output_search import still, whereabouts
+from ...recompute.budget_watch import storage_sizes
+from ...recompute.engine import nodes_made
+from ...recompute.output_check import SeenOutputs
+from ...recompute.side_outputs import Look, SideOutputs, SidePlace, aliases_kept, attributes_kept
+from ...recompute.tape import Tape, run_alone, run_stage, run_under, sources_of
+from ...schedule.language import Code, Kind
+from ...simulator.liveness import Segment
+from ...tensors.pytree import State
+from ...torch_state.torch_modes import module_tracker_at_work
+from ..parameter_usage import Uses
+from ..script import FREES_INPUT, KEEPS_OUTPUT, RESTORES, SNAPSHOTS, between
 from .forward_snapshot import ForwardSnapshot, StateSnapshot
 from .fsdp_step import Gathering
-from .parameter_usage import Uses
-from .script import FREES_INPUT, KEEPS_OUTPUT, RESTORES, SNAPSHOTS, between
 from .tape_uses import TapedRun, TapeUses
 
 # Plain numbers: members of an enum are slow to look up, and there is one operation a step or more.

@@ -15,10 +15,10 @@ from typing import NoReturn, final
 import torch
 from torch import Tensor
 
-from ..base.errors import ExecutionError, PlanMismatchError
-from ..recompute.fsdp import OneAtATime, Sharding, Tensors
-from ..schedule.language import Code
-from ..tensors.pytree import State
+from ...base.errors import ExecutionError, PlanMismatchError
+from ...recompute.fsdp import OneAtATime, Sharding, Tensors
+from ...schedule.language import Code
+from ...tensors.pytree import State
 from .forward_snapshot import ForwardSnapshot
 
 # Dtype of the tokens between blocks. What FSDP casts these to, it would have cast states to.

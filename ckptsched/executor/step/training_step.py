@@ -12,12 +12,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..base.errors import BudgetWarning, ExecutionError
-from ..profiler.side_output_search import is_in_a_graph, still
-from ..recompute.fsdp import fsdp_is_there
-from ..recompute.tape import Carries
-from ..simulator.liveness import Segment
-from ..tensors.pytree import State
+from ...base.errors import BudgetWarning, ExecutionError
+from ...profiler.side_output_search import is_in_a_graph, still
+from ...recompute.fsdp import fsdp_is_there
+from ...recompute.tape import Carries
+from ...simulator.liveness import Segment
+from ...tensors.pytree import State
 from .double_backward import Gradients, differentiable_gradients
 from .forward_snapshot import ForwardSnapshot
 from .fsdp_step import Gathering

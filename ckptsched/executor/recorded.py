@@ -1,0 +1,145 @@
+"""Runs calls of any model by a plan that was made for a recording of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, final
+
+from ..base.errors import PlanMismatchError, ProfileError
+from ..capture.inspection import Inspection
+from ..capture.recording.stages import Captured, capture
+from ..planner.plan import Plan
+from ..recompute.fsdp import call_as_forward, is_sharded
+from ..tensors.pytree import State
+from ..torch_state.locks import LendingLock
+from ..torch_state.replay_context import ContextFn, contexts
+from ..workload.chain import Chain
+from .prepared_plan import Check, PreparedPlan
+from .step.outer_graph import PlannedCalls
+
+
+@final
+class RecordedCalls:
+    """Runs calls of a model by a plan for a recording, which the first call makes again.
+
+    Where the recording that the plan was made for is at hand, it is used.
+    """
+
+    def __init__(
+        self,
+        inspection: Inspection,
+        plan: Plan,
+        check: Check,
+        context_fn: ContextFn | None,
+        captured: Captured | None = None,
+        *,
+        is_forward: bool = False,
+    ) -> None:
+        """Take a plan.
+
+        Args:
+            inspection: The model.
+            plan: The plan, whose chain was profiled from a recording.
+            check: What is compared of stages that run again.
+            context_fn: Gives the contexts of first runs and recomputations, or None.
+            captured: The recording, if there is one.
+            is_forward: Whether this takes the place of the model's forward, which its `__call__`
+                runs with its hooks around it.
+
+        Raises:
+            PlanMismatchError: The plan is for another model, or no model can follow it.
+        """
+        self.plan, self.context_fn = plan, context_fn
+        self.inspection, self._check, self._is_forward = inspection, check, is_forward
+        self._lock: LendingLock | None = None
+        self._bound: tuple[Captured, PlannedCalls] | None = None
+        if captured is not None:
+            self._bind(captured)
+
+    @property
+    def captured(self) -> Captured | None:
+        """The recording; None before the first call."""
+        return None if self._bound is None else self._bound[0]
+
+    def share_lock(self, lock: LendingLock) -> None:
+        """Run in turn with other models that hold the lock; see `Checkpointed.share_lock`."""
+        self._lock = lock
+        if self._bound is not None:
+            self._bound[1].share_lock(lock)
+
+    def first_context(self) -> AbstractContextManager[Any]:
+        """The context for first runs of stages."""
+        return nullcontext() if self.context_fn is None else contexts(self.context_fn)[0]
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the model; a backward from the output follows the plan.
+
+        Args:
+            args: What it is called with.
+            kwargs: The same by name.
+
+        Raises:
+            PlanMismatchError: The call, the mode or what is trained is not as planned.
+            ExecutionError: A stage cannot be run again with the same result.
+        """
+        model = self.inspection.model
+        captured, calls = self.prepare(args, kwargs)
+        if not self._is_forward and is_sharded(model):
+            return call_as_forward(model, partial(_run, captured, calls), *args, **kwargs)
+        return _run(captured, calls, *args, **kwargs)
+
+    def prepare(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Captured, PlannedCalls]:
+        """Record the model on a call, unless that has been done.
+
+        Args:
+            args: What it is called with.
+            kwargs: The same by name.
+
+        Returns:
+            The recording, and what runs it by the plan.
+
+        Raises:
+            PlanMismatchError: The plan is for another call, or another model.
+        """
+        if self._bound is None:
+            inputs = State.of((args, dict(kwargs)), opaque=True)
+            if not inputs.leaves:
+                raise PlanMismatchError("the model was called without any tensor")
+            self._bind(self._recorded(inputs))
+        assert self._bound is not None
+        return self._bound
+
+    def _recorded(self, inputs: State) -> Captured:
+        """The model recorded on a call, with the plan's cuts."""
+        assert isinstance(self.plan.chain, Chain)
+        signature = self.plan.chain.signature
+        assert signature is not None
+        try:
+            captured = capture(self.inspection, inputs, signature.cuts)
+        except ProfileError as error:
+            raise PlanMismatchError(
+                f"the plan is for a recording of the model, and on this call it cannot be made: "
+                f"{error}"
+            ) from error
+        count = len(captured.recording.calls)
+        if count != signature.recorded:
+            raise PlanMismatchError(
+                f"the plan is for a recording of {signature.recorded} calls, and the model makes "
+                f"{count} on this batch; profile and plan for it"
+            )
+        return captured
+
+    def _bind(self, captured: Captured) -> None:
+        prepared = PreparedPlan(Inspection.of(captured), self.plan, self._check, self.context_fn)
+        calls = PlannedCalls(prepared)
+        if self._lock is not None:
+            calls.share_lock(self._lock)
+        self._bound = captured, calls
+
+
+def _run(captured: Captured, calls: PlannedCalls, *args: Any, **kwargs: Any) -> Any:
+    return captured.give(calls.run((captured.take(*args, **kwargs),), {}))

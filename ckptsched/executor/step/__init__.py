@@ -1,0 +1,1 @@
+"""One training step by a plan: the outer graph, and what it runs."""

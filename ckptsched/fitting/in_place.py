@@ -1,0 +1,297 @@
+"""Lets a model train by plans as it is: plans for each kind of call, in place of its forward."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, final, get_args
+
+import torch
+from torch import nn
+
+from ..base.budget import format_bytes, parse_budget
+from ..base.errors import BudgetWarning, ExecutionError, PlanMismatchError, ProfileError
+from ..capture.inspection import Inspection
+from ..capture.recording.opening import is_one_stage
+from ..capture.recording.recording import Layout, described, layouts_of
+from ..capture.recording.stages import capture
+from ..capture.wrappers import InPlace, PlainForward, in_place
+from ..executor.checkpointed import Calls
+from ..executor.prepared_plan import PreparedPlan
+from ..executor.recorded import RecordedCalls
+from ..executor.step.outer_graph import PlannedCalls
+from ..planner.plan import Plan
+from ..profiler.profile import measure_opened, open_for_measuring, sign_again
+from ..profiler.stage_kind import Loss
+from ..tensors.pytree import State
+from ..torch_state.locks import LendingLock
+from ..torch_state.replay_context import ContextFn, contexts
+from ..torch_state.torch_modes import outside_of_compiled_code
+from ..workload.chain import Chain
+from ..workload.stage import Signature
+from .planning import plan_measured
+
+_LOG = logging.getLogger("ckptsched")
+
+OnNewInput: TypeAlias = Literal["plan", "refuse", "plain"]
+"""What happens to a call that no plan is for."""
+
+MOST_KINDS = 64
+"""Kinds of calls that a model keeps plans for; the one used longest ago is given up."""
+
+MOST_WAYS = 4
+"""Plans that are kept for calls of one kind, whose values may lead different ways."""
+
+_Key: TypeAlias = tuple[Layout, ...]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How plans are made for a fitted model."""
+
+    budget: Any
+    solver: str
+    loss: Loss | None
+    context_fn: ContextFn | None
+    capture: bool | None
+    on_new_input: OnNewInput
+
+    def __post_init__(self) -> None:
+        if self.on_new_input not in get_args(OnNewInput):
+            raise ExecutionError(
+                f"on_new_input is {self.on_new_input!r}; give 'plan', 'refuse' or 'plain'"
+            )
+
+
+@final
+class Fitted(InPlace):
+    """Runs calls of a model by plans, and plans for calls of a new kind within the same budget."""
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        """Take the place of nothing yet.
+
+        Args:
+            model: The model, not fitted.
+            options: How plans are made.
+        """
+        super().__init__(model)
+        self._options = options
+        self._known: OrderedDict[_Key, list[Calls]] = OrderedDict()
+        self._plans: dict[bool, Plan] = {}  # the first for each mode of the model
+        self._table, self._turn = threading.RLock(), LendingLock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fitted:
+        """That of the copy of the model, which plans anew when it is first called."""
+        model = memo.get(id(self.model)) or copy.deepcopy(self.model, memo)
+        own = in_place(model)
+        if isinstance(own, Fitted):
+            return own
+        other = Fitted.__new__(Fitted)
+        memo[id(self)] = other
+        other.__dict__.update(self.__dict__)
+        other.model, other.attribute = model, copy.deepcopy(self.attribute, memo)
+        other.before = other.attribute or type(model).forward.__get__(model)
+        functools.update_wrapper(other, other.before)
+        other._known, other._plans = OrderedDict(), dict(self._plans)
+        other._off, other._table, other._turn = (
+            threading.local(),
+            threading.RLock(),
+            LendingLock(),
+        )
+        return other
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that was made first."""
+        return next(iter(self._plans.values()))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; where gradients are on, and in a mode that is planned, by a plan.
+
+        Args:
+            args: What it is called with.
+            kwargs: The same by name.
+
+        Raises:
+            PlanMismatchError: No plan is for such a call, and none is to be made.
+            InfeasibleBudgetError: There is none within the budget.
+            ProfileError: The model cannot be measured on such a call.
+        """
+        if self.is_off():
+            return self.before(*args, **kwargs)
+        evaluates = not self.model.training and False not in self._plans
+        if evaluates or not torch.is_grad_enabled():
+            return self._plainly(args, kwargs)
+        return self._by_plan(args, kwargs)
+
+    def _plainly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        with self._first_context():
+            return self.before(*args, **kwargs)
+
+    @outside_of_compiled_code
+    def _by_plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        inputs = State.of((args, dict(kwargs)), opaque=True)
+        key, why = layouts_of(inputs), None
+        del inputs
+        with self._table:
+            known = list(self._known.get(key, ()))
+        for calls in known:
+            try:
+                found = calls.run(args, kwargs)
+            except PlanMismatchError as error:
+                if not error.before_step:
+                    raise
+                why = error
+            else:
+                self._keep(key, calls)
+                return found
+        if self._options.on_new_input == "refuse":
+            raise why or self._unlike(key)
+        if self._options.on_new_input == "plain":
+            self._warn(why or self._unlike(key))
+            return self._plainly(args, kwargs)
+        calls = self.make(args, kwargs, why or self._unlike(key))
+        return calls.run(args, kwargs)
+
+    # -- plans
+
+    def make(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: PlanMismatchError | None = None
+    ) -> Calls:
+        """Plan for a call, and for others of its kind.
+
+        Args:
+            args: What the model is called with.
+            kwargs: The same by name.
+            why: Why the plans that there are do not serve; None for the first.
+
+        Returns:
+            What runs such calls.
+
+        Raises:
+            InfeasibleBudgetError: Nothing fits; the message names the least budget that works.
+            ProfileError: The model cannot be measured on such a call.
+        """
+        inputs = State.of((args, dict(kwargs)), opaque=True)
+        with self._turn, self._first_context(), self.off():
+            calls = (why and self._from_larger(inputs)) or self._planned(args, kwargs, why)
+        calls.share_lock(self._turn)
+        self._plans.setdefault(self.model.training, calls.plan)
+        self._keep(layouts_of(inputs), calls)
+        if why is not None:
+            _LOG.warning(
+                "%s: planned for %s, peak %s, %.1f %% more time than storing everything",
+                type(self.model).__name__,
+                described(layouts_of(inputs)),
+                format_bytes(calls.plan.peak_bytes),
+                100 * calls.plan.overhead,
+            )
+        return calls
+
+    def _planned(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: PlanMismatchError | None
+    ) -> Calls:
+        """Measure the model on a call, and plan it."""
+        options, context_fn = self._options, self._options.context_fn
+        inspection, loss = Inspection.of(self.model), options.loss
+        opened = open_for_measuring(inspection, args, kwargs, loss, options.capture)
+        if opened.captured is None and is_one_stage(inspection):
+            inspection = Inspection.of(PlainForward(self))
+        try:
+            chain = measure_opened(opened, inspection, args, kwargs, loss)
+        except Exception:
+            if why is None or loss is None:
+                raise
+            # A loss may have targets for the first batch alone: bytes as for a cross-entropy then.
+            chain = measure_opened(opened, inspection, args, kwargs)
+        plan = plan_measured(chain, self._budget(), solver=options.solver)
+        if opened.captured is not None:
+            return RecordedCalls(
+                inspection, plan, "glance", context_fn, opened.captured, is_forward=True
+            )
+        return PlannedCalls(
+            PreparedPlan(inspection, plan, "glance", context_fn), before=self.before
+        )
+
+    def _budget(self) -> Any:
+        """What every plan must keep: a share is one of the first."""
+        asked = parse_budget(self._options.budget)
+        return self.plan.budget_bytes if asked.share is not None and self._plans else asked
+
+    def _from_larger(self, inputs: State) -> Calls | None:
+        """The plan of a larger call for one that is recorded anew, if the calls are alike."""
+        for calls in self._all():
+            smaller = _smaller(calls, inputs) if isinstance(calls, RecordedCalls) else None
+            if smaller is not None:
+                return smaller
+        return None
+
+    # -- what is known
+
+    def _all(self) -> list[Calls]:
+        with self._table:
+            return [calls for some in self._known.values() for calls in some]
+
+    def _keep(self, key: _Key, calls: Calls) -> None:
+        """Note the use of what runs calls of a kind."""
+        with self._table:
+            others = [other for other in self._known.pop(key, ()) if other is not calls]
+            self._known[key] = [calls, *others][:MOST_WAYS]
+            while len(self._known) > MOST_KINDS:
+                self._known.popitem(last=False)
+
+    def _first_context(self) -> AbstractContextManager[Any]:
+        context_fn = self._options.context_fn
+        return nullcontext() if context_fn is None else contexts(context_fn)[0]
+
+    def _unlike(self, key: _Key) -> PlanMismatchError:
+        with self._table:
+            known = [described(other) for other in self._known]
+        return PlanMismatchError(
+            f"the model is called with {described(key)}, and was planned for "
+            f"{' or for '.join(known[-3:])}; fit it again with such a batch, or with "
+            'on_new_input="plan"'
+        )
+
+    def _warn(self, why: PlanMismatchError) -> None:
+        plan = self.plan
+        warnings.warn(
+            f"a call runs by plain autograd, for which no plan is ({why}): plans have a peak of "
+            f"{plan.peak_bytes} bytes, and plain autograd took {plan.store_all_bytes} on the first "
+            'batch; fit with on_new_input="plan" to keep the budget',
+            BudgetWarning,
+            stacklevel=5,
+        )
+
+
+def _smaller(calls: RecordedCalls, inputs: State) -> RecordedCalls | None:
+    """A plan for a call that is nowhere larger than another: the same schedule, recorded anew."""
+    captured, chain = calls.captured, calls.plan.chain
+    if captured is None or not captured.recording.covers(inputs):
+        return None
+    assert isinstance(chain, Chain)
+    assert chain.signature is not None
+    try:
+        again = capture(calls.inspection, inputs, captured.cuts)
+        if not captured.recording.is_alike(again.recording):
+            return None
+        signature = sign_again(again, inputs.leaves)
+    except ProfileError:
+        return None
+    if _besides_shapes(signature) != _besides_shapes(chain.signature):
+        return None
+    plan = replace(calls.plan, chain=replace(chain, signature=signature))
+    return RecordedCalls(calls.inspection, plan, "glance", calls.context_fn, again, is_forward=True)
+
+
+def _besides_shapes(signature: Signature) -> Signature:
+    """What a signature says besides the shapes of the batch."""
+    return replace(signature, structure="", input_shape=(), input_stride=(), inputs="")
