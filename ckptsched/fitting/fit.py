@@ -71,9 +71,9 @@ def fit(
     parse_budget(budget)
     if context_fn is None and isinstance(model, Checkpointed):
         context_fn = model.context_fn
-    inspected = inspect_model(model, "fit", ProfileError).model
+    inspection = inspect_model(model, "fit", ProfileError)
     fitted = Fitted(
-        inspected,
+        inspection.model,
         Options(
             budget=budget,
             solver=solver,
@@ -83,9 +83,9 @@ def fit(
             on_new_input=on_new_input,
         ),
     )
-    fitted.make(sample, kwargs or {})
-    vars(inspected)["forward"] = fitted
-    return inspected  # type: ignore[return-value]  # of what checkpointed() gave it is the model
+    fitted.make(sample, kwargs or {}, inspection=inspection)
+    vars(inspection.model)["forward"] = fitted
+    return inspection.model  # type: ignore[return-value]  # of what checkpointed() gave it is the model
 
 
 def unfit(model: M) -> M:

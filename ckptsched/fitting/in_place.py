@@ -125,19 +125,19 @@ class Fitted(InPlace):
             InfeasibleBudgetError: There is none within the budget.
             ProfileError: The model cannot be measured on such a call.
         """
-        if self.is_off():
-            return self.before(*args, **kwargs)
         evaluates = not self.model.training and False not in self._plans
         if evaluates or not torch.is_grad_enabled():
             return self._plainly(args, kwargs)
-        return self._by_plan(args, kwargs)
+        return self._follow_plan(args, kwargs)
 
     def _plainly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         with self._first_context():
             return self.before(*args, **kwargs)
 
     @outside_of_compiled_code
-    def _by_plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _follow_plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self.is_off():
+            return self.before(*args, **kwargs)
         inputs = State.of((args, dict(kwargs)), opaque=True)
         key, why = layouts_of(inputs), None
         del inputs
@@ -164,7 +164,11 @@ class Fitted(InPlace):
     # -- plans
 
     def make(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: PlanMismatchError | None = None
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        why: PlanMismatchError | None = None,
+        inspection: Inspection | None = None,
     ) -> Calls:
         """Plan for a call, and for others of its kind.
 
@@ -172,6 +176,7 @@ class Fitted(InPlace):
             args: What the model is called with.
             kwargs: The same by name.
             why: Why the plans that there are do not serve; None for the first.
+            inspection: The model, if it has been looked at.
 
         Returns:
             What runs such calls.
@@ -182,7 +187,10 @@ class Fitted(InPlace):
         """
         inputs = State.of((args, dict(kwargs)), opaque=True)
         with self._turn, self._first_context(), self.off():
-            calls = (why and self._from_larger(inputs)) or self._planned(args, kwargs, why)
+            calls = self._from_larger(inputs) if why is not None else None
+            if calls is None:
+                inspection = inspection or Inspection.of(self.model)
+                calls = self._planned(inspection, args, kwargs, why)
         calls.share_lock(self._turn)
         self._plans.setdefault(self.model.training, calls.plan)
         self._keep(layouts_of(inputs), calls)
@@ -197,11 +205,14 @@ class Fitted(InPlace):
         return calls
 
     def _planned(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: PlanMismatchError | None
+        self,
+        inspection: Inspection,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        why: PlanMismatchError | None,
     ) -> Calls:
         """Measure the model on a call, and plan it."""
-        options, context_fn = self._options, self._options.context_fn
-        inspection, loss = Inspection.of(self.model), options.loss
+        options, context_fn, loss = self._options, self._options.context_fn, self._options.loss
         opened = open_for_measuring(inspection, args, kwargs, loss, options.capture)
         if opened.captured is None and is_one_stage(inspection):
             inspection = Inspection.of(PlainForward(self))

@@ -18,13 +18,13 @@ from ..base.json_files import printable
 from ..base.progress_bar import progress_bar
 from ..capture.inspection import Inspection, inspect_model
 from ..capture.model_state import ModelState, left_as_it_was
-from ..capture.recording.opening import Opened, open_model
+from ..capture.recording.opening import Opened, is_to_be_recorded, open_model
 from ..capture.recording.stages import Captured
 from ..capture.signature import sign
 from ..memory.meters import Meter, default_meter
 from ..recompute.parameter_swap import Slots, make_alias, take_out_what_was_left
 from ..recompute.tape import Carries, as_asked
-from ..tensors.pytree import Extras, State
+from ..tensors.pytree import NO_EXTRAS, Extras, State
 from ..torch_state.locks import Locked
 from ..torch_state.replay_context import Autocast, Generators, OneWay, RandomState, Recomputing
 from ..torch_state.surroundings import Ambient
@@ -162,10 +162,13 @@ def open_for_measuring(
     """
     _refuse_loss(loss)
     take_out_what_was_left()
+    if not is_to_be_recorded(inspection, capture):
+        return Opened(None)
     inputs = State.of((sample, dict(kwargs or {})), opaque=True)
-    if inputs.leaves and capture is not False:
-        refuse_unmeasurable(inspection, inputs, State(()), fake=False)
-    return open_model(inspection, sample, kwargs or {}, capture)
+    if not inputs.leaves:
+        return Opened(None)  # what measures it says what is missing
+    refuse_unmeasurable(inspection, inputs, NO_EXTRAS.apart(), fake=False)
+    return open_model(inspection, inputs, must=bool(capture))
 
 
 def measure_opened(
@@ -227,7 +230,7 @@ def sign_again(captured: Captured, tensors: tuple[Tensor, ...]) -> Signature:
     """
     inspection, loss = Inspection.of(captured), loss_of_tensors(captured, None)
     meter = default_meter(tensors[0].device, own_thread=True)
-    return _examined(inspection, State.of(tensors), Extras().apart(), loss, meter, weighs=False)[0]
+    return _examined(inspection, State.of(tensors), NO_EXTRAS.apart(), loss, meter, weighs=False)[0]
 
 
 def _refuse_loss(loss: Loss | None) -> None:

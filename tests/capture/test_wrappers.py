@@ -117,10 +117,12 @@ def test_a_model_that_follows_a_plan_is_planned_as_the_model_itself() -> None:
     model, x = net(), torch.randn(64, 8)
     first = cs.fit(model, x, budget="100%")
     again = cs.fit(first, x, budget="80%")
-    assert len(again.plan.chain) == 8
-    assert again.model is model
-    assert len(cs.profile(cs.checkpointed(first, again.plan), x)) == 8
-    assert cs.verify(again, again.plan, x).ok
+    plan = cs.plan_of(again)
+    assert plan.budget_text == "80%"
+    assert len(plan.chain) == 8
+    assert again is model
+    assert len(cs.profile(cs.checkpointed(first, plan), x)) == 8
+    assert cs.verify(again, plan, x).ok
 
 
 def test_a_part_that_follows_a_plan_of_its_own_goes_on_following_it() -> None:

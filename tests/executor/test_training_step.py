@@ -113,8 +113,8 @@ def test_copies_are_independent_and_work() -> None:
     loaded = torch.load(file, weights_only=False)
     trained(x)  # what the first step finds out about modules must not go into copies
     twin = copy.deepcopy(trained)
-    assert trained.__dict__["_prepared"].usage
-    assert not twin.__dict__["_prepared"].usage
+    assert trained.calls.prepared.usage  # type: ignore[union-attr]
+    assert not twin.calls.prepared.usage  # type: ignore[union-attr]
     plain = copy.deepcopy(model)
     plain(x).sum().backward()
     for twin in (copy.deepcopy(trained), loaded):
@@ -512,8 +512,10 @@ def test_two_models_inside_one_graph() -> None:
 def test_fit_does_it_all() -> None:
     model, x = ode_net()
     trained = cs.fit(model, x, budget="50%", loss=lambda y: y.square().mean())
-    assert trained.plan.budget_text == "50%"
-    assert cs.verify(trained, trained.plan, x, loss=lambda y: y.square().mean()).ok
+    assert trained is model
+    plan = cs.plan_of(model)
+    assert plan.budget_text == "50%"
+    assert cs.verify(model, plan, x, loss=lambda y: y.square().mean()).ok
     with pytest.raises(cs.InfeasibleBudgetError) as caught:
         cs.fit(model, x, budget=1000)
     assert caught.value.least_budget_bytes is not None

@@ -66,7 +66,8 @@ def test_nothing_to_train() -> None:
 def test_a_plan_of_the_other_mode_says_which_to_profile_in() -> None:
     model = network()
     for mode, word in ((False, "eval"), (True, "train")):
-        planned = cs.fit(model.train(mode), X, budget="100%")
+        plan = cs.plan(model.train(mode), X, budget="100%")
+        planned = cs.checkpointed(model, plan)
         planned.train(not mode)
         words = rf"for mode '{word}'.*model.{word}\(\).*profile and plan in the mode to train in"
         with pytest.raises(cs.PlanMismatchError, match=words):

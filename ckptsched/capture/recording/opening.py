@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
-from ...base.errors import ProfileError
+from ...base.errors import CkptschedError
 from ...tensors.pytree import State
 from ..inspection import Inspection
 from ..stage_discovery import trace
@@ -24,33 +23,37 @@ class Opened:
     """Why the model is one stage though it was to be recorded; empty where it is not."""
 
 
-def open_model(
-    inspection: Inspection, args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: bool | None
-) -> Opened:
-    """Record a model, unless it is a chain of stages already.
+def is_to_be_recorded(inspection: Inspection, wanted: bool | None) -> bool:
+    """Whether a model is to be recorded.
 
     Args:
         inspection: The model.
-        args: What it is called with.
-        kwargs: The same by name.
-        wanted: True to record it in any case, False not to; None to record what is one stage
-            otherwise, and to leave it one stage where it cannot be recorded.
+        wanted: Whether the user wants it; None to record what is one stage otherwise.
+    """
+    return is_one_stage(inspection) if wanted is None else wanted
+
+
+def open_model(inspection: Inspection, inputs: State, *, must: bool) -> Opened:
+    """Record a model, unless that gives a single stage.
+
+    Args:
+        inspection: The model.
+        inputs: What it is called with, as `(args, kwargs)`, taken apart, with some tensor.
+        must: Whether it is recorded in any case.
 
     Raises:
-        ProfileError: It is wanted, and cannot be recorded.
+        ProfileError: It must be, and cannot.
     """
-    if wanted is False or (wanted is None and not is_one_stage(inspection)):
-        return Opened(None)
-    inputs = State.of((args, dict(kwargs)), opaque=True)
-    if not inputs.leaves:
-        return Opened(None)  # what measures it says what is missing
     try:
         captured = capture(inspection, inputs)
-    except ProfileError as error:
-        if wanted:
+    except Exception as error:
+        if must:
             raise
-        return Opened(None, str(error))
-    if len(captured.recording.calls) < 2 and not wanted:
+        if isinstance(error, CkptschedError):
+            return Opened(None, str(error))
+        # Where it fails without us, too, what measures it says so.
+        return Opened(None, f"it failed while it was recorded ({type(error).__name__}: {error})")
+    if len(captured.recording.calls) < 2 and not must:
         return Opened(None, "it makes a single call")
     return Opened(captured)
 
