@@ -19,23 +19,24 @@ from torch import nn
 from ..base.budget import format_bytes, parse_budget
 from ..base.errors import BudgetWarning, ExecutionError, PlanMismatchError, ProfileError
 from ..capture.inspection import Inspection
-from ..capture.recording.opening import is_one_stage
+from ..capture.recording.opening import Opened, is_one_stage
 from ..capture.recording.recording import Layout, described, layouts_of
-from ..capture.recording.stages import capture
+from ..capture.recording.stages import Captured, capture
 from ..capture.wrappers import InPlace, PlainForward, in_place
 from ..executor.checkpointed import Calls
 from ..executor.prepared_plan import PreparedPlan
 from ..executor.recorded import RecordedCalls
 from ..executor.step.outer_graph import PlannedCalls
 from ..planner.plan import Plan
-from ..profiler.profile import measure_opened, open_for_measuring, sign_again
+from ..planner.planner import certified_again
+from ..profiler.profile import measure_opened, open_for_measuring
 from ..profiler.stage_kind import Loss
+from ..simulator.simulator import simulate
 from ..tensors.pytree import State
 from ..torch_state.locks import LendingLock
 from ..torch_state.replay_context import ContextFn, contexts
 from ..torch_state.torch_modes import outside_of_compiled_code
 from ..workload.chain import Chain
-from ..workload.stage import Signature
 from .planning import plan_measured
 
 _LOG = logging.getLogger("ckptsched")
@@ -187,21 +188,14 @@ class Fitted(InPlace):
         """
         inputs = State.of((args, dict(kwargs)), opaque=True)
         with self._turn, self._first_context(), self.off():
-            calls = self._from_larger(inputs) if why is not None else None
-            if calls is None:
-                inspection = inspection or Inspection.of(self.model)
-                calls = self._planned(inspection, args, kwargs, why)
+            again = self._from_larger(inputs) if why is not None else None
+            inspection = inspection or Inspection.of(self.model)
+            calls = again or self._planned(inspection, args, kwargs)
         calls.share_lock(self._turn)
         self._plans.setdefault(self.model.training, calls.plan)
         self._keep(layouts_of(inputs), calls)
         if why is not None:
-            _LOG.warning(
-                "%s: planned for %s, peak %s, %.1f %% more time than storing everything",
-                type(self.model).__name__,
-                described(layouts_of(inputs)),
-                format_bytes(calls.plan.peak_bytes),
-                100 * calls.plan.overhead,
-            )
+            self._tell(calls, inputs, anew=again is None)
         return calls
 
     def _planned(
@@ -209,28 +203,18 @@ class Fitted(InPlace):
         inspection: Inspection,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        why: PlanMismatchError | None,
     ) -> Calls:
         """Measure the model on a call, and plan it."""
-        options, context_fn, loss = self._options, self._options.context_fn, self._options.loss
-        opened = open_for_measuring(inspection, args, kwargs, loss, options.capture)
+        options = self._options
+        opened = open_for_measuring(inspection, args, kwargs, options.loss, options.capture)
         if opened.captured is None and is_one_stage(inspection):
             inspection = Inspection.of(PlainForward(self))
-        try:
-            chain = measure_opened(opened, inspection, args, kwargs, loss)
-        except Exception:
-            if why is None or loss is None:
-                raise
-            # A loss may have targets for the first batch alone: bytes as for a cross-entropy then.
-            chain = measure_opened(opened, inspection, args, kwargs)
+        chain = self._measure(opened, inspection, args, kwargs)
         plan = plan_measured(chain, self._budget(), solver=options.solver)
         if opened.captured is not None:
-            return RecordedCalls(
-                inspection, plan, "glance", context_fn, opened.captured, is_forward=True
-            )
-        return PlannedCalls(
-            PreparedPlan(inspection, plan, "glance", context_fn), before=self.before
-        )
+            return self._recorded(plan, opened.captured, inspection)
+        prepared = PreparedPlan(inspection, plan, "glance", options.context_fn)
+        return PlannedCalls(prepared, before=self.before)
 
     def _budget(self) -> Any:
         """What every plan must keep: a share is one of the first."""
@@ -238,12 +222,47 @@ class Fitted(InPlace):
         return self.plan.budget_bytes if asked.share is not None and self._plans else asked
 
     def _from_larger(self, inputs: State) -> Calls | None:
-        """The plan of a larger call for one that is recorded anew, if the calls are alike."""
+        """The schedule of a larger call for one that is recorded and weighed anew, if it fits."""
+        args, kwargs = inputs.value()
         for calls in self._all():
-            smaller = _smaller(calls, inputs) if isinstance(calls, RecordedCalls) else None
-            if smaller is not None:
-                return smaller
+            captured = calls.captured if isinstance(calls, RecordedCalls) else None
+            chain = calls.plan.chain
+            if captured is None or not captured.recording.covers(inputs):
+                continue
+            assert isinstance(calls, RecordedCalls)
+            assert isinstance(chain, Chain)
+            try:
+                again = capture(calls.inspection, inputs, captured.cuts)
+                weighed = self._measure(Opened(again), calls.inspection, args, kwargs, chain)
+            except ProfileError:  # it goes another way
+                continue
+            trace = simulate(weighed, calls.plan.schedule)
+            if trace.peak_bytes <= calls.plan.budget_bytes:
+                plan = replace(calls.plan, chain=weighed, trace=trace)
+                return self._recorded(certified_again(plan, search=False), again, calls.inspection)
         return None
+
+    def _measure(
+        self,
+        opened: Opened,
+        inspection: Inspection,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        like: Chain | None = None,
+    ) -> Chain:
+        """Measure the model on a call, with the user's loss if that takes its output."""
+        loss = self._options.loss
+        try:
+            return measure_opened(opened, inspection, args, kwargs, loss, like=like)
+        except Exception:
+            if loss is None or not self._plans:
+                raise
+        # It may have targets for the first batch alone: bytes as for a cross-entropy then.
+        return measure_opened(opened, inspection, args, kwargs, like=like)
+
+    def _recorded(self, plan: Plan, captured: Captured, inspection: Inspection) -> Calls:
+        context_fn = self._options.context_fn
+        return RecordedCalls(inspection, plan, "glance", context_fn, captured, is_forward=True)
 
     # -- what is known
 
@@ -272,6 +291,18 @@ class Fitted(InPlace):
             'on_new_input="plan"'
         )
 
+    def _tell(self, calls: Calls, inputs: State, *, anew: bool) -> None:
+        """Log what a call of a new kind follows."""
+        what, plan = described(layouts_of(inputs)), calls.plan
+        name = type(self.model).__name__
+        if not anew:
+            _LOG.info("%s: recorded anew for %s, with the same schedule", name, what)
+            return
+        _LOG.warning(
+            "%s: planned anew for %s: peak %s, %.1f %% more time than storing everything",
+            *(name, what, format_bytes(plan.peak_bytes), 100 * plan.overhead),
+        )
+
     def _warn(self, why: PlanMismatchError) -> None:
         plan = self.plan
         warnings.warn(
@@ -281,28 +312,3 @@ class Fitted(InPlace):
             BudgetWarning,
             stacklevel=5,
         )
-
-
-def _smaller(calls: RecordedCalls, inputs: State) -> RecordedCalls | None:
-    """A plan for a call that is nowhere larger than another: the same schedule, recorded anew."""
-    captured, chain = calls.captured, calls.plan.chain
-    if captured is None or not captured.recording.covers(inputs):
-        return None
-    assert isinstance(chain, Chain)
-    assert chain.signature is not None
-    try:
-        again = capture(calls.inspection, inputs, captured.cuts)
-        if not captured.recording.is_alike(again.recording):
-            return None
-        signature = sign_again(again, inputs.leaves)
-    except ProfileError:
-        return None
-    if _besides_shapes(signature) != _besides_shapes(chain.signature):
-        return None
-    plan = replace(calls.plan, chain=replace(chain, signature=signature))
-    return RecordedCalls(calls.inspection, plan, "glance", calls.context_fn, again, is_forward=True)
-
-
-def _besides_shapes(signature: Signature) -> Signature:
-    """What a signature says besides the shapes of the batch."""
-    return replace(signature, structure="", input_shape=(), input_stride=(), inputs="")

@@ -29,7 +29,6 @@ from ..torch_state.locks import Locked
 from ..torch_state.replay_context import Autocast, Generators, OneWay, RandomState, Recomputing
 from ..torch_state.surroundings import Ambient
 from ..workload.chain import Chain
-from ..workload.stage import Signature
 from .chain_builder import assemble
 from .meta_estimate import estimate
 from .refusals import call_of, refuse_unmeasurable
@@ -149,6 +148,14 @@ def profile(
     return measure_opened(opened, inspection, sample, kwargs, loss, meter, progress=progress)
 
 
+def _refuse_loss(loss: Loss | None) -> None:
+    if loss is not None and not callable(loss):
+        raise ProfileError(
+            f"loss is {loss!r}; give a function from the model's output to a number, such as "
+            "loss=lambda y: criterion(y, targets)"
+        )
+
+
 def open_for_measuring(
     inspection: Inspection,
     sample: tuple[Any, ...],
@@ -180,8 +187,9 @@ def measure_opened(
     meter: Meter | None = None,
     *,
     progress: bool | None = None,
+    like: Chain | None = None,
 ) -> Chain:
-    """Measure a model by its recording, if it has one; arguments and errors as of `profile`."""
+    """Measure a model by its recording, if it has one; arguments and errors as of `measure`."""
     captured = opened.captured
     if captured is None:
         chain = measure(inspection, sample, kwargs, loss, meter, progress=progress)
@@ -191,7 +199,7 @@ def measure_opened(
     tensors = State.of((sample, dict(kwargs or {})), opaque=True).leaves
     of_tensors = loss_of_tensors(captured, loss)
     recorded = Inspection.of(captured)
-    return measure(recorded, (tensors,), None, of_tensors, meter, progress=progress)
+    return measure(recorded, (tensors,), None, of_tensors, meter, progress=progress, like=like)
 
 
 def measure(
@@ -203,8 +211,20 @@ def measure(
     *,
     progress: bool | None = None,
     fake: bool = False,
+    like: Chain | None = None,
 ) -> Chain:
-    """Measure a model that has been looked at; arguments and errors are those of `profile`."""
+    """Measure a model that has been looked at; arguments and errors are those of `profile`.
+
+    Args:
+        inspection: The model.
+        sample: What it is called with.
+        kwargs: The same by name.
+        loss: From the output to a scalar.
+        meter: What counts bytes.
+        progress: Whether to show a progress bar.
+        fake: Whether to estimate instead.
+        like: A chain of as many stages whose seconds are taken; bytes alone are measured then.
+    """
     _refuse_loss(loss)
     take_out_what_was_left()
     inputs, given = call_of(inspection.model, sample, kwargs or {})
@@ -213,47 +233,20 @@ def measure(
         with Recomputing():
             return estimate(inspection, inputs, given, loss or default_loss)
     meter = meter or default_meter(inputs.leaves[0].device, own_thread=True)
-    chain = _examined(inspection, inputs, given, loss, meter, progress)[1]
-    assert chain is not None
-    return chain
+    return _measured(inspection, inputs, given, loss, meter, progress, like)
 
 
-def sign_again(captured: Captured, tensors: tuple[Tensor, ...]) -> Signature:
-    """The signature of a recorded model on a batch, which is not measured.
-
-    Args:
-        captured: The model, recorded on the batch.
-        tensors: The tensors of the batch.
-
-    Raises:
-        ProfileError: A stage cannot be run again with the same result.
-    """
-    inspection, loss = Inspection.of(captured), loss_of_tensors(captured, None)
-    meter = default_meter(tensors[0].device, own_thread=True)
-    return _examined(inspection, State.of(tensors), NO_EXTRAS.apart(), loss, meter, weighs=False)[0]
-
-
-def _refuse_loss(loss: Loss | None) -> None:
-    if loss is not None and not callable(loss):
-        raise ProfileError(
-            f"loss is {loss!r}; give a function from the model's output to a number, such as "
-            "loss=lambda y: criterion(y, targets)"
-        )
-
-
-def _examined(
+def _measured(
     inspection: Inspection,
     inputs: State,
     given: State,
     loss: Loss | None,
     meter: Meter,
-    progress: bool | None = None,
-    *,
-    weighs: bool = True,
-) -> tuple[Signature, Chain | None]:
-    """Survey all stages, weigh and time them if asked to, and leave the model as it was."""
+    progress: bool | None,
+    like: Chain | None,
+) -> Chain:
+    """Survey, weigh and time all stages, and leave the model as it was."""
     device, generators = inputs.leaves[0].device, inspection.generators(given.constants())
-    chain, left = None, list[int]()
     with (
         torch.inference_mode(False),
         Locked((Generators.lock,)),  # one thread at a time: measuring draws, and counts bytes
@@ -269,15 +262,13 @@ def _examined(
         survey, ending, lost = _surveyed(inspection, inputs, extras, state, loss, meter)
         facts = survey.facts()
         kinds = survey_backward(survey.order, lost.gradients)
-        if weighs:
-            among = Ambient.take(device).costly_modes()
-            seconds, spread = _weigh_and_time(kinds, lambda: go_back(*ending), meter, progress)
-            if among:
-                left = [kind.count * bytes_left_for_good(kind, meter) for kind in kinds]
-            state.note_unfit(state, "a stage that has run several times")
-            lost = replace(lost, seconds=seconds)
-            chain = assemble(survey, lost, device, inputs.leaves, generators)
-            chain = replace(chain, seconds_spread=spread)
+        among = Ambient.take(device).costly_modes()
+        timed = like is None
+        seconds, spread = _weigh_and_time(kinds, lambda: go_back(*ending), meter, progress, timed)
+        left = [kind.count * bytes_left_for_good(kind, meter) for kind in kinds] if among else []
+        state.note_unfit(state, "a stage that has run several times")
+        lost = replace(lost, seconds=seconds)
+        chain = assemble(survey, lost, device, inputs.leaves, generators)
     signature = sign(
         inspection,
         survey.blocks,
@@ -289,7 +280,26 @@ def _examined(
         unfit=printable(state.unfit),
     )
     signature = replace(signature, mode_bytes=sum(left), **_of_recording(inspection.model))
-    return signature, chain and replace(chain, signature=signature)
+    chain = replace(chain, signature=signature, seconds_spread=spread)
+    return chain if like is None else _with_seconds_of(like, chain)
+
+
+def _with_seconds_of(like: Chain, chain: Chain) -> Chain:
+    """A chain with the seconds of another with as many stages.
+
+    Raises:
+        ProfileError: It has another number.
+    """
+    if len(like) != len(chain):
+        raise ProfileError(f"the batch leads to {len(chain)} stages, and {len(like)} were measured")
+    stages = [
+        replace(x, forward_seconds=y.forward_seconds, backward_seconds=y.backward_seconds)
+        for x, y in zip(chain.stages, like.stages, strict=True)
+    ]
+    spread = like.seconds_spread
+    return replace(
+        chain, stages=tuple(stages), loss_seconds=like.loss_seconds, seconds_spread=spread
+    )
 
 
 def _of_recording(model: nn.Module) -> dict[str, Any]:
@@ -388,9 +398,13 @@ def _surveyed(
 
 
 def _weigh_and_time(
-    kinds: list[StageKind], loss: Callable[[], object], meter: Meter, progress: bool | None
+    kinds: list[StageKind],
+    loss: Callable[[], object],
+    meter: Meter,
+    progress: bool | None,
+    timed: bool,
 ) -> tuple[float, float]:
-    """Measure bytes, then seconds; returns those of the loss, and the spread of all."""
+    """Measure bytes, then seconds if asked to; returns those of the loss, and the spread of all."""
     total, done = len(kinds) * (1 + ROUNDS), 0
     with progress_bar(progress) as tell:
 
@@ -402,4 +416,4 @@ def _weigh_and_time(
         for kind in kinds:
             kind.ledger = weigh(kind, meter)
             told()
-        return time_stages(kinds, loss, kinds[0].x.leaves[0].device, told)
+        return time_stages(kinds, loss, kinds[0].x.leaves[0].device, told) if timed else (0.0, 0.0)

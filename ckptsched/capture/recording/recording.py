@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...base.errors import ExecutionError, PlanMismatchError
 from ...tensors.pytree import State
 from .attributes import attributes_of
-from .calls import Fixed, Guard, Numbered, Place, RecordedCall, Source
+from .calls import Guard, Numbered, Place, RecordedCall, Source
 
 
 @final
@@ -94,15 +94,6 @@ class Recording:
         for k in range(len(self.calls)):
             bound.run(k, values)
         return bound.result(values)
-
-    def is_alike(self, other: Recording) -> bool:
-        """Whether another recording has the same calls of the same values, up to constants.
-
-        Args:
-            other: Of the same model, on a batch of another shape.
-        """
-        mine, theirs = self.calls, other.calls
-        return len(mine) == len(theirs) and all(map(_same_call, mine, theirs))
 
     def covers(self, inputs: State) -> bool:
         """Whether a call is like the recorded one, and none of its tensors larger in any way.
@@ -250,19 +241,6 @@ class Bound:
             place.put(self._owners[place], values[number])
         sources = self._recording.returned
         return self._recording.output.replaced(self.tensor(s, values) for s in sources).value()
-
-
-def _same_call(one: RecordedCall, other: RecordedCall) -> bool:
-    return (
-        one.target == other.target
-        and len(one.reads) == len(other.reads)
-        and all(map(_same_source, one.reads, other.reads))
-        and (one.makes, one.around, one.writes) == (other.makes, other.around, other.writes)
-    )
-
-
-def _same_source(one: Source, other: Source) -> bool:
-    return one == other or (isinstance(one, Fixed) and isinstance(other, Fixed))
 
 
 Layout: TypeAlias = tuple[torch.Size, torch.dtype, torch.device, bool]
