@@ -79,12 +79,17 @@ def plan_measured(
     try:
         return plan_one(chain, budget, progress=progress, **options)
     except InfeasibleBudgetError as error:
-        whole = chain.signature.whole if isinstance(chain, Chain) and chain.signature else ""
-        if not whole:
+        signature = chain.signature if isinstance(chain, Chain) else None
+        if signature is None or not signature.whole:
             raise
+        why = (
+            f"parts of the model are called whole, each in one stage: {signature.whole}"
+            if signature.recorded
+            else "the model is one stage, so that nothing can be run again in parts, as it could "
+            f"not be recorded: {signature.whole}"
+        )
         raise InfeasibleBudgetError(
-            f"{error}; the model is one stage, so that nothing can be run again in parts, as it "
-            f"could not be recorded: {whole}",
+            f"{error}; {why}",
             budget_bytes=error.budget_bytes,
             least_budget_bytes=error.least_budget_bytes,
             stage=error.stage,

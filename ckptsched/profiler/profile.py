@@ -38,6 +38,8 @@ from .stage_paths import Variations
 from .stage_time import ROUNDS, time_stages
 from .survey import Survey, sides_held, survey_backward, survey_model
 
+_MOST_SAID = 3  # parts that are called whole, in a message
+
 
 def default_loss(output: Any) -> Tensor:
     """A loss that takes at least the bytes of a cross-entropy, where the user names none.
@@ -306,7 +308,10 @@ def _of_recording(model: nn.Module) -> dict[str, Any]:
     """The fields of a signature that tell how a recorded model was cut."""
     if not isinstance(model, Captured):
         return {}
-    return {"recorded": len(model.recording.calls), "cuts": model.cuts}
+    recording = model.recording
+    said = [f"{path!r}, as {why}" for path, why in recording.whole.items()]
+    whole = "; ".join(said[:_MOST_SAID])
+    return {"recorded": len(recording.calls), "cuts": model.cuts, "whole": printable(whole)}
 
 
 @contextmanager

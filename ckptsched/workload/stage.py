@@ -266,7 +266,8 @@ class Signature:
     cuts: tuple[int, ...] = ()
     """Before which of these calls a stage begins, the first apart."""
     whole: str = ""
-    """Why the model is one stage though it was to be recorded; empty where it is not."""
+    """Why the model is one stage though it was to be recorded, or which parts of a recorded one are
+    called whole, and why; empty where none is."""
 
 
 def check_size(what: str, value: object) -> None:

@@ -255,10 +255,10 @@ class _RunPlanning:
         m, divisor = budget - self.sizes.fixed, self.sizes.common_divisor
         slots = min(_SLOTS, max(_MESHES[0][0], int(_NUMBERS / len(self.chain))))
         exact = m // divisor <= slots and not self.sizes.is_ledger
-        # Of most chains many sizes are whole multiples of such a unit, which rounds them to themselves.
-        unit = divisor << max(0, (m // (divisor * slots)).bit_length())
-        if exact:
-            unit = divisor
+        unit = divisor
+        if not exact:
+            octave = math.ceil(2 * math.log2(m / slots)) if m > slots else 0
+            unit = math.ceil(2 ** (octave / 2))
         ends, starts = next((e, s) for most, e, s in _MESHES if m // unit <= most)
         return _Grain(unit, exact, ends, starts)
 
