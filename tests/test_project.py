@@ -155,7 +155,7 @@ def test_the_code_of_the_readme_runs_as_it_is_printed() -> None:
     names: dict = {}
     exec(python_in("README.md"), names)
     assert all(parameter.grad is not None for parameter in names["model"].parameters())
-    plan = names["model"].plan
+    plan = ckptsched.plan_of(names["model"])
     assert plan.peak_bytes <= plan.budget_bytes < plan.store_all_bytes
     (said,) = re.findall(r"# storing everything takes (\d+) MiB", python_in("README.md"))
     assert round(plan.store_all_bytes / 2**20) == int(said)
