@@ -214,8 +214,9 @@ _BY_NAME = {
         "while a stage runs; give the Python module that it was made from"
     ),
     "DistributedDataParallel": (
-        "hands the gradients of the module in it to other processes; profile, plan and make "
-        "follow the plan the module in it (model.module), then wrap what checkpointed() returns: "
+        "hands the gradients of the module in it to other processes; fit the module in it "
+        "(model.module) before it is wrapped, or profile and plan that, and wrap what "
+        "checkpointed() returns: "
         "DistributedDataParallel(ckptsched.checkpointed(model.module, plan))"
     ),
     "DataParallel": (

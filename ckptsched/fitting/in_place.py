@@ -31,6 +31,7 @@ from ..planner.plan import Plan
 from ..planner.planner import certified_again
 from ..profiler.profile import measure_opened, open_for_measuring
 from ..profiler.stage_kind import Loss
+from ..recompute.fsdp import is_sharded
 from ..simulator.simulator import simulate
 from ..tensors.pytree import State
 from ..torch_state.locks import LendingLock
@@ -187,6 +188,11 @@ class Fitted(InPlace):
             ProfileError: The model cannot be measured on such a call.
         """
         inputs = State.of((args, dict(kwargs)), opaque=True)
+        if why is not None and any(map(is_sharded, self.model.modules())):
+            raise PlanMismatchError(
+                f"{why}. A model that fully_shard has sharded cannot be measured: fit it on each "
+                "kind of batch before it is sharded, and shard a recorded model as a whole"
+            )
         with self._turn, self._first_context(), self.off():
             again = self._from_larger(inputs) if why is not None else None
             inspection = inspection or Inspection.of(self.model)

@@ -1,5 +1,6 @@
 """What two processes check of DDP or FSDP2: `executor/test_distributed.py` starts them."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -196,10 +197,40 @@ def check_fsdp_of_the_whole() -> int:
     return 1
 
 
+class Skipping(nn.Module):
+    """The same layers with a skip connection around each of equal width: it is recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = make(dropout=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            y = part(x)
+            x = x + y if x.shape == y.shape else y
+        return x
+
+
+def check_in_place() -> int:
+    """Models that are fitted in place, then wrapped: a chain, and one that is recorded."""
+    count = 0
+    for build in (make, Skipping):
+        for wrap in (DistributedDataParallel, fully_shard):
+            torch.manual_seed(0)
+            model = build()
+            plain = train(wrap(copy.deepcopy(model)))[0]
+            plan = cs.plan(model, batch()[0], budget="100%")
+            room = plan.store_all_bytes - plan.least_budget_bytes
+            cs.fit(model, batch()[0], budget=plan.least_budget_bytes + room // 2)
+            assert same(train(wrap(model))[0], plain), (build, wrap)
+            count += 1
+    return count
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    count = check_ddp() + check_fsdp_of_the_whole() + check_fsdp()
+    count = check_ddp() + check_fsdp_of_the_whole() + check_fsdp() + check_in_place()
     if dist.get_rank() == 0:
         print(f"checked {count} cases")
     dist.destroy_process_group()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...recompute.fsdp import class_before
 from ..stage_discovery import has_hooks
 from ..wrappers import forward_attribute
 
@@ -29,7 +30,7 @@ def attributes_of(model: nn.Module) -> dict[str, object]:
     known: dict[int, object] = {}
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
-        found[f"{dot}(class and parts)"] = type(module), tuple(module._modules)
+        found[f"{dot}(class and parts)"] = class_before(module), tuple(module._modules)
         found[f"{dot}(hooks)"] = has_hooks(module)
         own = {**vars(module), "forward": forward_attribute(module)}
         for name, value in own.items():
