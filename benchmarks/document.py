@@ -1,9 +1,13 @@
-"""Puts what a benchmark found into its section of `docs/measured.md`."""
+"""What benchmarks found, as text: goals, tables, and their sections of `docs/measured.md`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import final
+
+from ckptsched.base.text_table import Grid
 
 _DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "measured.md"
 
@@ -32,3 +36,32 @@ class Section:
             raise SystemExit(f"{self.document.name} lacks the marks {self.start} and {self.end}")
         self.document.write_text(f"{before}{start}\n\n{body}\n\n{end}{after}", encoding="utf-8")
         print(f"written to {self.document.name}")
+
+
+@final
+@dataclass(frozen=True)
+class Goal:
+    """A goal, and whether the rows show that it was met."""
+
+    what: str
+    """The goal."""
+    met: bool | None
+    """None where nothing of it was run."""
+    shown_by: str
+    """The figures that say so."""
+
+    def __str__(self) -> str:
+        """One line."""
+        verdict = {True: "met", False: "NOT MET", None: "not run"}[self.met]
+        return f"{verdict:8} {self.what}: {self.shown_by}"
+
+
+def to_markdown(grid: Grid) -> str:
+    """A table for `docs/measured.md`, below its title."""
+    headings = [heading.replace("\n", " ") for heading in grid.headings]
+    lines = [f"### {grid.title}", "", _markdown(headings), _markdown(["---"] * len(headings))]
+    return "\n".join([*lines, *(_markdown(row) for row in grid.rows)])
+
+
+def _markdown(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

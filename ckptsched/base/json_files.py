@@ -58,6 +58,27 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
         draft.unlink(missing_ok=True)
 
 
+def check_writable(path: str | os.PathLike[str] | None) -> None:
+    """Find out before a long run whether a file can be written.
+
+    Args:
+        path: The file; None for none.
+
+    Raises:
+        CkptschedError: Its folder is missing, or may not be written to.
+    """
+    if path is None:
+        return
+    folder = Path(path).parent
+    fault = ""
+    if not folder.is_dir():
+        fault = f"there is no folder {str(folder)!r}; make it"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        fault = f"the folder {str(folder)!r} may not be written to; allow it"
+    if fault:
+        raise CkptschedError(f"{str(path)!r} cannot be written: {fault}, or give another path")
+
+
 def _mode_of(target: Path) -> int | None:
     """The permissions of a file that is to be replaced; None where there is none."""
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 import click
 
 from ..base.errors import CkptschedError
-from ..base.json_files import printable
+from ..base.json_files import check_writable, printable
 from .options import (
     is_file,
     model_options,
@@ -85,7 +85,7 @@ def main() -> None:
 def profile_command(model: str, inputs: Inputs, fake: bool, output: str | None) -> None:
     """Measure seconds and bytes of every stage of a MODEL."""
     from ..planner.planner import plan_one
-    from ..report.report import check_writable, make_console, print_chain
+    from ..report.report import make_console, print_chain
 
     check_writable(output)
     target = runnable_target(model, inputs, "profile")
@@ -119,7 +119,6 @@ def plan_command(
     With --overhead: find the least budget in which recomputation costs no more than that.
     """
     from ..planner.planner import plan_one
-    from ..report.report import check_writable
 
     if (budget is None) == (overhead is None):
         raise click.UsageError("give --budget or --overhead, one of the two")
@@ -165,7 +164,6 @@ def largest_command(
     and steps, are scaled from what was measured. Without --overhead, steps often end at --most.
     """
     from ..fitting.largest_that_fits import largest_batch, largest_steps
-    from ..report.report import check_writable
     from .targets import sample_input
 
     check_writable(output)

@@ -116,8 +116,9 @@ def profile_target(name: str, target: Target, *, fake: bool = False) -> Chain:
 def read_file(path: str) -> Workload | Plan:
     """What a file holds: a chain, a graph or a plan."""
     from ..planner.plan import FORMAT, Plan
-    from ..workload.chain import WRITES_ONE, Chain
+    from ..workload.chain import Chain
     from ..workload.graph import Graph
+    from ..workload.saved import WRITES_ONE
 
     data, source = read_json(path, WorkloadError, WRITES_ONE), repr(path)
     if isinstance(data, dict) and data.get("format") == FORMAT:

@@ -6,7 +6,6 @@ import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, final
 
 import numpy as np
@@ -17,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..base.budget import Budget, exact_bytes, format_bytes, format_seconds
-from ..base.errors import CkptschedError, InfeasibleBudgetError
+from ..base.errors import InfeasibleBudgetError
+from ..base.json_files import check_writable
 from ..base.plot import check_plot
 from ..base.progress_bar import progress_bar
 from ..base.text_table import Grid
@@ -60,27 +60,6 @@ class Outputs:
             check_writable(path)
         if self.plot is not None:
             check_plot(self.plot)
-
-
-def check_writable(path: str | os.PathLike[str] | None) -> None:
-    """Find out before a long run whether a file can be written.
-
-    Args:
-        path: The file; None for none.
-
-    Raises:
-        CkptschedError: Its folder is missing, or may not be written to.
-    """
-    if path is None:
-        return
-    folder = Path(path).parent
-    fault = ""
-    if not folder.is_dir():
-        fault = f"there is no folder {str(folder)!r}; make it"
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        fault = f"the folder {str(folder)!r} may not be written to; allow it"
-    if fault:
-        raise CkptschedError(f"{str(path)!r} cannot be written: {fault}, or give another path")
 
 
 def report(

@@ -102,6 +102,11 @@ class Code(enum.IntEnum):
     DROP = 5
 
 
+# The same as plain numbers, which compiled code can hold.
+FORWARD, TAPED, TURN, BACKWARD, COPY, DROP = (int(code) for code in Code)
+STATE, TAPE, GRAD = (int(kind) for kind in Kind)
+DEVICE, TIERS = int(Tier.DEVICE), len(Tier)
+
 # One operation is one 64-bit integer: code, kind, source, target a byte each, then the stage. A
 # run with tape has the option in place of the kind.
 _KIND, _SOURCE, _TARGET, _STAGE = 8, 16, 24, 32
@@ -323,19 +328,19 @@ class ScheduleBuilder:
 
     def tape(self, stage: int, option: int = 0) -> None:
         """Run a stage with one of its tapes."""
-        self._packed.append(1 | option << _KIND | stage << _STAGE)
+        self._packed.append(TAPED | option << _KIND | stage << _STAGE)
 
     def turn(self) -> None:
         """End the forward pass."""
-        self._packed.append(2)
+        self._packed.append(TURN)
 
     def backward(self, stage: int) -> None:
         """Run a stage's backward."""
-        self._packed.append(3 | stage << _STAGE)
+        self._packed.append(BACKWARD | stage << _STAGE)
 
     def drop_state(self, stage: int) -> None:
         """Forget a state on the device."""
-        self._packed.append(5 | stage << _STAGE)
+        self._packed.append(DROP | stage << _STAGE)
 
     def sweep(self, first: int, last: int, *, keep_last: bool = True) -> None:
         """Run stages first..last without tape, keeping only the state of the last.

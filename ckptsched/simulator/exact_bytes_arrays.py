@@ -141,7 +141,7 @@ def replays_of(
     positions, rows = [], []
     for segment in segments:
         part = slice(segment.start, segment.stop)
-        touched = np.unique(owner[schedule.stages[part][liveness.repeats[part]]]).tolist()
+        touched = sorted({*owner[schedule.stages[part][liveness.repeats[part]]].tolist()})
         sizes = {k: blocks[k].buffer_bytes for k in touched}
         positions.append(segment.start)
         # Hidden buffers of other blocks are cloned with them.

@@ -14,14 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..base.jit import compiled
+from ..schedule.language import BACKWARD, STATE, TAPE, TAPED, TURN
 from .liveness import FREES_INPUT, KEEPS_OUTPUT, SNAPSHOTS
 
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-# The codes and ledgers of the schedule language, as constants that compiled code can hold.
-_FORWARD, _TAPED, _TURN, _BACKWARD, _DROP = 0, 1, 2, 3, 5
-_STATE, _TAPE = 0, 1
 # Places in `Books.totals`: bytes of the gradient of a state, of those of parameters, of random
 # states to put back, and of what the caller holds of the loss besides the output.
 GRADIENT, PARAMETERS, RANDOM, LOSS = range(4)
@@ -185,7 +183,7 @@ def charge(
         if p == len(during):
             return
         code, kind, i = packed[p] & 0xFF, packed[p] >> 8 & 0xFF, packed[p] >> 32
-        if code <= _TAPED:
+        if code <= TAPED:
             k = ledgers.of[i]
             peak = level + (ledgers.taped[k] if code else ledgers.forward[k])
             source = books.states[i - 1] if books.has_state[i - 1] else books.outputs[i - 1]
@@ -203,12 +201,12 @@ def charge(
             during[p] = max(peak, level)
             if facts[FREES_INPUT, p]:
                 level -= _stop_handing_on(books, i - 1, ledgers.inputs[k])
-        elif code == _BACKWARD:
+        elif code == BACKWARD:
             during[p] = level + _backward_peak(books, ledgers, stages, i)
             level -= _drop_tape(books, ledgers, i)
             level += _set(totals, GRADIENT, stages.gradient[i - 1])
             level += _set(totals, PARAMETERS, totals[PARAMETERS] + stages.parameters[i])
-        elif code == _TURN:
+        elif code == TURN:
             during[p] = level + stages.gradient[n] + start.loss
             level += _turn(books, ledgers, n, start.held)
             if facts[FREES_INPUT, p]:
@@ -216,11 +214,11 @@ def charge(
             level += _set(totals, GRADIENT, stages.gradient[n])
         else:
             during[p] = level
-            if kind == _STATE:
+            if kind == STATE:
                 books.has_state[i] = False
                 width = _width(ledgers, ledgers.of[i]) if i else start.inputs
                 level -= books.state_snapshot[i] + _release_all(books, books.states[i], width)
-            elif kind == _TAPE:
+            elif kind == TAPE:
                 level -= _drop_tape(books, ledgers, i)
             else:
                 level += _set(totals, GRADIENT, 0)

@@ -13,14 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..base.jit import compiled, suited
-from ..schedule.language import Code, Schedule
+from ..schedule.language import BACKWARD, DEVICE, DROP, STATE, TAPE, TAPED, TURN, Code, Schedule
 from ..workload.stage import Block
 
 KEEPS_OUTPUT, FREES_INPUT, _RESTORES, SNAPSHOTS, _REPEATS = range(5)
 """Rows of the facts, in the order of the fields of `Liveness`."""
-# The codes and kinds of the schedule language, as constants that compiled code can hold.
-_TAPED, _TURN, _BACKWARD, _DROP = 1, 2, 3, 5
-_STATE, _TAPE, _DEVICE = 0, 1, 0
 # What made a state: a run at this position, the caller (it is the input), or nothing yet.
 _INPUT, _NONE = -1, -2
 # Steps of the interpreter for an operation.
@@ -75,7 +72,7 @@ def _analyse(packed: npt.NDArray[np.int64], stages: int, facts: npt.NDArray[np.b
     previous, snapshots_input = 0, False  # the stage that ran last; the input counts as stage 0
     for p in range(len(packed)):
         code, kind, i = packed[p] & 0xFF, packed[p] >> 8 & 0xFF, packed[p] >> 32
-        if code <= _TAPED:
+        if code <= TAPED:
             maker = states[i - 1]
             if maker == _NONE:
                 maker = tapes[i - 1]
@@ -93,17 +90,17 @@ def _analyse(packed: npt.NDArray[np.int64], stages: int, facts: npt.NDArray[np.b
                 tapes[i] = p
             else:
                 states[i] = p
-        elif code == _TURN:
+        elif code == TURN:
             if states[stages] == _NONE:
                 last_read[tapes[stages]] = p
             previous = -1
-        elif code == _BACKWARD:
+        elif code == BACKWARD:
             tapes[i] = _NONE
             previous = -1
-        elif code == _DROP and packed[p] >> 16 & 0xFF == _DEVICE:
-            if kind == _STATE:
+        elif code == DROP and packed[p] >> 16 & 0xFF == DEVICE:
+            if kind == STATE:
                 states[i] = _NONE
-            elif kind == _TAPE:
+            elif kind == TAPE:
                 tapes[i] = _NONE
     for maker in range(len(packed)):
         if last_read[maker] >= 0:

@@ -17,29 +17,19 @@ import numpy.typing as npt
 from ..base.budget import Link, Tier
 from ..base.errors import InvalidScheduleError, WorkloadError
 from ..base.jit import suited
-from ..schedule.language import (
-    Code,
-    Copy,
-    Drop,
-    Forward,
-    Kind,
-    Operation,
-    Schedule,
-    Value,
-    format_operation,
-)
+from ..schedule.language import Code, Copy, Kind, Schedule
 from ..schedule.trace import Live, Trace
 from ..workload.chain import Chain
 from ..workload.graph import Graph
 from ..workload.stage import TapeOption
 from . import simulator_kernel as kernel
 from .exact_bytes import charge, live_at
-from .graph_rules import simulate_graph
+from .rule_words import Words, named
 
 Links = Mapping[tuple[Tier, Tier], Link]
 
 # Steps of the interpreter for an operation.
-_STEPS = 6
+_STEPS = 9
 _NO_TAPE = TapeOption(tape_bytes=0, forward_seconds=0.0, backward_seconds=0.0)
 
 
@@ -70,13 +60,11 @@ def simulate(
             "this chain has no exact bytes: profile the model for a ledger, or ask for the "
             "planning model"
         )
-    if isinstance(chain, Graph):
-        return simulate_graph(chain, schedule, links)
     planning = _Planning(chain, schedule)
     planning.run()
     timeline = planning.timeline
     ledger_peak = None
-    if model != "planning" and chain.has_ledger:
+    if model != "planning" and isinstance(chain, Chain) and chain.has_ledger:
         timeline = charge(chain, schedule)
         ledger_peak = int(timeline.max())
     position = int(timeline.argmax())
@@ -90,7 +78,7 @@ def simulate(
         disk_peak_bytes=planning.peak_on(Tier.DISK),
         forwards=int((schedule.codes <= Code.TAPED_FORWARD).sum()),
         peak_position=position,
-        peak_operation=format_operation(schedule[position]),
+        peak_operation=Words(chain).operation(schedule[position]),
         timeline=timeline,
         find_live=functools.partial(
             _live_at, chain, schedule, position, int(timeline[position]), exact=exact
@@ -99,10 +87,10 @@ def simulate(
 
 
 def _live_at(
-    chain: Chain, schedule: Schedule, position: int, peak: int, *, exact: bool
+    chain: Chain | Graph, schedule: Schedule, position: int, peak: int, *, exact: bool
 ) -> tuple[Live, ...]:
     """What is live when an operation runs, in the ledger or in the planning model."""
-    if exact:
+    if exact and isinstance(chain, Chain):
         return live_at(chain, schedule, position, peak)
     run = _Planning(chain, schedule)
     run.run(until=position)
@@ -113,10 +101,10 @@ def _live_at(
 class _Planning:
     """A schedule by the rules and sizes of the planning model."""
 
-    def __init__(self, chain: Chain, schedule: Schedule) -> None:
-        self.chain, self.schedule, self.n = chain, schedule, len(chain)
-        self.tapes = _Tapes(chain)
-        columns, shape = chain.arrays, (len(Tier), len(Kind), self.n + 1)
+    def __init__(self, chain: Chain | Graph, schedule: Schedule) -> None:
+        self.chain, self.schedule, self.words = chain, schedule, Words(chain)
+        self.tapes, self.edges = _Tapes(chain), _edges_of(chain)
+        columns, shape = chain.arrays, (len(Tier), len(Kind), len(chain) + 1)
         self.sizes = kernel.Sizes(
             state=columns.state_bytes,
             gradient=columns.gradient_bytes,
@@ -130,9 +118,10 @@ class _Planning:
         )
         self.stored = kernel.Stored(
             at=np.zeros(shape, dtype=np.uint8),
+            bare=np.zeros(len(self.edges.source), dtype=np.uint8),
             size=np.zeros(shape, dtype=np.int64),
             tape=self.tapes.first[:-1].copy(),
-            done=np.zeros(self.n + 1, dtype=np.uint8),
+            done=np.zeros(len(chain) + 1, dtype=np.uint8),
             spent=self.tapes.first[:-1].copy(),
             totals=np.zeros(kernel.MOST_AWAY + len(Tier), dtype=np.int64),
         )
@@ -146,12 +135,12 @@ class _Planning:
         stop = len(self.schedule) if until is None else until
         run = suited(kernel.run, _STEPS * stop)
         during = self.timeline[:stop]
-        rule = run(self.schedule.packed, self.sizes, self.stored, during, self.moved)
+        rule = run(self.schedule.packed, self.edges, self.sizes, self.stored, during, self.moved)
         if rule:
             position = int(self.stored.totals[kernel.POSITION])
             operation = self.schedule[position]
-            reason = _reason(rule, operation, self.n, self.tapes)
-            raise InvalidScheduleError(position, format_operation(operation), reason)
+            reason = self.words.fault(rule, operation, self.stored, self.sizes)
+            raise InvalidScheduleError(position, self.words.operation(operation), reason)
         if until is None:
             self._check_end()
 
@@ -198,20 +187,21 @@ class _Planning:
             fail("the forward pass was never ended: Turn is missing")
         missing = np.flatnonzero(self.stored.done[1:] == 0)
         if len(missing):
-            fail(f"stage {missing[-1] + 1} never had its backward")
+            fail(f"{self.words.stage(int(missing[-1]) + 1)} never had its backward")
         if not at[Tier.DEVICE, Kind.GRAD, 0]:
-            fail("grad[0] is not stored: it is the result, and was dropped")
+            result = self.words.value(Kind.GRAD, 0)
+            fail(f"{result} is not stored: it is the result, and was dropped")
         at[Tier.DEVICE, Kind.GRAD, 0] = 0
         for tier, kind, i in np.argwhere(at).tolist():
-            where = "" if tier == Tier.DEVICE else f" on the {_named(Tier(tier))}"
-            fail(f"{Value(Kind(kind), i)} is still stored{where}: it leaks")
+            where = "" if tier == Tier.DEVICE else f" on the {named(tier)}"
+            fail(f"{self.words.value(kind, i)} is still stored{where}: it leaks")
 
     def live(self, peak: int) -> tuple[Live, ...]:
         """What is stored now, and the rest of the peak as what the operation itself needs."""
         chain, sizes = self.chain, self.sizes
         by_kind = sizes.state, sizes.tape[self.stored.tape], sizes.gradient
         found = [
-            Live(str(Value(kind, i)), int(size[i]))
+            Live(self.words.value(kind, i), int(size[i]))
             for kind, size in zip(Kind, by_kind, strict=True)
             for i in np.flatnonzero(self.stored.at[Tier.DEVICE, kind]).tolist()
         ]
@@ -226,7 +216,7 @@ class _Planning:
 class _Tapes:
     """All tapes that the stages of a chain offer, in a row: stage i has those from first[i] on."""
 
-    def __init__(self, chain: Chain) -> None:
+    def __init__(self, chain: Chain | Graph) -> None:
         columns = chain.arrays
         self.first = np.arange(len(chain) + 2)  # index 0 stands for one of the input, of no bytes
         self.bytes = columns.tape_bytes
@@ -244,59 +234,22 @@ class _Tapes:
         self.forward_seconds = np.array([x.forward_seconds for x in tapes])
         self.backward_seconds = np.array([x.backward_seconds for x in tapes])
 
-    def last_of(self, stage: int) -> int:
-        """The last option of a stage; 0 where there is no such stage."""
-        if not 0 <= stage < len(self.first) - 1:
-            return 0
-        return int(self.first[stage + 1] - self.first[stage]) - 1
 
-
-def _reason(rule: int, operation: Operation, n: int, tapes: _Tapes) -> str:
-    """A broken rule in words.
-
-    Args:
-        rule: One of `simulator_kernel`.
-        operation: What breaks it.
-        n: Stages of the chain.
-        tapes: What its stages offer.
-    """
-    value = operation.value if isinstance(operation, Drop | Copy) else None
-    i = value.stage if value is not None else getattr(operation, "stage", 0)
-    before, after = f"state[{i - 1}]", f"tape[{i + 1}]"
-    where = ""
-    if isinstance(operation, Copy):
-        where = f" on the {_named(operation.source)}"
-    elif isinstance(operation, Drop) and operation.tier is not Tier.DEVICE:
-        where = f" on the {_named(operation.tier)}"
-    there = f" on the {_named(operation.target)}" if isinstance(operation, Copy) else ""
-    made, option = "", 0
-    if isinstance(operation, Forward):
-        made, option = f"{'tape' if operation.tape else 'state'}[{i}]", operation.option
-    return {
-        kernel.UNKNOWN: "there is no such operation",
-        kernel.NO_STAGE: f"the chain has stages 1 to {n}",
-        kernel.NO_INPUT: f"{before} is not available: neither it nor tape[{i - 1}] is stored",
-        kernel.STORED: f"{made} is already stored",
-        kernel.NO_OPTION: f"stage {i} offers no tape {option}, the last is {tapes.last_of(i)}",
-        kernel.NOT_TURNED: "the forward pass has not ended: Turn comes first",
-        kernel.HAD_BACKWARD: f"stage {i} has had its backward",
-        kernel.NO_GRADIENT: f"grad[{i}] is not stored: stage {i + 1} comes first",
-        kernel.NO_TAPE: f"tape[{i}] is not stored",
-        kernel.NO_STATE: f"{before} is not available",
-        kernel.TURNED_BEFORE: "the forward pass was ended before",
-        kernel.NO_OUTPUT: f"state[{n}] is not available for the loss",
-        kernel.NOT_HERE: f"{value} is not stored{where}",
-        kernel.INPUT_NEEDED: "the input is needed until Backward(1)",
-        kernel.HELD_BY_TAPE: f"{after} holds state[{i}], which this would forget: it was made from "
-        f"{value} and keeps that copy, which can go after B{i + 1} or -t{i + 1} only",
-        kernel.SAME_TIER: "source and target are the same tier",
-        kernel.THERE_ALREADY: f"{value} is already stored{there}",
-        kernel.NO_INPUT_OF_TAPE: f"{value} holds {before}, which is not available",
-    }[rule]
-
-
-def _named(tier: Tier) -> str:
-    return tier.name.lower()
+def _edges_of(chain: Chain | Graph) -> kernel.Edges:
+    """Who reads what: in a chain each stage the state before."""
+    n = len(chain)
+    if isinstance(chain, Graph):
+        source = np.array([u for sources in chain.reads for u in sources], dtype=np.int64)
+        reader = np.repeat(np.arange(1, n + 1), [len(sources) for sources in chain.reads])
+        leaving = np.argsort(source, kind="stable")
+        first = np.searchsorted(reader, np.arange(n + 2))
+        first_from = np.searchsorted(source[leaving], np.arange(n + 2))
+    else:
+        source = leaving = np.arange(n)
+        reader = source + 1
+        first = np.maximum(np.arange(-1, n + 1), 0)
+        first_from = np.minimum(np.arange(n + 2), n)
+    return kernel.Edges(first, source, reader, first_from, leaving)
 
 
 def _sum_of_runs(seconds: npt.NDArray[np.float64], runs: npt.NDArray[np.int64]) -> float:

@@ -1,8 +1,9 @@
 """The planning model's pass over a schedule: its bytes, and the first rule that it breaks.
 
-In what follows i is a stage or state, p the position of an operation, `tape` the number of a tape
-in the flat arrays of all tapes that stages offer. Where a value lies is `at[tier, kind, i]`: 0
-where it does not. What a broken rule means in words is said by `simulator`.
+In what follows i is a stage or state, u a state that is read and v who reads it, p the position of
+an operation, `tape` the number of a tape in the flat arrays of all tapes that stages offer. Stages
+read one state or, in a graph, several. Where a value lies is `at[tier, kind, i]`: 0 where it does
+not. What a broken rule means in words is said by `rule_words`.
 """
 
 from __future__ import annotations
@@ -13,17 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..base.jit import compiled
+from ..schedule.language import BACKWARD, COPY, DEVICE, DROP, GRAD, STATE, TAPE, TAPED, TIERS, TURN
 
 Bytes = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.uint8]
 
-# The codes, kinds and tiers of the schedule language, as constants that compiled code can hold.
-_TAPED, _TURN, _BACKWARD, _COPY, _DROP = 1, 2, 3, 4, 5
-_STATE, _TAPE, _GRAD = 0, 1, 2
-_DEVICE, _TIERS = 0, 3
-# What the flag of a stored tape says: it was made from the tape before, or from the bare state,
-# which is what a run reads where both are stored. It keeps that copy as long as it is there.
-FROM_TAPE, FROM_STATE = 1, 2
 # The rules, in the order in which they are looked at.
 (
     FINE,
@@ -34,9 +29,11 @@ FROM_TAPE, FROM_STATE = 1, 2
     NO_OPTION,
     NOT_TURNED,
     HAD_BACKWARD,
+    NOT_COMPLETE,
     NO_GRADIENT,
     NO_TAPE,
-    NO_STATE,
+    LOST_PART,
+    OTHER_COPY,
     TURNED_BEFORE,
     NO_OUTPUT,
     NOT_HERE,
@@ -45,10 +42,26 @@ FROM_TAPE, FROM_STATE = 1, 2
     SAME_TIER,
     THERE_ALREADY,
     NO_INPUT_OF_TAPE,
-) = range(19)
+) = range(21)
 # Places in `Stored.totals`: the operation at hand, bytes on the device and of parameter gradients,
-# whether the forward pass has ended; then by tier what lies there, and the most of it.
-POSITION, LEVEL, PARAMETERS, TURNED, AWAY, MOST_AWAY = 0, 1, 2, 3, 4, 4 + _TIERS
+# whether the forward pass has ended, and the other stage or state that a broken rule is about; then
+# by tier what lies there, and the most of it.
+POSITION, LEVEL, PARAMETERS, TURNED, ABOUT, AWAY, MOST_AWAY = 0, 1, 2, 3, 4, 5, 5 + TIERS
+
+
+class Edges(NamedTuple):
+    """Who reads what; an edge is one stage reading one state."""
+
+    first: Bytes
+    """Stage i has the edges first[i] to first[i + 1] - 1."""
+    source: Bytes
+    """By edge: the state that is read."""
+    reader: Bytes
+    """By edge: the stage that reads it."""
+    first_from: Bytes
+    """State u has first_from[u] to first_from[u + 1] - 1 of `leaving`."""
+    leaving: Bytes
+    """Edges by the state that they leave."""
 
 
 class Sizes(NamedTuple):
@@ -76,8 +89,10 @@ class Stored(NamedTuple):
     """What is stored, and what has been done."""
 
     at: Flags
-    """Whether a value lies on a tier, shape (tiers, kinds, n + 1); of a tape on the device also
-    what it holds: `FROM_TAPE`, `FROM_STATE`."""
+    """Whether a value lies on a tier, shape (tiers, kinds, n + 1)."""
+    bare: Flags
+    """By edge: whether the tape of its reader, if that is stored, was made from the bare state, and
+    not from its tape. It keeps that copy as long as it is there."""
     size: Bytes
     """Bytes of what lies on other tiers, in the same shape."""
     tape: Bytes
@@ -91,12 +106,15 @@ class Stored(NamedTuple):
 
 
 @compiled
-def run(packed: Bytes, sizes: Sizes, stored: Stored, during: Bytes, moved: Bytes) -> int:
+def run(
+    packed: Bytes, edges: Edges, sizes: Sizes, stored: Stored, during: Bytes, moved: Bytes
+) -> int:
     """Do the first operations of a schedule, as far as they keep the rules.
 
     Args:
         packed: Operations as `Schedule` packs them.
-        sizes: The chain's sizes.
+        edges: Who reads what.
+        sizes: Bytes of stages.
         stored: What is stored before, and then after.
         during: Bytes on the device while each operation runs, to fill; as many are done.
         moved: Bytes that each Copy moves, to fill.
@@ -105,144 +123,217 @@ def run(packed: Bytes, sizes: Sizes, stored: Stored, during: Bytes, moved: Bytes
         The rule that the operation at `POSITION` breaks, or `FINE`.
     """
     at, totals = stored.at, stored.totals
-    n = at.shape[2] - 1
     for p in range(len(during)):
         totals[POSITION] = p
         code, kind, i = packed[p] & 0xFF, packed[p] >> 8 & 0xFF, packed[p] >> 32
         source, target = packed[p] >> 16 & 0xFF, packed[p] >> 24 & 0xFF
-        if code > _DROP or source >= _TIERS or target >= _TIERS:
+        if code > DROP or source >= TIERS or target >= TIERS or (code >= COPY and kind > GRAD):
             return UNKNOWN
-        if code >= _COPY and kind > _GRAD:
-            return UNKNOWN
-        level = totals[LEVEL]
-        if code <= _TAPED:
-            rule = _may_run(sizes, at, code, kind, i, n)
+        if code <= TAPED:
+            rule = _may_run(edges, sizes.first, at, totals, code, kind, i)
             if rule:
                 return rule
+            at[DEVICE, code, i] = 1
             if code:
                 tape = sizes.first[i] + kind
                 stored.tape[i] = tape
-                at[_DEVICE, _TAPE, i] = FROM_TAPE + at[_DEVICE, _STATE, i - 1]
+                _hold(edges, at, stored.bare, i)
                 totals[LEVEL] += sizes.tape[tape]
                 during[p] = totals[LEVEL] + sizes.taped[tape]
             else:
-                at[_DEVICE, _STATE, i] = 1
                 totals[LEVEL] += sizes.state[i]
                 during[p] = totals[LEVEL] + sizes.forward[i]
-        elif code == _DROP:
-            rule = _may_drop(stored, kind, i, source, n)
+        elif code == DROP:
+            rule = _may_drop(edges, stored, kind, i, source)
             if rule:
                 return rule
-            during[p] = level
+            during[p] = totals[LEVEL]
             at[source, kind, i] = 0
-            if source == _DEVICE:
+            if source == DEVICE:
                 totals[LEVEL] -= _size(sizes, stored, kind, i)
             else:
                 totals[AWAY + source] -= stored.size[source, kind, i]
-        elif code == _BACKWARD:
-            rule = _may_go_back(stored, i, n)
+        elif code == BACKWARD:
+            rule = _may_go_back(edges, stored, i)
             if rule:
                 return rule
-            made = sizes.gradient[i - 1] + sizes.parameters[i]
-            during[p] = level + made + sizes.backward[stored.tape[i]]
-            totals[LEVEL] += made - sizes.gradient[i] - sizes.tape[stored.tape[i]]
-            totals[PARAMETERS] += sizes.parameters[i]
-            stored.spent[i] = stored.tape[i]
-            at[_DEVICE, _TAPE, i] = at[_DEVICE, _GRAD, i] = 0
-            at[_DEVICE, _GRAD, i - 1] = stored.done[i] = 1
-        elif code == _TURN:
+            during[p] = _go_back(edges, sizes, stored, i)
+        elif code == TURN:
+            n = at.shape[2] - 1
             if totals[TURNED]:
                 return TURNED_BEFORE
-            if not (at[_DEVICE, _STATE, n] or at[_DEVICE, _TAPE, n]):
+            if not (at[DEVICE, STATE, n] or at[DEVICE, TAPE, n]):
                 return NO_OUTPUT
-            totals[TURNED] = 1
-            at[_DEVICE, _GRAD, n] = 1
+            totals[TURNED] = at[DEVICE, GRAD, n] = 1
             totals[LEVEL] += sizes.gradient[n]
             during[p] = totals[LEVEL] + sizes.loss
         else:
-            rule = _may_copy(at, kind, i, source, target, n)
+            rule = _may_copy(edges, stored, kind, i, source, target)
             if rule:
                 return rule
             moved[p] = _size(sizes, stored, kind, i)
-            flag = 1
-            if kind == _TAPE and i > 0:
-                flag = FROM_TAPE + at[_DEVICE, _STATE, i - 1]
-            at[target, kind, i] = flag
-            if target == _DEVICE:
-                totals[LEVEL] += moved[p]
-            else:
-                stored.size[target, kind, i] = moved[p]
-                totals[AWAY + target] += moved[p]
-                most = max(totals[MOST_AWAY + target], totals[AWAY + target])
-                totals[MOST_AWAY + target] = most
+            _copy(edges, stored, kind, i, target, moved[p])
             during[p] = totals[LEVEL]
     return FINE
 
 
 @compiled
-def _size(sizes: Sizes, stored: Stored, kind: int, i: int) -> int:
-    """Bytes of a value on the device."""
-    if kind == _STATE:
-        return int(sizes.state[i])
-    return int(sizes.tape[stored.tape[i]] if kind == _TAPE else sizes.gradient[i])
+def _go_back(edges: Edges, sizes: Sizes, stored: Stored, i: int) -> int:
+    """Do a backward; returns the bytes while it runs.
+
+    Of a state that several read it makes a part, which is added to those before it.
+    """
+    at, totals, tape = stored.at, stored.totals, stored.tape[i]
+    peak = totals[LEVEL] + sizes.parameters[i] + sizes.backward[tape]
+    for e in range(edges.first[i], edges.first[i + 1]):
+        u = edges.source[e]
+        peak += sizes.gradient[u]
+        if not at[DEVICE, GRAD, u]:
+            at[DEVICE, GRAD, u] = 1
+            totals[LEVEL] += sizes.gradient[u]
+    totals[LEVEL] += sizes.parameters[i] - sizes.gradient[i] - sizes.tape[tape]
+    totals[PARAMETERS] += sizes.parameters[i]
+    at[DEVICE, TAPE, i] = at[DEVICE, GRAD, i] = 0
+    stored.done[i] = 1
+    stored.spent[i] = tape
+    return int(peak)
 
 
 @compiled
-def _may_run(sizes: Sizes, at: Flags, code: int, option: int, i: int, n: int) -> int:
+def _copy(edges: Edges, stored: Stored, kind: int, i: int, target: int, size: int) -> None:
+    totals = stored.totals
+    stored.at[target, kind, i] = 1
+    if target == DEVICE:
+        totals[LEVEL] += size
+        if kind == TAPE:
+            _hold(edges, stored.at, stored.bare, i)
+    else:
+        stored.size[target, kind, i] = size
+        totals[AWAY + target] += size
+        totals[MOST_AWAY + target] = max(totals[MOST_AWAY + target], totals[AWAY + target])
+
+
+@compiled
+def _size(sizes: Sizes, stored: Stored, kind: int, i: int) -> int:
+    """Bytes of a value on the device."""
+    if kind == STATE:
+        return int(sizes.state[i])
+    return int(sizes.tape[stored.tape[i]] if kind == TAPE else sizes.gradient[i])
+
+
+@compiled
+def _hold(edges: Edges, at: Flags, bare: Flags, i: int) -> None:
+    """Note which copies tape i keeps: bare states, which a run reads where there are both."""
+    for e in range(edges.first[i], edges.first[i + 1]):
+        bare[e] = at[DEVICE, STATE, edges.source[e]]
+
+
+@compiled
+def _lacks(edges: Edges, at: Flags, totals: Bytes, i: int) -> bool:
+    """Whether a state that stage i reads is neither there nor in a tape; notes which."""
+    for e in range(edges.first[i], edges.first[i + 1]):
+        u = edges.source[e]
+        if not (at[DEVICE, STATE, u] or at[DEVICE, TAPE, u]):
+            totals[ABOUT] = u
+            return True
+    return False
+
+
+@compiled
+def _is_awaited(edges: Edges, stored: Stored, u: int) -> bool:
+    """Whether a reader of a state has not had its backward; notes which."""
+    for k in range(edges.first_from[u], edges.first_from[u + 1]):
+        v = edges.reader[edges.leaving[k]]
+        if not stored.done[v]:
+            stored.totals[ABOUT] = v
+            return True
+    return False
+
+
+@compiled
+def _may_run(
+    edges: Edges, first: Bytes, at: Flags, totals: Bytes, code: int, option: int, i: int
+) -> int:
     """The rule that a forward breaks, with the tape of an option or without."""
-    if i < 1 or i > n:
+    if i < 1 or i >= at.shape[2]:
         return NO_STAGE
-    if not (at[_DEVICE, _STATE, i - 1] or at[_DEVICE, _TAPE, i - 1]):
+    if _lacks(edges, at, totals, i):
         return NO_INPUT
-    if at[_DEVICE, code, i]:
+    if at[DEVICE, code, i]:
         return STORED
-    if code and sizes.first[i] + option >= sizes.first[i + 1]:
+    if code and first[i] + option >= first[i + 1]:
         return NO_OPTION
     return FINE
 
 
 @compiled
-def _may_go_back(stored: Stored, i: int, n: int) -> int:
+def _may_go_back(edges: Edges, stored: Stored, i: int) -> int:
     """The rule that a backward breaks."""
     at = stored.at
-    if i < 1 or i > n:
+    if i < 1 or i >= at.shape[2]:
         return NO_STAGE
     if not stored.totals[TURNED]:
         return NOT_TURNED
     if stored.done[i]:
         return HAD_BACKWARD
-    if not at[_DEVICE, _GRAD, i]:
+    if _is_awaited(edges, stored, i):
+        return NOT_COMPLETE
+    if not at[DEVICE, GRAD, i]:
         return NO_GRADIENT
-    if not at[_DEVICE, _TAPE, i]:
+    if not at[DEVICE, TAPE, i]:
         return NO_TAPE
-    if not (at[_DEVICE, _STATE, i - 1] or at[_DEVICE, _TAPE, i - 1]):
-        return NO_STATE
+    if _lacks(edges, at, stored.totals, i):
+        return NO_INPUT
+    for e in range(edges.first[i], edges.first[i + 1]):
+        rule = _may_add(edges, stored, edges.source[e])
+        if rule:
+            return rule
     return FINE
 
 
 @compiled
-def _may_drop(stored: Stored, kind: int, i: int, tier: int, n: int) -> int:
+def _may_add(edges: Edges, stored: Stored, u: int) -> int:
+    """The rule that is broken where a part of a gradient is made.
+
+    One that was begun is added to where it lies, and has no other copy.
+    """
+    stored.totals[ABOUT] = u
+    at = stored.at
+    if not at[DEVICE, GRAD, u]:
+        for k in range(edges.first_from[u], edges.first_from[u + 1]):
+            if stored.done[edges.reader[edges.leaving[k]]]:
+                return LOST_PART
+    for tier in range(1, TIERS):
+        if at[tier, GRAD, u]:
+            return OTHER_COPY
+    return FINE
+
+
+@compiled
+def _may_drop(edges: Edges, stored: Stored, kind: int, i: int, tier: int) -> int:
     """The rule that a Drop breaks."""
     at = stored.at
-    if i < 0 or i > n:
+    if i < 0 or i >= at.shape[2]:
         return NO_STAGE
     if not at[tier, kind, i]:
         return NOT_HERE
-    if tier != _DEVICE:
+    if tier != DEVICE or kind == GRAD:
         return FINE
-    if kind == _STATE and i == 0 and not stored.done[1]:
+    if kind == STATE and i == 0 and _is_awaited(edges, stored, 0):
         return INPUT_NEEDED
-    if kind != _GRAD and i < n:
-        holds = FROM_STATE if kind == _STATE else FROM_TAPE
-        if at[_DEVICE, _TAPE, i + 1] == holds:
+    for k in range(edges.first_from[i], edges.first_from[i + 1]):
+        e = edges.leaving[k]
+        if at[DEVICE, TAPE, edges.reader[e]] and stored.bare[e] == (kind == STATE):
+            stored.totals[ABOUT] = edges.reader[e]
             return HELD_BY_TAPE
     return FINE
 
 
 @compiled
-def _may_copy(at: Flags, kind: int, i: int, source: int, target: int, n: int) -> int:
+def _may_copy(edges: Edges, stored: Stored, kind: int, i: int, source: int, target: int) -> int:
     """The rule that a Copy breaks."""
-    if i < 0 or i > n:
+    at = stored.at
+    if i < 0 or i >= at.shape[2]:
         return NO_STAGE
     if source == target:
         return SAME_TIER
@@ -250,8 +341,6 @@ def _may_copy(at: Flags, kind: int, i: int, source: int, target: int, n: int) ->
         return NOT_HERE
     if at[target, kind, i]:
         return THERE_ALREADY
-    if target != _DEVICE or kind != _TAPE or i == 0:
-        return FINE
-    if not (at[_DEVICE, _STATE, i - 1] or at[_DEVICE, _TAPE, i - 1]):
+    if target == DEVICE and kind == TAPE and _lacks(edges, at, stored.totals, i):
         return NO_INPUT_OF_TAPE  # which it would come to hold
     return FINE

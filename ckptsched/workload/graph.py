@@ -8,20 +8,18 @@ of the chain, with "the state before" read as "every state that the node reads"
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 from urllib.parse import quote, unquote
 
 from ..base.errors import InvalidScheduleError, WorkloadError
-from ..base.json_files import fault_of_seal, read_json, sealed, write_atomically
 from ..schedule.language import Operation, Schedule, format_operation, parse_operation
-from .chain import WRITES_ONE, Chain, ChainArrays
+from .chain import Chain, ChainArrays
+from .saved import Saved
 from .stage import Block, Stage, check_size, check_stage, check_time
+from .stage_json import COLUMNS, figures_of
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -39,24 +37,13 @@ _FIGURES = (
     "held_bytes",
     "name",
 )
-# Key in JSON and attribute of Stage, as in the chain's file.
-_KEYS = {
-    "u_f": "forward_seconds",
-    "u_b": "backward_seconds",
-    "w_a": "state_bytes",
-    "w_t": "tape_bytes",
-    "w_g": "gradient_bytes",
-    "o_f": "forward_overhead_bytes",
-    "o_b": "backward_overhead_bytes",
-    "w_p": "parameter_gradient_bytes",
-}
 _NUMBERED = re.compile(r"(-?[FTBxtg])([0-9]+)(.*)")
 _NAMED = re.compile(r"(-?[FTBxtg]):([^:@>]+)(.*)")
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Graph:
+class Graph(Saved):
     """Stages that read each other's states, an input and a loss.
 
     Nodes are counted from 1 to n in topological order; 0 is the input. One input stands for all
@@ -83,6 +70,10 @@ class Graph:
     name: str = ""
     """Name for people."""
 
+    kind: ClassVar[str] = "graph"
+    needs: ClassVar[str] = "an input, and nodes with name, reads, " + ", ".join(
+        key for key, _, _ in COLUMNS
+    )
     has_ledger: ClassVar[bool] = False
     """Graphs know the planning model's figures only."""
     blocks: ClassVar[tuple[Block, ...]] = ()
@@ -144,12 +135,12 @@ class Graph:
     @functools.cached_property
     def arrays(self) -> ChainArrays:
         """The planning model in columns; index i is node i, index 0 the input."""
-        return self._in_a_row.arrays
+        return self.in_a_row.arrays
 
     @functools.cached_property
     def store_all_seconds(self) -> float:
         """Seconds of the step when nothing is run twice."""
-        return self._in_a_row.store_all_seconds
+        return self.in_a_row.store_all_seconds
 
     @functools.cached_property
     def is_path(self) -> bool:
@@ -157,7 +148,7 @@ class Graph:
         return all(sources == (i,) for i, sources in enumerate(self.reads))
 
     @functools.cached_property
-    def _in_a_row(self) -> Chain:
+    def in_a_row(self) -> Chain:
         """The same figures as a chain; what sums them up does not ask who reads what."""
         figures: dict[str, Any] = {figure: getattr(self, figure) for figure in _FIGURES}
         return Chain(stages=self.stages, **figures)
@@ -165,14 +156,6 @@ class Graph:
     def stage_name(self, i: int) -> str:
         """Name of node i for people."""
         return self.names[i]
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of everything that planning depends on."""
-        data = self.to_json()
-        del data["name"]
-        text = json.dumps(data, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
 
     # ---- chains and networkx ------------------------------------------------------------
 
@@ -219,7 +202,7 @@ class Graph:
                     f"only a path is a chain: node {self.names[i]!r} reads {read}, not "
                     f"{self.names[i - 1]!r} alone"
                 )
-        return self._in_a_row
+        return self.in_a_row
 
     @classmethod
     def from_networkx(cls, graph: nx.DiGraph[str]) -> Graph:
@@ -299,13 +282,8 @@ class Graph:
         """The graph as JSON data, in bytes and seconds."""
         nodes = []
         for stage, sources in zip(self.stages, self.reads, strict=True):
-            # One type a column, so that what is read back has the same fingerprint.
-            figures = {
-                key: (float if key.startswith("u") else int)(getattr(stage, attribute))
-                for key, attribute in _KEYS.items()
-            }
             reads = [self.names[source] for source in sources]
-            nodes.append({"name": stage.name, "reads": reads, **figures})
+            nodes.append({"name": stage.name, "reads": reads, **figures_of(stage)})
         entry = {
             "name": self.input_name,
             "w_a": self.input_bytes,
@@ -323,55 +301,29 @@ class Graph:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Graph:
-        """Read `to_json`'s data.
-
-        Raises:
-            WorkloadError: Missing keys, impossible values, a node that reads a later one.
-        """
-        try:
-            return _from_json(data)
-        except WorkloadError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise WorkloadError(
-                f"this is not a graph ({type(error).__name__}: {error}); it needs an input, and "
-                f"nodes with name, reads, {', '.join(_KEYS)}"
-            ) from error
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the graph to a JSON file, with a checksum; it appears whole or not at all."""
-        write_atomically(path, json.dumps(sealed(self.to_json())) + "\n")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Graph:
-        """Read a graph from a JSON file.
-
-        Raises:
-            WorkloadError: The file is missing, is not JSON, holds no graph, or was changed after
-                it was saved.
-        """
-        return cls.from_saved(read_json(path, WorkloadError, WRITES_ONE), repr(str(path)))
-
-    @classmethod
-    def from_saved(cls, data: Any, source: str) -> Graph:
-        """Read a graph from the data of a file, and check that it was not changed.
-
-        Args:
-            data: The data; without a checksum they are somebody's own figures.
-            source: Where they are from, for messages.
-
-        Raises:
-            WorkloadError: They are no graph, or were changed after they were saved.
-        """
-        if not isinstance(data, dict):
-            raise WorkloadError(f"{source} holds {type(data).__name__}, not a graph")
-        if "checksum" in data and (fault := fault_of_seal(data)):
-            raise WorkloadError(f"{source} was changed after it was saved: {fault}; restore it")
-        try:
-            return cls.from_json(data)
-        except WorkloadError as error:
-            raise WorkloadError(f"{source}: {error}") from error
+    def _read(cls, data: Mapping[str, Any]) -> Self:
+        for key, unit in (("size_unit", "bytes"), ("time_unit", "s")):
+            if data.get(key, unit) != unit:
+                raise WorkloadError(f"{key} of a graph is {unit!r}, found {data[key]!r}")
+        entry, nodes = data["input"], data["nodes"]
+        number = {entry["name"]: 0}
+        stages, reads = [], []
+        for i, node in enumerate(nodes, 1):
+            figures: dict[str, Any] = {attribute: node[key] for key, attribute, _ in COLUMNS}
+            stages.append(Stage(name=node["name"], **figures))
+            reads.append(tuple(sorted(_number_of(number, node))))
+            number[node["name"]] = i
+        return cls(
+            stages=tuple(stages),
+            reads=tuple(reads),
+            input_name=entry["name"],
+            input_bytes=entry["w_a"],
+            input_gradient_bytes=entry["w_g"],
+            loss_seconds=data.get("u_loss", 0.0),
+            loss_overhead_bytes=data.get("o_loss", 0),
+            held_bytes=data.get("w_held", 0),
+            name=data.get("name", ""),
+        )
 
 
 def _quoted(name: str) -> str:
@@ -451,31 +403,6 @@ def _named(stage: object, name: str) -> Stage:
     if not isinstance(stage, Stage):
         raise WorkloadError(f"attribute 'stage' of node {name!r} must be a Stage, found {stage!r}")
     return replace(stage, name=name, ledger=None)
-
-
-def _from_json(data: Mapping[str, Any]) -> Graph:
-    for key, unit in (("size_unit", "bytes"), ("time_unit", "s")):
-        if data.get(key, unit) != unit:
-            raise WorkloadError(f"{key} of a graph is {unit!r}, found {data[key]!r}")
-    entry, nodes = data["input"], data["nodes"]
-    number = {entry["name"]: 0}
-    stages, reads = [], []
-    for i, node in enumerate(nodes, 1):
-        figures: dict[str, Any] = {attribute: node[key] for key, attribute in _KEYS.items()}
-        stages.append(Stage(name=node["name"], **figures))
-        reads.append(tuple(sorted(_number_of(number, node))))
-        number[node["name"]] = i
-    return Graph(
-        stages=tuple(stages),
-        reads=tuple(reads),
-        input_name=entry["name"],
-        input_bytes=entry["w_a"],
-        input_gradient_bytes=entry["w_g"],
-        loss_seconds=data.get("u_loss", 0.0),
-        loss_overhead_bytes=data.get("o_loss", 0),
-        held_bytes=data.get("w_held", 0),
-        name=data.get("name", ""),
-    )
 
 
 def _number_of(number: Mapping[str, int], node: Mapping[str, Any]) -> Iterable[int]:

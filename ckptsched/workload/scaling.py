@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, final
@@ -48,31 +48,46 @@ def with_batch(chain: Chain, batch: int) -> Chain:
         batch to run a plan.
     """
     factor = Fraction(batch, batch_of(chain))
-
-    def size(value: int) -> int:
-        return math.ceil(value * factor)
-
-    scaled: dict[int, Stage] = {}
-    for stage in chain.stages:
-        if id(stage) not in scaled:
-            figures: dict[str, Any] = {name: size(getattr(stage, name)) for name in _SIZES}
-            figures |= {name: getattr(stage, name) * float(factor) for name in _SECONDS}
-            tapes = tuple(_scaled(tape, size, float(factor)) for tape in stage.other_tapes)
-            scaled[id(stage)] = replace(stage, ledger=None, other_tapes=tapes, **figures)
-    sizes: dict[str, Any] = {name: size(getattr(chain, name)) for name in _CHAIN_SIZES}
-    return replace(
-        chain,
-        stages=tuple(scaled[id(stage)] for stage in chain.stages),
-        loss_seconds=chain.loss_seconds * float(factor),
-        signature=None,
-        **sizes,
-    )
+    law = _Law(lambda size: math.ceil(size * factor), lambda seconds: seconds * float(factor))
+    scaled = {id(stage): stage for stage in chain.stages}
+    scaled = {key: law.stage(stage, sizes=_SIZES) for key, stage in scaled.items()}
+    return law.chain([scaled[id(stage)] for stage in chain.stages], chain)
 
 
-def _scaled(tape: TapeOption, size: Callable[[int], int], factor: float) -> TapeOption:
-    figures: dict[str, Any] = {name: size(getattr(tape, name)) for name in _TAPE_SIZES}
-    figures |= {name: getattr(tape, name) * factor for name in _SECONDS}
-    return replace(tape, **figures)
+@final
+@dataclass(frozen=True, slots=True)
+class _Law:
+    """How figures of a chain follow from those of one that was made, or of several."""
+
+    count: Callable[..., int]
+    """A number of bytes from the same number of each."""
+    time: Callable[..., float]
+    """Seconds, likewise."""
+
+    def chain(self, stages: Iterable[Stage], *made: Chain) -> Chain:
+        """A chain of the stages, with what else it has."""
+        figures = self._figures(made, _CHAIN_SIZES, ("loss_seconds",))
+        return replace(made[0], stages=tuple(stages), signature=None, **figures)
+
+    def stage(self, *made: Stage, sizes: Sequence[str]) -> Stage:
+        """A stage without exact bytes, whose other sizes are those of the first."""
+        figures = self._figures(made, sizes)
+        least = figures["state_bytes"]
+        figures["tape_bytes"] = max(figures["tape_bytes"], least)
+        tapes = zip(*(stage.other_tapes for stage in made), strict=False)
+        figures["other_tapes"] = tuple(self._tape(least, *options) for options in tapes)
+        return replace(made[0], ledger=None, **figures)
+
+    def _tape(self, least: int, *made: TapeOption) -> TapeOption:
+        figures = self._figures(made, _TAPE_SIZES)
+        return replace(made[0], **figures | {"tape_bytes": max(figures["tape_bytes"], least)})
+
+    def _figures(
+        self, made: Sequence[object], sizes: Sequence[str], seconds: Sequence[str] = _SECONDS
+    ) -> dict[str, Any]:
+        of = {name: [getattr(x, name) for x in made] for name in (*sizes, *seconds)}
+        found: dict[str, Any] = {name: self.count(*of[name]) for name in sizes}
+        return found | {name: self.time(*of[name]) for name in seconds}
 
 
 def with_steps(chain: Chain, steps: int) -> Chain:
@@ -160,45 +175,12 @@ class Line:
         def time(a: float, b: float) -> float:
             return max(0.0, a + (b - a) * float(share))
 
-        sizes: dict[str, Any] = {
-            name: count(getattr(self.first, name), getattr(self.second, name))
-            for name in _CHAIN_SIZES
-        }
-        pairs = zip(self.first.stages, self.second.stages, strict=True)
-        return replace(
-            self.first,
-            stages=tuple(_between(a, b, count, time) for a, b in pairs),
-            loss_seconds=time(self.first.loss_seconds, self.second.loss_seconds),
-            signature=None,
-            **sizes,
+        law, sizes = _Law(count, time), (*_SIZES, "parameter_gradient_bytes")
+        stages = (
+            replace(law.stage(a, b, sizes=sizes), ledger=_ledger_between(a.ledger, b.ledger, count))
+            for a, b in zip(self.first.stages, self.second.stages, strict=True)
         )
-
-
-def _between(
-    a: Stage, b: Stage, count: Callable[[int, int], int], time: Callable[[float, float], float]
-) -> Stage:
-    names = (*_SIZES, "parameter_gradient_bytes")
-    figures: dict[str, Any] = {n: count(getattr(a, n), getattr(b, n)) for n in names}
-    figures["tape_bytes"] = max(figures["tape_bytes"], figures["state_bytes"])
-    figures |= {name: time(getattr(a, name), getattr(b, name)) for name in _SECONDS}
-    figures["other_tapes"] = tuple(
-        _tape_between(x, y, figures["state_bytes"], count, time)
-        for x, y in zip(a.other_tapes, b.other_tapes, strict=False)
-    )
-    return replace(a, ledger=_ledger_between(a.ledger, b.ledger, count), **figures)
-
-
-def _tape_between(
-    a: TapeOption,
-    b: TapeOption,
-    least: int,
-    count: Callable[[int, int], int],
-    time: Callable[[float, float], float],
-) -> TapeOption:
-    figures: dict[str, Any] = {n: count(getattr(a, n), getattr(b, n)) for n in _TAPE_SIZES}
-    figures["tape_bytes"] = max(figures["tape_bytes"], least)
-    figures |= {name: time(getattr(a, name), getattr(b, name)) for name in _SECONDS}
-    return replace(a, **figures)
+        return law.chain(stages, self.first, self.second)
 
 
 def _ledger_between(

@@ -9,6 +9,7 @@ pass goes. A `StageLedger` adds what the simulator needs to charge a stage to th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -20,6 +21,9 @@ _BACKWARD_VARIANTS = 8
 _MOST_BYTES = 2**50
 _MOST_SECONDS = 1e18
 _MOST_OTHER_TAPES = 255  # an option takes a byte of a packed operation
+_TAPE_SIZES = ("tape_bytes", "forward_overhead_bytes", "backward_overhead_bytes")
+_OTHER_SIZES = ("gradient_bytes", "parameter_gradient_bytes")
+_LEDGER_SIZES = ("state_bytes", "tape_bytes", "forward_peak_bytes", "taped_peak_bytes")
 _LEDGER_FLAGS = ("output_is_view", "input_saved", "output_saved", "shares_parameters_partly")
 
 
@@ -288,31 +292,46 @@ def check_time(what: str, value: object) -> None:
 
 def check_stage(what: str, stage: Stage) -> None:
     """Refuse a stage with impossible sizes or times."""
-    check_time(f"the forward of {what}", stage.forward_seconds)
-    check_time(f"the backward of {what}", stage.backward_seconds)
-    for name in (
-        "state_bytes",
-        "tape_bytes",
-        "gradient_bytes",
-        "forward_overhead_bytes",
-        "backward_overhead_bytes",
-        "parameter_gradient_bytes",
-    ):
-        check_size(f"{name} of {what}", getattr(stage, name))
-    if stage.tape_bytes < stage.state_bytes:
-        raise WorkloadError(
-            f"the tape of {what} has {stage.tape_bytes} bytes, fewer than the "
-            f"{stage.state_bytes} of the state that it contains"
-        )
+    _check_figures(what, stage, (*_TAPE_SIZES, "state_bytes", *_OTHER_SIZES))
+    _check_tape(f"the tape of {what}", stage, stage.state_bytes)
     if len(stage.other_tapes) > _MOST_OTHER_TAPES:
         raise WorkloadError(
             f"{what} offers {len(stage.other_tapes)} other tapes; {_MOST_OTHER_TAPES} at most"
         )
     for k, option in enumerate(stage.other_tapes, 1):
-        _check_option(f"tape {k} of {what}", option, stage.state_bytes)
-    check_name(what, stage.name)
+        name = f"tape {k} of {what}"
+        _check_figures(name, option, _TAPE_SIZES)
+        _check_tape(name, option, stage.state_bytes)
     if stage.ledger is not None:
         _check_ledger(f"the ledger of {what}", stage.ledger)
+
+
+def _check_figures(what: str, run: Stage | TapeOption, sizes: Sequence[str]) -> None:
+    check_name(what, run.name)
+    check_time(f"the forward of {what}", run.forward_seconds)
+    check_time(f"the backward of {what}", run.backward_seconds)
+    _check_sizes(what, run, sizes)
+
+
+def _check_tape(what: str, tape: Stage | TapeOption, state_bytes: int) -> None:
+    if tape.tape_bytes < state_bytes:
+        raise WorkloadError(
+            f"{what} has {tape.tape_bytes} bytes, fewer than the {state_bytes} of the state that "
+            "it contains"
+        )
+
+
+def _check_sizes(what: str, holder: object, names: Sequence[str]) -> None:
+    for name in names:
+        check_size(f"{name} of {what}", getattr(holder, name))
+
+
+def _check_flags(what: str, holder: object, names: Sequence[str]) -> None:
+    for name in names:
+        if not isinstance(getattr(holder, name), bool):
+            raise WorkloadError(
+                f"{name} of {what} must be true or false, found {getattr(holder, name)!r}"
+            )
 
 
 def check_name(what: str, name: object) -> None:
@@ -329,22 +348,8 @@ def check_name(what: str, name: object) -> None:
         raise WorkloadError(f"the name of {what} must be a text, found {name!r}")
 
 
-def _check_option(what: str, option: TapeOption, state_bytes: int) -> None:
-    check_name(what, option.name)
-    check_time(f"the forward of {what}", option.forward_seconds)
-    check_time(f"the backward of {what}", option.backward_seconds)
-    for name in ("tape_bytes", "forward_overhead_bytes", "backward_overhead_bytes"):
-        check_size(f"{name} of {what}", getattr(option, name))
-    if option.tape_bytes < state_bytes:
-        raise WorkloadError(
-            f"{what} has {option.tape_bytes} bytes, fewer than the {state_bytes} of the state "
-            "that it contains"
-        )
-
-
 def _check_ledger(what: str, ledger: StageLedger) -> None:
-    for name in ("state_bytes", "tape_bytes", "forward_peak_bytes", "taped_peak_bytes"):
-        check_size(f"{name} of {what}", getattr(ledger, name))
+    _check_sizes(what, ledger, _LEDGER_SIZES)
     found = len(ledger.backward_peak_bytes)
     if found != _BACKWARD_VARIANTS:
         raise WorkloadError(
@@ -352,16 +357,7 @@ def _check_ledger(what: str, ledger: StageLedger) -> None:
         )
     for value in ledger.backward_peak_bytes:
         check_size(f"backward_peak_bytes of {what}", value)
-    for name in _LEDGER_FLAGS:
-        if not isinstance(getattr(ledger, name), bool):
-            raise WorkloadError(
-                f"{name} of {what} must be true or false, found {getattr(ledger, name)!r}"
-            )
+    _check_flags(what, ledger, _LEDGER_FLAGS)
     if ledger.bounds is not None:
-        check_size(f"saved_bytes of {what}", ledger.bounds.saved_bytes)
-        check_size(f"largest_bytes of {what}", ledger.bounds.largest_bytes)
-        check_size(f"used_bytes of {what}", ledger.bounds.used_bytes)
-        if not isinstance(ledger.bounds.varies, bool):
-            raise WorkloadError(
-                f"varies of {what} must be true or false, found {ledger.bounds.varies!r}"
-            )
+        _check_sizes(what, ledger.bounds, ("saved_bytes", "largest_bytes", "used_bytes"))
+        _check_flags(what, ledger.bounds, ("varies",))

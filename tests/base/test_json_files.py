@@ -167,7 +167,7 @@ def test_a_measured_chain_needs_its_checksum(tmp_path: Path) -> None:
         data["w_t"] = [x // 2 for x in data["w_t"]]
 
     change(path, lighten)
-    with pytest.raises(WorkloadError, match=r"changed after it was saved.*profile again"):
+    with pytest.raises(WorkloadError, match=r"changed after it was saved.*make it anew"):
         Chain.load(path)
     # Figures of somebody's own are no model's.
     own = {**mixed_chain().to_json(), "signature": None}

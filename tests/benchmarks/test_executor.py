@@ -11,10 +11,10 @@ from torch import nn
 
 import ckptsched as cs
 from benchmarks.document import Section
-from benchmarks.executor_networks import Network, make
-from benchmarks.executor_peers import Forward, eager_peers, segment_numbers, sequential
-from benchmarks.executor_rows import Options, Ours, Report, Row, Step, measure
-from benchmarks.executor_tables import goals, grid, notes
+from benchmarks.executor.networks import Network, make
+from benchmarks.executor.peers import Forward, eager_peers, segment_numbers, sequential
+from benchmarks.executor.rows import Options, Ours, Report, Row, Step, measure
+from benchmarks.executor.tables import goals, grid, notes
 
 CPU = torch.device("cpu")
 NAMES = ["ode-resnet", "mlp-rk4", "transformer"]

@@ -1,6 +1,6 @@
 """Several processes: DistributedDataParallel and FSDP2 around a model that follows a plan.
 
-Each test starts two processes with torchrun; what they do is in `support/distributed_checks.py` and
+Each test starts two processes with torchrun; what they do is in `support/distributed/checks.py` and
 in the example.
 """
 
@@ -43,7 +43,7 @@ def torchrun(module: str, *arguments: str) -> str:
 @needs_gloo
 @pytest.mark.slow
 def test_two_processes_compute_what_they_would_without_a_plan() -> None:
-    assert "checked 36 cases" in torchrun("tests.support.distributed_checks")
+    assert "checked 36 cases" in torchrun("tests.support.distributed.checks")
 
 
 @needs_gloo

@@ -1,7 +1,7 @@
 """FSDP2 on parts of a model that follows a plan, in one process.
 
 A process by itself is a group, too: FSDP shards, gathers and reduces as it does with many. What
-takes two processes is in `tests/support/fsdp_checks.py`.
+takes two processes is in `tests/support/distributed/fsdp_checks.py`.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def test_live_values_add_up_to_the_peak() -> None:
         ("T1 turn", 1, "state[2] is not available for the loss"),
         ("T1 T2 turn turn", 3, "the forward pass was ended before"),
         ("T1 T2 B2", 2, "the forward pass has not ended: Turn comes first"),
-        ("T1 T2 turn B1", 3, "grad[1] is not stored: stage 2 comes first"),
+        ("T1 T2 turn B1", 3, "grad[1] is not complete: stage 2 comes first"),
         ("T1 T2 turn B2 B2", 4, "stage 2 has had its backward"),
         ("T1 F2 turn B2", 3, "tape[2] is not stored"),
         ("T1 T2 turn B3", 3, "the chain has stages 1 to 2"),
@@ -124,7 +124,7 @@ def test_live_values_add_up_to_the_peak() -> None:
         ("F1 -x2", 1, "state[2] is not stored"),
         ("F1 -x1 -x1", 2, "state[1] is not stored"),
         ("-x3", 0, "the chain has stages 1 to 2"),
-        ("F1 -x0", 1, "the input is needed until Backward(1)"),
+        ("F1 -x0", 1, "the input is needed until B1"),
         (
             "T1 T2 turn g2:device>host B2 -g1 T2 g2:host>device B2 -g2@host B1 -x0",
             8,

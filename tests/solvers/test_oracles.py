@@ -12,9 +12,9 @@ from checkpoint_schedules import EndReverse, Forward, MultistageCheckpointSchedu
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from benchmarks import chains as made
-from benchmarks.peers import PEERS
-from benchmarks.rotor import Rotor
+from benchmarks.planner import chains as made
+from benchmarks.planner.peers import PEERS
+from benchmarks.planner.rotor import Rotor
 from ckptsched.base.errors import InfeasibleBudgetError
 from ckptsched.fitting.planning import plan
 from ckptsched.planner.plan import Plan

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, final
 
 from ...base.errors import InfeasibleBudgetError, WorkloadError
@@ -77,16 +77,7 @@ def merge(graph: Graph) -> MergedChain:
     """Merge the nodes between cuts."""
     ends = cuts(graph)
     stages = tuple(_merged(graph, a, b) for a, b in itertools.pairwise(ends))
-    chain = Chain(
-        stages=stages,
-        input_bytes=graph.input_bytes,
-        input_gradient_bytes=graph.input_gradient_bytes,
-        loss_seconds=graph.loss_seconds,
-        loss_overhead_bytes=graph.loss_overhead_bytes,
-        held_bytes=graph.held_bytes,
-        name=graph.name,
-    )
-    return MergedChain(graph, tuple(ends), chain)
+    return MergedChain(graph, tuple(ends), replace(graph.in_a_row, stages=stages))
 
 
 def _merged(graph: Graph, a: int, b: int) -> Stage:

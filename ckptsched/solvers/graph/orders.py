@@ -7,7 +7,7 @@ Where branches lie side by side another order may need fewer bytes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -27,26 +27,25 @@ class Reordered:
 
     def to_old(self, operations: Iterable[Operation]) -> Iterator[Operation]:
         """Runs with the numbers that the nodes had."""
-        for operation in operations:
-            match operation:
-                case Forward(i, tape):
-                    yield Forward(self.order[i], tape=tape)
-                case Backward(i):
-                    yield Backward(self.order[i])
-                case _:
-                    yield operation
+        return _renumbered(operations, self.order)
 
     def to_new(self, operations: Iterable[Operation]) -> Iterator[Operation]:
         """Runs with the new numbers."""
         number = {old: new for new, old in enumerate(self.order)}
-        for operation in operations:
-            match operation:
-                case Forward(i, tape):
-                    yield Forward(number[i], tape=tape)
-                case Backward(i):
-                    yield Backward(number[i])
-                case _:
-                    yield operation
+        return _renumbered(operations, number)
+
+
+def _renumbered(
+    operations: Iterable[Operation], number: Sequence[int] | Mapping[int, int]
+) -> Iterator[Operation]:
+    for operation in operations:
+        match operation:
+            case Forward(i, tape):
+                yield Forward(number[i], tape=tape)
+            case Backward(i):
+                yield Backward(number[i])
+            case _:
+                yield operation
 
 
 def reordered(graph: Graph, order: tuple[int, ...]) -> Reordered:

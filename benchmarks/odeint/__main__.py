@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from benchmarks.budgets import machine
-from benchmarks.document import Section
-from benchmarks.odeint_rows import (
+from benchmarks.document import Goal, Section, to_markdown
+from benchmarks.odeint.rows import (
     ADAPTIVE,
     FIXED,
     budgets_kept,
@@ -34,11 +34,9 @@ from benchmarks.odeint_rows import (
     long_solve,
     times,
 )
-from benchmarks.planner_goals import Goal
-from benchmarks.planner_tables import to_markdown
 from ckptsched.base.text_table import Grid
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 _TIMED = ("euler", "rk4", "dopri5 adaptive")
 _VERDICTS = {True: "**met**", False: "**not met**", None: "not run"}
 _EXACT = 1e-12  # relative difference of gradients that the goals allow
@@ -47,7 +45,9 @@ _TOLERANCE = 1.03  # of times, which are noisy
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.odeint", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way that is timed")
     parser.add_argument("--steps", type=int, default=10_000, help="of the long solve")
     parser.add_argument("--document", action="store_true", help="also write docs/measured.md")

@@ -1,6 +1,6 @@
 """What two processes check of FSDP2, on a whole model and block by block.
 
-`tests/support/distributed_checks.py` calls this in processes that torchrun has started.
+`tests/support/distributed/checks.py` calls this in processes that torchrun has started.
 """
 
 from __future__ import annotations

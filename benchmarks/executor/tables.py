@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from benchmarks.executor_rows import TOLERANCE, Ours, Report, Row
-from benchmarks.planner_goals import Goal
+from benchmarks.document import Goal
+from benchmarks.executor.rows import TOLERANCE, Ours, Report, Row
 from ckptsched.base.text_table import Grid
 
 _BY_OPERATION = ("partitioner", "inductor")

@@ -15,10 +15,10 @@ from typing import Any, final
 
 import numpy as np
 
-from benchmarks import chains
-from benchmarks.peers import PEERS, Peer
-from benchmarks.planner_rows import Comparison, Findings, Quality, Row, judge, judge_plan
-from benchmarks.rotor import SLOTS, Rotor
+from benchmarks.planner import chains
+from benchmarks.planner.peers import PEERS, Peer
+from benchmarks.planner.rotor import SLOTS, Rotor
+from benchmarks.planner.rows import Comparison, Findings, Quality, Row, judge, judge_plan
 from benchmarks.timing import Timing, measure
 from ckptsched.base import jit
 from ckptsched.base.errors import InfeasibleBudgetError
@@ -33,7 +33,7 @@ from ckptsched.solvers.chain.sizes import chain_sizes
 from ckptsched.solvers.chain.tables import Table
 from ckptsched.workload.chain import Chain
 
-INSTANCES = Path(__file__).resolve().parent / "instances"
+INSTANCES = Path(__file__).resolve().parents[1] / "instances"
 LONG_INSTANCE = "ode_L8_Nt1000"
 AUTO = 'plan(solver="auto")'
 OPERATIONS = "revolve, operations only"
@@ -392,7 +392,7 @@ def _frontier_row(chain: Chain, method: str, timing: Timing) -> Row:
 
 _COMPILE = """
 import time
-from benchmarks.planner_parts import warm_up
+from benchmarks.planner.parts import warm_up
 start = time.perf_counter()
 warm_up()
 first = time.perf_counter() - start

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from benchmarks.executor_networks import Network
+from benchmarks.executor.networks import Network
 from ckptsched.ode import ODEBlock
 
 Forward = Callable[[Any], Any]

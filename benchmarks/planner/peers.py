@@ -2,7 +2,7 @@
 
 Each takes n equal steps and s slots of memory, the input counted among them. A plan's actions are
 one thing (that is what is timed), the schedule that they stand for another: `schedule` reads them
-in the way that needs least memory (`benchmarks.runs`), so that peak and seconds come from the one
+in the way that needs least memory (`planner.runs`), so that peak and seconds come from the one
 simulator that judges ours. Packages are imported when a peer is asked, and may be missing.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, final
 
-from benchmarks.runs import Runs
+from benchmarks.planner.runs import Runs
 from ckptsched.schedule.language import Schedule
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from benchmarks.runs import Runs
+from benchmarks.planner.runs import Runs
 from ckptsched.base.errors import CkptschedError
 from ckptsched.schedule.language import Schedule
 from ckptsched.workload.chain import Chain

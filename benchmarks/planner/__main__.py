@@ -6,8 +6,8 @@ From the root of the repository:
     python -m benchmarks.planner --instances gpt96     # ours and rotor on one instance
     python -m benchmarks.planner --uniform --quick     # short uniform chains only
 
-Peers are checkpoint-schedules, pyrevolve (`benchmarks.peers`) and the published rotor recurrence
-(`benchmarks.rotor`). Every plan, whoever made it, is judged by the one simulator in exact bytes.
+Peers are checkpoint-schedules, pyrevolve (`planner.peers`) and the published rotor recurrence
+(`planner.rotor`). Every plan, whoever made it, is judged by the one simulator in exact bytes.
 A peer's exact peak is the budget of ours beside it. Seconds are medians of three runs, of a single
 one where it takes more than a minute; each measurement runs in a process of its own, with kernels
 compiled before. Prints tables and which goals are met; writes `results/planner-<date>.json`.
@@ -26,9 +26,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.document import Section
-from benchmarks.planner_goals import Goal, goals
-from benchmarks.planner_parts import (
+from benchmarks.document import Goal, Section, to_markdown
+from benchmarks.planner.goals import goals
+from benchmarks.planner.parts import (
     LONG_INSTANCE,
     Options,
     compile_seconds,
@@ -38,10 +38,10 @@ from benchmarks.planner_parts import (
     seeded_part,
     uniform_part,
 )
-from benchmarks.planner_rows import Findings
-from benchmarks.planner_tables import comparisons_to_json, grids, line, to_markdown
+from benchmarks.planner.rows import Findings
+from benchmarks.planner.tables import comparisons_to_json, grids, line
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 _PACKAGES = ("numpy", "numba", "checkpoint-schedules", "pyrevolve")
 
 
@@ -78,7 +78,10 @@ def run(names: Sequence[str], args: argparse.Namespace, options: Options) -> Ite
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the parts named, or all."""
     known = [*references(), LONG_INSTANCE]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.planner",
+        description=__doc__.splitlines()[0] if __doc__ else None,
+    )
     parser.add_argument("--uniform", action="store_true", help="uniform chains, all peers")
     parser.add_argument("--instances", nargs="*", choices=known, help="all if none is named")
     parser.add_argument("--seeded", action="store_true", help="seeded chains, quality only")

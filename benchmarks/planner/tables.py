@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.planner_goals import row_gap
-from benchmarks.planner_parts import AUTO, ROTOR
-from benchmarks.planner_rows import Comparison, Findings, Row
+from benchmarks.planner.goals import row_gap
+from benchmarks.planner.parts import AUTO, ROTOR
+from benchmarks.planner.rows import Comparison, Findings, Row
 from ckptsched.base.text_table import Grid
 
 
@@ -248,14 +248,3 @@ def comparisons_to_json(comparisons: Sequence[Comparison]) -> list[dict[str, Any
             }
         )
     return found
-
-
-def to_markdown(grid: Grid) -> str:
-    """A table for `docs/measured.md`, below its title."""
-    headings = [heading.replace("\n", " ") for heading in grid.headings]
-    lines = [f"### {grid.title}", "", _markdown(headings), _markdown(["---"] * len(headings))]
-    return "\n".join([*lines, *(_markdown(row) for row in grid.rows)])
-
-
-def _markdown(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -8,7 +8,7 @@ From the root of the repository:
     python -m benchmarks.executor --show A.json B.json --document   # of runs one network each
 
 Peers: plain autograd; torch.utils.checkpoint per block, per step, in segments and recursively;
-ANODE; torch.compile's `activation_memory_budget` (`benchmarks.executor_peers`). The measured peak
+ANODE; torch.compile's `activation_memory_budget` (`benchmarks.executor.peers`). The measured peak
 of each is the budget of a plan of ours, and both are timed in turn, on one thread. Steps are
 forward, loss and backward; seconds are the least of all turns. Each network has a process of its
 own. Prints tables and which goals are met; writes `results/executor-<date>.json`.
@@ -29,20 +29,21 @@ from typing import Any
 import torch
 
 from benchmarks.budgets import machine
-from benchmarks.document import Section
-from benchmarks.executor_networks import NETWORKS
-from benchmarks.executor_rows import Options, Report, measure
-from benchmarks.executor_tables import goals, grid, notes
-from benchmarks.planner_goals import Goal
-from benchmarks.planner_tables import to_markdown
+from benchmarks.document import Goal, Section, to_markdown
+from benchmarks.executor.networks import NETWORKS
+from benchmarks.executor.rows import Options, Report, measure
+from benchmarks.executor.tables import goals, grid, notes
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 _VERDICTS = {True: "**met**", False: "**not met**", None: "not run"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the networks named, or all."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.executor",
+        description=__doc__.splitlines()[0] if __doc__ else None,
+    )
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--rounds", type=int, help="turns of each method; 2 where quick, else 5")
     parser.add_argument("--device", default="cpu")

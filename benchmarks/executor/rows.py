@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from benchmarks.executor_networks import Network, make
-from benchmarks.executor_peers import (
+from benchmarks.executor.networks import Network, make
+from benchmarks.executor.peers import (
     Forward,
     Peer,
     compiled_peers,

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ckptsched as cs
 from ckptsched.memory.meters import default_meter
-from tests.support.fsdp_checks import check_fsdp
+from tests.support.distributed.fsdp_checks import check_fsdp
 from tests.support.networks import ode_net
 
 Events = list[tuple[Any, ...]]

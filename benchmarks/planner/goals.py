@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import final
 
-from benchmarks.peers import PEERS
-from benchmarks.planner_parts import (
+from benchmarks.document import Goal
+from benchmarks.planner.parts import (
     AUTO,
     FRONTIER,
     LENGTHS,
@@ -16,31 +14,14 @@ from benchmarks.planner_parts import (
     OPERATIONS,
     TABLE,
 )
-from benchmarks.planner_rows import Findings, Row
+from benchmarks.planner.peers import PEERS
+from benchmarks.planner.rows import Findings, Row
 
 _FRONTIER_LIMITS = {"random_n100_s0": 0.03, "random_n200_s0": 0.3, "random_n500_s0": 4.0}
 _LONG_LIMITS = {AUTO: 5.0, FRONTIER: 20.0}
 _GAPS = {LONG_INSTANCE: 0.03}
 _GAP = 0.01
 _MEMORY = 2 * 10**9
-
-
-@final
-@dataclass(frozen=True)
-class Goal:
-    """A goal, and whether the rows show that it was met."""
-
-    what: str
-    """The goal."""
-    met: bool | None
-    """None where nothing of it was run."""
-    shown_by: str
-    """The figures that say so."""
-
-    def __str__(self) -> str:
-        """One line."""
-        verdict = {True: "met", False: "NOT MET", None: "not run"}[self.met]
-        return f"{verdict:8} {self.what}: {self.shown_by}"
 
 
 def goals(found: Findings) -> list[Goal]:

@@ -1,22 +1,20 @@
-"""The rules and bytes of schedules on a graph; `simulator.simulate` takes graphs to here.
+"""The rules and bytes of schedules on a graph, an operation at a time: those of `docs/graphs.md`.
 
-On a path they are the planning model of the chain (`simulator`), word for word. What a graph
-adds: a node may read several states, each of which its tape pins, and a state may be read by
-several nodes, whose backwards add up its gradient.
+Written apart from the simulator's pass, which is compared with it: on graphs, and on chains as
+the paths that they are.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import final
 
 import numpy as np
 
-from ..base.budget import Link, Tier
-from ..base.errors import InvalidScheduleError
-from ..schedule.language import (
+from ckptsched.base.budget import Link, Tier
+from ckptsched.base.errors import InvalidScheduleError
+from ckptsched.schedule.language import (
     Backward,
     Code,
     Copy,
@@ -28,8 +26,8 @@ from ..schedule.language import (
     Turn,
     Value,
 )
-from ..schedule.trace import Live, Trace
-from ..workload.graph import Graph
+from ckptsched.schedule.trace import Live, Trace
+from ckptsched.workload.graph import Graph
 
 Links = Mapping[tuple[Tier, Tier], Link]
 
@@ -42,9 +40,6 @@ def simulate_graph(graph: Graph, schedule: Schedule, links: Links | None = None)
         schedule: The schedule, with the graph's numbers.
         links: Speed of copies between tiers; a copy without a link costs no time.
 
-    Returns:
-        Peak, seconds, counts, and what is live at the peak, by names of nodes.
-
     Raises:
         InvalidScheduleError: With the first operation that breaks a rule, and the rule.
     """
@@ -53,8 +48,10 @@ def simulate_graph(graph: Graph, schedule: Schedule, links: Links | None = None)
     run.check_end()
     position = int(timeline.argmax())
     peak = int(timeline[position])
+    at_peak = _Run(graph, schedule, links or {})
+    at_peak.run(position)
     return Trace(
-        seconds=math.fsum(run.times),  # exactly rounded: the order of operations is no matter
+        seconds=math.fsum(run.times),
         peak_bytes=peak,
         planning_peak_bytes=peak,
         ledger_peak_bytes=None,
@@ -64,17 +61,8 @@ def simulate_graph(graph: Graph, schedule: Schedule, links: Links | None = None)
         peak_position=position,
         peak_operation=graph.operation_text(schedule[position]),
         timeline=timeline,
-        find_live=functools.partial(_live_at, graph, schedule, links or {}, position, peak),
+        find_live=lambda: at_peak.live(peak),
     )
-
-
-def _live_at(
-    graph: Graph, schedule: Schedule, links: Links, position: int, peak: int
-) -> tuple[Live, ...]:
-    """What is live when an operation runs."""
-    run = _Run(graph, schedule, links)
-    run.run(position)
-    return run.live(peak)
 
 
 @final
@@ -125,10 +113,11 @@ class _Run:
 
     def forward(self, i: int, taped: bool, option: int) -> int:
         self.check_number(i, least=1)
-        self.require(not option, f"node {self.graph.names[i]!r} has one tape, option 0")
         kind = Kind.TAPE if taped else Kind.STATE
         self.need_sources(i)
         self.require(not self.stored[kind][i], f"{self.called(kind, i)} is already stored")
+        offered = f"offers no tape {option}, the last is 0"
+        self.require(not option, f"node {self.graph.names[i]!r} {offered}")
         self.stored[kind][i] = 1
         if taped:
             self.hold(i)
@@ -271,7 +260,7 @@ class _Run:
         self.require(self.turned, "the forward pass has not ended: Turn comes first")
         self.require(not self.done[i], f"node {names[i]!r} has had its backward")
         for v in self.graph.readers[i]:
-            later = f"{self.called(Kind.GRAD, i)} is not complete: {names[v]!r} comes first"
+            later = f"{self.called(Kind.GRAD, i)} is not complete: node {names[v]!r} comes first"
             self.require(self.done[v], later)
         for kind in (Kind.GRAD, Kind.TAPE):
             self.require(self.stored[kind][i], f"{self.called(kind, i)} is not stored")

@@ -1,0 +1,1 @@
+"""Steps of real networks under plans, beside what else recomputes."""

@@ -1,0 +1,1 @@
+"""Solves of `odeint`, beside torchdiffeq and diffrax."""

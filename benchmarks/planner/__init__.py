@@ -1,0 +1,1 @@
+"""Plans and planning time, beside published planners."""
