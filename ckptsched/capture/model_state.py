@@ -10,18 +10,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from operator import is_
 from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
 
+from ..base.errors import ProfileError
 from ..tensors.comparison import same_values
 from ..tensors.pytree import storages
 from ..tensors.wrapper_tensors import cannot_be_followed, dense_parts
 from ..torch_state.foreign_generators import ForeignGenerators
 from ..torch_state.replay_context import RandomState
+from .copied_before_writes import storage_of, sum_of_bits, told_of_writes
 from .inspection import Inspection
 
 _PARAMETER, _BUFFER, _ATTRIBUTE = "parameter", "buffer", "tensor"
@@ -46,6 +48,11 @@ class _Noted:
         self.data = _own(tensor)
         self.value = _copy(self.data) if copied else None
         self.version = _version(tensor)
+
+    def keep(self) -> None:
+        """Copy the values, if they are not copied yet."""
+        if self.value is None:
+            self.value = _copy(self.data)
 
     def is_changed(self) -> bool:
         """Whether it was written to, if only the same values; code that goes by `.data` is seen."""
@@ -124,6 +131,7 @@ class ModelState:
         *,
         whole: ModelState | None = None,
         copied: bool = True,
+        lazily: bool = False,
     ) -> None:
         """Note everything.
 
@@ -134,7 +142,11 @@ class ModelState:
             whole: For a part: the state of the whole model, which has names for what is in the
                 part.
             copied: Whether to copy the values of tensors, so that they can be put back.
+            lazily: Whether to copy only those that `keep` is told of, before they change.
         """
+        self._lazily = lazily
+        self._homes: dict[int, list[_Noted]] = {}
+        self._sums: dict[int, int] = {}
         self._inside = None if whole is None else {id(module) for module in modules}
         self._copied = copied
         self._tensors: dict[int, _Noted] = {}
@@ -168,7 +180,7 @@ class ModelState:
     def _note(self, value: Any, kind: str, path: str, origin: str) -> None:
         if isinstance(value, Tensor):
             if id(value) not in self._tensors:
-                self._tensors[id(value)] = _Noted(value, kind, path, copied=self._copied)
+                self._note_tensor(value, kind, path)
         elif isinstance(value, nn.Module):
             if self._inside is None:
                 self._note_module(value, self.paths.get(id(value), path))
@@ -181,6 +193,15 @@ class ModelState:
                 for name, part in own.items():
                     if isinstance(part, (Tensor, *_CONTAINERS)):
                         self._note(part, kind, _joined(path, name), "")
+
+    def _note_tensor(self, tensor: Tensor, kind: str, path: str) -> None:
+        home = storage_of(tensor) if self._lazily and not tensor.is_meta else None
+        noted = _Noted(tensor, kind, path, copied=self._copied and home is None)
+        self._tensors[id(tensor)] = noted
+        if home is not None:
+            self._homes.setdefault(home, []).append(noted)
+            if home not in self._sums:
+                self._sums[home] = sum_of_bits(noted.data)
 
     def _note_container(self, value: Any, kind: str, path: str, origin: str) -> None:
         if id(value) in self._held:
@@ -197,7 +218,24 @@ class ModelState:
         for leaf in leaves:
             self._tensors.setdefault(id(leaf), _Noted(leaf, _ATTRIBUTE, "", copied=False))
 
+    def keep(self, tensor: Tensor) -> None:
+        """Copy what lies where a tensor does, which is about to be written to.
+
+        Args:
+            tensor: Any; nothing happens if its storage is none of the model's.
+        """
+        for noted in self._homes.get(storage_of(tensor) or 0, ()):
+            noted.keep()
+
     # -- comparing
+
+    def lost(self) -> str:
+        """The first tensor that has changed and was not copied before, in words; empty for none."""
+        for home, there in self._homes.items():
+            missing = [noted for noted in there if noted.value is None]
+            if missing and sum_of_bits(missing[0].data) != self._sums[home]:
+                return f"{missing[0].kind} {missing[0].path!r}"
+        return ""
 
     def written(self) -> str:
         """The first parameter or plain tensor that was written to, in words; empty for none.
@@ -327,7 +365,11 @@ def _refill(now: Any, before: Any) -> None:
 
 @contextmanager
 def left_as_it_was(
-    inspection: Inspection, random: RandomState, leaves: Iterable[Tensor] = ()
+    inspection: Inspection,
+    random: RandomState,
+    leaves: Iterable[Tensor] = (),
+    *,
+    lazily: bool = False,
 ) -> Iterator[tuple[ModelState, Callable[[], None]]]:
     """Restore a model and the random state at the end of a `with` block, however it ends.
 
@@ -335,11 +377,16 @@ def left_as_it_was(
         inspection: The model.
         random: The random state, as it is.
         leaves: Further tensors whose gradients are put back.
+        lazily: Whether to copy tensors only as something writes to them, so that a model takes no
+            bytes besides; a mode looks on for that.
 
     Yields:
         The state, and what puts everything back already in between.
+
+    Raises:
+        ProfileError: A tensor has changed without a trace, and was not copied.
     """
-    state = ModelState(inspection.modules, inspection.paths)
+    state = ModelState(inspection.modules, inspection.paths, lazily=lazily)
     foreign, is_back = ForeignGenerators.of(inspection.modules), False
     state.note_gradients(leaves)
 
@@ -353,9 +400,17 @@ def left_as_it_was(
 
     try:
         try:
-            yield state, put_back
+            with told_of_writes(state.keep) if lazily else nullcontext():
+                yield state, put_back
         finally:
             put_back()
     finally:
         if not is_back:  # Ctrl-C came in the middle
             put_back()
+    lost = state.lost()
+    if lost:
+        raise ProfileError(
+            f"{lost} was written to in a way that torch cannot see, from outside of torch or from "
+            "another thread, so that it could not be put back; let the model's forward change "
+            "nothing but buffers"
+        )

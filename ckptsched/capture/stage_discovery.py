@@ -83,6 +83,17 @@ class StageCall(abc.ABC):
         stage lives.
         """
 
+    def likeness(self) -> Hashable:
+        """Equal for stages that do the same with tensors of their own: they are measured once.
+
+        Unlike equal keys, it does not merge their parameters. It is asked for while the stage is
+        measured.
+
+        Returns:
+            None where it cannot be told.
+        """
+        return None
+
     @property
     def name(self) -> str:
         """Path in the whole model, such as "2.step[7]"."""

@@ -9,7 +9,7 @@ from typing import Any, final
 
 from ..base.errors import PlanMismatchError, ProfileError
 from ..capture.inspection import Inspection
-from ..capture.recording.stages import Captured, capture
+from ..capture.recording.stages import Captured, capture_as_before
 from ..planner.plan import Plan
 from ..recompute.fsdp import call_as_forward, is_sharded
 from ..tensors.pytree import State
@@ -119,7 +119,7 @@ class RecordedCalls:
         signature = self.plan.chain.signature
         assert signature is not None
         try:
-            captured = capture(self.inspection, inputs, signature.cuts)
+            captured = capture_as_before(self.inspection, inputs, signature.cuts)
         except ProfileError as error:
             raise PlanMismatchError(
                 f"the plan is for a recording of the model, and on this call it cannot be made: "

@@ -21,7 +21,7 @@ from ..base.errors import BudgetWarning, ExecutionError, PlanMismatchError, Prof
 from ..capture.inspection import Inspection
 from ..capture.recording.opening import Opened, is_one_stage
 from ..capture.recording.recording import Layout, described, layouts_of
-from ..capture.recording.stages import Captured, capture
+from ..capture.recording.stages import Captured, capture_as_before
 from ..capture.wrappers import InPlace, PlainForward, in_place
 from ..executor.checkpointed import Calls
 from ..executor.prepared_plan import PreparedPlan
@@ -29,6 +29,7 @@ from ..executor.recorded import RecordedCalls
 from ..executor.step.outer_graph import PlannedCalls
 from ..planner.plan import Plan
 from ..planner.planner import certified_again
+from ..profiler.alike.twins import Alike
 from ..profiler.profile import measure_opened, open_for_measuring
 from ..profiler.stage_kind import Loss
 from ..recompute.fsdp import is_sharded
@@ -38,7 +39,7 @@ from ..torch_state.locks import LendingLock
 from ..torch_state.replay_context import ContextFn, contexts
 from ..torch_state.torch_modes import outside_of_compiled_code
 from ..workload.chain import Chain
-from .planning import plan_measured
+from .planning import plan_opened
 
 _LOG = logging.getLogger("ckptsched")
 
@@ -215,10 +216,15 @@ class Fitted(InPlace):
         opened = open_for_measuring(inspection, args, kwargs, options.loss, options.capture)
         if opened.captured is None and is_one_stage(inspection):
             inspection = Inspection.of(PlainForward(self))
-        chain = self._measure(opened, inspection, args, kwargs)
-        plan = plan_measured(chain, self._budget(), solver=options.solver)
-        if opened.captured is not None:
-            return self._recorded(plan, opened.captured, inspection)
+        alike = Alike(outlives=True)
+        plan, captured = plan_opened(
+            opened,
+            lambda way: self._measure(way, inspection, args, kwargs, alike=alike),
+            self._budget(),
+            solver=options.solver,
+        )
+        if captured is not None:
+            return self._recorded(plan, captured, inspection)
         prepared = PreparedPlan(inspection, plan, "glance", options.context_fn)
         return PlannedCalls(prepared, before=self.before)
 
@@ -238,7 +244,7 @@ class Fitted(InPlace):
             assert isinstance(calls, RecordedCalls)
             assert isinstance(chain, Chain)
             try:
-                again = capture(calls.inspection, inputs, captured.cuts)
+                again = capture_as_before(calls.inspection, inputs, captured.cuts)
                 weighed = self._measure(Opened(again), calls.inspection, args, kwargs, chain)
             except ProfileError:  # it goes another way
                 continue
@@ -255,16 +261,19 @@ class Fitted(InPlace):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         like: Chain | None = None,
+        alike: Alike | None = None,
     ) -> Chain:
         """Measure the model on a call, with the user's loss if that takes its output."""
         loss = self._options.loss
         try:
-            return measure_opened(opened, inspection, args, kwargs, loss, like=like)
+            return measure_opened(
+                opened, inspection, args, kwargs, loss, like=like, alike=alike
+            )
         except Exception:
             if loss is None or not self._plans:
                 raise
         # It may have targets for the first batch alone: bytes as for a cross-entropy then.
-        return measure_opened(opened, inspection, args, kwargs, like=like)
+        return measure_opened(opened, inspection, args, kwargs, like=like, alike=alike)
 
     def _recorded(self, plan: Plan, captured: Captured, inspection: Inspection) -> Calls:
         context_fn = self._options.context_fn

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Unpack
 
 from ..base.budget import Budget, parse_budget
-from ..base.errors import InfeasibleBudgetError, WorkloadError
+from ..base.errors import InfeasibleBudgetError, ProfileError, WorkloadError
+from ..capture.inspection import inspect_model
+from ..capture.recording.opening import Opened
+from ..capture.recording.stages import Captured
 from ..planner import TIME_LIMIT
 from ..planner.plan import Plan, Workload
 from ..planner.planner import PlanOptions, plan_one
-from ..profiler.profile import profile
+from ..profiler.alike.twins import Alike
+from ..profiler.profile import measure_opened, open_for_measuring, profile
 from ..workload.chain import Chain
 from ..workload.graph import Graph
 
@@ -59,10 +64,68 @@ def plan(
         ProfileError: The model cannot be measured.
     """
     parse_budget(budget)  # before the model is measured, which takes a while
-    chain = chain_of(workload, sample, kwargs, capture)
-    return plan_measured(
-        chain, budget, solver=solver, time_limit=time_limit, cache=cache, progress=progress
-    )
+    options: PlanOptions = {"solver": solver, "time_limit": time_limit, "cache": cache}
+    if isinstance(workload, Chain | Graph) or capture is False:
+        chain = chain_of(workload, sample, kwargs, capture)
+        return plan_measured(chain, budget, progress=progress, **options)
+    inspection, alike = inspect_model(workload, "plan", ProfileError), Alike(outlives=True)
+    opened = open_for_measuring(inspection, sample, kwargs, None, capture)
+
+    def measured(way: Opened) -> Chain:
+        return measure_opened(way, inspection, sample, kwargs, progress=progress, alike=alike)
+
+    return plan_opened(opened, measured, budget, progress=progress, **options)[0]
+
+
+def plan_opened(
+    opened: Opened,
+    measured: Callable[[Opened], Chain],
+    budget: int | float | str | Budget,
+    *,
+    progress: bool | None = None,
+    **options: Unpack[PlanOptions],
+) -> tuple[Plan, Captured | None]:
+    """Plan a model in each way to cut it, and take the plan that costs the least time.
+
+    Args:
+        opened: The model.
+        measured: Measures it in one of the ways.
+        budget: As `plan` takes it; a share is one of the first way that fits.
+        progress: As in `plan`.
+        options: Of `plan`: solver, time_limit, cache.
+
+    Returns:
+        The plan, and the recording that it is for, if it is for one.
+
+    Raises:
+        InfeasibleBudgetError: In no way anything fits.
+    """
+    found: list[tuple[Plan, Captured | None]] = []
+    failure: InfeasibleBudgetError | None = None
+    for way in (opened, *[Opened(other) for other in opened.others]):
+        asked = found[0][0].budget_bytes if found else budget
+        try:
+            plan = plan_measured(measured(way), asked, progress=progress, **options)
+        except InfeasibleBudgetError as error:
+            failure = _least(failure, error)
+        else:
+            found.append((plan, way.captured))
+    if not found:
+        assert failure is not None
+        raise failure
+    # Seconds of chains that were timed one after the other differ more than their shares.
+    plan, captured = min(found, key=lambda pair: pair[0].overhead)
+    return replace(plan, budget_text=found[0][0].budget_text), captured
+
+
+def _least(
+    one: InfeasibleBudgetError | None, other: InfeasibleBudgetError
+) -> InfeasibleBudgetError:
+    """The one that names the lower least budget."""
+    if one is None or one.least_budget_bytes is None:
+        return other
+    least = other.least_budget_bytes
+    return other if least is not None and least < one.least_budget_bytes else one
 
 
 def plan_measured(

@@ -5,7 +5,7 @@ Stages that repeat, such as the steps of an ODE block, are measured once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -29,6 +29,7 @@ from ..torch_state.locks import Locked
 from ..torch_state.replay_context import Autocast, Generators, OneWay, RandomState, Recomputing
 from ..torch_state.surroundings import Ambient
 from ..workload.chain import Chain
+from .alike.twins import Alike
 from .chain_builder import assemble
 from .meta_estimate import estimate
 from .refusals import call_of, refuse_unmeasurable
@@ -190,6 +191,7 @@ def measure_opened(
     *,
     progress: bool | None = None,
     like: Chain | None = None,
+    alike: Alike | None = None,
 ) -> Chain:
     """Measure a model by its recording, if it has one; arguments and errors as of `measure`."""
     captured = opened.captured
@@ -201,7 +203,12 @@ def measure_opened(
     tensors = State.of((sample, dict(kwargs or {})), opaque=True).leaves
     of_tensors = loss_of_tensors(captured, loss)
     recorded = Inspection.of(captured)
-    return measure(recorded, (tensors,), None, of_tensors, meter, progress=progress, like=like)
+    return measure(
+        *(recorded, (tensors,), None, of_tensors, meter),
+        progress=progress,
+        like=like,
+        alike=alike,
+    )
 
 
 def measure(
@@ -214,6 +221,7 @@ def measure(
     progress: bool | None = None,
     fake: bool = False,
     like: Chain | None = None,
+    alike: Alike | None = None,
 ) -> Chain:
     """Measure a model that has been looked at; arguments and errors are those of `profile`.
 
@@ -226,6 +234,7 @@ def measure(
         progress: Whether to show a progress bar.
         fake: Whether to estimate instead.
         like: A chain of as many stages whose seconds are taken; bytes alone are measured then.
+        alike: What was found out about stages of other chains, and takes what is found out here.
     """
     _refuse_loss(loss)
     take_out_what_was_left()
@@ -235,7 +244,7 @@ def measure(
         with Recomputing():
             return estimate(inspection, inputs, given, loss or default_loss)
     meter = meter or default_meter(inputs.leaves[0].device, own_thread=True)
-    return _measured(inspection, inputs, given, loss, meter, progress, like)
+    return _measured(inspection, inputs, given, loss, meter, alike or Alike(), progress, like)
 
 
 def _measured(
@@ -244,6 +253,7 @@ def _measured(
     given: State,
     loss: Loss | None,
     meter: Meter,
+    alike: Alike,
     progress: bool | None,
     like: Chain | None,
 ) -> Chain:
@@ -261,12 +271,14 @@ def _measured(
         extras = Extras.of(
             given.replaced(make_alias(t) if t.requires_grad else t.detach() for t in given.leaves)
         )
-        survey, ending, lost = _surveyed(inspection, inputs, extras, state, loss, meter)
+        survey, ending, lost = _surveyed(inspection, inputs, extras, state, loss, meter, alike)
         facts = survey.facts()
         kinds = survey_backward(survey.order, lost.gradients)
         among = Ambient.take(device).costly_modes()
         timed = like is None
-        seconds, spread = _weigh_and_time(kinds, lambda: go_back(*ending), meter, progress, timed)
+        seconds, spread = _weigh_and_time(
+            kinds, lambda: go_back(*ending), meter, alike, progress, timed
+        )
         left = [kind.count * bytes_left_for_good(kind, meter) for kind in kinds] if among else []
         state.note_unfit(state, "a stage that has run several times")
         lost = replace(lost, seconds=seconds)
@@ -379,11 +391,12 @@ def _surveyed(
     state: ModelState,
     loss: Loss | None,
     meter: Meter,
+    alike: Alike,
 ) -> _Surveyed:
     """Survey the model forward, and measure the loss on its output."""
 
     def surveyed(variations: Variations) -> _Surveyed:
-        found = survey_model(inspection, inputs, extras, state, variations)
+        found = survey_model(inspection, inputs, extras, state, variations, alike)
         order = found.order
         last = order[-1]
         ending = loss or default_loss, last.hands_on or last.output, last.carries
@@ -406,6 +419,7 @@ def _weigh_and_time(
     kinds: list[StageKind],
     loss: Callable[[], object],
     meter: Meter,
+    alike: Alike,
     progress: bool | None,
     timed: bool,
 ) -> tuple[float, float]:
@@ -419,6 +433,9 @@ def _weigh_and_time(
             tell("profiling", done / total)
 
         for kind in kinds:
-            kind.ledger = weigh(kind, meter)
+            kind.ledger = alike.ledger(kind)
+            if kind.ledger is None:
+                kind.ledger = weigh(kind, meter)
+                alike.note_ledger(kind, kind.ledger)
             told()
         return time_stages(kinds, loss, kinds[0].x.leaves[0].device, told) if timed else (0.0, 0.0)

@@ -108,6 +108,8 @@ class StageKind:
     """How many stages of the chain run this computation."""
     is_last: bool = False
     """Whether the caller holds its output."""
+    look: int | None = None
+    """Equal for stages that take the same bytes and seconds; None for one that is like no other."""
     gradients: tuple[Tensor | None, ...] = ()
     """What comes back to it, by tensor of its output."""
     input_gradients: tuple[Tensor | None, ...] = ()

@@ -115,7 +115,7 @@ def _reads(func: Any, args: Sequence[Any]) -> bool:
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Path:
+class Path:
     """Layout and bytes of one path of a stage; equal for runs that take the same path."""
 
     output: tuple[Any, ...]
@@ -234,7 +234,7 @@ class _Paths:
             most: After how many operations a run is given up.
         """
         self.sample = replace(kind, begins_with=begins_with)
-        self.found: dict[_Path, StageKind] = {}
+        self.found: dict[Path, StageKind] = {}
         self.carries = list(kind.carries)
         self.draws = kind.draws
         self.looks = self._looked = kind.looks
@@ -257,7 +257,7 @@ class _Paths:
             kind.left_bytes += held_of_input(kind.x, left)
         kind.sides = gradients_of_sides(left)
         self.carries = [_either(a, b) for a, b in zip(self.carries, tape.carries, strict=True)]
-        self.found.setdefault(_path(kind, tape, output), kind)
+        self.found.setdefault(path_of(kind, tape, output), kind)
         if len(self.found) > _MOST_PATHS:
             wanted = {*_most(self.found)}
             self.found = {
@@ -354,14 +354,20 @@ def _either(one: Carries, other: Carries) -> Carries:
     return Carries.GRAPH
 
 
-def _path(kind: StageKind, tape: Tape, output: State) -> _Path:
-    """The path that a run has taken."""
+def path_of(kind: StageKind, tape: Tape, output: State) -> Path:
+    """The path that a run has taken.
+
+    Args:
+        kind: The stage; the bytes that a walk of the tape finds are noted in it.
+        tape: Of the run.
+        output: What it has made.
+    """
     kind.note_contents(tape, output)
     (contents,) = tape.contents()
     inputs, outputs = [*storages(kind.x.leaves)], [*storages(output.leaves)]
     kept = {k for k, home in enumerate(inputs) if home in contents.saved}
     kept |= {-1 - k for k, home in enumerate(outputs) if home in contents.saved}
-    return _Path(
+    return Path(
         output=layout(output.leaves),
         sources=tuple([inputs.index(h) if h in inputs else -1 for h in outputs]),
         saved=frozenset(kept),
@@ -374,10 +380,10 @@ def _path(kind: StageKind, tape: Tape, output: State) -> _Path:
     )
 
 
-def _most(found: dict[_Path, StageKind]) -> list[_Path]:
+def _most(found: dict[Path, StageKind]) -> list[Path]:
     """The largest path, and of the others those that may take the most in some respect."""
     paths = sorted(found, key=lambda path: path.size, reverse=True)
-    alike: dict[Any, _Path] = {}
+    alike: dict[Any, Path] = {}
     for path in paths:  # the largest of each way to hand storages on
         alike.setdefault((path.sources, path.saved, path.sides), path)
     by_nodes = sorted(paths, key=lambda path: path.nodes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -15,11 +15,11 @@ from ..base.errors import TimingWarning
 from ..torch_state.replay_context import now
 from .stage_kind import StageKind, layout
 
-# Rounds of timing: three tell a disturbed one, more where they are cheap and a stage was run less
-# often than so; then on until two halves of them agree, within limits of rounds and seconds.
-_MIN_ROUNDS, _FEW_RUNS, _CHEAP_SECONDS = 3, 15, 2.0
+# Rounds of timing: three tell a disturbed one, more where they are cheap; then on until two halves
+# of them agree, well at first and roughly once it took long, within limits of rounds and seconds.
+_MIN_ROUNDS, _FEW_ROUNDS, _CHEAP_SECONDS = 3, 15, 2.0
 _MAX_ROUNDS, _MOST_SECONDS = 60, 8.0
-_AGREED = 0.03  # the disagreement, relative, with which they are good enough
+_AGREED, _AGREED_LATE = 0.03, 0.06  # the disagreement, relative, with which they are good enough
 MOST_SPREAD = 0.10  # the one from which on people are warned
 # A run in which the thread waited for longer than this was disturbed, or waits by itself.
 _WAITED_SHARE, _WAITED_SECONDS = 0.05, 20e-6
@@ -77,11 +77,21 @@ class _Samples:
     """Runs with tape."""
     back: list[_Run] = field(default_factory=list)
     """Backwards."""
-    uses: int = 0
-    """How many stages of the chain have this look."""
+    kinds: list[StageKind] = field(default_factory=list)
+    """The stages."""
 
-    def take(self, kind: StageKind) -> None:
-        """Time a stage forward without tape, forward with tape, and backward."""
+    @property
+    def uses(self) -> int:
+        """How many stages of the chain look so."""
+        return sum(kind.count for kind in self.kinds)
+
+    def take(self, turn: int) -> None:
+        """Time one of them forward without tape, forward with tape, and backward.
+
+        Args:
+            turn: Number of the round: each time it is another one.
+        """
+        kind = self.kinds[turn % len(self.kinds)]
         watch = _StopWatch(kind.x.leaves[0].device)
         if self.uses > 1:
             # Equal steps run one after the other, and find caches and memory as the last left them.
@@ -114,11 +124,13 @@ class _Samples:
         one, other = self.seconds(slice(0, None, 2)), self.seconds(slice(1, None, 2))
         return self.uses * sum(abs(a - b) for a, b in zip(one, other, strict=True))
 
-    def tell(self, kind: StageKind) -> None:
-        """Give a stage its seconds."""
-        kind.forward_seconds, backward = self.seconds()
-        # Where nothing comes back there is nothing to run, and what the clock shows is noise.
-        kind.backward_seconds = backward if any(kind.carries) else 0.0
+    def tell(self) -> None:
+        """Give the stages their seconds."""
+        forward, backward = self.seconds()
+        for kind in self.kinds:
+            kind.forward_seconds = forward
+            # Where nothing comes back there is nothing to run, and what the clock shows is noise.
+            kind.backward_seconds = backward if any(kind.carries) else 0.0
 
 
 def _typical(runs: Sequence[_Run]) -> float:
@@ -131,24 +143,25 @@ def _typical(runs: Sequence[_Run]) -> float:
     return seconds[len(seconds) // 4]
 
 
-def _is_enough(rounds: int, runs: int, seconds: float) -> bool:
-    """Whether so many rounds in so many seconds will do if they agree.
+def _is_enough(rounds: int, seconds: float, samples: Sequence[_Samples]) -> bool:
+    """Whether so many rounds in so many seconds will do.
 
     Args:
         rounds: Rounds over all stages.
-        runs: How often the stage was run that was run least often: one whose equals share what is
-            measured of it has a run of each of them a round.
         seconds: What they took.
+        samples: What they have shown.
     """
-    cheap = runs < _FEW_RUNS and seconds <= _CHEAP_SECONDS
-    return rounds >= _MIN_ROUNDS and not cheap
+    if rounds < _MIN_ROUNDS or (rounds < _FEW_ROUNDS and seconds <= _CHEAP_SECONDS):
+        return False
+    if seconds > _MOST_SECONDS:
+        return True
+    return _spread(samples) <= (_AGREED if seconds <= _CHEAP_SECONDS else _AGREED_LATE)
 
 
-def _spread(samples: Iterable[_Samples]) -> float:
+def _spread(samples: Sequence[_Samples]) -> float:
     """How far two halves of the rounds are apart, relative to all seconds."""
-    found = list(samples)
-    total = sum(each.uses * sum(each.seconds()) for each in found)
-    return sum(each.disagreement() for each in found) / total if total else 0.0
+    total = sum(each.uses * sum(each.seconds()) for each in samples)
+    return sum(each.disagreement() for each in samples) / total if total else 0.0
 
 
 def time_stages(
@@ -173,28 +186,25 @@ def time_stages(
         Seconds of the loss, and by how much two halves of the rounds still differ, as a share of
         all seconds. Where that is much, people are warned.
     """
-    looks = [_likeness(kind) for kind in kinds]
-    samples = {look: _Samples() for look in looks}
-    for kind, look in zip(kinds, looks, strict=True):
-        samples[look].uses += kind.count
+    samples: dict[Hashable, _Samples] = {}
+    for kind in kinds:
+        samples.setdefault(_likeness(kind), _Samples()).kinds.append(kind)
+    found = list(samples.values())
     of_loss: list[_Run] = []
     watch, begun = _StopWatch(device), now(device)
     for turn in range(_MAX_ROUNDS):
-        runs = min(len(each.plain) for each in samples.values())
-        if _is_enough(turn, runs, now(device) - begun) and (
-            now(device) - begun > _MOST_SECONDS or _spread(samples.values()) <= _AGREED
-        ):
+        if _is_enough(turn, now(device) - begun, found):
             break
-        for kind, look in zip(kinds, looks, strict=True):
-            samples[look].take(kind)
-            if turn < _MIN_ROUNDS:
+        for each in found:
+            each.take(turn)
+            for _ in each.kinds if turn < _MIN_ROUNDS else ():
                 done()
         watch.start()
         loss()
         of_loss.append(watch.lap())
-    for kind, look in zip(kinds, looks, strict=True):
-        samples[look].tell(kind)
-    spread = _spread(samples.values())
+    for each in found:
+        each.tell()
+    spread = _spread(found)
     if spread > MOST_SPREAD:
         warnings.warn(
             f"the seconds of stages differ by {spread:.0%} between halves of {len(of_loss)} "
@@ -209,6 +219,9 @@ def time_stages(
 
 def _likeness(kind: StageKind) -> Hashable:
     """Equal for stages that compute the same with other values; unequal wherever in doubt."""
+    if kind.look is not None:
+        gradients = tuple([None if g is None else layout([g]) for g in kind.gradients])
+        return kind.look, gradients, kind.ledger
     parts = list(kind.call.module.modules())
     places = {id(part): k for k, part in enumerate(parts)}
     owned = (*kind.call.module.named_parameters(), *kind.call.module.named_buffers())

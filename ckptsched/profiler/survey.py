@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, final
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from ..tensors.comparison import agree
 from ..tensors.devices import matters
 from ..tensors.pytree import Extras, State, storages
 from ..torch_state.replay_context import RandomState
+from .alike.twins import Alike, Backwards, Candidate, layout_of_gradients
 from .refusals import failures_named, refuse_tensors
 from .stage_kind import Gradients, StageKind, Standing, layout
 from .stage_probe import examine
@@ -34,11 +35,6 @@ from .stage_probe import examine
 Vary: TypeAlias = Callable[[StageKind, Sequence[StageCall]], None]
 
 _MOST_GRADIENTS = 4  # layouts of a state's gradient that are weighed
-
-
-def _layout_of_gradients(gradients: Gradients) -> tuple[Any, ...]:
-    flags = tuple(gradient is not None for gradient in gradients)
-    return flags, layout(gradient for gradient in gradients if gradient is not None)
 
 
 @final
@@ -73,6 +69,7 @@ def survey_model(
     extras: Extras,
     whole: ModelState,
     vary: Vary | None = None,
+    alike: Alike | None = None,
 ) -> Survey:
     """Trace a model and run every distinct stage of it forward.
 
@@ -82,6 +79,7 @@ def survey_model(
         extras: What every stage is given besides, leaves where gradients are wanted.
         whole: What the model was when nothing had run.
         vary: Looks at a new kind of stage, and the calls that are of this kind, for other paths.
+        alike: What is known of stages like those of the model; without, each is looked at.
 
     Raises:
         ProfileError: A stage fails, or cannot be run again with the same result.
@@ -90,10 +88,10 @@ def survey_model(
     frozen = count_frozen(blocks, [*x.leaves, *extras.apart().leaves])
     if frozen:
         joined = trace(inspection.model, frozen=frozen)
-        kinds = _survey_forward(joined, x, extras, whole, vary)
+        kinds = _survey_forward(joined, x, extras, whole, vary, alike)
         if not any(kinds[0].carries):  # as it does where a hook lets an output require a gradient
             return Survey(joined, frozen, kinds)
-    return Survey(blocks, 0, _survey_forward(blocks, x, extras, whole, vary))
+    return Survey(blocks, 0, _survey_forward(blocks, x, extras, whole, vary, alike))
 
 
 def _survey_forward(
@@ -102,6 +100,7 @@ def _survey_forward(
     extras: Extras,
     whole: ModelState,
     vary: Vary | None,
+    alike: Alike | None,
 ) -> list[StageKind]:
     """Run every distinct stage on the output of the stage before it; returns all in order."""
     known: dict[Hashable, StageKind] = {}
@@ -114,6 +113,8 @@ def _survey_forward(
     for block in blocks if vary else ():
         for call in block.stages:
             calls.setdefault(call.key, []).append(call)
+    if alike:
+        alike.expect(call for block in blocks for call in block.stages)
     for block in blocks:
         for call in block.stages:
             structure = state.describe(lambda tensor: "tensor")
@@ -121,11 +122,19 @@ def _survey_forward(
             key = (call.key, layout(state.leaves), fixed, structure, carries)
             kind = known.get(key)
             if kind is None:
-                kind = known[key] = examine(
-                    block, call, state, extras, carries, standing, whole, may_ask=not order
-                )
-                if vary:
-                    vary(kind, calls[call.key])
+                candidate = Candidate(block, call, state, extras, carries, standing)
+                # The first may let its input require a gradient, which no other can.
+                number = alike.number(candidate) if alike and order else None
+                kind = alike.twin(number, candidate) if alike and number is not None else None
+                if kind is None:
+                    kind = examine(
+                        block, call, state, extras, carries, standing, whole, may_ask=not order
+                    )
+                    if vary:
+                        vary(kind, calls[call.key])
+                    if alike and number is not None:
+                        alike.note(number, candidate, kind)
+                known[key] = kind
             kind.count += 1
             order.append(kind)
             _check_device(kind, x.leaves[0].device)
@@ -184,13 +193,19 @@ def survey_backward(order: list[StageKind], gradients: Gradients) -> list[StageK
         The distinct kinds.
     """
     known: dict[Hashable, StageKind] = {}
+    backwards = Backwards()
     arriving = [gradients]
     for i in reversed(range(len(order))):
         found = order[i]
-        key = (id(found), *map(_layout_of_gradients, arriving))
+        key = (id(found), *map(layout_of_gradients, arriving))
         kind = known.get(key)
         if kind is None:
-            kind = known[key] = _for_gradients(found, arriving, is_last=i == len(order) - 1)
+            is_last = i == len(order) - 1
+            kind = backwards.like(found, arriving, is_last=is_last)
+            if kind is None:
+                kind = _for_gradients(found, arriving, is_last=is_last)
+                backwards.note(found, arriving, kind, is_last=is_last)
+            known[key] = kind
         order[i] = kind
         arriving = kind.sends_back
     return list(known.values())
@@ -217,6 +232,8 @@ def _find_readers(kinds: Iterable[StageKind], watch: BufferWatch) -> None:
     hidden = watch.together(hidden)
     for kind, own in owned:
         kind.hidden = tuple(place for place in own if place in hidden)
+        if kind.hidden:
+            kind.look = None  # it hangs on what others do
 
 
 def _ignores(kind: StageKind, places: set[Slot], watch: BufferWatch) -> bool:
@@ -247,7 +264,7 @@ def _for_gradients(found: StageKind, arriving: list[Gradients], *, is_last: bool
         first.gradient_bytes = unseen | first.gradient_bytes
         for kind in rest:
             kind.gradient_bytes = first.gradient_bytes
-    layouts = {_layout_of_gradients(k.input_gradients): k.input_gradients for k in (first, *rest)}
+    layouts = {layout_of_gradients(k.input_gradients): k.input_gradients for k in (first, *rest)}
     first.sends_back = list(layouts.values())[:_MOST_GRADIENTS]
     return first
 

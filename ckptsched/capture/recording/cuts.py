@@ -7,21 +7,23 @@ and tables ride along as parts of the state, and a storage counts once however m
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...tensors.pytree import storages
+from ...tensors.pytree import State, storages
 from .functions import EFFECTS
 from .recording import Bound, Recording
 
-# Of cuts that lie so near to each other, as a part of the forward's seconds, the leanest is enough.
+# Of cuts that lie so near to each other, as a part of the forward's work, the leanest is enough.
 _NEAR = 1 / 400
+# Operations of floating point that take as long as moving one byte, on most machines within ten.
+_OPERATIONS_A_BYTE = 10
 
 
 @final
@@ -29,8 +31,9 @@ _NEAR = 1 / 400
 class CallCosts:
     """What the calls of a recording take, in the order in which they run."""
 
-    seconds: tuple[float, ...]
-    """For each call."""
+    work: tuple[int, ...]
+    """For each call its operations of floating point, and those for the bytes that it moves. It is
+    counted and not timed, so that a model is cut alike each time, and equal layers are."""
     live_bytes: tuple[int, ...]
     """Before each call, and after the last, the bytes of the storages of the live set."""
     legal: tuple[bool, ...]
@@ -47,52 +50,111 @@ def measure(recording: Recording, model: nn.Module, tensors: Sequence[Tensor]) -
     """
     bound, last = Bound(recording, model), recording.last_read
     values = dict(zip(recording.given, tensors, strict=True))
-    homes: dict[int, tuple[int, int]] = {}  # of each value the storage, and its bytes
-    made: dict[int, int] = {}  # of each storage the call that has made it
-    written: dict[int, int] = {}  # and the last call that has written to it
-    _note(homes, made, values, values, -1)
-    seconds = []
+    homes, work = _Homes(), []
+    homes.note(values, values, -1)
     with saved_tensors_hooks(lambda tensor: None, lambda nothing: torch.empty(0)):
         for k, call in enumerate(recording.calls):
             given = [bound.tensor(source, values) for source in call.reads]
             before = [tensor._version for tensor in given]
-            start = time.perf_counter()
-            bound.run(k, values)
-            seconds.append(time.perf_counter() - start)
-            _note(homes, made, values, [n for n in call.makes if n >= 0], k)
+            with _Work() as counted:
+                bound.run(k, values)
+            work.append(counted.total)
+            homes.note(values, [n for n in call.makes if n >= 0], k)
             for tensor, version in zip(given, before, strict=True):
                 if tensor._version != version or call.target in EFFECTS:
-                    written.update(dict.fromkeys(storages([tensor]), k))
+                    homes.note_write(tensor, k)
+                del tensor  # or it lives as long as the next call
             del given
             for number in {*call.values, *call.makes}:
                 if last.get(number) == k:
                     values.pop(number, None)
+            homes.forget_all_but(values.values())
     calls = len(recording.calls)
     legal = [False, *[True] * (calls - 1)]
-    for home, end in written.items():
-        for k in range(made.get(home, end) + 1, end + 1):
+    for home, end in homes.written.items():
+        for k in range(homes.made[home] + 1, end + 1):
             legal[k] = False
-    live = [sum(dict(_homes_at(recording, homes, k)).values()) for k in range(calls + 1)]
-    return CallCosts(tuple(seconds), tuple(live), tuple(legal))
+    live = [homes.bytes_of(recording.live(k)) for k in range(calls + 1)]
+    return CallCosts(tuple(work), tuple(live), tuple(legal))
 
 
-def _note(
-    homes: dict[int, tuple[int, int]],
-    made: dict[int, int],
-    values: dict[int, Tensor],
-    numbers: object,
-    k: int,
-) -> None:
-    for number in numbers:  # type: ignore[attr-defined]
-        for home, parts in storages([values[number]]).items():
-            homes[number] = home, parts[0].untyped_storage().nbytes()
-            made.setdefault(home, k)
+@final
+class _Work(TorchDispatchMode):
+    """Counts what operators compute and move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+            return result  # a view moves nothing
+        formula = _formulas().get(func._overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **kwargs, out_val=result))
+        moved = State.of((args, kwargs, result), opaque=True).leaves
+        self.total += _OPERATIONS_A_BYTE * sum(t.nbytes for t in moved if t.layout == torch.strided)
+        return result
 
 
-def _homes_at(
-    recording: Recording, homes: dict[int, tuple[int, int]], k: int
-) -> list[tuple[int, int]]:
-    return [homes[number] for number in recording.live(k) if number in homes]
+def _formulas() -> dict[Any, Any]:
+    """From an operator to its operations of floating point, for those that torch knows."""
+    try:
+        from torch.utils.flop_counter import flop_registry
+    except ImportError:  # no public name promises it
+        return {}
+    return flop_registry
+
+
+@final
+class _Homes:
+    """The storages of values, each with a number of its own.
+
+    What torch calls a storage by may be that of another once it is gone.
+    """
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+        """For each storage the call that has made it."""
+        self.written: dict[int, int] = {}
+        """For some the last call that has written to them."""
+        self._sizes: list[int] = []
+        self._of_value: dict[int, int] = {}
+        self._known: dict[int, int] = {}  # those that are there, by what torch calls them
+
+    def note(self, values: dict[int, Tensor], numbers: Iterable[int], k: int) -> None:
+        """Note values that a call has made.
+
+        Args:
+            values: All that are there.
+            numbers: Theirs.
+            k: The call, by index.
+        """
+        for number in numbers:
+            for name, parts in storages([values[number]]).items():
+                home = self._known.setdefault(name, len(self.made))
+                if home == len(self.made):
+                    self.made.append(k)
+                    self._sizes.append(parts[0].untyped_storage().nbytes())
+                self._of_value[number] = home
+
+    def note_write(self, tensor: Tensor, k: int) -> None:
+        """Note that a call has written to a tensor; one of the model's own does not matter."""
+        for name in storages([tensor]).keys() & self._known.keys():
+            self.written[self._known[name]] = k
+
+    def forget_all_but(self, values: Iterable[Tensor]) -> None:
+        """Give the names of storages free that are gone."""
+        there = storages(values).keys()
+        self._known = {name: home for name, home in self._known.items() if name in there}
+
+    def bytes_of(self, numbers: Iterable[int]) -> int:
+        """Bytes of the storages of some values, each once."""
+        return sum(self._sizes[h] for h in {self._of_value[n] for n in numbers if n in self._of_value})
 
 
 def every_cut(measured: CallCosts) -> tuple[int, ...]:
@@ -101,11 +163,11 @@ def every_cut(measured: CallCosts) -> tuple[int, ...]:
 
 
 def lean_cuts(measured: CallCosts) -> tuple[int, ...]:
-    """Those of all cuts beside which no leaner one lies within a small part of the seconds."""
-    cuts, at = every_cut(measured), [0.0]
-    for seconds in measured.seconds:
-        at.append(at[-1] + seconds)
-    near, live = at[-1] * _NEAR, measured.live_bytes
+    """Those of all cuts beside which no leaner one lies within a small part of the work."""
+    cuts, at, live = every_cut(measured), [0], measured.live_bytes
+    for work in measured.work:
+        at.append(at[-1] + work)
+    near = at[-1] * _NEAR
     chosen = []
     for k, cut in enumerate(cuts):
         beaten = False
@@ -129,3 +191,8 @@ def smallest_cuts(measured: CallCosts) -> tuple[int, ...]:
         if falls and after > live[cut]:
             chosen.append(cut)
     return tuple(chosen)
+
+
+def candidate_cuts(measured: CallCosts) -> tuple[tuple[int, ...], ...]:
+    """The ways to cut of which one has the best plan, as far as known: each once, finest first."""
+    return tuple(dict.fromkeys((lean_cuts(measured), smallest_cuts(measured))))

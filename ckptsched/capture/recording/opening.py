@@ -9,7 +9,7 @@ from ...base.errors import CkptschedError
 from ...tensors.pytree import State
 from ..inspection import Inspection
 from ..stage_discovery import trace
-from .stages import Captured, capture
+from .stages import Captured, candidates
 
 
 @final
@@ -18,7 +18,9 @@ class Opened:
     """A model that was asked to be recorded."""
 
     captured: Captured | None
-    """The recording; None where the model is run by its own stages."""
+    """The recording, with lean cuts; None where the model is run by its own stages."""
+    others: tuple[Captured, ...] = ()
+    """The same recording with other cuts, of which one may have the better plan."""
     whole: str = ""
     """Why the model is one stage though it was to be recorded; empty where it is not."""
 
@@ -45,17 +47,17 @@ def open_model(inspection: Inspection, inputs: State, *, must: bool) -> Opened:
         ProfileError: It must be, and cannot.
     """
     try:
-        captured = capture(inspection, inputs)
+        captured, *others = candidates(inspection, inputs)
     except Exception as error:
         if must:
             raise
         if isinstance(error, CkptschedError):
-            return Opened(None, str(error))
+            return Opened(None, whole=str(error))
         # Where it fails without us, too, what measures it says so.
-        return Opened(None, f"it failed while it was recorded ({type(error).__name__}: {error})")
+        return Opened(None, whole=f"it failed while it was recorded ({type(error).__name__}: {error})")
     if len(captured.recording.calls) < 2 and not must:
-        return Opened(None, "it makes a single call")
-    return Opened(captured)
+        return Opened(None, whole="it makes a single call")
+    return Opened(captured, tuple(others))
 
 
 def is_one_stage(inspection: Inspection) -> bool:

@@ -97,7 +97,7 @@ def _one_pass(
     recorder = Recorder(inspection.model, whole)
     output, before = State(()), attributes_of(inspection.model)
     with (
-        left_as_it_was(inspection, RandomState.take(device)) as (state, _),
+        left_as_it_was(inspection, RandomState.take(device), lazily=True) as (state, _),
         Autocast.take(device).again(),
         OneWay(),
         Recomputing(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, cast, final
 
 import torch
@@ -14,10 +15,12 @@ from ...base.errors import PlanMismatchError, ProfileError
 from ...tensors.pytree import State
 from ...torch_state.replay_context import OneWay, RandomState, Recomputing
 from ..inspection import Inspection, inspect_model
+from ..likeness import InDoubtError, Likeness
 from ..model_state import left_as_it_was
 from ..stage_discovery import StageCall, StagedModule, has_hooks
 from ..wrappers import plain_forward, share
-from .cuts import every_cut, lean_cuts, measure, smallest_cuts
+from .calls import RecordedCall
+from .cuts import CallCosts, candidate_cuts, every_cut, lean_cuts, measure, smallest_cuts
 from .record import record
 from .recording import Bound, Recording
 
@@ -58,7 +61,10 @@ class Parts(nn.Module):
 class CapturedStage(StageCall):
     """The calls between two cuts."""
 
-    __slots__ = ("_bound", "_calls", "_enters", "_label", "_leaves", "_spent", "module")
+    __slots__ = (
+        *("_bound", "_calls", "_enters", "_label", "_leaves", "_recorded", "_spent", "_whole"),
+        "module",
+    )
 
     module: nn.Module
 
@@ -71,6 +77,8 @@ class CapturedStage(StageCall):
         leaves: tuple[int, ...],
         module: nn.Module,
         label: str,
+        recorded: Sequence[RecordedCall] = (),
+        whole: Mapping[str, nn.Module] = MappingProxyType({}),
     ) -> None:
         """Take some calls of a recording.
 
@@ -82,11 +90,14 @@ class CapturedStage(StageCall):
             leaves: Numbers of those that make up the state after.
             module: What has the parameters and buffers that the calls use.
             label: The name of the stage.
+            recorded: The calls.
+            whole: The modules that they call, by path.
         """
         self.prefix = ""
         self.module = module
         self._bound, self._calls, self._spent = bound, calls, tuple(spent)
         self._enters, self._leaves, self._label = enters, leaves, label
+        self._recorded, self._whole = tuple(recorded), whole
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Make the calls.
@@ -114,8 +125,24 @@ class CapturedStage(StageCall):
 
     @property
     def key(self) -> Hashable:
-        """Of its own: equal stages are not looked for."""
+        """Of its own: equal stages have parameters of their own (see `likeness`)."""
         return ("captured", id(self._bound), self._enters, self._leaves, self._label)
+
+    def likeness(self) -> Hashable:
+        """The calls, with their tensors and modules in the order in which they come up."""
+        found = Likeness()
+        try:
+            calls, local = found.calls(
+                self._recorded,
+                lambda source: self._bound.tensor(source, {}),
+                self._whole.__getitem__,
+                self._enters,
+            )
+            owned = found.owned(self.module.modules())
+        except InDoubtError:
+            return None
+        spent = tuple([tuple([local.get(n, -1) for n in gone]) for gone in self._spent])
+        return calls, owned, spent, tuple([local[n] for n in self._leaves])
 
 
 @final
@@ -250,10 +277,7 @@ def captured(
         ProfileError: The model cannot be taken apart; the message says what is in the way.
 
     Example:
-        >>> net = captured(model, ids, kwargs={"labels": ids})
-        >>> x = net.take(ids, labels=ids)
-        >>> planned = fit(net, x, budget="50%", loss=lambda y: net.give(y).loss)
-        >>> net.give(planned(x)).loss.backward()
+        >>> print(captured(model, ids, kwargs={"labels": ids}))
     """
     inspection = inspect_model(model, "captured", ProfileError)
     inputs = State.of((sample, dict(kwargs or {})), opaque=True)
@@ -264,41 +288,64 @@ def captured(
             "the model itself has hooks, which a recording of its forward would leave out; take "
             "them off, or put the model into a module that calls it"
         )
-    return capture(inspection, inputs, cuts)
+    ways = {"lean": lean_cuts, "smallest": smallest_cuts, "every": every_cut}
+    if cuts not in ways:
+        raise ProfileError(f"cuts is {cuts!r}; give one of {', '.join(map(repr, ways))}")
+    recording, costs = _recorded(inspection, inputs)
+    return _cut(inspection.model, recording, costs, ways[cuts](costs))
 
 
-def capture(
-    inspection: Inspection,
-    inputs: State,
-    cuts: Literal["lean", "smallest", "every"] | Sequence[int] = "lean",
-) -> Captured:
-    """Record the forward of a model, its own hooks apart, and cut it into stages.
+def capture_as_before(inspection: Inspection, inputs: State, cuts: Sequence[int]) -> Captured:
+    """Record the forward of a model, its own hooks apart, and cut it where it was cut before.
 
     Args:
         inspection: The model.
         inputs: What it is called with, as `(args, kwargs)`, taken apart, with some tensor.
-        cuts: As `captured` takes it, or before which calls to cut, in ascending order.
+        cuts: Before which calls to cut, in ascending order.
 
     Raises:
-        ProfileError: The model cannot be taken apart, or there are no such cuts.
+        ProfileError: The model cannot be taken apart, or not there.
     """
-    device, model = inputs.leaves[0].device, inspection.model
-    with plain_forward(model):
-        recording = record(inspection, inputs, device)
-    left, again = left_as_it_was(inspection, RandomState.take(device)), Recomputing()
-    with left, OneWay(), again, torch.enable_grad():
-        measured = measure(recording, model, [leaf.detach() for leaf in inputs.leaves])
-    ways = {"lean": lean_cuts, "smallest": smallest_cuts, "every": every_cut}
-    if isinstance(cuts, str):
-        if cuts not in ways:
-            raise ProfileError(f"cuts is {cuts!r}; give one of {', '.join(map(repr, ways))}")
-        cuts = ways[cuts](measured)
-    elif not set(cuts) <= set(every_cut(measured)):
+    recording, costs = _recorded(inspection, inputs)
+    if not set(cuts) <= set(every_cut(costs)):
         raise ProfileError(
             f"the model makes {len(recording.calls)} calls on this batch, which cannot be cut "
             f"before calls {', '.join(map(str, cuts))}"
         )
-    return Captured(model, recording, cuts, [measured.live_bytes[k] for k in cuts])
+    return _cut(inspection.model, recording, costs, cuts)
+
+
+def candidates(inspection: Inspection, inputs: State) -> tuple[Captured, ...]:
+    """Record the forward of a model, its own hooks apart, with each cut that may be the best.
+
+    Which is depends on the budget: finer stages have more to choose from, and cost more.
+
+    Args:
+        inspection: The model.
+        inputs: What it is called with, as `(args, kwargs)`, taken apart, with some tensor.
+
+    Returns:
+        Lean cuts, and the smallest where those are others.
+
+    Raises:
+        ProfileError: The model cannot be taken apart.
+    """
+    recording, costs = _recorded(inspection, inputs)
+    return tuple([_cut(inspection.model, recording, costs, k) for k in candidate_cuts(costs)])
+
+
+def _recorded(inspection: Inspection, inputs: State) -> tuple[Recording, CallCosts]:
+    device = inputs.leaves[0].device
+    with plain_forward(inspection.model):
+        recording = record(inspection, inputs, device)
+    left = left_as_it_was(inspection, RandomState.take(device), lazily=True)
+    with left, OneWay(), Recomputing(), torch.enable_grad():
+        tensors = [leaf.detach() for leaf in inputs.leaves]
+        return recording, measure(recording, inspection.model, tensors)
+
+
+def _cut(model: nn.Module, recording: Recording, costs: CallCosts, cuts: Sequence[int]) -> Captured:
+    return Captured(model, recording, cuts, [costs.live_bytes[k] for k in cuts])
 
 
 def _stage(
@@ -320,4 +367,6 @@ def _stage(
     first, end = calls[0].name, calls[-1].name
     label = f"{start}:{first}" + (f" to {end}" if len(calls) > 1 else "")
     parts = Parts(list(whole.values()), alone)
-    return CapturedStage(bound, range(start, stop), spent, enters, leaves, parts, label)
+    return CapturedStage(
+        bound, range(start, stop), spent, enters, leaves, parts, label, calls, whole
+    )

@@ -180,9 +180,9 @@ def test_printed_it_shows_calls_and_cuts() -> None:
     assert "---- cut: " in text
 
 
-def cuts_of(live: list[int], seconds: float = 1.0) -> CallCosts:
+def cuts_of(live: list[int]) -> CallCosts:
     count = len(live) - 1
-    return CallCosts((seconds,) * count, tuple(live), (False, *[True] * (count - 1)))
+    return CallCosts((1,) * count, tuple(live), (False, *[True] * (count - 1)))
 
 
 def test_the_smallest_cuts_are_local_minima() -> None:
@@ -194,7 +194,7 @@ def test_the_smallest_cuts_are_local_minima() -> None:
 def test_lean_cuts_leave_out_what_has_a_leaner_one_near() -> None:
     live = [9, 5, 7, 3, 3, 8, 8, 2]
     assert lean_cuts(cuts_of(live)) == every_cut(cuts_of(live))  # none is near
-    near = CallCosts((0.0,) * 6 + (1.0,), tuple(live), (False, *[True] * 6))
+    near = CallCosts((0,) * 6 + (1,), tuple(live), (False, *[True] * 6))
     assert lean_cuts(near) == (3,)
 
 
