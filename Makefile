@@ -11,6 +11,8 @@ USER_STAMP := $(VENV)/.ready-user
 DEV_STAMP  := $(VENV)/.ready-dev
 SOURCES    := ckptsched models examples benchmarks tests tooling
 USER_EXTRAS := test,plot,examples
+# The models of tests/zoo ask for newer versions than the oldest.
+TEST_EXTRAS := $(USER_EXTRAS),zoo
 comma := ,
 
 .DEFAULT_GOAL := help
@@ -92,11 +94,11 @@ define install
 endef
 
 $(USER_STAMP): pyproject.toml
-	$(call install,$(USER_EXTRAS))
+	$(call install,$(TEST_EXTRAS))
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml
-	$(call install,dev)
+	$(call install,dev$(comma)zoo)
 	@touch $@ $(USER_STAMP)
 
 # The oldest versions, each with its newest bug fixes.

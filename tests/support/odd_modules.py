@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 WIDTH, ROWS = 8, 4
 OUTSIDE: list[Tensor] = []
@@ -240,14 +241,85 @@ class StepsOfData(Two):
         return self.b(x)
 
 
+class SizesOfData(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        rows = (x[:, 0] > 0).nonzero()[:, 0]
+        return self.b(self.a(x[rows])) / max(1, rows.numel())
+
+
+class Indexed(Two):
+    """Indices that are numbers make no sizes of data, whatever torch says of the operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)[x.argmax(0)]
+        return self.b(y) / len(y)
+
+
+class SetsItselfUp(Two):
+    """Notes in its first forward what it is used for, and hands on as it did."""
+
+    kind: str | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind is None:
+            self.kind = "floating" if x.is_floating_point() else "whole"
+            self.seen = []
+        return self.b(self.a(x)) if self.kind == "floating" else x
+
+
+class StateInTuple(Two):
+    """Goes on from where the call before has left off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = (torch.zeros(ROWS, WIDTH), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) + self.state[0]
+        self.state = (y.detach(), 1)
+        return self.b(y)
+
+
+class FreshList(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        self.losses = []
+        y = self.a(x)
+        self.losses.append(y.square().mean())
+        return self.b(y)
+
+
+class TensorInObject(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.box = Box(torch.zeros(ROWS, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) + self.box.tensor
+        self.box.tensor = y.detach()
+        return self.b(y)
+
+
+class TableOnce(Two):
+    table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.arange(float(WIDTH))
+        return self.b(self.a(x) + self.table)
+
+
+KEEPING = (StateInTuple, FreshList, TensorInObject, TableOnce)
+"""What they keep from one call to the next is followed."""
+
 STRAIGHT = (
     *(CustomFunction, NoGrad, Autocast, InPlace, TensorHook, KeepsTensor, UsesAuxiliary),
     *(ObjectBetween, BufferInPlace, Draws, GlobalTensor, OwnParameters, Tied, Recurrent),
     *(Checkpointed, Parametrized, Structures, Experts, Constants, CallsForward),
+    Indexed,
 )
 """A recording follows them on any batch of the same shape."""
 
-GUARDED = (BranchOnData, StepsOfData)
+GUARDED = (BranchOnData, StepsOfData, SizesOfData)
 """A recording follows them on batches that go the same way, and knows which do."""
 
 
@@ -339,7 +411,7 @@ class Vmapped(Two):
 class AsksForSizes(Two):
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
-        rows = (x[:, 0] > 0).nonzero()[:, 0]
+        rows = (y[:, 0] > 0).nonzero()[:, 0]
         if rows.numel() == 0:
             return self.b(y)
         return self.b(y.index_add(0, rows, self.a(x[rows])))
@@ -381,6 +453,51 @@ class StopsWhenClose(Two):
         return self.b(torch.tanh(self.a(x)))
 
 
+class Seeds(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        with torch.random.fork_rng(devices=[]):
+            y = F.dropout(y, 0.5)
+        return self.b(y) + torch.rand(WIDTH)
+
+
+class TakesHookOff(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if y.requires_grad:
+            y.register_hook(lambda grad: grad * 3).remove()
+        return self.b(y)
+
+
+class ReadsGraph(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if y.grad_fn is not None:
+            y.grad_fn.register_hook(lambda found, given: tuple(g * 3 for g in found))
+        return self.b(y.tanh())
+
+
+class HooksWhatIsSaved(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach() * 2, lambda t: t):
+            return self.b(y.tanh())
+
+
+class Doubles(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        return found * 2 if func is torch.ops.aten.tanh.default else found
+
+
+class EntersMode(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        with Doubles():
+            y = torch.tanh(y)
+        return self.b(y)
+
+
 WHOLE = (
     *(
         ReadsValue,
@@ -392,6 +509,7 @@ WHOLE = (
         Differentiates,
     ),
     *(AppendsToList, AppendsOutside, HookOverTensor, TrainedGlobal, OtherWeights, Vmapped),
+    *(Seeds, TakesHookOff, ReadsGraph, HooksWhatIsSaved, EntersMode),
     *(AsksForSizes, ChangesSettings, OtherThread, ReentrantCheckpoint, StopsWhenClose),
 )
 """A recording calls them whole, and refuses them where there is nothing around them."""

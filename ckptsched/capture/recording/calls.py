@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias, final
+from inspect import ismodule, isroutine
+from typing import Any, TypeAlias, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +35,12 @@ class Place:
     kind: str
     """The dictionary in the module that has it: "_parameters", "_buffers" or "" for attributes."""
     name: str
+    steps: tuple[tuple[str, Any], ...] = ()
+    """From what has the name to the tensor: ("item", key) in lists and dicts, ("attr", name)."""
 
     def __str__(self) -> str:
-        return f"{self.path}.{self.name}" if self.path else self.name
+        inside = "".join(f"[{key!r}]" if how == "item" else f".{key}" for how, key in self.steps)
+        return f"{self.path}.{self.name}{inside}" if self.path else f"{self.name}{inside}"
 
     def look_up(self, owner: nn.Module) -> Tensor:
         """The tensor that is there now.
@@ -45,18 +49,59 @@ class Place:
             owner: The module that keeps it.
         """
         held = getattr(owner, self.kind) if self.kind else vars(owner)
-        found: Tensor = held[self.name]
-        return found
+        found: Any = held[self.name]
+        for how, key in self.steps:
+            found = found[key] if how == "item" else getattr(found, key)
+        return cast(Tensor, found)
 
-    def put(self, owner: nn.Module, tensor: Tensor) -> None:
-        """Let the place hold another tensor.
+    def put(self, owner: nn.Module, value: Any) -> None:
+        """Let the place hold another value.
 
         Args:
             owner: The module that keeps it.
-            tensor: The other one.
+            value: The other one.
         """
-        held = getattr(owner, self.kind) if self.kind else vars(owner)
-        held[self.name] = tensor
+        held: Any = getattr(owner, self.kind) if self.kind else vars(owner)
+        where: tuple[tuple[str, Any], ...] = (("item", self.name), *self.steps)
+        for how, key in where[:-1]:
+            held = held[key] if how == "item" else getattr(held, key)
+        how, key = where[-1]
+        if how == "item":
+            held[key] = value
+        else:
+            setattr(held, key, value)
+
+
+def is_plain_object(value: Any) -> bool:
+    """Whether a value is an object with attributes, and no module, tensor, class or function."""
+    kind = type(value)
+    if isinstance(value, nn.Module | Tensor | type) or isroutine(value) or ismodule(value):
+        return False
+    return kind.__module__ != "builtins" and isinstance(getattr(value, "__dict__", None), dict)
+
+
+_DEEPEST, _LONGEST = 3, 100  # of what is searched for tensors
+
+
+def tensors_inside(value: Any, depth: int = _DEEPEST) -> Iterator[tuple[Any, Tensor]]:
+    """The tensors in a list, tuple, dict or plain object, with the steps that lead to each.
+
+    Args:
+        value: Anything that a module keeps.
+        depth: How deep to look.
+    """
+    parts: Iterable[tuple[tuple[str, Any], Any]] = ()
+    if isinstance(value, list | tuple) and len(value) <= _LONGEST:
+        parts = ((("item", k), part) for k, part in enumerate(value))
+    elif isinstance(value, dict) and len(value) <= _LONGEST:
+        parts = ((("item", key), part) for key, part in value.items())
+    elif is_plain_object(value):
+        parts = ((("attr", name), part) for name, part in vars(value).items())
+    for step, part in parts:
+        if isinstance(part, Tensor):
+            yield (step,), part
+        elif depth and not isinstance(part, str | int | float | bool | None):
+            yield from (((step, *more), t) for more, t in tensors_inside(part, depth - 1))
 
 
 @final
@@ -98,6 +143,9 @@ class Around:
 
 
 PLAIN = Around()
+
+Kept: TypeAlias = tuple[State, tuple[Source, ...]]
+"""What an attribute holds when a pass is over: a value without its tensors, and where they are."""
 
 
 @final

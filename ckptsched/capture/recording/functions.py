@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...recompute.fsdp import own_hooks
+from ..stage_discovery import HOOKS
 from .calls import tensors_of
 
 READS = frozenset(
@@ -37,7 +39,7 @@ SIZES = frozenset(
 
 EFFECTS = frozenset(
     (
-        *(Tensor.register_hook, Tensor.retain_grad),
+        *(Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook),
         Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
     )
 )
@@ -49,6 +51,11 @@ GOES_BACK = frozenset((torch.autograd.grad, torch.autograd.backward, Tensor.back
 GRADIENT: Any = vars(torch._C.TensorBase)["grad"].__get__
 """It reads the gradient of a tensor."""
 
+GRAPHS = frozenset((vars(torch._C.TensorBase)["grad_fn"].__get__,))
+"""They give nodes of autograd's graph, of which nothing is seen."""
+
+_MASKS = (torch.bool, torch.uint8)
+_QUIET = "transformers.utils.output_capturing"
 _MOST_NUMBERS = 64  # that one guard compares
 
 
@@ -57,9 +64,30 @@ def sets_something(function: Any) -> bool:
     return getattr(function, "__name__", "") == "__set__" and function not in EFFECTS
 
 
+def makes_sizes_of_data(operator: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the sizes of what an operator gives hang on values.
+
+    Args:
+        operator: One that is said to give sizes of data.
+        args: What it is given; indices make sizes of data if a mask is among them.
+    """
+    if operator is not torch.ops.aten.index.Tensor:
+        return True
+    return any(index is not None and index.dtype in _MASKS for index in args[1])
+
+
+def has_loud_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks that may do more than a recording sees.
+
+    Those of transformers hand on what it is asked for, while its forward runs.
+    """
+    hooks = [hook for kind in HOOKS for hook in own_hooks(module, kind).values()]
+    return not all(getattr(hook, "__module__", "") == _QUIET for hook in hooks)
+
+
 def can_be_asked(found: Any) -> bool:
     """Whether a guard can compare what a function gave."""
-    if isinstance(found, list):
+    if isinstance(found, list | tuple):
         return len(found) <= _MOST_NUMBERS and all(map(can_be_asked, found))
     return isinstance(found, bool | int | float | complex)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from inspect import isfunction
 from typing import Any
@@ -15,9 +14,10 @@ from ...torch_state.replay_context import Autocast, OneWay, RandomState, Recompu
 from ..inspection import Inspection
 from ..model_state import left_as_it_was
 from .attributes import attributes_of
-from .calls import Fixed, RecordedCall, Source
+from .calls import Fixed, Place, RecordedCall, Source
+from .preparation import caches_off, fails, refuse_unready, set_up, without_cache
 from .recorder import GoesBackError, Recorder
-from .recording import Recording, layouts_of
+from .recording import Recording, layouts_of, part_of
 
 # Each pass may find more that must be called whole, most often the module around it.
 _MOST_PASSES = 12
@@ -38,31 +38,9 @@ def record(inspection: Inspection, inputs: State, device: torch.device) -> Recor
         ProfileError: All of the model would have to be called whole, its forward changes
             parameters, or no two passes agree.
     """
-    whole: dict[str, str] = {}
-    before: Recorder | None = None
-    for _ in range(_MOST_PASSES):
-        recorder, output = _one_pass(inspection, inputs, device, whole)
-        marked = recorder.marked
-        if not marked and before is not None:
-            unlike = _difference(before, recorder)
-            if unlike is None:
-                return _recording(recorder, inputs, output, attributes_of(inspection.model), whole)
-            marked = {unlike: "two passes over the same batch took different ways"}
-        before = None if marked else recorder
-        _widen(whole, marked)
-    raise ProfileError(
-        f"the model was run {_MOST_PASSES} times on one batch and took another way each time; "
-        f"called whole so far: {', '.join(sorted(whole)) or 'nothing'}"
-    )
-
-
-def _recording(
-    recorder: Recorder,
-    inputs: State,
-    output: State,
-    attributes: Mapping[str, object],
-    whole: Mapping[str, str],
-) -> Recording:
+    refuse_unready(inspection.model)
+    with caches_off(inspection.model, inputs):
+        recorder, output, whole = _passes(inspection, without_cache(inputs), device)
     return Recording(
         calls=tuple(recorder.calls),
         given=recorder.given,
@@ -71,9 +49,42 @@ def _recording(
         returned=recorder.returned,
         output=output,
         guards=tuple(recorder.guards),
-        attributes=attributes,
+        attributes=attributes_of(inspection.model),
         kept=dict(recorder.kept),
-        whole=dict(whole),
+        whole=whole,
+    )
+
+
+def _passes(
+    inspection: Inspection, inputs: State, device: torch.device
+) -> tuple[Recorder, State, dict[str, str]]:
+    """Passes until two agree: the last one, its result, and what is called whole and why."""
+    whole: dict[str, str] = {}
+    before: Recorder | None = None
+    asked = False  # whether the model sets itself up
+    for _ in range(_MOST_PASSES):
+        left = {} if before is None else before.left
+        recorder, output = _one_pass(inspection, inputs, device, whole, left)
+        if recorder.refusal:
+            raise ProfileError(f"the model cannot be recorded: {recorder.refusal}")
+        if (recorder.changed or recorder.leaves_elsewhere) and not asked:
+            asked = True
+            if set_up(inspection, inputs, device):
+                before = None
+                continue
+        for name, path in recorder.changed.items():
+            recorder.mark(f"attribute {name!r} changes in a forward pass", path)
+        marked = recorder.marked
+        if not marked and before is not None:
+            unlike = _difference(before, recorder)
+            if unlike is None:
+                return recorder, output, whole
+            marked = {unlike: "two passes over the same batch took different ways"}
+        before = None if marked else recorder
+        _widen(whole, marked)
+    raise ProfileError(
+        f"the model was run {_MOST_PASSES} times on one batch and took another way each time; "
+        f"called whole so far: {', '.join(sorted(whole)) or 'nothing'}"
     )
 
 
@@ -91,30 +102,52 @@ def _widen(whole: dict[str, str], marked: Mapping[str, str]) -> None:
 
 
 def _one_pass(
-    inspection: Inspection, inputs: State, device: torch.device, whole: Mapping[str, str]
+    inspection: Inspection,
+    inputs: State,
+    device: torch.device,
+    whole: Mapping[str, str],
+    left: Mapping[Place, Any],
 ) -> tuple[Recorder, State]:
-    """One pass, after which all is as it was but Python's own random numbers."""
-    recorder = Recorder(inspection.model, whole)
+    """One pass, after which all is as it was but Python's own random numbers.
+
+    What the pass before has left in attributes lies there: a model may look at it.
+    """
     output, before = State(()), attributes_of(inspection.model)
+    random = RandomState.take(device, inspection.generators(inputs.constants()))
     with (
-        left_as_it_was(inspection, RandomState.take(device), lazily=True) as (state, _),
+        left_as_it_was(inspection, random, lazily=True) as (state, _),
         Autocast.take(device).again(),
         OneWay(),
         Recomputing(),
         torch.enable_grad(),
     ):
+        for place, value in left.items():
+            place.put(part_of(inspection.model, place.path), value)
+        recorder = Recorder(inspection.model, whole)
         fresh = inputs.replaced(
             leaf.detach().requires_grad_(leaf.requires_grad) for leaf in inputs.leaves
         )
-        with contextlib.suppress(GoesBackError):  # the module around is marked
+        try:
             output = recorder.run(fresh, device)
+        except GoesBackError:
+            pass  # the module around is marked
+        except Exception as error:
+            if recorder.refusal or fails(inspection.model, inputs):
+                if not recorder.refusal:
+                    raise
+            else:
+                where = recorder.scopes[-1] or "the model itself"
+                raise ProfileError(
+                    f"the model cannot be recorded: {where} runs by itself, and fails while it is "
+                    f"recorded with {type(error).__name__}: {error}"
+                ) from error
         kept = {str(place) for place in recorder.kept}
         after = attributes_of(inspection.model)
         other = [n for n in before.keys() | after.keys() if before.get(n) != after.get(n)]
         for name in sorted({*state.rebound(), *other}):
             path = _owner(inspection, name)
             if name not in kept and not _is_within(path, whole):
-                recorder.mark(f"attribute {name!r} changes in a forward pass", path)
+                recorder.changed[name] = path
         if state.written():
             raise ProfileError(f"{state.written()} is changed by the model's forward pass")
     return recorder, output

@@ -14,7 +14,6 @@ recording takes the memory of a forward pass without gradients.
 
 from __future__ import annotations
 
-import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -28,23 +27,27 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from ...tensors.pytree import State
 from ...torch_state.replay_context import Autocast
-from ...torch_state.settings import EVERYWHERE
 from ...torch_state.torch_modes import transform_at_work
-from ..stage_discovery import StagedModule, has_hooks
+from ..stage_discovery import StagedModule
+from ..unseen import Unseen
 from ..wrappers import is_compiled
 from .calls import (
     PLAIN,
     Around,
     Fixed,
     Guard,
+    Kept,
     Numbered,
     Place,
     RecordedCall,
     Source,
+    is_plain_object,
     name_of,
+    tensors_inside,
     tensors_of,
 )
 from .functions import (
@@ -52,10 +55,13 @@ from .functions import (
     EFFECTS,
     GOES_BACK,
     GRADIENT,
+    GRAPHS,
     READS,
     SIZES,
     can_be_asked,
     closes_over_tensors,
+    has_loud_hooks,
+    makes_sizes_of_data,
     may_hide_tensors,
     sets_something,
 )
@@ -70,6 +76,16 @@ _OPENED = (
     *(nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder),
     *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
 )
+
+
+# Packages whose code is not where a model has gone another way.
+_NOT_OF_MODELS = ("torch.", "ckptsched.")
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+# Operators such as that of torch.cond, which are given functions; none where torch has no class.
+_HIGHER_ORDER: Any = getattr(torch._ops, "HigherOrderOperator", ())
+_NOWHERE = Place("", "", "")
 
 
 class GoesBackError(BaseException):
@@ -96,20 +112,31 @@ class Recorder:
         """Numbers of the tensors of the arguments."""
         self.returned: tuple[Source, ...] = ()
         """Where the tensors of the result come from."""
-        self.kept: dict[Place, int] = {}
-        """Attributes that hold a value of the pass when it is over."""
+        self.left: dict[Place, Any] = {}
+        """The values that attributes hold after the pass, and did not before."""
+        self.changed: dict[str, str] = {}
+        """Other attributes that were changed, each with the path of the module that it is of."""
+        self.kept: dict[Place, Kept] = {}
+        """Attributes that hold values of the pass when it is over."""
+        self.leaves_elsewhere = False
+        """Whether a value is held elsewhere than in attributes and the result."""
+        self.refusal = ""
+        """What no call can hold, wherever it is done; empty for nothing."""
         self.scopes: list[str] = [""]
         """Paths of the modules whose forward runs, the outermost first."""
         self._whole = dict(whole)
+        self._hidden: dict[int, str] = {}  # tensors in arguments, by identity: in what
         self._numbers, self._origins = Numbers(), Origins()
         self._made_in: dict[int, str] = {}
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._places = _places(model)
+        self._had = {id(own): dict(own) for own in _attributes(model)}
+        self._known = {p for p in self._places.values() if not p.kind}
         self._own = {key: id(tensor) for key, tensor in _own_tensors(model, "")}
         self._thread, self._depth = get_ident(), 0
         self._device = torch.device("cpu")
         self._autocast = Autocast.take(self._device)
-        self._settings, self._python_random = _settings(), _python_random()
+        self._unseen: Unseen
         # Of the call that runs: whether an operator ran, drew, or made sizes of data.
         self._ran = self._drew = self._sized = False
         # What modules that are not opened have saved: graphs hold the boxes, and no tensors.
@@ -134,6 +161,11 @@ class Recorder:
         """
         self._device, self._autocast = device, Autocast.take(device)
         self.given = tuple([self._numbers.add(leaf) for leaf in inputs.leaves])
+        self._hidden = {
+            id(tensor): type(argument).__name__
+            for argument in inputs.constants()
+            for _, tensor in tensors_inside(argument)
+        }
         args, kwargs = inputs.value()
         with self._looking_on():
             if self._is_whole(self.model, ""):
@@ -141,6 +173,8 @@ class Recorder:
             else:
                 output = self.model.forward(*args, **kwargs)
             self._look_at_random()
+            with self._aside():
+                self._look_between_calls()
         result = State.of(output, opaque=True)
         self.returned = tuple([self._source(leaf) for leaf in result.leaves])
         result = State((), result.tree)
@@ -153,6 +187,7 @@ class Recorder:
     @contextmanager
     def _looking_on(self) -> Iterator[None]:
         call, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
+        remove = RemovableHandle.remove
 
         def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if self._depth or get_ident() != self._thread:
@@ -164,18 +199,27 @@ class Recorder:
                 return apply.__get__(None, cls)(*args, **kwargs)
             return self._function(cls, apply.__get__(None, cls), args, kwargs)
 
+        def removed(handle: RemovableHandle) -> None:
+            if not self._depth and get_ident() == self._thread:
+                self.mark("it takes a hook off, which a stage would leave there")
+            remove(handle)
+
         with ExitStack() as stack:
             stack.enter_context(_LOCK)
             stack.enter_context(saved_tensors_hooks(_forget, self._recall))
             stack.enter_context(_Watch(self))
             stack.enter_context(_Notes(self))
+            with self._aside():
+                self._unseen = Unseen(self._device)
             setattr(nn.Module, "__call__", called)  # noqa: B010 - as a method it has another type
             torch.autograd.Function.apply = classmethod(applied)
+            setattr(RemovableHandle, "remove", removed)  # noqa: B010
             try:
                 yield
             finally:
                 setattr(nn.Module, "__call__", call)  # noqa: B010
                 torch.autograd.Function.apply = apply
+                setattr(RemovableHandle, "remove", remove)  # noqa: B010
 
     # -- what is called
 
@@ -189,7 +233,8 @@ class Recorder:
         if self._is_whole(module, path):
             self._look_at_random()
             result = self._note(path, partial(call, module), args, kwargs)
-            self._python_random = _python_random()
+            with self._aside():
+                self._unseen.pass_over()
             return result
         self.scopes.append(path)
         try:
@@ -201,7 +246,7 @@ class Recorder:
     def _is_whole(self, module: nn.Module, path: str) -> bool:
         if path in self._whole or isinstance(module, (torch.jit.ScriptModule, StagedModule)):
             return True
-        if module is not self.model and (has_hooks(module) or is_compiled(module)):
+        if module is not self.model and (has_loud_hooks(module) or is_compiled(module)):
             return True
         of_torch = type(module).__module__.startswith("torch.nn.modules")
         return hasattr(module, "parametrizations") or (of_torch and not isinstance(module, _OPENED))
@@ -220,8 +265,14 @@ class Recorder:
             args: What it is given.
             kwargs: The same by name.
         """
+        if func in EFFECTS and args and self._places.get(id(args[0]), _NOWHERE).kind:
+            place = self._places[id(args[0])]
+            self.refusal = f"it puts a hook on {place}, and one more in each forward{_line()}"
+            return None
         if self._depth or get_ident() != self._thread:
             return func(*args, **kwargs)
+        if isinstance(func, _HIGHER_ORDER):
+            self.mark(f"{func} runs functions that a recording does not see")
         if func in GOES_BACK:
             self.mark(f"{name_of(func)} goes back through a graph inside the model")
             raise GoesBackError
@@ -255,6 +306,7 @@ class Recorder:
                 found = _own_tensors(self.model.get_submodule(target), target)
                 self._own.update((key, id(tensor)) for key, tensor in found)
         finally:
+            self._unseen.pass_over_torch()
             self._depth -= 1
         return result
 
@@ -262,6 +314,8 @@ class Recorder:
         self, function: Any, given: State, reads: tuple[Source, ...], result: Any
     ) -> bool:
         """Whether a function has only told something of a tensor, on which the model may act."""
+        if function in GRAPHS:
+            self.mark("it reads the graph that autograd builds")
         if tensors_of(result):
             if function is GRADIENT:
                 self.mark("it reads the gradient of a tensor in its forward")
@@ -272,14 +326,19 @@ class Recorder:
         if self._ran or function in EFFECTS or sets_something(function):
             return False
         if function in SIZES and self._origins.is_sized_by_data(reads):
-            self.mark("it asks for sizes that hang on data")
+            if self._origins.is_of_data(reads):
+                self._add_guard(function, given, reads, result)
+            else:
+                self.mark("it asks for sizes that hang on data")
         return True
 
     def _add_guard(
         self, function: Any, given: State, reads: tuple[Source, ...], result: Any
     ) -> None:
         trained = any(leaf.requires_grad for leaf in given.leaves)
-        can_ask = function in ASKED and can_be_asked(result) and self._origins.is_of_data(reads)
+        can_ask = (
+            function in ASKED | SIZES and can_be_asked(result) and self._origins.is_of_data(reads)
+        )
         if trained or not can_ask:
             self.mark(f"{name_of(function)} reads values that the model computes with")
             return
@@ -306,13 +365,18 @@ class Recorder:
         for number in makes:
             self._made_in.setdefault(number, self.scopes[-1])
         trained = any(isinstance(s, Place) and s.kind == "_parameters" for s in reads)
-        computed = is_module or isinstance(target, type) or trained
+        computed = isinstance(target, type) or trained or (is_module and self._computes(target))
         self._origins.note(reads, (*makes, *changed), drew=self._drew, computed=computed)
         numbered = [(n, t) for n, t in zip(makes, made, strict=True) if n >= 0]
         self._origins.note_sizes(reads, given.leaves, numbered, by_data=self._sized)
         why = self._whole.get(target, "") if is_module else ""
         tree, scope = State((), given.tree), self.scopes[-1]
         self.calls.append(RecordedCall(target, tree, reads, makes, scope, around, changed, why))
+
+    def _computes(self, path: str) -> bool:
+        """Whether a guard may not run a module: it has parameters or a state, or is not opened."""
+        own = _own_tensors(self.model.get_submodule(path), path) if path else iter([None])
+        return path in self._whole or next(own, None) is not None or not path
 
     # -- what is known
 
@@ -324,7 +388,12 @@ class Recorder:
         if number is not None:
             return Numbered(number)
         born = self._born.get(_home(tensor))
-        if transform_at_work([tensor]):
+        if id(tensor) in self._hidden:
+            self.refusal = (
+                f"it is given a {self._hidden[id(tensor)]}, in which tensors are not seen; call it "
+                "with tensors, or with tuples, lists, dicts and dataclasses of them"
+            )
+        elif transform_at_work([tensor]):
             self.mark("a transform of torch.func is at work")
         elif born is not None:
             both = _common(born, self.scopes[-1])
@@ -336,8 +405,7 @@ class Recorder:
     def _around(self) -> Around:
         no_grad = not torch.is_grad_enabled()
         autocast = Autocast.take(self._device)
-        if _settings() != self._settings:
-            self.mark("it changes settings of torch in its forward")
+        self._look_between_calls()
         if not no_grad and autocast == self._autocast:
             return PLAIN
         return Around(no_grad, autocast.modes if autocast != self._autocast else None)
@@ -349,21 +417,27 @@ class Recorder:
             why: The reason, for people.
             path: Of another module than the innermost.
         """
-        self.marked.setdefault(self.scopes[-1] if path is None else path, why)
+        where = self.scopes[-1] if path is None else path
+        if where not in self.marked:
+            self.marked[where] = f"{why}{_line()}"
 
-    def operator(self, func: Any, result: Any) -> None:
+    def operator(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         """An operator has run.
 
         Args:
             func: The operator.
+            args: What it was given by position.
             result: What it gave.
         """
         if not self._depth:
             self.mark(f"{func} runs where torch does not say who called it")
+        if isinstance(func, _HIGHER_ORDER):
+            self.mark(f"{func} runs functions that a recording does not see")
         tags = getattr(func, "tags", ())
         self._ran = True
         self._drew = self._drew or torch.Tag.nondeterministic_seeded in tags
-        self._sized = self._sized or torch.Tag.dynamic_output_shape in tags
+        if torch.Tag.dynamic_output_shape in tags:
+            self._sized = self._sized or makes_sizes_of_data(func, args)
         self._depth += 1
         try:
             for tensor in tensors_of(result):
@@ -388,10 +462,22 @@ class Recorder:
 
     def _look_at_random(self) -> None:
         """Python's and numpy's generators are not torch's: what draws from them is called whole."""
-        now = _python_random()
-        if now != self._python_random:
-            self._python_random = now
+        if self._unseen.has_drawn():
             self.mark("it draws from the random generator of Python or of numpy")
+
+    def _look_between_calls(self) -> None:
+        unseen = self._unseen.between_calls()
+        if unseen:
+            self.mark(unseen)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What is done here is no call of the model's."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
 
     def _look_at_parameters(self, target: Any) -> None:
         """A module that is called with others than its own is part of what put those there."""
@@ -404,16 +490,40 @@ class Recorder:
     def _look_at_what_is_held(self) -> None:
         """Values that are held when the pass is over, by attributes or otherwise."""
         for path, module in self.model.named_modules():
-            for kind in ("", "_buffers"):
-                held = getattr(module, kind) if kind else vars(module)
-                for name, tensor in held.items():
-                    number = self._numbers.of(tensor) if isinstance(tensor, Tensor) else None
-                    if number is not None:
-                        self.kept[Place(path, kind, name)] = number
-                        held[name] = None  # whoever runs the pass puts attributes back
-                    del tensor
+            for name, value in [*module._buffers.items()]:
+                self._keep_value(module._buffers, Place(path, "_buffers", name), value)
+                del value
+            for name, value in [*vars(module).items()]:
+                if name not in _OF_EVERY_MODULE:
+                    self._keep_value(vars(module), Place(path, "", name), value)
+                    if is_plain_object(value):
+                        for inner, part in [*vars(value).items()]:
+                            place = Place(path, "", name, (("attr", inner),))
+                            self._keep_value(vars(value), place, part)
+                            del part
+                del value
         for number in self._numbers.held(self.given):
+            self.leaves_elsewhere = True
             self.mark("it leaves a tensor elsewhere than in its result", self._made_in[number])
+
+    def _keep_value(self, own: dict[str, Any], place: Place, value: Any) -> None:
+        """Note what an attribute holds, if it was put there in the pass and is made of values."""
+        if not isinstance(value, Tensor | list | tuple | dict):
+            return
+        name = place.steps[-1][1] if place.steps else place.name
+        state = State.of(value, opaque=True)
+        known = [self._numbers.of(leaf) is not None for leaf in state.leaves]
+        if not any(known):
+            return
+        if not isinstance(value, Tensor):
+            had = self._had.get(id(own))
+            if had is None or had.get(name) is value:
+                return  # the same container, to which more was added
+        self.kept[place] = State((), state.tree), tuple(map(self._source, state.leaves))
+        if not place.kind and place not in self._known:
+            self.left[place] = state.detached().value()
+        # Whoever runs the pass puts attributes back; until then nothing is held.
+        own[name] = state.replaced(torch.empty(0) for _ in state.leaves).value()
 
 
 @final
@@ -432,13 +542,15 @@ class _Notes(TorchFunctionMode):
 class _Watch(TorchDispatchMode):
     """Tells the recorder which operators run."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self._recorder.operator(func, result)
+        self._recorder.operator(func, args, result)
         return result
 
 
@@ -451,7 +563,19 @@ def _places(model: nn.Module) -> dict[int, Place]:
             for name, tensor in held.items():
                 if isinstance(tensor, Tensor):
                     found.setdefault(id(tensor), Place(path, kind, name))
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in _OF_EVERY_MODULE:
+                for steps, tensor in tensors_inside(value):
+                    found.setdefault(id(tensor), Place(path, "", name, steps))
     return found
+
+
+def _attributes(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """The attributes of modules, and of plain objects that are attributes of them."""
+    for module in model.modules():
+        yield vars(module)
+        yield from (vars(value) for value in vars(module).values() if is_plain_object(value))
 
 
 def _own_tensors(module: nn.Module, path: str) -> Iterator[tuple[tuple[str, str], Tensor | None]]:
@@ -483,16 +607,14 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _settings() -> tuple[Any, ...]:
-    return tuple([setting.read() for setting in EVERYWHERE])
-
-
-def _python_random() -> int:
-    """What changes whenever somebody draws from Python's or numpy's own generator."""
-    numpy: Any = sys.modules.get("numpy")
-    drawn = () if numpy is None else numpy.random.get_state()
-    numpys = tuple(part.tobytes() if k == 1 else part for k, part in enumerate(drawn))
-    return hash((random.getstate(), numpys))
+def _line() -> str:
+    """Where in its own code the model is, in words; empty once its forward is over."""
+    frame, found = sys._getframe(2), ""
+    while frame is not None and frame.f_code is not Recorder.run.__code__:
+        if not found and not frame.f_globals.get("__name__", "").startswith(_NOT_OF_MODELS):
+            found = f" ({frame.f_code.co_filename}, line {frame.f_lineno})"
+        frame = frame.f_back  # type: ignore[assignment]
+    return found if frame is not None else ""
 
 
 def _forget(tensor: Tensor) -> None:

@@ -6,6 +6,7 @@ import functools
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeAlias, final
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from ...base.errors import ExecutionError, PlanMismatchError
 from ...tensors.pytree import State
 from .attributes import attributes_of
-from .calls import Guard, Numbered, Place, RecordedCall, Source
+from .calls import Guard, Kept, Numbered, Place, RecordedCall, Source
+from .preparation import caching, switched_off
 
 
 @final
@@ -37,8 +39,8 @@ class Recording:
     """What steered the pass besides the layouts of its arguments and the model's attributes."""
     attributes: Mapping[str, object]
     """What the model keeps besides tensors, by path and name: others may steer otherwise."""
-    kept: Mapping[Place, int] = field(default_factory=dict)
-    """Attributes and buffers that hold a value when the pass is over, and its number."""
+    kept: Mapping[Place, Kept] = field(default_factory=dict)
+    """Attributes and buffers that hold values when the pass is over."""
     whole: Mapping[str, str] = field(default_factory=dict)
     """Modules that are called whole where they could have been opened, by path, and why."""
 
@@ -55,8 +57,9 @@ class Recording:
         found: dict[int, int] = {}
         for k, call in enumerate(self.calls):
             found.update(dict.fromkeys((*call.values, *call.makes), k))
-        ends = (s.number for s in self.returned if isinstance(s, Numbered))
-        found.update(dict.fromkeys((*ends, *self.kept.values()), len(self.calls)))
+        sources = (*self.returned, *chain.from_iterable(s for _, s in self.kept.values()))
+        ends = (source.number for source in sources if isinstance(source, Numbered))
+        found.update(dict.fromkeys(ends, len(self.calls)))
         found.pop(-1, None)
         return found
 
@@ -126,7 +129,8 @@ class Recording:
                 f"{described(layouts_of(inputs))}; record it for these"
             )
         now = attributes_of(model)
-        for name in sorted(self.attributes.keys() | now.keys()):
+        kept = {str(place) for place in self.kept}
+        for name in sorted((self.attributes.keys() | now.keys()) - kept):
             if self.attributes.get(name) != now.get(name):
                 then, found = _said(self.attributes.get(name)), _said(now.get(name))
                 raise PlanMismatchError(
@@ -170,10 +174,13 @@ class Bound:
         """
         self._recording = recording
         self._callees = [_callee(call, model) for call in recording.calls]
+        whole = [k for k, call in enumerate(recording.calls) if call.why_whole]
+        self._caching = {k: caching(self._callees[k]) for k in whole}
         calls = (*recording.calls, *(guard.read for guard in recording.guards))
         places = {place for call in calls for place in call.places} | set(recording.kept)
-        places |= {source for source in recording.returned if isinstance(source, Place)}
-        self._owners = {place: model.get_submodule(place.path) for place in places}
+        ends = chain(recording.returned, *(sources for _, sources in recording.kept.values()))
+        places |= {source for source in ends if isinstance(source, Place)}
+        self._owners = {place: part_of(model, place.path) for place in places}
 
     def tensor(self, source: Source, values: Mapping[int, Tensor]) -> Tensor:
         """The tensor that a source names.
@@ -200,7 +207,8 @@ class Bound:
         """
         call = self._recording.calls[k]
         tensors = [self.tensor(source, values) for source in call.reads]
-        made = call.run(self._callees[k], tensors)
+        with switched_off(self._caching.get(k, ())):
+            made = call.run(self._callees[k], tensors)
         if len(made) != len(call.makes):
             raise ExecutionError(
                 f"{call.name} gave {len(made)} tensors, and {len(call.makes)} when the model was "
@@ -237,8 +245,9 @@ class Bound:
             values: The tensors that are there after the last call, by number.
             keep: Whether that is done.
         """
-        for place, number in self._recording.kept.items() if keep else ():
-            place.put(self._owners[place], values[number])
+        for place, (state, sources) in self._recording.kept.items() if keep else ():
+            value = state.replaced(self.tensor(source, values) for source in sources).value()
+            place.put(self._owners[place], value)
         sources = self._recording.returned
         return self._recording.output.replaced(self.tensor(s, values) for s in sources).value()
 
@@ -256,6 +265,13 @@ def layouts_of(inputs: State) -> tuple[Layout, ...]:
     return tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in inputs.leaves])
 
 
+def part_of(model: nn.Module, path: str) -> nn.Module:
+    """The part of a model with a path, whatever attributes of its class have the same name."""
+    for name in path.split(".") if path else ():
+        model = model._modules[name]  # type: ignore[assignment]
+    return model
+
+
 def _said(value: object) -> str:
     """A short text of what `attributes_of` gives for an attribute."""
     plain = value[1] if isinstance(value, tuple) and len(value) == 2 else value
@@ -266,7 +282,7 @@ def _said(value: object) -> str:
 def _callee(call: RecordedCall, model: nn.Module) -> Any:
     target: Any = call.target
     if isinstance(target, str):
-        return model.get_submodule(target) if target else model.forward
+        return part_of(model, target) if target else model.forward
     return getattr(target, "apply") if isinstance(target, type) else target  # noqa: B009
 
 

@@ -22,7 +22,7 @@ from ..wrappers import plain_forward, share
 from .calls import RecordedCall
 from .cuts import CallCosts, candidate_cuts, every_cut, lean_cuts, measure, smallest_cuts
 from .record import record
-from .recording import Bound, Recording
+from .recording import Bound, Recording, part_of
 
 
 @final
@@ -352,9 +352,9 @@ def _stage(
     recording: Recording, bound: Bound, model: nn.Module, start: int, stop: int
 ) -> CapturedStage:
     calls = recording.calls[start:stop]
-    whole = {c.target: model.get_submodule(c.target) for c in calls if isinstance(c.target, str)}
+    whole = {c.target: part_of(model, c.target) for c in calls if isinstance(c.target, str)}
     paths = dict.fromkeys(p.path for c in calls for p in c.places if p.kind)
-    alone = [model.get_submodule(path) for path in paths if path not in whole]
+    alone = [part_of(model, path) for path in paths if path not in whole]
     enters = recording.live(start) if start else recording.given
     leaves = recording.live(stop)
     last: dict[int, int] = {}

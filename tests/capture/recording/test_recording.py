@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
 import re
@@ -21,6 +22,7 @@ from ckptsched.memory.meters import default_meter
 from ckptsched.tensors.pytree import State
 from tests.support.odd_modules import (
     GUARDED,
+    KEEPING,
     OUTSIDE,
     ROWS,
     STRAIGHT,
@@ -28,8 +30,11 @@ from tests.support.odd_modules import (
     WIDTH,
     AppendsOutside,
     Box,
-    BranchOnData,
     KeepsTensor,
+    ReadsValue,
+    SetsItselfUp,
+    StepsOfData,
+    Two,
     Within,
 )
 
@@ -101,7 +106,7 @@ def test_a_guard_tells_which_batches_go_the_same_way(kind: type[nn.Module]) -> N
     assert recording.guards
     recording.check(model, State.of(((2 * x,), {})))
     assert_same_steps(model, recording, 2 * x)
-    other = -x if kind is BranchOnData else x / 1e3
+    other = x / 1e3 if kind is StepsOfData else -x
     with pytest.raises(cs.PlanMismatchError, match="may go another way"):
         recording.check(model, State.of(((other,), {})))
 
@@ -263,3 +268,138 @@ def test_hooks_of_the_model_itself_are_refused() -> None:
     model.register_forward_hook(lambda m, a, y: y * 2)
     with pytest.raises(cs.ProfileError, match="the model itself has hooks"):
         cs.captured(model, batch())
+
+
+def test_a_model_that_sets_itself_up_is_left_set_up() -> None:
+    model, x = SetsItselfUp(), batch()
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    seeded()
+    state = torch.get_rng_state()
+    recording = recorded(model, x)
+    assert model.kind == "floating"
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
+    assert not recording.whole
+    recording.check(model, State.of(((x,), {})))
+    assert_same_steps(model, recording, batch(1))
+
+
+class Configuration:
+    use_cache = True
+
+
+class Caches(nn.Module):
+    """Keeps what no training step needs, unless it is told not to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.part = Configuration(), Within(KeepsTensor)
+
+    def can_generate(self) -> bool:
+        return True
+
+    def forward(self, x: Tensor, use_cache: bool | None = None) -> dict[str, Any]:
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        y = self.part(x)
+        return {"out": y, "cache": Box(y.detach()) if use_cache else None}
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_cache": True}])
+def test_caches_are_taken_as_off_and_it_is_said(kwargs: dict[str, Any]) -> None:
+    model, x = Caches(), batch()
+    with pytest.warns(UserWarning, match="use_cache=False"):
+        net = cs.captured(model, x, kwargs=kwargs)
+    found = net.give(net(net.take(x, **kwargs)))
+    assert torch.equal(found["out"], model(x)["out"])
+    assert found["cache"] is None
+    assert model.config.use_cache is True
+
+
+def test_what_is_in_the_way_is_told_with_its_line() -> None:
+    with pytest.raises(cs.ProfileError, match=r"reads values .*odd_modules\.py, line \d+"):
+        recorded(ReadsValue(), batch())
+
+
+@pytest.mark.parametrize("kind", KEEPING, ids=name_of)
+def test_steps_in_a_row_keep_what_the_module_keeps(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = kind()
+    recording = recorded(model, batch())
+    assert not recording.whole
+    other = copy.deepcopy(model)
+    for seed in range(3):
+        x = batch(seed)
+        recording.check(model, State.of(((x,), {})))
+        plain = step(other, lambda x=x: other(x))
+        again = step(model, lambda x=x: recording.replay(model, (x,)))
+        assert all(map(torch.equal, plain, again))
+
+
+class Tables(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = [{"scale": torch.ones(WIDTH)}]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) * self.tables[0]["scale"])
+
+
+def test_a_tensor_in_a_list_is_looked_up_each_time() -> None:
+    model, x = Tables(), batch()
+    recording = recorded(model, x)
+    model.tables[0]["scale"] = torch.full((WIDTH,), 3.0)
+    recording.check(model, State.of(((x,), {})))
+    assert_same_steps(model, recording, x)
+
+
+class Remembers(Two):
+    """Its second forward is another than its first."""
+
+    last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) if self.last is None else self.a(x) + self.last
+        self.last = y.detach()
+        return self.b(y)
+
+
+class HooksParameter(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        self.a.weight.register_hook(lambda grad: grad / 2)
+        return self.b(self.a(x))
+
+
+class TakesBox(Two):
+    def forward(self, box: Any, x: Tensor) -> Tensor:
+        return self.b(self.a(x) + box.tensor)
+
+
+class Fails(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.missing(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "error", "said"),
+    [
+        (Remembers, (), cs.ProfileError, "took different ways"),
+        (HooksParameter, (), cs.ProfileError, r"a hook on a\.weight.* line \d+"),
+        (lambda: nn.Sequential(nn.LazyLinear(3)), (), cs.ProfileError, r"0\.weight .*no shape yet"),
+        (TakesBox, (Box(torch.ones(WIDTH)),), cs.ProfileError, "a Box, in which tensors are not"),
+        (Fails, (), AttributeError, "missing"),
+    ],
+)
+def test_what_no_recording_can_hold_is_refused(
+    model: Any, args: tuple[Any, ...], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        recorded(model(), *args, batch())
+
+
+def test_hooks_of_all_modules_are_refused() -> None:
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: None)
+    try:
+        with pytest.raises(cs.ProfileError, match="hooks are registered for all modules"):
+            recorded(Within(KeepsTensor), batch())
+    finally:
+        handle.remove()
