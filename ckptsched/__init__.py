@@ -8,6 +8,7 @@ model = ckptsched.checkpointed(model, plan)
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers; when it runs, `__getattr__` finds the same names
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # for type checkers; when it runs, `__getattr__` finds the sa
     from .executor.checkpointed import checkpointed as checkpointed
     from .executor.verify import Verification as Verification
     from .executor.verify import verify as verify
+    from .fitting.compiler_backend import compiler_backend as compiler_backend
     from .fitting.fit import fit as fit
     from .fitting.fit import plan_of as plan_of
     from .fitting.fit import unfit as unfit
@@ -82,6 +84,7 @@ _HOMES = {
     "Checkpointed": "executor.checkpointed",
     "checkpointed": "executor.checkpointed",
     "CkptschedError": "base.errors",
+    "compiler_backend": "fitting.compiler_backend",
     "ExecutionError": "base.errors",
     "Explanation": "planner.explanation",
     "fit": "fitting.fit",
@@ -148,3 +151,24 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """The public names, imported or not yet."""
     return sorted({*globals(), *_HOMES, *_FOLDERS})
+
+
+def _compiler_backend(*args: Any, **kwargs: Any) -> Any:
+    """The backend of torch's compiler, imported when a first graph comes."""
+    return __getattr__("compiler_backend")(*args, **kwargs)
+
+
+def _offer_backend() -> None:
+    """Tell torch's compiler of the backend, where it has been imported before.
+
+    Else it finds the entry point of the installed package, and need not be imported now.
+    """
+    register = getattr(sys.modules.get("torch._dynamo"), "register_backend", None)
+    if register is not None:
+        try:
+            register(_compiler_backend, name="ckptsched")
+        except AssertionError:  # it has found the entry point already
+            return
+
+
+_offer_backend()

@@ -86,6 +86,11 @@ def compiled_peers(network: Network, *, inductor: bool, quick: bool) -> Iterator
         yield Peer(f"inductor, budget {budget:g}", forward, fused=True)
 
 
+def inductor_within(model: nn.Module, budget: float) -> Forward:
+    """A model compiled by inductor, with an `activation_memory_budget`."""
+    return _compiled(model, budget, _inductor())
+
+
 def why_not_compiled(network: Network) -> str:
     """Why `compiled_peers` are left out; empty where they are not."""
     if len(network.steps) <= _MOST_COMPILED_STEPS:

@@ -266,9 +266,7 @@ class Fitted(InPlace):
         """Measure the model on a call, with the user's loss if that takes its output."""
         loss = self._options.loss
         try:
-            return measure_opened(
-                opened, inspection, args, kwargs, loss, like=like, alike=alike
-            )
+            return measure_opened(opened, inspection, args, kwargs, loss, like=like, alike=alike)
         except Exception:
             if loss is None or not self._plans:
                 raise

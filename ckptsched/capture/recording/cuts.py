@@ -91,7 +91,9 @@ class _Work(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+        if any(
+            r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
+        ):
             return result  # a view moves nothing
         formula = _formulas().get(func._overloadpacket)
         if formula is not None:
@@ -154,7 +156,9 @@ class _Homes:
 
     def bytes_of(self, numbers: Iterable[int]) -> int:
         """Bytes of the storages of some values, each once."""
-        return sum(self._sizes[h] for h in {self._of_value[n] for n in numbers if n in self._of_value})
+        return sum(
+            self._sizes[h] for h in {self._of_value[n] for n in numbers if n in self._of_value}
+        )
 
 
 def every_cut(measured: CallCosts) -> tuple[int, ...]:

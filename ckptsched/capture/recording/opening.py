@@ -54,7 +54,9 @@ def open_model(inspection: Inspection, inputs: State, *, must: bool) -> Opened:
         if isinstance(error, CkptschedError):
             return Opened(None, whole=str(error))
         # Where it fails without us, too, what measures it says so.
-        return Opened(None, whole=f"it failed while it was recorded ({type(error).__name__}: {error})")
+        return Opened(
+            None, whole=f"it failed while it was recorded ({type(error).__name__}: {error})"
+        )
     if len(captured.recording.calls) < 2 and not must:
         return Opened(None, whole="it makes a single call")
     return Opened(captured, tuple(others))

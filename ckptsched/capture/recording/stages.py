@@ -14,6 +14,7 @@ from ...base.budget import format_bytes
 from ...base.errors import PlanMismatchError, ProfileError
 from ...tensors.pytree import State
 from ...torch_state.replay_context import OneWay, RandomState, Recomputing
+from ..compiled_stages import CompiledStage, Compiler, code_of
 from ..inspection import Inspection, inspect_model
 from ..likeness import InDoubtError, Likeness
 from ..model_state import left_as_it_was
@@ -150,7 +151,12 @@ class Captured(StagedModule):
     """A recorded model: called with the tensors of the arguments, it gives those of the result."""
 
     def __init__(
-        self, model: nn.Module, recording: Recording, cuts: Sequence[int], live_bytes: Sequence[int]
+        self,
+        model: nn.Module,
+        recording: Recording,
+        cuts: Sequence[int],
+        live_bytes: Sequence[int],
+        compiler: Compiler | None = None,
     ) -> None:
         """Cut a recording.
 
@@ -159,6 +165,7 @@ class Captured(StagedModule):
             recording: Of the model.
             cuts: Before which calls to cut, in ascending order.
             live_bytes: For each cut the bytes of the tensors that are alive there.
+            compiler: Compiles the stages; None where they run as they are.
         """
         super().__init__()
         share(model, self)
@@ -167,6 +174,7 @@ class Captured(StagedModule):
         self.__dict__["recording"] = recording
         self.__dict__["cuts"] = tuple(cuts)
         self.__dict__["live_bytes"] = tuple(live_bytes)
+        self.__dict__["compiler"] = compiler
 
     @property
     def model(self) -> nn.Module:
@@ -182,6 +190,11 @@ class Captured(StagedModule):
     def recording(self) -> Recording:
         """The calls, and what they were recorded for."""
         return cast(Recording, self.__dict__["recording"])
+
+    @property
+    def compiler(self) -> Compiler | None:
+        """What compiles the stages; None where they run as they are."""
+        return cast("Compiler | None", self.__dict__["compiler"])
 
     def take(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """The tensors of a call of the model, which this module takes in its place.
@@ -240,7 +253,8 @@ class Captured(StagedModule):
         bound = Bound(recording, self)
         edges = [0, *self.__dict__["cuts"], len(recording.calls)]
         return [
-            _stage(recording, bound, self, start, stop) for start, stop in itertools.pairwise(edges)
+            _stage(recording, bound, self, start, stop, self.compiler)
+            for start, stop in itertools.pairwise(edges)
         ]
 
     def stages_follow_from(self) -> Hashable:
@@ -254,6 +268,7 @@ def captured(
     *sample: Any,
     kwargs: Mapping[str, Any] | None = None,
     cuts: Literal["lean", "smallest", "every"] = "lean",
+    compile: bool | str = False,
 ) -> Captured:
     """Record what a model does with a batch, and cut it into stages: any module becomes a chain.
 
@@ -266,6 +281,10 @@ def captured(
         kwargs: The same by name.
         cuts: Where to cut: wherever no leaner cut is near, where the live bytes are smallest, or
             wherever a cut may lie.
+        compile: Whether `torch.compile` compiles each stage, so that seconds and bytes are those of
+            compiled code and gradients differ by its rounding; a text names a backend. Stages that
+            are equal share what is compiled; what cannot be compiled runs as it is. Random numbers
+            are drawn as without it.
 
     Returns:
         A module that shares all that the model owns, for `profile`, `plan`, `checkpointed` and
@@ -274,7 +293,8 @@ def captured(
         bytes that are alive there, parts that are called whole and why, and guards.
 
     Raises:
-        ProfileError: The model cannot be taken apart; the message says what is in the way.
+        ProfileError: The model cannot be taken apart, or there is no compiler; the message says
+            what is in the way.
 
     Example:
         >>> print(captured(model, ids, kwargs={"labels": ids}))
@@ -291,8 +311,9 @@ def captured(
     ways = {"lean": lean_cuts, "smallest": smallest_cuts, "every": every_cut}
     if cuts not in ways:
         raise ProfileError(f"cuts is {cuts!r}; give one of {', '.join(map(repr, ways))}")
+    compiler = Compiler("inductor" if compile is True else compile) if compile else None
     recording, costs = _recorded(inspection, inputs)
-    return _cut(inspection.model, recording, costs, ways[cuts](costs))
+    return _cut(inspection.model, recording, costs, ways[cuts](costs), compiler)
 
 
 def capture_as_before(inspection: Inspection, inputs: State, cuts: Sequence[int]) -> Captured:
@@ -344,13 +365,24 @@ def _recorded(inspection: Inspection, inputs: State) -> tuple[Recording, CallCos
         return recording, measure(recording, inspection.model, tensors)
 
 
-def _cut(model: nn.Module, recording: Recording, costs: CallCosts, cuts: Sequence[int]) -> Captured:
-    return Captured(model, recording, cuts, [costs.live_bytes[k] for k in cuts])
+def _cut(
+    model: nn.Module,
+    recording: Recording,
+    costs: CallCosts,
+    cuts: Sequence[int],
+    compiler: Compiler | None = None,
+) -> Captured:
+    return Captured(model, recording, cuts, [costs.live_bytes[k] for k in cuts], compiler)
 
 
 def _stage(
-    recording: Recording, bound: Bound, model: nn.Module, start: int, stop: int
-) -> CapturedStage:
+    recording: Recording,
+    bound: Bound,
+    model: nn.Module,
+    start: int,
+    stop: int,
+    compiler: Compiler | None,
+) -> StageCall:
     calls = recording.calls[start:stop]
     whole = {c.target: part_of(model, c.target) for c in calls if isinstance(c.target, str)}
     paths = dict.fromkeys(p.path for c in calls for p in c.places if p.kind)
@@ -367,6 +399,13 @@ def _stage(
     first, end = calls[0].name, calls[-1].name
     label = f"{start}:{first}" + (f" to {end}" if len(calls) > 1 else "")
     parts = Parts(list(whole.values()), alone)
-    return CapturedStage(
+    stage = CapturedStage(
         bound, range(start, stop), spent, enters, leaves, parts, label, calls, whole
     )
+    if compiler is None:
+        return stage
+    called = [whole[call.target] for call in calls if isinstance(call.target, str)]
+    code = code_of(calls, called, leaves)
+    if isinstance(code, str):
+        return stage
+    return CompiledStage(stage, code, compiler, bound, called, enters, leaves)
