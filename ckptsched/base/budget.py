@@ -14,8 +14,9 @@ import operator
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import final
+from typing import Any, final
 
+from .device_memory import available_bytes, bytes_beside
 from .errors import BudgetSyntaxError
 
 _UNITS = {
@@ -37,7 +38,18 @@ _UNITS = {
     "tib": 2**40,
 }
 _TEXT = re.compile(r"^\s*([+-]?[0-9._]+(?:e[+-]?[0-9]{1,3})?)\s*([a-z]*|%)\s*$", re.IGNORECASE)
-_REMEDY = 'give a positive number of bytes, or text such as "512MiB", "1.5 GB" or "40%"'
+_OF = re.compile(r"^\s*([0-9._]+)\s*%\s*of\s+(.*?)\s*$", re.IGNORECASE)
+_EVERYTHING = ("storing everything", "store-all", "store_all")
+_REMEDY = (
+    'give a positive number of bytes, or text such as "512MiB", "1.5 GB" or "40%", or '
+    '"90% of the device"'
+)
+_DEVICE_SHARE = 0.9
+COUNTED = (
+    "what a step makes: states and tapes, gradients of parameters, the output and the loss with "
+    "their gradients; not parameters, buffers, optimizer and batch"
+)
+"""What a budget counts, in words."""
 
 
 class Tier(enum.IntEnum):
@@ -127,6 +139,56 @@ class Budget:
             raise BudgetSyntaxError(f"a total needs bytes, found {limit!r}; {_REMEDY}")
         return cls(bytes=budget.bytes, reserved_bytes=reserved_bytes)
 
+    @classmethod
+    def device(
+        cls,
+        device: Any = None,
+        *,
+        share: float = _DEVICE_SHARE,
+        model: Any = None,
+        optimizer: Any = None,
+        batch: Any = None,
+        reserved_bytes: int = 0,
+    ) -> Budget:
+        """Bound a step by what a device has free now, less what training takes besides.
+
+        Args:
+            device: Such as "cuda:1", "cpu" or a torch.device; None for the current CUDA device
+                where there is one, else the CPU.
+            share: How much of what is free may be used: the rest is a margin for what the
+                allocator and the libraries take.
+            model: The model, whose parameters and buffers are reserved if they are elsewhere yet.
+            optimizer: What keeps a state: its bytes, an optimizer of torch.optim, or a name such
+                as "adamw" for the model's trained parameters.
+            batch: One batch, in bytes or as tensors, reserved if it is elsewhere yet.
+            reserved_bytes: Bytes besides.
+
+        Returns:
+            A budget of what remains. Gradients of parameters are part of the step, and are not
+            reserved.
+
+        Raises:
+            BudgetSyntaxError: The device is not there or does not say what is free, the share is
+                not above 0 and up to 1, the optimizer is unknown, or nothing remains.
+        """
+        if isinstance(share, bool) or not 0 < share <= 1:
+            raise BudgetSyntaxError(
+                f"a share of {share!r} of a device cannot be used; give one above 0 and up to 1, "
+                f"such as {_DEVICE_SHARE}"
+            )
+        free = available_bytes(device)
+        limit = math.floor(Fraction(str(share)) * free)
+        parts = {**bytes_beside(device, model, optimizer, batch), "other": reserved_bytes}
+        reserved = sum(parts.values())
+        if limit <= reserved:
+            taken = ", ".join(f"{what} {format_bytes(x)}" for what, x in parts.items() if x)
+            raise BudgetSyntaxError(
+                f"{percent(share)} of the {format_bytes(free)} that {device or 'the device'} has "
+                f"free leaves nothing{f' for a step beside {taken}' if taken else ''}; free some, "
+                "or take a smaller model or batch"
+            )
+        return cls(bytes=limit, reserved_bytes=reserved)
+
     def resolve(self, store_all_bytes: int) -> int:
         """Turn the budget into bytes for one chain.
 
@@ -147,13 +209,15 @@ def parse_budget(budget: int | float | str | Budget) -> Budget:
 
     Args:
         budget: Bytes as a number, text with a unit ("512MiB" is 2**20 bytes each, "1.5 GB"
-            10**9), a share of what storing everything needs ("40%"), or a `Budget`.
+            10**9), a share of what storing everything needs ("40%"), a share of what a device has
+            free now ("90% of the device", "80% of cuda:1"), or a `Budget`.
 
     Returns:
         The budget; fractions of a byte are rounded down.
 
     Raises:
-        BudgetSyntaxError: Not a number, NaN, infinite, zero, negative or of unknown unit.
+        BudgetSyntaxError: Not a number, NaN, infinite, zero, negative or of unknown unit, or of a
+            device that is not there.
     """
     if isinstance(budget, Budget):
         return budget
@@ -204,7 +268,26 @@ def meant_as_percentage(asked: int | float | str | Budget, size: int) -> str:
     return f"{size} bytes were asked for: if {meant} was meant, give {meant!r}"
 
 
+def is_of_device(budget: object) -> bool:
+    """Whether a budget is text that depends on what a device has free when it is read."""
+    match = _OF.match(budget) if isinstance(budget, str) else None
+    return match is not None and match[2].lower() not in _EVERYTHING
+
+
+def _parse_share_of(number: str, what: str) -> Budget:
+    """A share of a device, or of storing everything."""
+    if what.lower() in _EVERYTHING:
+        return _parse_text(f"{number}%")
+    try:
+        share = float(number) / 100
+    except ValueError:
+        raise BudgetSyntaxError(f'the budget "{number}% of {what}" cannot be read') from None
+    return Budget.device(what, share=share)
+
+
 def _parse_text(text: str) -> Budget:
+    if match := _OF.match(text):
+        return _parse_share_of(*match.groups())
     match = _TEXT.match(text)
     if match is None:
         raise BudgetSyntaxError(f"the budget {text!r} cannot be read; {_REMEDY}")

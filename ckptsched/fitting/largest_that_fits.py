@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, Unpack, final
 
 import numpy as np
 
-from ..base.budget import Budget, parse_budget
+from ..base.budget import Budget, is_of_device, parse_budget
 from ..base.errors import BudgetSyntaxError, CkptschedError, InfeasibleBudgetError, WorkloadError
 from ..base.progress_bar import bar_of_solvers
 from ..planner.plan import Plan, Workload, excess, words_of_class
@@ -355,9 +355,11 @@ def _fits_for(
             'as "8GiB"'
         )
     share = math.inf if overhead is None else parse_overhead(overhead)
+    # What a device has free is read once.
+    asked = parsed if is_of_device(budget) else budget
 
     def fits(chain: Chain) -> _Fit:
-        [result] = plan_each(chain, [budget], **options)
+        [result] = plan_each(chain, [asked], **options)
         if isinstance(result, Plan) and result.overhead > share + 1e-12:
             return WorkloadError(
                 f"the best plan found takes {result.overhead:+.2%} of time, more than the "

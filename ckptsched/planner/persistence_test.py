@@ -33,7 +33,8 @@ def persistent_is_optimal(chain: Chain) -> bool:
         return False
     later = 0  # bytes of the parameter gradients of the stages after i
     for i in range(len(chain), 0, -1):
-        if chain.stages[i - 1].gradient_bytes + later > min(states[:i]):
+        least = min(states[max(0, i - 2) : i])  # of states 1..i: but for the last they never grow
+        if chain.stages[i - 1].gradient_bytes + later > least:
             return False
         later += chain.stages[i - 1].parameter_gradient_bytes
     return True

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
-from ..base.budget import exact_bytes, format_bytes, format_seconds
+from ..base.budget import COUNTED, exact_bytes, format_bytes, format_seconds
 from ..base.errors import CkptschedError, InvalidScheduleError, PlanMismatchError, WorkloadError
 from ..base.json_files import fault_of_seal, read_json, render_json, sealed, write_atomically
 from ..schedule.language import (
@@ -338,6 +338,7 @@ def _table(plan: Plan) -> str:
             "budget",
             f"{exact_bytes(plan.budget_bytes, budget=True)}, asked for as {plan.budget_text}",
         ),
+        ("counted", COUNTED),
         (
             "projected peak",
             f"{exact_bytes(plan.peak_bytes)}: {plan.peak_bytes / max(plan.budget_bytes, 1):.1%} of "

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypedDict, Unpack, cast, final
 
-from ..base.budget import Budget, format_bytes, meant_as_percentage, parse_budget, percent
+from ..base.budget import (
+    COUNTED,
+    Budget,
+    exact_bytes,
+    is_of_device,
+    meant_as_percentage,
+    parse_budget,
+    percent,
+)
 from ..base.errors import (
     BudgetSyntaxError,
     CkptschedError,
@@ -154,6 +162,8 @@ def _with_proof(plan: Plan, found: Plan) -> Plan:
 
 def _contradicts(text: str, budget_bytes: int, store_all_bytes: int) -> bool:
     """Whether a text names another budget; words that name none say why it was chosen."""
+    if is_of_device(text):
+        return False  # that was of another moment
     try:
         return parse_budget(text).resolve(store_all_bytes) != budget_bytes
     except BudgetSyntaxError:
@@ -200,13 +210,11 @@ def _asked(task: _Task, result: _Result, budget: int | float | str | Budget) -> 
     text = _as_asked(budget)
     if isinstance(result, Plan):
         return replace(result, budget_text=text)
-    question = meant_as_percentage(budget, result.budget_bytes)
+    message = f"{result}; {_parts(task, result)}"
     if text.endswith("%"):
-        message = f"{text} of storing everything is too little: {result}; {_parts(task, result)}"
-    elif question:
-        message = f"{result}; {question}"
-    else:
-        return result
+        message = f"{text} of storing everything is too little: {message}"
+    elif question := meant_as_percentage(budget, result.budget_bytes):
+        message = f"{message}; {question}"
     return InfeasibleBudgetError(
         message,
         budget_bytes=result.budget_bytes,
@@ -216,7 +224,7 @@ def _asked(task: _Task, result: _Result, budget: int | float | str | Budget) -> 
 
 
 def _parts(task: _Task, error: InfeasibleBudgetError) -> str:
-    """What any schedule of a chain or graph has to hold, for people who gave a percentage."""
+    """What any schedule of a chain or graph has to hold, and what counts."""
     chain, whole = task.chain, task.store_all_bytes
     gradients = sum(stage.parameter_gradient_bytes for stage in chain.stages)
     # What a stage holds while it is differentiated: its tape, both gradients, and its own extra.
@@ -227,12 +235,13 @@ def _parts(task: _Task, error: InfeasibleBudgetError) -> str:
     largest = max(range(len(needs)), key=needs.__getitem__)
     loss = chain.held_bytes + chain.loss_overhead_bytes
     least = error.least_budget_bytes
-    least_share = percent(math.ceil(1000 * least / whole) / 1000) if least else ""
+    share = percent(math.ceil(1000 * least / max(whole, 1)) / 1000) if least else ""
     return (
-        f"of the {format_bytes(whole)} of storing everything, gradients of parameters take "
-        f"{format_bytes(gradients)}, the largest stage ({chain.stage_name(largest + 1)!r}) "
-        f"{format_bytes(needs[largest])} while it is differentiated, and the loss with the output "
-        f"{format_bytes(loss)}{least_share and f'; the least budget is {least_share}'}"
+        f"of the {exact_bytes(whole)} of storing everything, gradients of parameters take "
+        f"{exact_bytes(gradients)}, the largest stage ({chain.stage_name(largest + 1)!r}) "
+        f"{exact_bytes(needs[largest])} while it is differentiated, and the loss with the output "
+        f"{exact_bytes(loss)}{share and f'; the least budget is {share}'}. "
+        f"A budget counts {COUNTED}"
     )
 
 

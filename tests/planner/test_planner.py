@@ -82,6 +82,23 @@ def test_a_share_that_is_too_small_says_what_was_asked() -> None:
         plan(mixed_chain(), budget="2%")
 
 
+@pytest.mark.parametrize("budget", [1000, "1KiB", "0.1%"])
+def test_an_error_says_in_bytes_what_no_plan_can_do_without(budget: Any) -> None:
+    first = replace(mixed_chain().stages[0], parameter_gradient_bytes=5 * MIB, name="stem")
+    chain = replace(mixed_chain(), stages=(first, *mixed_chain().stages[1:]), held_bytes=3 * MIB)
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        plan(chain, budget=budget)
+    message, least = str(caught.value), caught.value.least_budget_bytes
+    everything = plan(chain, budget="100%")
+    for size in (everything.store_all_bytes, least, 5 * MIB, 3 * MIB):
+        assert f"({size} bytes)" in message
+    assert f"the largest stage ({chain.stage_name(1)!r}) " in message
+    assert "A budget counts what a step makes: states and tapes, gradients of param" in message
+    assert "not parameters, buffers, optimizer and batch" in str(everything)
+    made = plan(chain, budget=message.partition("the least budget is ")[2].partition("%")[0] + "%")
+    assert made.peak_bytes <= made.budget_bytes
+
+
 def test_an_empty_chain_cannot_be_made() -> None:
     with pytest.raises(WorkloadError, match="at least one stage, found none"):
         plan(Chain(stages=()), budget=1)
