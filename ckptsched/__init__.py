@@ -50,6 +50,8 @@ if TYPE_CHECKING:  # for type checkers; when it runs, `__getattr__` finds the sa
     from .fitting.largest_that_fits import largest_steps as largest_steps
     from .fitting.largest_that_fits import least_budget as least_budget
     from .fitting.planning import plan as plan
+    from .fitting.trainers.hugging_face import TransformersCallback as TransformersCallback
+    from .fitting.trainers.lightning import LightningCallback as LightningCallback
     from .ode import ODEBlock as ODEBlock
     from .ode import odeint as odeint
     from .ode import solve_adaptive as solve_adaptive
@@ -131,6 +133,11 @@ _HOMES = {
     "verify": "executor.verify",
     "WorkloadError": "base.errors",
 }
+# Each needs the library that it is for, and whoever looks at all names need not have it.
+_FOR_TRAINERS = {
+    "LightningCallback": "fitting.trainers.lightning",
+    "TransformersCallback": "fitting.trainers.hugging_face",
+}
 _FOLDERS = ("ode",)
 
 __all__ = [*_HOMES, "__version__"]
@@ -140,7 +147,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name, or a folder of them, when it is first asked for."""
     if name in _FOLDERS:
         return importlib.import_module(f"{__name__}.{name}")
-    home = _HOMES.get(name)
+    home = _HOMES.get(name) or _FOR_TRAINERS.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(importlib.import_module(f"{__name__}.{home}"), name)

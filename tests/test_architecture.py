@@ -38,6 +38,7 @@ SOLVER_USERS = {"planner", "ode.adaptive"}
 THIRD_PARTY = {
     "click": {"cli"},
     "highspy": {"solvers"},
+    "lightning": {"fitting.trainers.lightning"},
     "matplotlib": {"base.plot"},
     "networkx": {"workload.graph", "solvers.graph", "capture.stage_discovery"},
     "numba": {"solvers", "simulator", "base.jit"},
@@ -45,9 +46,12 @@ THIRD_PARTY = {
     "platformdirs": {"base.cache_folder"},
     "pulp": {"solvers.graph"},
     "rich": {"base.progress_bar", "report"},
+    "transformers": {"fitting.trainers.hugging_face"},
     # A budget may be what a device has free: torch is imported when it is asked for.
     "torch": set(FOLDERS) - set(WITHOUT_TORCH) | {"base.device_memory"},
 }
+# Modules that import what need not be there: `ckptsched.__getattr__` alone imports them.
+NEVER_IMPORTED = {"fitting.trainers.hugging_face", "fitting.trainers.lightning"}
 ONLY_INSIDE_FUNCTIONS = {"matplotlib"}  # an extra: the package must import without it
 
 
@@ -132,6 +136,8 @@ def check(sources: dict[str, str], folders: Sequence[str]) -> list[str]:
             if target == module or (found.late and (module, target) in LATE):
                 continue
             graph[module].add(target)
+            if target in NEVER_IMPORTED:
+                problems.append(f"{where}: imports {target}, which not everyone can")
             there = target.split(".")[0]
             if places.get(there, len(places)) > places[folder]:
                 problems.append(f"{where}: {folder} imports {there or PACKAGE}, which comes later")
@@ -309,6 +315,7 @@ def test_good_sources_pass() -> None:
         ("low.a", "import torch", "torch belongs to"),
         ("low.a", "def f():\n    from torch import nn", "torch belongs to"),
         ("low.a", "import matplotlib.pyplot", "inside a function"),
+        ("high.b", "from ..fitting.trainers.lightning import x", "which not everyone can"),
         ("low.a", "import pandas", "not a library of this package"),
         ("solvers.one", "from .base import Base\nclass One(Base): ...", "mark it @final"),
         ("high.b", "class A: ...\nclass B(A): ...", "B inherits A, which is not abstract"),
@@ -316,7 +323,8 @@ def test_good_sources_pass() -> None:
     ],
 )
 def test_bad_sources_are_found(module: str, source: str, problem: str) -> None:
-    problems = check({**GOOD, module: source}, ORDER)
+    other = {"fitting.trainers.lightning": ""}
+    problems = check({**GOOD, **other, module: source}, ORDER)
     assert any(problem in found for found in problems), problems
 
 

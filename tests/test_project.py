@@ -105,6 +105,14 @@ def test_public_names_are_the_documented_ones() -> None:
     assert documented == public_names() | {"__version__"}
 
 
+def test_callbacks_of_trainers_are_documented_though_not_everyone_can_import_them() -> None:
+    said = code_in(read("docs/api.md"))
+    for name, home in ckptsched._FOR_TRAINERS.items():
+        assert f"ckptsched.{name}" in said
+        assert (ROOT / "ckptsched" / f"{home.replace('.', '/')}.py").is_file()
+        assert name not in ckptsched.__all__
+
+
 def test_public_names_are_there_and_described() -> None:
     import ckptsched
 
@@ -162,11 +170,16 @@ def test_the_code_of_the_readme_runs_as_it_is_printed() -> None:
 
 
 def test_every_library_that_is_imported_is_declared() -> None:
-    from tests.test_architecture import PACKAGE, THIRD_PARTY
+    from tests.test_architecture import NEVER_IMPORTED, PACKAGE, THIRD_PARTY
 
-    names = project()["dependencies"] + project()["optional-dependencies"]["plot"]
-    declared = {re.split(r"[^\w-]", name)[0] for name in names}
-    assert set(THIRD_PARTY) - {PACKAGE} <= declared
+    def declared(requirements: list[str]) -> set[str]:
+        return {re.split(r"[^\w-]", name)[0] for name in requirements}
+
+    extras = project()["optional-dependencies"]
+    tested_alone = {name for name, places in THIRD_PARTY.items() if places <= NEVER_IMPORTED}
+    always = set(THIRD_PARTY) - {PACKAGE} - tested_alone
+    assert always <= declared(project()["dependencies"] + extras["plot"])
+    assert tested_alone <= declared(extras["test"])
 
 
 def test_the_wheel_holds_the_package_and_its_type_marker_only() -> None:
@@ -211,7 +224,7 @@ def test_type_checkers_see_the_public_names() -> None:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert seen == ckptsched._HOMES
+    assert seen == {**ckptsched._HOMES, **ckptsched._FOR_TRAINERS}
     for name in ckptsched.__all__:
         assert getattr(ckptsched, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -42,12 +42,15 @@ def fit(
     call that was planned, so it is best to fit on the largest batch; any other call is planned
     when it is first seen, within the same budget, and a line in the log "ckptsched" says so.
 
+    Without a batch, the model is planned when it is first called with gradients on, among whatever
+    is around that call, such as autocast: for trainers and loops whose batches are not at hand.
+
     Args:
         model: The model, in the mode to train in.
-        sample: One batch, of the shape to train with.
+        sample: One batch, of the shape to train with; none to plan for the first call.
         kwargs: The same by name.
         budget: Bytes, text such as "256MiB", or a share such as "40%" of what storing everything
-            takes on this batch.
+            takes on the batch that is planned first.
         solver: Name of a solver, or "auto".
         loss: From the output to a scalar, so that its bytes are counted exactly; None for the loss
             that the output has as `.loss` or under that key, and else bytes as for a
@@ -64,7 +67,7 @@ def fit(
     Raises:
         BudgetSyntaxError: The budget cannot be read.
         InfeasibleBudgetError: Nothing fits; the message names the least budget that works. The
-            model is as it was.
+            model is as it was. Without a batch, the first call raises this and what follows.
         ProfileError: The model cannot be measured.
     """
     check_options("glance", context_fn)
@@ -83,7 +86,8 @@ def fit(
             on_new_input=on_new_input,
         ),
     )
-    fitted.make(sample, kwargs or {}, inspection=inspection)
+    if sample or kwargs:
+        fitted.make(sample, kwargs or {}, inspection=inspection)
     vars(inspection.model)["forward"] = fitted
     return inspection.model  # type: ignore[return-value]  # of what checkpointed() gave it is the model
 
@@ -114,7 +118,7 @@ def plan_of(model: nn.Module) -> Plan:
         model: A model that was fitted, or what `checkpointed` has given.
 
     Raises:
-        PlanMismatchError: It follows none.
+        PlanMismatchError: It follows none, or none yet.
     """
     if isinstance(model, Checkpointed):
         return model.plan
@@ -123,4 +127,10 @@ def plan_of(model: nn.Module) -> Plan:
         raise PlanMismatchError(
             f"the {type(model).__name__} follows no plan; fit it, or give what checkpointed() gave"
         )
-    return found.plan
+    plan = found.plan
+    if plan is None:
+        raise PlanMismatchError(
+            f"the {type(model).__name__} was fitted without a batch, and plans when it is first "
+            "called with gradients on; call it, or fit it with a batch"
+        )
+    return plan

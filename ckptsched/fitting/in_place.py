@@ -93,7 +93,8 @@ class Fitted(InPlace):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fitted:
         """That of the copy of the model, which plans anew when it is first called."""
-        model = memo.get(id(self.model)) or copy.deepcopy(self.model, memo)
+        # Not by `or`: a container that is still being copied has no length to be true by.
+        model = memo[id(self.model)] if id(self.model) in memo else copy.deepcopy(self.model, memo)
         own = in_place(model)
         if isinstance(own, Fitted):
             return own
@@ -112,9 +113,9 @@ class Fitted(InPlace):
         return other
 
     @property
-    def plan(self) -> Plan:
-        """The plan that was made first."""
-        return next(iter(self._plans.values()))
+    def plan(self) -> Plan | None:
+        """The plan that was made first; None before there is one."""
+        return next(iter(self._plans.values()), None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; where gradients are on, and in a mode that is planned, by a plan.
@@ -128,7 +129,7 @@ class Fitted(InPlace):
             InfeasibleBudgetError: There is none within the budget.
             ProfileError: The model cannot be measured on such a call.
         """
-        evaluates = not self.model.training and False not in self._plans
+        evaluates = not self.model.training and self._plans and False not in self._plans
         if evaluates or not torch.is_grad_enabled():
             return self._plainly(args, kwargs)
         return self._follow_plan(args, kwargs)
@@ -156,9 +157,10 @@ class Fitted(InPlace):
             else:
                 self._keep(key, calls)
                 return found
-        if self._options.on_new_input == "refuse":
+        others = self._options.on_new_input if self._all() else "plan"  # the first is no other
+        if others == "refuse":
             raise why or self._unlike(key)
-        if self._options.on_new_input == "plain":
+        if others == "plain":
             self._warn(why or self._unlike(key))
             return self._plainly(args, kwargs)
         calls = self.make(args, kwargs, why or self._unlike(key))
@@ -231,7 +233,7 @@ class Fitted(InPlace):
     def _budget(self) -> Any:
         """What every plan must keep: a share is one of the first."""
         asked = parse_budget(self._options.budget)
-        return self.plan.budget_bytes if asked.share is not None and self._plans else asked
+        return self.plan.budget_bytes if asked.share is not None and self.plan else asked
 
     def _from_larger(self, inputs: State) -> Calls | None:
         """The schedule of a larger call for one that is recorded and weighed anew, if it fits."""
@@ -318,6 +320,7 @@ class Fitted(InPlace):
 
     def _warn(self, why: PlanMismatchError) -> None:
         plan = self.plan
+        assert plan is not None
         warnings.warn(
             f"a call runs by plain autograd, for which no plan is ({why}): plans have a peak of "
             f"{plan.peak_bytes} bytes, and plain autograd took {plan.store_all_bytes} on the first "

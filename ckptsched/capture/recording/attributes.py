@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...recompute.fsdp import class_before
 from ..stage_discovery import has_hooks
-from ..wrappers import forward_attribute
+from ..wrappers import InPlace, forward_attribute
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 _DEPTH, _LENGTH = 4, 1000  # what lies deeper, or in longer containers, counts by type and length
@@ -44,6 +44,8 @@ def _comparable(value: Any, known: dict[int, object], depth: int) -> object:
         return type(value), value
     if isinstance(value, type) or isroutine(value):
         return value
+    if isinstance(value, InPlace):  # one that others have put elsewhere; it changes as it plans
+        return type(value)
     inside: list[Any] = []
     if depth and isinstance(value, list | tuple) and len(value) <= _LENGTH:
         inside = list(value)

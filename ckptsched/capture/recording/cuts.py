@@ -79,11 +79,11 @@ def measure(recording: Recording, model: nn.Module, tensors: Sequence[Tensor]) -
 
 
 @final
-class _Work(TorchDispatchMode):
+class _Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what operators compute and move."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(
