@@ -10,9 +10,10 @@ from typing import Any, final
 from ..base.errors import PlanMismatchError, ProfileError
 from ..capture.inspection import Inspection
 from ..capture.recording.stages import Captured, capture_as_before
+from ..capture.signature_check import Expected
 from ..planner.plan import Plan
 from ..recompute.fsdp import call_as_forward, is_sharded
-from ..tensors.pytree import State
+from ..tensors.pytree import NO_EXTRAS, State
 from ..torch_state.locks import LendingLock
 from ..torch_state.replay_context import ContextFn, contexts
 from ..workload.chain import Chain
@@ -118,6 +119,8 @@ class RecordedCalls:
         assert isinstance(self.plan.chain, Chain)
         signature = self.plan.chain.signature
         assert signature is not None
+        expected = Expected(signature, self.plan.peak_bytes)
+        expected.check_call(State.of(inputs.leaves), NO_EXTRAS.apart())
         try:
             captured = capture_as_before(self.inspection, inputs, signature.cuts)
         except ProfileError as error:

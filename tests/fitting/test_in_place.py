@@ -73,7 +73,10 @@ def test_it_stays_the_model_that_it_is(fitted: tuple[Language, Language]) -> Non
     assert repr(model) == repr(plain)
     plan = cs.plan_of(model)
     assert plan.overhead > 0
-    assert cs.verify(model, plan, ids(4, 16), kwargs={"labels": ids(4, 16)}).ok
+    x = ids(4, 16)
+    assert cs.verify(model, plan, x, kwargs={"labels": x}).ok
+    with pytest.raises(cs.PlanMismatchError, match="the plan is for a call with"):
+        cs.verify(model, plan, ids(4, 16), kwargs={"labels": ids(4, 16)})  # two tensors
     assert cs.unfit(model) is model
     assert "forward" not in vars(model)
     with pytest.raises(cs.PlanMismatchError, match="follows no plan; fit it"):
