@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import ProfileError
-from .recording.calls import PLAIN, Fixed, Numbered, RecordedCall, Source
+from .recording.calls import PLAIN, Fixed, Numbered, RecordedCall, Source, StagePath
 from .recording.functions import EFFECTS
 from .recording.recording import Bound
 from .stage_discovery import StageCall, has_hooks
@@ -349,6 +349,8 @@ def _why_not(call: RecordedCall) -> str:
         return "runs without gradients, or among another autocast"
     if call.why_whole or call.target == "":
         return "is called whole"
+    if isinstance(call.target, StagePath):
+        return "is a stage of a module that lists its own"
     if isinstance(call.target, type):
         return "is a custom autograd Function"
     if call.target in EFFECTS or getattr(call.target, "__name__", "") == "__set__":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..tensors.pytree import State
 from ..tensors.wrapper_tensors import is_plain
-from .recording.calls import Numbered, Place, RecordedCall
+from .recording.calls import Numbered, Place, RecordedCall, StagePath
 from .stage_discovery import has_hooks
 from .wrappers import is_compiled
 
@@ -210,13 +210,17 @@ class Likeness:
 
         Args:
             call: The call.
-            modules: Gives the module of a path.
+            modules: Gives the module of a path, or the stage that is named.
 
         Raises:
             InDoubtError: It is one of a module that cannot be told.
         """
         target = call.target
-        called = self.module(modules(target)) if isinstance(target, str) else target
+        called: Hashable = target
+        if isinstance(target, StagePath):
+            called = modules(target).key
+        elif isinstance(target, str):
+            called = self.module(modules(target))
         given = State((_LEAF,) * len(call.reads), call.given.tree)
         constants = tuple(map(self.value, given.constants()))
         places = [source.kind for source in call.reads if isinstance(source, Place)]

@@ -144,6 +144,30 @@ class Around:
 
 PLAIN = Around()
 
+
+@final
+class StagePath(str):
+    """The name of a stage of a module that lists its stages, such as "flow.step[7]"."""
+
+    path: str
+    """That of the module."""
+    position: int
+    """Of the stage, in the module's list."""
+
+    @classmethod
+    def of(cls, path: str, index: int, label: str) -> StagePath:
+        """Name a stage.
+
+        Args:
+            path: That of the module.
+            index: Of the stage, in the module's list.
+            label: Its name within the module; empty where it has none.
+        """
+        made = cls(f"{path}.{label or index}" if path else label or str(index))
+        made.path, made.position = path, index
+        return made
+
+
 Kept: TypeAlias = tuple[State, tuple[Source, ...]]
 """What an attribute holds when a pass is over: a value without its tensors, and where they are."""
 
@@ -154,7 +178,7 @@ class RecordedCall:
     """One call: a module, a function of torch, or a custom autograd Function."""
 
     target: Callable[..., Any] | str
-    """What is called; a text is the path of a module."""
+    """What is called; a text is the path of a module, or names a stage of one."""
     given: State
     """The arguments, as `(args, kwargs)`, without their tensors."""
     reads: tuple[Source, ...]

@@ -34,7 +34,7 @@ from ...torch_state.replay_context import Autocast
 from ...torch_state.torch_modes import transform_at_work
 from ..stage_discovery import StagedModule
 from ..unseen import Unseen
-from ..wrappers import is_compiled
+from ..wrappers import StandsFor, in_place, is_compiled
 from .calls import (
     PLAIN,
     Around,
@@ -45,6 +45,7 @@ from .calls import (
     Place,
     RecordedCall,
     Source,
+    StagePath,
     is_plain_object,
     name_of,
     tensors_inside,
@@ -65,6 +66,7 @@ from .functions import (
     may_hide_tensors,
     sets_something,
 )
+from .recording import module_of, part_of
 from .values import Numbers, Origins
 
 # One recording at a time: what is replaced is replaced for all threads, and passes others by.
@@ -238,14 +240,31 @@ class Recorder:
             return result
         self.scopes.append(path)
         try:
+            if isinstance(module, StagedModule) and args:
+                return self._stages(module, path, args, kwargs)
             return call(module, *args, **kwargs)
         finally:
             self._look_at_random()
             self.scopes.pop()
 
+    def _stages(
+        self, module: StagedModule, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """A module that lists its stages, such as an ODE block of many steps: each is a call."""
+        state, *further = args
+        for k, stage in enumerate(module.stages()):
+            self._look_at_random()
+            name = StagePath.of(path, k, stage.label)
+            state = self._note(name, stage, (state, *further), kwargs)
+            with self._aside():
+                self._unseen.pass_over()
+        return state
+
     def _is_whole(self, module: nn.Module, path: str) -> bool:
-        if path in self._whole or isinstance(module, (torch.jit.ScriptModule, StagedModule)):
+        if path in self._whole or isinstance(module, (torch.jit.ScriptModule, StandsFor)):
             return True
+        if module is not self.model and in_place(module) is not None:
+            return True  # it follows plans of its own
         if module is not self.model and (has_loud_hooks(module) or is_compiled(module)):
             return True
         of_torch = type(module).__module__.startswith("torch.nn.modules")
@@ -303,7 +322,7 @@ class Recorder:
             if isinstance(target, str) or not self._only_asks(target, given, reads, result):
                 self._add(target, given, reads, around, result, changed)
             if keeps:  # and put others in place of its parameters and buffers
-                found = _own_tensors(self.model.get_submodule(target), target)
+                found = _own_tensors(part_of(self.model, target), target)
                 self._own.update((key, id(tensor)) for key, tensor in found)
         finally:
             self._unseen.pass_over_torch()
@@ -375,7 +394,8 @@ class Recorder:
 
     def _computes(self, path: str) -> bool:
         """Whether a guard may not run a module: it has parameters or a state, or is not opened."""
-        own = _own_tensors(self.model.get_submodule(path), path) if path else iter([None])
+        module = module_of(self.model, path)
+        own = _own_tensors(module, path) if path else iter([None])
         return path in self._whole or next(own, None) is not None or not path
 
     # -- what is known
@@ -483,7 +503,8 @@ class Recorder:
         """A module that is called with others than its own is part of what put those there."""
         if not isinstance(target, str) or not target:
             return
-        for key, tensor in _own_tensors(self.model.get_submodule(target), target):
+        path = target.path if isinstance(target, StagePath) else target
+        for key, tensor in _own_tensors(part_of(self.model, path), path):
             if self._own.get(key) != id(tensor):
                 self.mark(f"{'.'.join(key)} is another tensor when {target!r} is called")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypeAlias, final
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ...base.errors import ExecutionError, PlanMismatchError
 from ...tensors.pytree import State
+from ..stage_discovery import StageCall, StagedModule
 from .attributes import attributes_of
-from .calls import Guard, Kept, Numbered, Place, RecordedCall, Source
+from .calls import Guard, Kept, Numbered, Place, RecordedCall, Source, StagePath
 from .preparation import caching, switched_off
 
 
@@ -173,7 +174,8 @@ class Bound:
             model: The model.
         """
         self._recording = recording
-        self._callees = [_callee(call, model) for call in recording.calls]
+        stages = functools.cache(lambda path: _stages_of(part_of(model, path)))
+        self._callees = [_callee(call, model, stages) for call in recording.calls]
         whole = [k for k, call in enumerate(recording.calls) if call.why_whole]
         self._caching = {k: caching(self._callees[k]) for k in whole}
         calls = (*recording.calls, *(guard.read for guard in recording.guards))
@@ -194,6 +196,10 @@ class Bound:
         if isinstance(source, Place):
             return source.look_up(self._owners[source])
         return source.tensor
+
+    def callee(self, k: int) -> Any:
+        """What a call calls, by its index."""
+        return self._callees[k]
 
     def run(self, k: int, values: dict[int, Tensor]) -> None:
         """Make one call, and put what it makes among the values.
@@ -279,8 +285,22 @@ def _said(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _callee(call: RecordedCall, model: nn.Module) -> Any:
+def module_of(model: nn.Module, target: str) -> nn.Module:
+    """The module that a call names, or whose stage it names."""
+    return part_of(model, target.path if isinstance(target, StagePath) else target)
+
+
+def _stages_of(module: nn.Module) -> list[StageCall]:
+    assert isinstance(module, StagedModule)
+    return module.stages()
+
+
+def _callee(
+    call: RecordedCall, model: nn.Module, stages: Callable[[str], Sequence[StageCall]]
+) -> Any:
     target: Any = call.target
+    if isinstance(target, StagePath):
+        return stages(target.path)[target.position]
     if isinstance(target, str):
         return part_of(model, target) if target else model.forward
     return getattr(target, "apply") if isinstance(target, type) else target  # noqa: B009

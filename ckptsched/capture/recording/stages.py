@@ -20,10 +20,10 @@ from ..likeness import InDoubtError, Likeness
 from ..model_state import left_as_it_was
 from ..stage_discovery import StageCall, StagedModule, has_hooks
 from ..wrappers import plain_forward, share
-from .calls import RecordedCall
+from .calls import RecordedCall, StagePath
 from .cuts import CallCosts, candidate_cuts, every_cut, lean_cuts, measure, smallest_cuts
 from .record import record
-from .recording import Bound, Recording, part_of
+from .recording import Bound, Recording, module_of, part_of
 
 
 @final
@@ -129,6 +129,16 @@ class CapturedStage(StageCall):
         """Of its own: equal stages have parameters of their own (see `likeness`)."""
         return ("captured", id(self._bound), self._enters, self._leaves, self._label)
 
+    def _called(self, target: str) -> nn.Module | StageCall:
+        """The module that a call names, or the stage of one."""
+        if not isinstance(target, StagePath):
+            return self._whole[target]
+        at = next(
+            k for k, call in zip(self._calls, self._recorded, strict=True) if call.target is target
+        )
+        stage: StageCall = self._bound.callee(at)
+        return stage
+
     def likeness(self) -> Hashable:
         """The calls, with their tensors and modules in the order in which they come up."""
         found = Likeness()
@@ -136,7 +146,7 @@ class CapturedStage(StageCall):
             calls, local = found.calls(
                 self._recorded,
                 lambda source: self._bound.tensor(source, {}),
-                self._whole.__getitem__,
+                self._called,
                 self._enters,
             )
             owned = found.owned(self.module.modules())
@@ -384,7 +394,7 @@ def _stage(
     compiler: Compiler | None,
 ) -> StageCall:
     calls = recording.calls[start:stop]
-    whole = {c.target: part_of(model, c.target) for c in calls if isinstance(c.target, str)}
+    whole = {c.target: module_of(model, c.target) for c in calls if isinstance(c.target, str)}
     paths = dict.fromkeys(p.path for c in calls for p in c.places if p.kind)
     alone = [part_of(model, path) for path in paths if path not in whole]
     enters = recording.live(start) if start else recording.given
@@ -398,7 +408,7 @@ def _stage(
     ]
     first, end = calls[0].name, calls[-1].name
     label = f"{start}:{first}" + (f" to {end}" if len(calls) > 1 else "")
-    parts = Parts(list(whole.values()), alone)
+    parts = Parts(list(dict.fromkeys(whole.values())), alone)
     stage = CapturedStage(
         bound, range(start, stop), spent, enters, leaves, parts, label, calls, whole
     )

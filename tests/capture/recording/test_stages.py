@@ -203,3 +203,56 @@ def test_what_cannot_be_captured_says_so() -> None:
         cs.captured(Language())
     with pytest.raises(cs.ProfileError, match="'lean', 'smallest', 'every'"):
         cs.captured(nn.Linear(8, 8), torch.randn(2, 8), cuts="fine")  # type: ignore[arg-type]
+
+
+class Flow(nn.Module):
+    """An ODE block between two layers, with a skip connection around it."""
+
+    def __init__(self, slopes: bool) -> None:
+        super().__init__()
+        field = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+        granularity: Any = "slope" if slopes else "step"
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.flow = cs.ODEBlock(field, method="rk4", steps=6, granularity=granularity)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
+        return self.b(y + self.flow(y))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("slopes", [False, True])
+def test_steps_of_an_ode_block_inside_stay_stages(slopes: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Flow(slopes), torch.randn(64, WIDTH)
+    chain = cs.profile(model, x)
+    names = [chain.stage_name(i) for i in range(1, len(chain) + 1)]
+    assert sum("flow." in name for name in names) >= (24 if slopes else 6)
+    whole = cs.plan(chain, budget="100%")
+    assert whole.least_budget_bytes < 0.7 * whole.store_all_bytes
+    for share in (0.0, 0.5):
+        room = whole.store_all_bytes - whole.least_budget_bytes
+        plan = cs.plan(chain, budget=whole.least_budget_bytes + int(share * room))
+        found = cs.verify(model, plan, x)
+        assert found.ok, str(found)
+
+
+def test_a_part_that_is_fitted_goes_on_following_its_own_plan() -> None:
+    torch.manual_seed(0)
+    inner, x = UNet(), torch.randn(2, 3, 16, 16)
+    outer = nn.ModuleDict({"stem": nn.Conv2d(3, 3, 3, padding=1), "net": inner})
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = outer
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.parts["stem"](x))
+            return torch.tanh(self.parts["net"](y)) * 2.0  # type: ignore[no-any-return]
+
+    cs.fit(inner, torch.randn(2, 3, 16, 16, requires_grad=True), budget="90%")
+    model = Outer()
+    plan = cs.plan(model, x, budget="100%")
+    found = cs.verify(model, plan, x)
+    assert found.gradients_equal, str(found)
+    assert found.buffers_equal
