@@ -34,6 +34,9 @@ from .disk_cache import PlanCache, is_worth_keeping, open_cache, source_digest
 from .plan import Plan, Workload, excess
 from .solver_choice import ALL_SCHEDULES, AUTO, NO_LIMIT, Answer, Portfolio, rules_for
 
+_FAR_FROM_BOUND = 0.025  # of the bound: as a rule plans are nearer
+_SMALLER = (0.999, 0.997, 0.993, 0.987, 0.975, 0.95)  # of a budget
+
 
 class PlanOptions(TypedDict, total=False):
     """What `plan` takes by keyword besides the budget, for functions that plan."""
@@ -292,11 +295,9 @@ def _solve(task: _Task, shelf: PlanCache | None) -> list[_Result]:
     begun = time.perf_counter()
     # More than any chain can need is more than the 64 bits of compiled solvers hold.
     usable = [min(size, NO_LIMIT) for size in task.sizes]
-    found = Portfolio(task.chain, usable, task.solver, task.time_limit).answers()
-    results: list[_Result] = [
-        _plan(task, answer, size) if isinstance(answer, Answer) else answer
-        for answer, size in zip(found, task.sizes, strict=True)
-    ]
+    results = _solve_for(task, usable)
+    if isinstance(task.chain, Chain):
+        results = [_with_smaller(task, result) for result in results]
     taken = time.perf_counter() - begun
     plans = [result for result in results if isinstance(result, Plan)]
     operations = sum(len(plan.schedule) for plan in plans)
@@ -304,6 +305,37 @@ def _solve(task: _Task, shelf: PlanCache | None) -> list[_Result]:
         for plan in plans:
             shelf.keep(task.request(plan.budget_bytes), plan)
     return results
+
+
+def _solve_for(task: _Task, sizes: Sequence[int]) -> list[_Result]:
+    found = Portfolio(task.chain, sizes, task.solver, task.time_limit).answers()
+    return [
+        _plan(task, answer, size) if isinstance(answer, Answer) else answer
+        for answer, size in zip(found, sizes, strict=True)
+    ]
+
+
+def _with_smaller(task: _Task, result: _Result) -> _Result:
+    """A plan, or that of a somewhat smaller budget where it is far from the bound and that is not.
+
+    What a solver counts is not to the byte what a step takes, so now and then the schedule that it
+    takes for the best one does not fit, and what it falls back to is dearer than what a smaller
+    budget gets.
+    """
+    if not isinstance(result, Plan) or result.gap <= _FAR_FROM_BOUND:
+        return result
+    sizes = sorted({int(result.budget_bytes * share) for share in _SMALLER}, reverse=True)
+    smaller = [x for x in _solve_for(task, sizes) if isinstance(x, Plan)]
+    best = min((result, *smaller), key=lambda plan: plan.seconds)
+    if best is result:
+        return result
+    return replace(
+        result,
+        schedule=best.schedule,
+        trace=best.trace,
+        solver=best.solver,
+        rounding_unit_bytes=best.rounding_unit_bytes,
+    )
 
 
 def _plan(task: _Task, answer: Answer, size: int) -> Plan:

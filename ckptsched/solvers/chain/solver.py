@@ -7,7 +7,7 @@ Beaumont et al. (RR-9302); recurrence and conditions stand in `tables`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -17,7 +17,6 @@ from ...base.budget import format_bytes
 from ...base.errors import InfeasibleBudgetError, SolverRefusalError, WorkloadError
 from ...schedule.language import Code, Schedule
 from ...schedule.trace import Trace
-from ...simulator.liveness import blocks_of, snapshot_bytes
 from ...simulator.simulator import simulate
 from ...workload.chain import Chain
 from ..base import AbstractSolver, Solution, infeasible
@@ -49,14 +48,10 @@ _MORE = (0.0002, 0.01)
 _LOOKS_STAGES = 200  # of more the search in exact bytes comes to no end, and is cut short
 # No more are drawn where one is as near to the bound as this.
 _CLOSE = 1e-4
-# Levels below a budget at which schedules are drawn at most.
-_LEVELS = 64
-# Where the ledger charges more than its relaxation: levels within what it may charge, and how often
-# the optimum of fewer bytes is looked for.
-_PROBES = 32
+# Where the ledger charges more than its relaxation: how often schedules of fewer bytes are drawn,
+# and how many of one draw are simulated.
+_DRAWS = 8
 _TRIALS = 3
-# Sums of seconds in another order differ in their last digits.
-_DIGITS = 1e-12
 # The same, to find the least budget: a small table, and schedules tried with it.
 _EDGE_SLOTS = 500
 _EDGE_TRIALS = 24
@@ -75,9 +70,9 @@ class Effort:
     """Looks at choices by the search in exact bytes, for one budget alone: some seconds."""
     least_looks: int = 1_500_000
     """The same for each of several budgets, at least."""
-    nearest: bool = True
-    """Whether a second table is asked, in which sizes are rounded to the nearest slot, where most
-    states take less than half a slot."""
+    poor: float = 0.006
+    """How much above the bound, as a share of it, the best schedule must be for a second table, in
+    which sizes are rounded to the nearest slot."""
 
 
 @final
@@ -90,17 +85,14 @@ class ChainDp(AbstractSolver):
     so that too much fits: the table bounds the seconds from below, and the schedules are those
     that it prefers among what fits in exact bytes. Where those are above the bound, a search in
     exact bytes (`branch_and_bound`) looks for the optimum itself, and finds and proves it on most
-    chains of up to some 200 stages. Where most states take less than half a slot, a table of sizes
-    rounded to the nearest slot is asked too. The baselines are candidates and, on uniform
+    chains of up to some 200 stages. Where the best is not near the bound, a table of sizes rounded
+    to the nearest slot is asked too. The baselines are candidates and, on uniform
     chains, revolve. For a chain with a ledger the sizes bound the ledger from below
     (`sizes`), so that the bound holds in the ledger, and schedules are simulated until one
     fits.
 
-    A larger budget never gives a costlier schedule, within one `solve_each` and between calls: a
-    table serves a range of budgets, and its schedules are drawn at levels of memory, that depend
-    on the chain alone; a budget has all those below it that its bound does not rule out. Between
-    calls that holds where the search in exact bytes ends, or is not made; on chains of more than
-    some 200 stages it may end at one budget and not at a larger one, and give a little less there.
+    A larger budget never gives a costlier schedule within one `solve_each`. A table serves a
+    range of budgets that depends on the chain alone, whichever are asked for.
 
     Less than n**3 / 6 * slots additions and 2 n**2 * slots bytes for a table, twice that with a
     ledger. Where that is too much slots are larger, as the solution's rounding unit says.
@@ -139,7 +131,8 @@ class ChainDp(AbstractSolver):
             for result in Revolve().solve_each(chain, feasible):
                 if isinstance(result, Solution):
                     search.know(result.schedule)
-        found |= search.solve(feasible)
+        for grain, group in search.groups(feasible):
+            found.update(search.solve(grain, group))
         return [found[budget] for budget in budgets]
 
 
@@ -152,24 +145,6 @@ class _Grain:
     exact: bool
     top: int
     """0 where it does not matter: the largest budget of those asked for."""
-
-
-@final
-@dataclass(eq=False)
-class _Descent:
-    """One budget on its way down the levels at which schedules are drawn."""
-
-    budget: int
-    level: int
-    """The highest level that is not done, in bytes that states and tapes can use."""
-    grain: _Grain
-    """How the budget itself is counted."""
-    bound: float
-    """Seconds that no schedule in the budget is below."""
-    is_proven: bool = False
-    """Whether what is known cannot be bettered at any level."""
-    drawn: list[tuple[int, float]] = field(default_factory=list)
-    """Levels at which schedules were drawn from the last table, with their bounds."""
 
 
 @final
@@ -201,8 +176,6 @@ class _ChainPlanning:
     sizes: ChainSizes = field(init=False)
     fewest: LeastMemory = field(init=False)
     least: Trace = field(init=False)
-    surplus: int = field(init=False)
-    """What the ledger charges a schedule beyond the relaxed sizes: at most so many bytes."""
     store_all: Trace = field(init=False)
     last: _Candidate | None = field(init=False, default=None)
     known: dict[bytes, _Candidate] = field(init=False, default_factory=dict)
@@ -211,7 +184,6 @@ class _ChainPlanning:
         """Find the least budget, and collect what needs no table."""
         chain = self.chain
         self.sizes = chain_sizes(chain)
-        self.surplus = _surplus_of(chain)
         self._check_length()
         self.fewest = least_memory(self.sizes)
         for baseline in baselines_for(chain):
@@ -266,6 +238,13 @@ class _ChainPlanning:
         traces = [candidate.run(self.chain)[1] for candidate in self.known.values()]
         self.least = min(traces, key=lambda trace: trace.peak_bytes)
 
+    def groups(self, budgets: Iterable[int]) -> list[tuple[_Grain, list[int]]]:
+        """Budgets that share a table, smallest first."""
+        groups: dict[_Grain, list[int]] = {}
+        for budget in budgets:
+            groups.setdefault(self._grain(budget - self.sizes.fixed), []).append(budget)
+        return list(groups.items())
+
     def _grain(self, m: int) -> _Grain:
         """The slots for m bytes: exact where they can be, else those of its range."""
         top = self.store_all.peak_bytes - self.sizes.fixed
@@ -298,147 +277,31 @@ class _ChainPlanning:
                 'solver="auto" takes chains of any length'
             )
 
-    def solve(self, budgets: Sequence[int]) -> dict[int, Solution]:
-        """Solve for budgets, smallest first, with the tables of the ranges that they are in.
-
-        Schedules are drawn at levels of memory that do not depend on the budget, from the highest
-        below it down, while lower levels may have cheaper ones by their bounds. So what a smaller
-        budget has is found at a larger one as well.
-        """
+    def solve(self, grain: _Grain, budgets: Sequence[int]) -> list[tuple[int, Solution]]:
+        """Solve for budgets of one grain, smallest first, with one table or two."""
         base = self.chain.store_all_seconds
-        descents = [
-            _Descent(budget, level, self._grain(level), base)
-            for budget in budgets
-            for level in [self._usable(budget)]
-        ]
+        bounds = dict.fromkeys(budgets, base)
         # A budget that fits everything needs no table.
-        needed = [x for x in descents if x.budget < self.store_all.peak_bytes]
-        looks, waiting = self._looks(max(1, len(needed))), needed
-        while waiting:
-            # The highest range first: those that go below it join others there.
-            grain = self._grain(max(x.level for x in waiting))
-            here = [x for x in waiting if self._grain(x.level) == grain]
-            rest = [x for x in waiting if x not in here]
-            waiting = sorted([*rest, *self._descend(grain, here, looks)], key=lambda x: x.budget)
-        return {x.budget: self.solution(x, self._cheapest(x.budget)) for x in descents}
-
-    def _descend(self, grain: _Grain, descents: list[_Descent], looks: int) -> list[_Descent]:
-        """Draw schedules with a grain's table or two; gives those that need levels below it."""
-        # Rows do not depend on those of more slots: they end where no look goes beyond.
-        top = max(x.level for x in descents)
-        if not grain.exact:
-            top = min(grain.top, int(top * (1 + _MORE[1])) + 2 * grain.unit)
-        numbers = table_numbers(self.fewest, top) / grain.unit
-        exact = grain.exact and 2 * numbers <= _EXACT_NUMBERS
-        table = Table(self.sizes, grain.unit, top, exact=exact)
-        for descent in descents:
-            if descent.level == self._usable(descent.budget):
-                self._begin(table, descent, looks)
-        below = [x for x in descents if self._draw_levels(table, x, grain)]
-        del table  # before the next takes as much
-        missing = [x for x in descents if x.drawn]
-        if missing and self.effort.nearest and not grain.exact and self._is_coarse(grain):
-            table = Table(self.sizes, grain.unit, top, nearest=True)
-            for descent in missing:
-                for level, bound in descent.drawn:
-                    if bound < self._seconds(descent.budget):
-                        self._draw(table, level, bound)
-        return below
-
-    def _is_coarse(self, grain: _Grain) -> bool:
-        """Whether most states take less than half a slot, so that they are rounded to nothing."""
-        return bool(2 * np.median(self.sizes.state[1:]) < grain.unit)
-
-    def _begin(self, table: Table, descent: _Descent, looks: int) -> None:
-        """Bound a budget, and look for its optimum in exact bytes."""
-        base, own = self.chain.store_all_seconds, descent.level
-        descent.bound = base + table.bound(own)
-        if not self.surplus:
-            level = self._levels(own, descent.grain)[0]
-            if self._grain(level) == descent.grain:
-                self._draw(table, level, base + table.bound(level))
-            descent.bound = base + self._search(table, descent.budget, looks)
-            return
-        drawn = min(x.extra_seconds for x in self._outlines(table, own, descent.bound))
-        found = search(self.fewest, table, own, drawn, looks)
-        descent.bound = base + found.bound_seconds
-        if descent.bound < self._seconds(descent.budget):
-            descent.is_proven = self._probe(table, descent.budget, looks)
-
-    def _probe(self, table: Table, budget: int, looks: int) -> bool:
-        """Find the highest level whose optimum fits in exact bytes, where the ledger charges more.
-
-        Levels are halved in a way that does not depend on the budget: which of them are looked at
-        depends on what fits alone, and so a larger budget never ends at a lower level.
-
-        Returns:
-            Whether all that were looked at gave their optimum.
-        """
-        own, step = self._usable(budget), -(-self.surplus // _PROBES)
-        low, high = 0, 1 << (self.store_all.peak_bytes // step + 1).bit_length()
-        is_known, is_proven = False, True
-        while high - low > 1 or not is_known:
-            middle = (low + high) // 2
-            level = max(middle * step, self.fewest.total)
-            if level > own:
-                high = middle
-            elif level + self.surplus <= own and high - low > 1:
-                low, is_known = middle, False
-            else:
-                least, proves = self._optimum(table, level, looks)
-                is_proven &= proves
-                if self._seconds(budget) <= least * (1 + _DIGITS) or low == middle:
-                    low, is_known = middle, True
-                else:
-                    high = middle
-        return is_proven
-
-    def _optimum(self, table: Table, level: int, looks: int) -> tuple[float, bool]:
-        """Know cheap schedules of a level; what none is below, and whether one attains it."""
-        base = self.chain.store_all_seconds
-        drawn = self._draw(table, level, base + table.bound(level))
-        found = search(self.fewest, table, level, drawn - base, looks)
-        if found.outline is not None:
-            drawn = self.draw(found.outline).seconds
-        least = base + found.bound_seconds
-        return least, drawn - least <= 2 * _DIGITS * drawn
-
-    def _draw_levels(self, table: Table, descent: _Descent, grain: _Grain) -> bool:
-        """Draw schedules for a budget level by level, while lower ones may be cheaper.
-
-        Returns:
-            Whether they may be below the range of the grain: there the descent is left.
-        """
-        descent.drawn = []
-        if descent.is_proven:
-            return False
-        base, levels = self.chain.store_all_seconds, self._levels(descent.level, grain)
-        edge = self._edge(levels[-1], descent.level, grain)
-        for level in (max(x, edge) for x in levels):
-            known, bound = self._seconds(descent.budget), base + table.bound(level)
-            if known - max(bound, descent.bound) <= _DIGITS * known:
-                return False
-            if level == edge:
-                descent.level = level
-                return True
-            self._draw(table, level, bound)
-            descent.drawn.append((level, bound))
-        return False
-
-    def _edge(self, low: int, high: int, grain: _Grain) -> int:
-        """The highest level from `low` on that is below the range of a grain; -1 where none is."""
-        if self._grain(low) == grain:
-            return -1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._grain(middle) == grain else (middle, high)
-        return low
-
-    def _levels(self, own: int, grain: _Grain) -> list[int]:
-        """The levels at which schedules are drawn, from the highest in so many bytes down."""
-        least, unit = self.fewest.total, grain.unit
-        levels = range(own - own % unit, max(least, own - own % unit - _LEVELS * unit), -unit)
-        return [*levels, least] if len(levels) < _LEVELS else [*levels]
+        needed = [budget for budget in budgets if budget < self.store_all.peak_bytes]
+        if needed:
+            top = grain.top or self._usable(needed[-1])
+            numbers = table_numbers(self.fewest, top) / grain.unit
+            exact = grain.exact and 2 * numbers <= _EXACT_NUMBERS
+            table = Table(self.sizes, grain.unit, top, exact=exact)
+            bounds |= {budget: base + table.bound(self._usable(budget)) for budget in needed}
+            poor = self._draw_each(table, {x: bounds[x] for x in needed}, exact=grain.exact)
+            for budget in needed:
+                looks = self._looks(len(needed))
+                bounds[budget] = base + self._search(table, budget, looks)
+            poor = [x for x in poor if self._best(x).seconds > bounds[x] * (1 + self.effort.poor)]
+            del table  # before the next takes as much
+            if poor and not grain.exact:
+                table = Table(self.sizes, grain.unit, top, nearest=True)
+                self._draw_each(table, {x: bounds[x] for x in poor}, exact=False)
+        return [
+            (budget, self.solution(self._cheapest(budget), bounds[budget], grain))
+            for budget in budgets
+        ]
 
     def _looks(self, budgets: int) -> int:
         """How many choices the exact search may look at for each of so many budgets."""
@@ -450,19 +313,36 @@ class _ChainPlanning:
         m = budget - self.sizes.fixed
         return m - m % self.sizes.common_divisor
 
-    def _draw(self, table: Table, level: int, bound: float) -> float:
-        """Know schedules of a level that are cheap in the table; the seconds of the cheapest."""
-        return min(self.draw(drawn).seconds for drawn in self._outlines(table, level, bound))
+    def _draw_each(self, table: Table, bounds: dict[int, float], *, exact: bool) -> list[int]:
+        """Draw schedules for budgets, smallest first; those whose schedule may be much too dear."""
+        poor, least = [], math.inf
+        for budget, bound in bounds.items():
+            if least > bound:  # else that of a smaller budget cannot be bettered
+                found = self._draw(table, budget, bound, exact=exact)
+                least = min(least, found)
+                if found > bound * (1 + self.effort.poor):
+                    poor.append(budget)
+        return poor
 
-    def _outlines(self, table: Table, level: int, bound: float) -> list[Outline]:
-        """Schedules of a level that are cheap in the table, up to one that is near the bound."""
-        drawn: list[Outline] = []
-        enough = bound * (1 + _CLOSE) - self.chain.store_all_seconds
-        for scale in self._scales():
-            drawn.append(outline(self.fewest, level, table, scale))
-            if drawn[-1].extra_seconds <= enough:
+    def _draw(self, table: Table, budget: int, bound: float, *, exact: bool) -> float:
+        """Know schedules that are cheap in the table; the seconds of the best that fits."""
+        m = self._usable(budget)
+        for _ in range(_DRAWS):
+            drawn = []
+            for scale in (1.0,) if exact else self._scales():
+                drawn.append(self.draw(outline(self.fewest, m, table, scale)))
+                if drawn[-1].seconds <= bound * (1 + _CLOSE):
+                    break
+            peaks = []
+            for candidate in sorted(drawn, key=lambda x: x.seconds)[:_TRIALS]:
+                trace = candidate.run(self.chain)[1]
+                if trace.peak_bytes <= budget:
+                    return trace.seconds
+                peaks.append(trace.peak_bytes)
+            m -= min(peaks) - budget
+            if m < self.fewest.total:
                 break
-        return drawn
+        return math.inf
 
     def _search(self, table: Table, budget: int, looks: int) -> float:
         """Search in exact bytes for what is better than the best that is known.
@@ -473,7 +353,8 @@ class _ChainPlanning:
         base, m = self.chain.store_all_seconds, self._usable(budget)
         bound = 0.0
         for trial in range(_TRIALS):
-            found = search(self.fewest, table, m, self._seconds(budget) - base, looks)
+            best = self._best(budget).run(self.chain)[1].seconds
+            found = search(self.fewest, table, m, best - base, looks)
             if trial == 0:
                 bound = found.bound_seconds
             if found.outline is None:
@@ -499,10 +380,6 @@ class _ChainPlanning:
                 return candidate
         raise AssertionError("the schedule of least memory fits every budget from the least on")
 
-    def _seconds(self, budget: int) -> float:
-        """Seconds of the cheapest candidate that fits."""
-        return self._best(budget).run(self.chain)[1].seconds
-
     def _cheapest(self, budget: int) -> _Candidate:
         """The cheapest that fits a budget, no smaller than those before; it is remembered."""
         found = self._best(budget)
@@ -512,9 +389,9 @@ class _ChainPlanning:
             self.last = found
         return self.last
 
-    def solution(self, descent: _Descent, candidate: _Candidate) -> Solution:
+    def solution(self, candidate: _Candidate, bound: float, grain: _Grain) -> Solution:
         """A candidate that fits, with what is known about the budget."""
-        (schedule, trace), bound = candidate.run(self.chain), descent.bound
+        schedule, trace = candidate.run(self.chain)
         if trace.seconds - bound <= 1e-12 * trace.seconds:
             bound = trace.seconds  # the same sums in another order differ in the last digits
         return Solution(
@@ -523,14 +400,5 @@ class _ChainPlanning:
             schedule_class="memory-persistent",
             lower_bound_seconds=bound,
             least_budget_bytes=self.least.peak_bytes,
-            rounding_unit_bytes=descent.grain.unit,
+            rounding_unit_bytes=grain.unit,
         )
-
-
-def _surplus_of(chain: Chain) -> int:
-    """Snapshots of all states, and copies of all buffers; 0 without a ledger."""
-    if not chain.has_ledger:
-        return 0
-    blocks = blocks_of(chain.blocks, len(chain))
-    snapshots = snapshot_bytes(blocks, len(chain), chain.random_state_bytes)
-    return int(snapshots.sum()) + sum(block.buffer_bytes for block in blocks)

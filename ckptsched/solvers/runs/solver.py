@@ -39,11 +39,12 @@ _FEWEST_STAGES_A_RUN = 2
 # Ends and starts of lines in a long run, by slots up to which: few slots need exact places, and
 # cost little.
 _MESHES = ((400, 16, 16), (1 << 62, 3, 4))
-# Schedules of slots beyond the budget may fit after all, as sizes are rounded; those of so much
-# less are taken to fit, unless the last that was tried does not.
-_HEADROOM, _SURE = 1.05, 0.95
-# One slot more or less, of so many, is not worth another trial.
-_WORTH = 2048
+# Schedules of slots beyond the budget may fit after all, as sizes are rounded.
+_HEADROOM = 1.05
+# Schedules that are tried for one budget where sizes are rounded.
+_TRIALS = 12
+# What more slots must save, of the step, to be tried.
+_WORTH = 2e-4
 # From so many stages on a run needs no more memory.
 _SAME_NEED = 4
 # A bound is not raised any more where a plan is so close to it.
@@ -100,7 +101,10 @@ class RunDp(AbstractSolver):
             WorkloadError: The chain has no long runs, or more than `MOST_STAGES` stages.
         """
         search = _RunPlanning(chain)
-        found = search.solve(sorted({x for x in budgets if x >= search.least_bytes}))
+        feasible = sorted({x for x in budgets if x >= search.least_bytes})
+        found: dict[int, Solution] = {}
+        for grain, group_ in search.grains(feasible).items():
+            found |= search.solve(grain, group_)
         return [
             found.get(budget)
             or infeasible(chain, budget, search.least.trace, "known memory-persistent")
@@ -119,8 +123,6 @@ class _Grain:
     """Whether nothing is rounded."""
     ends: int
     starts: int
-    top: int
-    """Most slots of a budget that is planned so."""
 
 
 @final
@@ -242,6 +244,13 @@ class _RunPlanning:
     def _simulated(self, schedule: Schedule) -> _Found:
         return _Found(schedule, simulate(self.chain, schedule))
 
+    def grains(self, budgets: Sequence[int]) -> dict[_Grain, list[int]]:
+        """Budgets that share a table, smallest first."""
+        groups: dict[_Grain, list[int]] = {}
+        for budget in budgets:
+            groups.setdefault(self._grain(budget), []).append(budget)
+        return groups
+
     def _grain(self, budget: int) -> _Grain:
         m, divisor = budget - self.sizes.fixed, self.sizes.common_divisor
         slots = min(_SLOTS, max(_MESHES[0][0], int(_NUMBERS / len(self.chain))))
@@ -250,30 +259,10 @@ class _RunPlanning:
         if not exact:
             octave = math.ceil(2 * math.log2(m / slots)) if m > slots else 0
             unit = math.ceil(2 ** (octave / 2))
-        most, ends, starts = next(mesh for mesh in _MESHES if m // unit <= mesh[0])
-        return _Grain(unit, exact, ends, starts, min(most, slots))
+        ends, starts = next((e, s) for most, e, s in _MESHES if m // unit <= most)
+        return _Grain(unit, exact, ends, starts)
 
-    def _border(self, budget: int) -> int:
-        """The largest budget that is planned more finely than this one; 0 where none is."""
-        grain, low, high = self._grain(budget), self.least_bytes - 1, budget
-        if self._grain(low + 1) == grain:
-            return 0
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._grain(middle) == grain else (middle, high)
-        return low
-
-    def solve(self, budgets: Sequence[int]) -> dict[int, Solution]:
-        """Solve for budgets, smallest first; those that are planned alike share tables."""
-        found: dict[int, Solution] = {}
-        groups: dict[_Grain, list[int]] = {}
-        for budget in budgets:
-            groups.setdefault(self._grain(budget), []).append(budget)
-        for grain, group_ in groups.items():
-            found |= self._solve(grain, group_)
-        return found
-
-    def _solve(self, grain: _Grain, budgets: Sequence[int]) -> dict[int, Solution]:
+    def solve(self, grain: _Grain, budgets: Sequence[int]) -> dict[int, Solution]:
         """Solve for budgets of one grain, smallest first, with one table and one bound."""
         fixed, base = self.sizes.fixed, self.fastest_seconds
         found: dict[int, _Found] = {}
@@ -289,8 +278,6 @@ class _RunPlanning:
             enough = plan.trace.seconds / (1 + _CLOSE) - base
             if bound.extra_seconds(size) < enough:
                 bound.raise_at(size, base, self._advances(plan.schedule), enough)
-        for budget in needed:
-            found[budget] = self._below(budget, found[budget], bound)
         solutions = {}
         for budget in budgets:
             best = found.get(budget, self.store_all)
@@ -305,16 +292,6 @@ class _RunPlanning:
                 rounding_unit_bytes=grain.unit,
             )
         return solutions
-
-    def _below(self, budget: int, plan: _Found, bound: RunBound) -> _Found:
-        """The plan, or a cheaper one of a smaller budget that is planned more finely."""
-        while border := self._border(budget):
-            size = border - self.sizes.fixed
-            if self.fastest_seconds + bound.extra_seconds(size) >= plan.trace.seconds:
-                break
-            finer = _Plans(self, self._grain(border), size).cheapest(border)
-            plan, budget = min(plan, finer, key=lambda x: x.trace.seconds), border
-        return plan
 
 
 def is_short(table: RunTable, runs: Runs, most: int = MOST_ADVANCES) -> npt.NDArray[np.bool_]:
@@ -340,20 +317,15 @@ class _Plans:
     """Schedules of one table, by their slots."""
 
     def __init__(self, search: _RunPlanning, grain: _Grain, top_bytes: int) -> None:
-        """Fill the table: the first rows of one for the largest budget of the grain."""
+        """Fill the table."""
         self.search, self.grain = search, grain
-        room = 1.0 if grain.exact else _HEADROOM
-        runs, range_top = search.runs.plan, int(grain.top * room)
+        most = top_bytes if grain.exact else int(top_bytes * _HEADROOM)
+        runs = search.runs.plan
         exact = np.ones(len(runs), dtype=np.int64)
-        sizes = exact if grain.exact else group_sizes(runs, grain.unit, range_top * grain.unit)
+        sizes = exact if grain.exact else group_sizes(runs, grain.unit, most)
         self.groups: Groups = group(runs, sizes)
         self.table = RunTable(
-            self.groups.runs,
-            grain.unit,
-            int(top_bytes * room) // grain.unit,
-            ends=grain.ends,
-            starts=grain.starts,
-            range_top=range_top,
+            self.groups.runs, grain.unit, most // grain.unit, ends=grain.ends, starts=grain.starts
         )
         self.short = is_short(self.table, runs)
         self.known: dict[int, _Found] = {}
@@ -364,7 +336,7 @@ class _Plans:
         m = (budget - search.sizes.fixed) // self.grain.unit
         known = [search.best] if search.best else []
         if not self.grain.exact:
-            known += [self._largest_that_fits(budget), search.least]
+            known += self._near(m, budget)
         elif self.short[m]:
             known.append(self._at(m))
         if not known:
@@ -381,30 +353,26 @@ class _Plans:
             self.known[m] = self.search._simulated(schedule)
         return self.known[m]
 
-    def _largest_that_fits(self, budget: int) -> _Found:
-        """The schedule of the most slots that fits in exact bytes, as sizes are rounded.
-
-        Slots are halved in a way that does not depend on the budget: which of them are looked at
-        depends on what fits alone. So a larger budget never ends at fewer slots, and seconds never
-        rise with slots.
-        """
-        size, unit = budget - self.search.sizes.fixed, self.grain.unit
-        least, most = (int(size * x) // unit for x in (_SURE, _HEADROOM))
-        first = int((~self.short).sum())
-        low, high = 0, 1 << self.table.range_top.bit_length()
-        best: _Found | None = None
-        while high - low > 1 + low // _WORTH:
-            middle = (low + high) // 2
-            if middle < max(first, least):
-                low = middle
-            elif middle > min(most, self.table.top):
-                high = middle
-            elif self._at(middle).trace.peak_bytes <= budget:
-                low, best = middle, self._at(middle)
+    def _near(self, m: int, budget: int) -> list[_Found]:
+        """Schedules that fit, by bisection of the slots: peaks grow with slots, nearly."""
+        low = int((~self.short).sum())  # the fewest slots
+        high = self.table.top + 1
+        found: list[_Found] = []
+        if low >= high:
+            return []
+        step, extra = 1, self.table.extra_seconds
+        for _ in range(_TRIALS):
+            m = min(max(m, low), high - 1)
+            if low >= high:
+                break
+            best = min((x.trace.seconds for x in found), default=0.0)
+            if found and extra[low - 1] - extra[high - 1] < _WORTH * best:
+                break
+            trial = self._at(m)
+            if trial.trace.peak_bytes <= budget:
+                found.append(trial)
+                low, m = m + 1, m + step if high > self.table.top else (m + 1 + high) // 2
             else:
-                high = middle
-        while best is None and first <= low <= self.table.top:
-            trial = self._at(low)
-            best = trial if trial.trace.peak_bytes <= budget else None
-            low -= max(1, low // 64)
-        return best or self.search.store_all
+                high, m = m, m - step if not found else (low + m) // 2
+            step *= 2
+        return found

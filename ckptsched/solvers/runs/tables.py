@@ -34,10 +34,6 @@ _NUMBERS_AT_ONCE = 2e6
 _ADDITIONS_AT_ONCE = 5e9
 # Where it takes no more additions (a second or two), all splits are tried.
 _MOST_ADDITIONS = 2e10
-# Lines that are filled again for schedules: how many numbers are kept (0.3 GB), and which part of
-# the rows is added.
-_NUMBERS_KEPT = 8e7
-_MORE_ROWS = 16
 # Runs of fewer stages do not count as long, where it is asked how far back a line reaches.
 _LONG = 8
 # Stages next to a run's ends that are ends and starts of the mesh in any case.
@@ -63,9 +59,7 @@ class Choice:
 class RunTable:
     """Extra seconds of segments for every number of slots up to `top`."""
 
-    def __init__(
-        self, runs: Runs, unit: int, top: int, *, ends: int, starts: int, range_top: int = 0
-    ) -> None:
+    def __init__(self, runs: Runs, unit: int, top: int, *, ends: int, starts: int) -> None:
         """Fill the lines of the mesh.
 
         Args:
@@ -74,11 +68,8 @@ class RunTable:
             top: Most slots of interest.
             ends: Ends of lines in a long run, about; 0 for those next to its own ends alone.
             starts: Starts in a long run from which another run may be split, likewise.
-            range_top: Most slots of any table with which this one is to agree as far as it goes:
-                how thoroughly splits are tried depends on it.
         """
         self.runs, self.unit, self.top = runs, unit, top
-        self.range_top = max(top, range_top)
         # Where all seconds are equal, runs are counted: whole numbers add up without rounding.
         same = bool((runs.seconds == runs.seconds[0]).all()) and runs.seconds[0] > 0
         self.scale = float(runs.seconds[0]) if same else 1.0
@@ -98,8 +89,7 @@ class RunTable:
         self.rows = self._in_run()
         self.entries = self._entries()
         self._fill()
-        self.whole = self._line(self.loss, runs.stages, top)
-        self.lines: dict[End, Line] = {}
+        self.whole = self.line_to(self.loss, runs.stages, top)
 
     @property
     def loss(self) -> End:
@@ -143,22 +133,7 @@ class RunTable:
         return values, m // unit, _limits(self.slots, r, unit), float(self.seconds[r])
 
     def line_to(self, end: End, place: int, m: int) -> Line:
-        """All segments with one end, at least from a position and a number of slots down.
-
-        Schedules of nearby slots ask for nearly the same lines: some of those that were filled
-        last are kept, with a few more rows, and the rest of the run that they begin in.
-        """
-        line = self.lines.pop(end, None)
-        if line is None or line.values.shape[0] <= m or line.values.shape[1] <= place:
-            run = self.run_at(place)
-            most = int(self.slots.end[run] + self.slots.stages[run])
-            line = self._line(end, most, min(self.top, m + m // _MORE_ROWS))
-        self.lines[end] = line
-        while sum(x.values.size for x in self.lines.values()) > _NUMBERS_KEPT:
-            del self.lines[next(iter(self.lines))]
-        return line
-
-    def _line(self, end: End, place: int, m: int) -> Line:
+        """All segments with one end, from a position and a number of slots down."""
         values = np.empty((m + 1, place + 1), np.float32)
         self._fill_line(end, values, self.run_at(place))
         return Line(self, end, values)
@@ -201,7 +176,7 @@ class RunTable:
             count = int(slots.stages[r])
             values = np.empty((self.top // unit + 1, count + 1), np.float32)
             limits, seconds = _limits(slots, r, unit), float(slots.seconds[r])
-            exact = count**2 / 2 * (self.range_top // unit + 1) <= _MOST_ADDITIONS
+            exact = count**2 / 2 * len(values) <= _MOST_ADDITIONS
             cost = count**2 / 2 if exact else 250 * count
             step = max(1, int(_ADDITIONS_AT_ONCE / cost))
             for m in range(0, len(values), step):
@@ -223,7 +198,7 @@ class RunTable:
                 continue
             inside, _, _, _ = self.in_run(r, 0)
             values = np.empty((self.top + 1, count + 1), np.float32)
-            exact = count**2 / 2 * (self.range_top + 1) <= _MOST_ADDITIONS / len(counts)
+            exact = count**2 / 2 * len(values) <= _MOST_ADDITIONS / len(counts)
             step = max(1, int(_ADDITIONS_AT_ONCE / (count**2 / 2 if exact else 250 * count)))
             for m in range(0, len(values), step):
                 last = min(m + step, len(values)) - 1
@@ -278,7 +253,7 @@ class RunTable:
 
         rows, width = values.shape
         additions = float((self.runs.count.astype(np.float64) ** 2).sum()) / 2
-        exact = bool(end == self.loss and additions * (self.range_top + 1) <= _MOST_ADDITIONS)
+        exact = bool(end == self.loss and additions * rows <= _MOST_ADDITIONS)
         step = max(1, int(_NUMBERS_AT_ONCE / width))
         if exact:
             step = max(1, int(_ADDITIONS_AT_ONCE / additions))

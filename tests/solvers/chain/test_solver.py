@@ -399,7 +399,7 @@ def test_a_table_of_nearest_sizes_helps_where_states_are_smaller_than_slots() ->
     ]
     assert seconds[1] < seconds[0]
     both = ChainDp(slots=300, effort=WITHOUT_SEARCH).solve(chain, budget)
-    effort = replace(WITHOUT_SEARCH, nearest=False)
+    effort = replace(WITHOUT_SEARCH, poor=math.inf)
     one = ChainDp(slots=300, effort=effort).solve(chain, budget)
     assert both.trace.seconds < one.trace.seconds
     assert both.lower_bound_seconds == one.lower_bound_seconds
