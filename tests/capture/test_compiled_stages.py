@@ -136,7 +136,11 @@ def test_compiled_stages_give_what_plain_autograd_gives(backend: str) -> None:
     assert compiler_of(net).refused == ()
     before = compiler_of(net).count
     for _ in range(2):
-        assert_same(step(model, call), step(twin, lambda: twin(*batch())))
+        found, expected = step(model, call), step(twin, lambda: twin(*batch()))
+        if backend == "eager":
+            assert_same(found, expected)
+        for one, other in zip(found, expected, strict=True):  # others round in their own way
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
     assert compiler_of(net).count == before  # a step compiles nothing more
 
 

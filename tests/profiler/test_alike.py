@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ckptsched as cs
+from ckptsched.capture.inspection import Inspection
 from ckptsched.capture.recording.stages import candidates
 from ckptsched.profiler import profile as profiling
 from ckptsched.profiler.alike.twins import Alike
+from ckptsched.tensors.pytree import State
 from tests.capture.recording.test_stages import Language, encoder, language, unet
 from tests.support.networks import NETWORKS
 
@@ -304,14 +306,16 @@ def test_any_model_has_the_bytes_of_each_stage_alone(
 def test_ways_to_cut_are_recorded_and_measured_together(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, args, kwargs = language()
-    nets = candidates(model, *args, kwargs=kwargs)
+    inputs = State.of((args, kwargs), opaque=True)
+    nets = candidates(Inspection.of(model), inputs)
     assert len({net.recording for net in nets}) == 1
     assert len({len(net.stages()) for net in nets}) == len(nets) == 2
     x = nets[0].take(*args, **kwargs)
     counts = []
     weigh = profiling.weigh
     monkeypatch.setattr(profiling, "weigh", lambda *a: counts.append(1) or weigh(*a))
-    chains = profiling.measure_each(nets, x)
+    alike = Alike(outlives=True)
+    chains = [profiling.measure(Inspection.of(net), (x,), alike=alike) for net in nets]
     together = len(counts)
     for net, chain in zip(nets, chains, strict=True):
         assert bytes_of(cs.profile(net, x)) == bytes_of(chain)

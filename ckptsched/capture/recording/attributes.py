@@ -13,6 +13,7 @@ from ..stage_discovery import has_hooks
 from ..wrappers import InPlace, forward_attribute
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+_OF_SHARDING = "__composable_api", "fsdp"  # of torch's, for what fully_shard has done to a module
 _DEPTH, _LENGTH = 4, 1000  # what lies deeper, or in longer containers, counts by type and length
 
 
@@ -34,6 +35,8 @@ def attributes_of(model: nn.Module) -> dict[str, object]:
         found[f"{dot}(hooks)"] = has_hooks(module)
         own = {**vars(module), "forward": forward_attribute(module)}
         for name, value in own.items():
+            if any(word in name for word in _OF_SHARDING):
+                continue
             if name not in _OF_EVERY_MODULE and not isinstance(value, Tensor | nn.Module):
                 found[f"{dot}{name}"] = _comparable(value, known, _DEPTH)
     return found
