@@ -63,7 +63,8 @@ def loss_of(output: Any) -> Tensor:
     if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
         return output["loss"]
     results = [y for y in State.of(output, opaque=True).leaves if y.requires_grad]
-    return torch.stack([(y.abs().float() - 1).square().mean() for y in results]).sum()
+    real = [y.abs() if y.is_complex() else y for y in results]
+    return torch.stack([(y.float() - 1).square().mean() for y in real]).sum()
 
 
 def assert_trains_within_budgets(training: Training, cuts: Any = "smallest") -> None:

@@ -150,7 +150,7 @@ class CapturedStage(StageCall):
                 self._enters,
             )
             owned = found.owned(self.module.modules())
-        except InDoubtError:
+        except (InDoubtError, LookupError, AttributeError):  # what an earlier call would put there
             return None
         spent = tuple([tuple([local.get(n, -1) for n in gone]) for gone in self._spent])
         return calls, owned, spent, tuple([local[n] for n in self._leaves])
@@ -260,7 +260,7 @@ class Captured(StagedModule):
     def stages(self) -> list[StageCall]:
         """The stretches between the cuts."""
         recording = self.recording
-        bound = Bound(recording, self)
+        bound = Bound(recording, self.model)  # which has its plain attributes, too
         edges = [0, *self.__dict__["cuts"], len(recording.calls)]
         return [
             _stage(recording, bound, self, start, stop, self.compiler)
