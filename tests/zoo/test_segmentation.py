@@ -12,7 +12,10 @@ from .training import Maker, Training, assert_trains_within_budgets, library
 smp = library("segmentation_models_pytorch")
 
 
-def made(kind: str, encoder: str = "tu-tf_mobilenetv3_small_minimal_100", **settings: Any) -> Training:
+ENCODER = "tu-tf_mobilenetv3_small_minimal_100"
+
+
+def made(kind: str, encoder: str = ENCODER, **settings: Any) -> Training:
     model = getattr(smp, kind)(encoder, encoder_weights=None, classes=3, **settings)
     return Training(model, (torch.randn(2, 3, 64, 64),))
 

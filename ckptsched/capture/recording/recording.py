@@ -166,13 +166,17 @@ class Recording:
 class Bound:
     """A recording bound to a model: modules and owners of tensors looked up once."""
 
-    def __init__(self, recording: Recording, model: nn.Module) -> None:
+    def __init__(
+        self, recording: Recording, model: nn.Module, original: nn.Module | None = None
+    ) -> None:
         """Look up what the calls name.
 
         Args:
             recording: Of the model, or of one that it is a copy of.
-            model: The model.
+            model: The model, or what owns the same parameters, buffers and parts.
+            original: The model itself, which alone has its plain attributes; None if that is given.
         """
+        original = model if original is None else original
         self._recording = recording
         stages = functools.cache(lambda path: _stages_of(part_of(model, path)))
         self._callees = [_callee(call, model, stages) for call in recording.calls]
@@ -182,7 +186,9 @@ class Bound:
         places = {place for call in calls for place in call.places} | set(recording.kept)
         ends = chain(recording.returned, *(sources for _, sources in recording.kept.values()))
         places |= {source for source in ends if isinstance(source, Place)}
-        self._owners = {place: part_of(model, place.path) for place in places}
+        self._owners = {
+            place: part_of(model if place.kind else original, place.path) for place in places
+        }
 
     def tensor(self, source: Source, values: Mapping[int, Tensor]) -> Tensor:
         """The tensor that a source names.

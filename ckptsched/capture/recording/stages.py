@@ -260,7 +260,7 @@ class Captured(StagedModule):
     def stages(self) -> list[StageCall]:
         """The stretches between the cuts."""
         recording = self.recording
-        bound = Bound(recording, self.model)  # which has its plain attributes, too
+        bound = Bound(recording, self, self.model)
         edges = [0, *self.__dict__["cuts"], len(recording.calls)]
         return [
             _stage(recording, bound, self, start, stop, self.compiler)
