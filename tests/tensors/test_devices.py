@@ -67,8 +67,11 @@ def test_profile_names_what_is_where(model: nn.Module, x: Tensor, message: str, 
 
 
 def test_what_every_stage_is_given_counts() -> None:
+    meta = torch.empty(3, device="meta")
     with pytest.raises(cs.ProfileError, match="what every stage is given on meta"):
-        cs.profile(Adding(), torch.randn(3, 4), torch.empty(3, device="meta"))
+        cs.profile(Adding(), torch.randn(3, 4), meta, capture=False)
+    with pytest.raises(cs.ProfileError, match="the sample on meta"):
+        cs.profile(Adding(), torch.randn(3, 4), meta)
     model, x, more = Adding(), torch.randn(3, 4), torch.ones(3)
     chain = cs.profile(model, x, more)
     trained = cs.checkpointed(model, cs.plan(chain, budget=2**40, solver="store_all"))

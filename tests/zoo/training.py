@@ -29,7 +29,7 @@ class Training:
     sizes_vary: bool = False
     """Whether sizes hang on values, as with experts: then a plan provides for more than is used."""
     overestimated: bool = False
-    """Whether the projected peak is more than 1 KiB above the measured one; why is not known yet."""
+    """Whether the projected peak is over 1 KiB above the measured one; why is not known yet."""
 
 
 class Held(nn.Module):
