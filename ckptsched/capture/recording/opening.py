@@ -8,7 +8,7 @@ from typing import final
 from ...base.errors import CkptschedError
 from ...tensors.pytree import State
 from ..inspection import Inspection
-from ..stage_discovery import trace
+from ..stage_discovery import StagedModule, trace
 from .stages import Captured, candidates
 
 
@@ -32,7 +32,9 @@ def is_to_be_recorded(inspection: Inspection, wanted: bool | None) -> bool:
         inspection: The model.
         wanted: Whether the user wants it; None to record what is one stage otherwise.
     """
-    return is_one_stage(inspection) if wanted is None else wanted
+    if wanted is None:  # whoever lists stages has said what they are
+        return is_one_stage(inspection) and not isinstance(inspection.model, StagedModule)
+    return wanted
 
 
 def open_model(inspection: Inspection, inputs: State, *, must: bool) -> Opened:
