@@ -238,11 +238,15 @@ class Fitted(InPlace):
     def _from_larger(self, inputs: State) -> Calls | None:
         """The schedule of a larger call for one that is recorded and weighed anew, if it fits."""
         args, kwargs = inputs.value()
+        tried = set[tuple[int, ...]]()  # what was recorded with the same cuts would fare the same
         for calls in self._all():
             captured = calls.captured if isinstance(calls, RecordedCalls) else None
             chain = calls.plan.chain
             if captured is None or not captured.recording.covers(inputs):
                 continue
+            if captured.cuts in tried:
+                continue
+            tried.add(captured.cuts)
             assert isinstance(calls, RecordedCalls)
             assert isinstance(chain, Chain)
             try:
@@ -272,8 +276,32 @@ class Fitted(InPlace):
         except Exception:
             if loss is None or not self._plans:
                 raise
-        # It may have targets for the first batch alone: bytes as for a cross-entropy then.
-        return measure_opened(opened, inspection, args, kwargs, like=like, alike=alike)
+        # It may have targets for the first batch alone: then bytes as for a cross-entropy, and for
+        # a batch that is nowhere larger no less than those that were measured.
+        chain = measure_opened(opened, inspection, args, kwargs, like=like, alike=alike)
+        if like is not None:
+            return replace(
+                chain,
+                held_bytes=max(chain.held_bytes, like.held_bytes),
+                loss_overhead_bytes=max(chain.loss_overhead_bytes, like.loss_overhead_bytes),
+            )
+        self._warn_of_loss(chain)
+        return chain
+
+    def _warn_of_loss(self, chain: Chain) -> None:
+        """Say that the bytes of the loss are not those of the user's."""
+        assert self.plan is not None
+        first = self.plan.chain
+        warnings.warn(
+            "the loss that fit was given fails on this batch, as one that has its targets for the "
+            f"first batch alone: {chain.held_bytes + chain.loss_overhead_bytes} bytes are provided "
+            f"for output and loss, as for a cross-entropy ({first.held_bytes} and "
+            f"{first.loss_overhead_bytes} were measured on the first batch); a loss that takes "
+            "more exceeds the budget. Fit on the largest batch, or give a loss that takes any "
+            "output",
+            BudgetWarning,
+            stacklevel=2,
+        )
 
     def _recorded(self, plan: Plan, captured: Captured, inspection: Inspection) -> Calls:
         context_fn = self._options.context_fn

@@ -297,7 +297,7 @@ def _solve(task: _Task, shelf: PlanCache | None) -> list[_Result]:
     usable = [min(size, NO_LIMIT) for size in task.sizes]
     results = _solve_for(task, usable)
     if isinstance(task.chain, Chain):
-        results = [_with_smaller(task, result) for result in results]
+        results = _falling(task, [_with_smaller(task, result) for result in results])
     taken = time.perf_counter() - begun
     plans = [result for result in results if isinstance(result, Plan)]
     operations = sum(len(plan.schedule) for plan in plans)
@@ -324,17 +324,36 @@ def _with_smaller(task: _Task, result: _Result) -> _Result:
     """
     if not isinstance(result, Plan) or result.gap <= _FAR_FROM_BOUND:
         return result
+    if task.solver not in (AUTO, "chain_dp") or result.solver != "chain_dp":
+        return result  # others count as the ledger does, or are the same at each budget
     sizes = sorted({int(result.budget_bytes * share) for share in _SMALLER}, reverse=True)
     smaller = [x for x in _solve_for(task, sizes) if isinstance(x, Plan)]
     best = min((result, *smaller), key=lambda plan: plan.seconds)
-    if best is result:
-        return result
+    return result if best is result else _following(result, best)
+
+
+def _falling(task: _Task, results: Sequence[_Result]) -> list[_Result]:
+    """The same plans, each no slower than those of smaller budgets beside it."""
+    found = list(results)
+    best: Plan | None = None
+    for k in sorted(range(len(found)), key=task.sizes.__getitem__):
+        plan = found[k]
+        if not isinstance(plan, Plan):
+            continue
+        if best is not None and best.seconds < plan.seconds:
+            found[k] = plan = _following(plan, best)
+        best = plan
+    return found
+
+
+def _following(plan: Plan, better: Plan) -> Plan:
+    """A plan with the schedule of another, of a smaller budget for the same chain."""
     return replace(
-        result,
-        schedule=best.schedule,
-        trace=best.trace,
-        solver=best.solver,
-        rounding_unit_bytes=best.rounding_unit_bytes,
+        plan,
+        schedule=better.schedule,
+        trace=better.trace,
+        solver=better.solver,
+        rounding_unit_bytes=better.rounding_unit_bytes,
     )
 
 

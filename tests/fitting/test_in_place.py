@@ -356,3 +356,26 @@ def test_a_saved_plan_is_followed_by_a_recording_of_its_own(tmp_path: Any) -> No
     deeper = Language(layers=4)
     with pytest.raises(cs.PlanMismatchError):
         cs.checkpointed(deeper, loaded)(*args, **kwargs)
+
+
+def test_a_loss_with_targets_of_the_first_batch_is_provided_for_on_others() -> None:
+    torch.manual_seed(0)
+    plain, x, more = Steered(), torch.randn(6, 8), torch.randn(9, 8)
+    targets = torch.randn(6, 8)
+
+    def loss(y: Tensor) -> Tensor:
+        return torch.stack([(y - targets).square()] * 20).mean()  # more than a cross-entropy's
+
+    model = copy.deepcopy(plain)
+    cs.fit(model, x, torch.ones(6, 1), budget="200%", loss=loss)
+    fitted: Any = vars(model)["forward"]
+    first = cs.plan_of(model).chain
+    assert same(
+        gradients(model, x[:4], torch.ones(4, 1)), gradients(plain, x[:4], torch.ones(4, 1))
+    )
+    chain = fitted._all()[-1].plan.chain
+    assert chain.held_bytes >= first.held_bytes
+    assert chain.loss_overhead_bytes >= first.loss_overhead_bytes
+    with pytest.warns(cs.BudgetWarning, match=r"loss that fit was given fails.*\d+ bytes"):
+        found = gradients(model, more, torch.ones(9, 1))
+    assert same(found, gradients(plain, more, torch.ones(9, 1)))

@@ -35,3 +35,18 @@ def test_seconds_fall_with_the_budget(name: str) -> None:
     seconds = [planned(chain, budget).seconds for budget in budgets]
     for budget, before, after in zip(budgets[1:], seconds[:-1], seconds[1:], strict=True):
         assert after <= before * DIGITS, (budget, before, after)
+
+
+def test_plans_of_one_call_fall_too() -> None:
+    chain = instance("resnet50_ops")
+    most = planned(chain, 2**50)
+    low, high = most.least_budget_bytes, most.store_all_bytes
+    budgets = np.linspace(low, high, 40).astype(int).tolist()[::-1]  # in any order
+    found = plan_each(chain, budgets, cache=False)
+    seconds = [plan.seconds for plan in found if isinstance(plan, Plan)]
+    assert len(seconds) == len(budgets)
+    assert seconds == sorted(seconds)
+    for plan, budget in zip(found, budgets, strict=True):
+        assert isinstance(plan, Plan)
+        assert plan.peak_bytes <= budget
+        assert plan.lower_bound_seconds <= plan.seconds

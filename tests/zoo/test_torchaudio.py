@@ -21,7 +21,8 @@ def of_conv_tasnet() -> Training:
 
 
 def of_deep_speech() -> Training:
-    return Training(audio.DeepSpeech(8, 16, 10, 0.1), (torch.randn(2, 1, 12, 8),))
+    model = audio.DeepSpeech(8, 16, 10, 0.1)
+    return Training(model, (torch.randn(2, 1, 12, 8),), cuts="every")
 
 
 def of_emformer() -> Training:

@@ -112,7 +112,7 @@ def of_shufflenet() -> Training:
 
 
 def of_regnet() -> Training:
-    return Training(tv.regnet_y_400mf(num_classes=5), (images(),))
+    return Training(tv.regnet_y_400mf(num_classes=5), (images(),), cuts="lean")
 
 
 def backbone(layers: dict[str, str]) -> nn.Module:

@@ -28,6 +28,8 @@ class Training:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     sizes_vary: bool = False
     """Whether sizes hang on values, as with experts: then a plan provides for more than is used."""
+    cuts: Any = "smallest"
+    """Where it is cut; finer where parameter gradients or the output leave coarse cuts no room."""
     overestimated: bool = False
     """Whether the projected peak is over 1 KiB above the measured one; why is not known yet."""
 
@@ -69,12 +71,12 @@ def loss_of(output: Any) -> Tensor:
     return torch.stack([(y.float() - 1).square().mean() for y in real]).sum()
 
 
-def assert_trains_within_budgets(training: Training, cuts: Any = "smallest") -> None:
+def assert_trains_within_budgets(training: Training, cuts: Any = None) -> None:
     """What the model gives and all that a step leaves are plain autograd's, the peak is planned."""
     model, args, kwargs = training.model, training.args, training.kwargs
     if any(hasattr(Captured, name) for name in model._modules):
         model = Held(model)
-    net = cs.captured(model, *args, kwargs=kwargs, cuts=cuts)
+    net = cs.captured(model, *args, kwargs=kwargs, cuts=cuts or training.cuts)
     x = net.take(*args, **kwargs)
 
     def loss(tensors: Any) -> Tensor:
