@@ -58,6 +58,14 @@ class StageCall(abc.ABC):
     prefix: str
     module: nn.Module
 
+    @property
+    def lean(self) -> StageCall | None:
+        """The same stage with a lean tape, which keeps fewer bytes and makes cheap values again.
+
+        None where it offers none.
+        """
+        return None
+
     @abc.abstractmethod
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute the next state from this one.

@@ -77,6 +77,7 @@ class PreparedPlan:
         # What every stage is given is known at the call only; one name stands for all of it.
         common = frozenset([0] if self.signature.inputs else ())
         self.script = Script.of(plan, lambda i: trained[i - 1] | common)
+        _check_tapes(self.script, self.stages)
         self.compared = (
             bytes([1]) * len(self.stages)
             if check == "outputs"
@@ -316,3 +317,15 @@ def _changeable(blocks: Sequence[Slots], hidden: Sequence[Slot]) -> list[list[bo
         [(id(p[0]), p[1]) in known or is_write_only(p) for p in slots.buffer_places()]
         for slots in blocks
     ]
+
+
+def _check_tapes(script: Script, stages: Sequence[StageCall]) -> None:
+    """Refuse a plan that runs a stage with a tape that it does not offer."""
+    taped = script.codes == Code.TAPED_FORWARD
+    for i, option in {*zip(script.numbers[taped].tolist(), script.dropped[taped], strict=True)}:
+        if option > 1 or (option and stages[i - 1].lean is None):
+            raise PlanMismatchError(
+                f"the plan runs stage {stages[i - 1].name!r} with tape {option} of those that it "
+                f"offers, and the stage has {'its own alone' if option == 1 else 'two at most'}; "
+                "profile and plan the model again, with this version of ckptsched and of torch"
+            )

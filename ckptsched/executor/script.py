@@ -61,7 +61,7 @@ class Script:
     numbers: npt.NDArray[np.int32]
     """The stage of each operation, counted from 1."""
     dropped: npt.NDArray[np.uint8]
-    """For each drop what it drops, state or tape."""
+    """For each drop what it drops, state or tape; for each run with tape which of its tapes."""
     facts: bytes
     """For each operation the sum of KEEPS_OUTPUT, FREES_INPUT, RESTORES and SNAPSHOTS."""
     snapshots_input: bool
@@ -122,12 +122,6 @@ class Script:
 
 
 def _refuse_unsupported(schedule: Schedule) -> None:
-    options = (schedule.codes == Code.TAPED_FORWARD) & (schedule.kinds > 0)
-    if options.any():
-        raise PlanMismatchError(
-            f"the plan runs {options.sum()} stages with another tape than their own, which the "
-            "executor cannot do; plan for a chain whose stages offer one tape each"
-        )
     if np.any(schedule.codes == Code.COPY) or np.any(schedule.sources != Tier.DEVICE):
         raise PlanMismatchError(
             "the plan moves checkpoints between tiers, which the executor cannot do yet; "
@@ -195,6 +189,8 @@ def _join_tapes(
             before = -1
             continue
         tape = made.pop(numbers[q])
+        # A lean tape makes values again in its backward, which others are not to pay for.
+        is_lean = schedule.kinds[tape] > 0
         mine = collects(numbers[q])
         # What a first gradient is added to in the engine may share the storage of another
         # gradient; only a graph of its own makes it one to add to in place.
@@ -203,6 +199,7 @@ def _join_tapes(
             and last_reads[before]
             and not {q, before} & borders
             and peak not in (q, q - 1)
+            and not is_lean
             and not mine & fresh
         )
         if joins:

@@ -17,7 +17,7 @@ from ..simulator.liveness import snapshot_bytes
 from ..tensors.pytree import storages
 from ..torch_state.replay_context import RandomState
 from ..workload.chain import Chain
-from ..workload.stage import Block, Stage, StageLedger, backward_variant
+from ..workload.stage import Block, Stage, StageLedger, TapeOption, backward_variant
 from .stage_kind import LossWeight, StageKind
 from .survey import Survey
 
@@ -109,7 +109,8 @@ def _stages(
         fresh = sum(size for alias, size in kind.gradient_bytes.items() if alias not in seen)
         seen.update(kind.gradient_bytes)
         if i == 1:
-            kind = replace(kind, ledger=_with_copies(kind, inputs, fresh))
+            own, lean = (x and _with_copies(x, kind, inputs, fresh) for x in (kind.ledger, kind.lean))
+            kind = replace(kind, ledger=own, lean=lean)
         buffers = next(span.buffer_bytes for span in spans if span.last >= i)
         setting = _Setting(fresh, gradient, snapshots[i], buffers, extra, i == len(order))
         key = id(kind), setting
@@ -130,9 +131,10 @@ def _left(order: Iterable[StageKind]) -> int:
     return sum(found.values())
 
 
-def _with_copies(kind: StageKind, inputs: Sequence[Tensor], fresh: int) -> StageLedger:
+def _with_copies(
+    ledger: StageLedger, kind: StageKind, inputs: Sequence[Tensor], fresh: int
+) -> StageLedger:
     """Charge the copies that autograd makes where leaves want gradients in another layout."""
-    ledger = cast(StageLedger, kind.ledger)
     copies = max(
         sum(
             leaf.nbytes
@@ -185,12 +187,45 @@ def _spans(survey: Survey) -> tuple[Block, ...]:
 
 def _stage(kind: StageKind, setting: _Setting) -> Stage:
     """A stage of the planning model: upper bounds of the bytes that its ledger charges."""
-    fresh, snapshot = setting.fresh, setting.snapshot
-    partly = 0 < fresh < sum(kind.gradient_bytes.values())
+    partly = 0 < setting.fresh < sum(kind.gradient_bytes.values())
     ledger = replace(cast(StageLedger, kind.ledger), shares_parameters_partly=partly)
     parts = ledger.parts
     whole = ledger.state_bytes if parts is None else sum(parts.output_bytes)
-    state = 0 if setting.is_last else whole + snapshot  # the caller holds the output
+    state = 0 if setting.is_last else whole + setting.snapshot  # the caller holds the output
+    own = _tape(kind, setting, ledger, state, kind.backward_seconds)
+    lean: tuple[TapeOption, ...] = ()
+    if kind.lean is not None:
+        other = replace(kind.lean, shares_parameters_partly=partly)
+        tape = _tape(kind, setting, other, state, kind.lean_backward_seconds)
+        lean = (replace(tape, name="lean"),)
+    return Stage(
+        name=printable(kind.name),
+        forward_seconds=kind.forward_seconds,
+        backward_seconds=own.backward_seconds,
+        state_bytes=state,
+        tape_bytes=own.tape_bytes,
+        gradient_bytes=setting.gradient,
+        forward_overhead_bytes=own.forward_overhead_bytes,
+        backward_overhead_bytes=own.backward_overhead_bytes,
+        parameter_gradient_bytes=setting.fresh,
+        ledger=ledger,
+        other_tapes=lean,
+    )
+
+
+def _tape(
+    kind: StageKind, setting: _Setting, ledger: StageLedger, state: int, seconds: float
+) -> TapeOption:
+    """A tape of a stage in the planning model.
+
+    Args:
+        kind: The stage.
+        setting: What decides its figures besides.
+        ledger: Its exact bytes with this tape.
+        state: Bytes of its state as the planning model has them.
+        seconds: Of the backward.
+    """
+    fresh, snapshot, parts = setting.fresh, setting.snapshot, ledger.parts
     tape = ledger.tape_bytes + state + setting.buffers + snapshot * setting.is_last
     forward = max(ledger.forward_peak_bytes - state, ledger.taped_peak_bytes - tape, 0)
     if parts is None:
@@ -205,15 +240,11 @@ def _stage(kind: StageKind, setting: _Setting) -> Stage:
         half = len(parts.backward_peak_bytes) // 2
         highest = max(parts.backward_peak_bytes[half:] if fresh else parts.backward_peak_bytes)
     backward = max(0, highest - _sent_bytes(kind) - fresh)
-    return Stage(
-        name=printable(kind.name),
-        forward_seconds=kind.forward_seconds,
-        backward_seconds=kind.backward_seconds,
-        state_bytes=state,
+    return TapeOption(
         tape_bytes=tape,
-        gradient_bytes=setting.gradient,
+        forward_seconds=kind.forward_seconds,
+        backward_seconds=seconds,
         forward_overhead_bytes=forward + setting.extra,
         backward_overhead_bytes=backward + setting.extra,
-        parameter_gradient_bytes=fresh,
         ledger=ledger,
     )

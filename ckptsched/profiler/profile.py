@@ -34,6 +34,7 @@ from .chain_builder import assemble
 from .meta_estimate import estimate
 from .refusals import call_of, refuse_unmeasurable
 from .stage_kind import Loss, LossWeight, StageKind
+from .lean_tapes import weigh_leanly
 from .stage_memory import bytes_left_for_good, go_back, weigh, weigh_loss
 from .stage_paths import Variations
 from .stage_time import ROUNDS, time_stages
@@ -436,6 +437,7 @@ def _weigh_and_time(
             kind.ledger = alike.ledger(kind)
             if kind.ledger is None:
                 kind.ledger = weigh(kind, meter)
+                kind.lean = weigh_leanly(kind, kind.ledger, meter)
                 alike.note_ledger(kind, kind.ledger)
             told()
         return time_stages(kinds, loss, kinds[0].x.leaves[0].device, told) if timed else (0.0, 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, final
 
 import torch
@@ -118,6 +118,8 @@ class StageKind:
     """Bytes of the gradient of each alias that gets one, by the alias's id."""
     ledger: StageLedger | None = None
     """Its exact bytes, once weighed."""
+    lean: StageLedger | None = None
+    """The same with a lean tape; None where that would save little, or is not to be had."""
     left_bytes: int = 0
     """What a run leaves in its modules, as attributes that each run replaces; a replaced buffer
     counts twice, since the clone that it replaces in a repeated run stays for a while."""
@@ -125,6 +127,8 @@ class StageKind:
     """Of a run without tape, once timed."""
     backward_seconds: float = 0.0
     """Of a backward, and what the run with tape takes longer than the one without."""
+    lean_backward_seconds: float = 0.0
+    """The same with a lean tape."""
     varies: bool = False
     """Whether it reads data or draws to decide what it computes."""
     begins_with: RandomState | None = None
@@ -194,6 +198,18 @@ class StageKind:
             return tape.backward(
                 list(self.gradients), dict(zip(tape.sides, self.sides, strict=True))
             )
+
+    def leanly(self) -> StageKind | None:
+        """The same stage with a lean tape; None where it offers none, or hangs on too much.
+
+        What a stage leaves elsewhere, or decides by values, a backward must not do once more.
+        """
+        hangs = self.varies or self.hidden or self.others or self.begins_with is not None
+        leaves = self.looks or self.sides or self.own_leaves
+        lean = self.call.lean
+        if lean is None or hangs or leaves or self.alone is Alone.DIFFERENTIATES:
+            return None
+        return replace(self, call=lean)
 
     def note_contents(self, tape: Tape, output: State) -> None:
         """Record the bytes that a walk of a tape finds saved."""

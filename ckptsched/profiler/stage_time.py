@@ -77,6 +77,10 @@ class _Samples:
     """Runs with tape."""
     back: list[_Run] = field(default_factory=list)
     """Backwards."""
+    lean_taped: list[_Run] = field(default_factory=list)
+    """Runs with a lean tape, where there is one."""
+    lean_back: list[_Run] = field(default_factory=list)
+    """Backwards from it."""
     kinds: list[StageKind] = field(default_factory=list)
     """The stages."""
 
@@ -107,6 +111,14 @@ class _Samples:
         self.taped.append(watch.lap())
         kind.go_back(tape)
         self.back.append(watch.lap())
+        leanly = kind.leanly() if kind.lean is not None else None
+        if leanly is not None:
+            kind.begin()
+            watch.start()
+            tape, _ = leanly.record(kind.x)
+            self.lean_taped.append(watch.lap())
+            leanly.go_back(tape)
+            self.lean_back.append(watch.lap())
 
     def seconds(self, part: slice = slice(None)) -> tuple[float, float]:
         """Seconds of the forward and the backward, by some of the rounds.
@@ -131,6 +143,9 @@ class _Samples:
             kind.forward_seconds = forward
             # Where nothing comes back there is nothing to run, and what the clock shows is noise.
             kind.backward_seconds = backward if any(kind.carries) else 0.0
+            if self.lean_back:
+                longer = max(0.0, _typical(self.lean_taped) - forward)
+                kind.lean_backward_seconds = _typical(self.lean_back) + longer
 
 
 def _typical(runs: Sequence[_Run]) -> float:

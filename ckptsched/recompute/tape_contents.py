@@ -25,7 +25,7 @@ NOTHING = object()
 
 _RAW = "_raw_saved_"  # such attributes show what is saved, and do not unpack it as "_saved_" do
 # Those of torch 2.9 do not show it: there it is unpacked, where no hook of others has packed it.
-_SHOWS = hasattr(getattr(torch._C._autograd, "SavedTensor", None), "data")
+SHOWS_WHAT_IS_SAVED = hasattr(getattr(torch._C._autograd, "SavedTensor", None), "data")
 _names: dict[type, tuple[str, ...]] = {}
 
 
@@ -90,9 +90,9 @@ def _tensors(node: Node) -> Iterator[Tensor]:
     """The tensors that a node keeps, as far as it shows them."""
     is_python = isinstance(node, _PYTHON_NODE)
     names = (f"{_RAW}tensors",) if is_python else _raw_names(type(node))
-    if not _SHOWS:
+    if not SHOWS_WHAT_IS_SAVED:
         names = tuple([name.removeprefix("_raw_" if is_python else "_raw") for name in names])
-    for value in _raw_data(node, names) if _SHOWS else unpacked(node, names):
+    for value in _raw_data(node, names) if SHOWS_WHAT_IS_SAVED else unpacked(node, names):
         yield from _inside(value)
     if is_python:  # attributes of what torch calls ctx
         for value in list(vars(node).values()):

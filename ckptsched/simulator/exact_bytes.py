@@ -145,7 +145,7 @@ class _Ledger:
     def tapes(self) -> Iterator[Live]:
         """What tapes take besides storages of states."""
         for i in np.flatnonzero(self.books.has_tape).tolist():
-            yield Live(f"tape[{i}]", int(self.ledgers.tape[self.ledgers.of[i]]))
+            yield Live(f"tape[{i}]", int(self.ledgers.tape[self.books.ledger[i]]))
 
     def others(self) -> Iterator[Live]:
         """What there is one of."""

@@ -22,20 +22,21 @@ _T = TypeVar("_T")
 def ledgers_of(chain: Chain) -> Ledgers:
     """The different ledgers of a chain; equal stages share an object.
 
+    Those of a stage with its other tapes come after that with its own.
+
     Args:
         chain: A chain whose stages all have a ledger.
     """
-    seen: dict[tuple[int, int], int] = {}
+    seen: dict[tuple[tuple[int, ...], int], int] = {}
     found: list[tuple[StageLedger, int]] = []
     of, width = [0], _inputs(chain)
     widths: list[int] = []
     for stage in chain.stages:
-        ledger = stage.ledger
-        assert ledger is not None
-        number = seen.setdefault((id(ledger), width), len(found))
+        ledgers = stage.ledgers
+        number = seen.setdefault((tuple(map(id, ledgers)), width), len(found))
         if number == len(found):
-            found.append((ledger, width))
-            widths.append(len(_outputs(ledger, width)))
+            found += [(ledger, width) for ledger in ledgers]
+            widths += [len(_outputs(ledger, width)) for ledger in ledgers]
         of.append(number)
         width = widths[number]
     first_output, outputs = _flat([_outputs(*each) for each in found])

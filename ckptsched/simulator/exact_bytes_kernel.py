@@ -29,7 +29,7 @@ class Ledgers(NamedTuple):
     """The ledgers of a chain by number; of flat arrays ledger k has first[k] to first[k + 1]."""
 
     of: Integers
-    """That of each stage, shape (n + 1,)."""
+    """That of each stage with its own tape, shape (n + 1,); with tape t it is t further."""
     forward: Integers
     """Peak of a run without tape."""
     taped: Integers
@@ -109,6 +109,8 @@ class Books(NamedTuple):
     """The storages of what each tape's run read, in the same shape."""
     outputs: Integers
     """The storages of what it made."""
+    ledger: Integers
+    """Of each tape its ledger."""
     clone: Integers
     """Of each tape the clone of buffers that it keeps, or -1."""
     hands_on: Flags
@@ -139,6 +141,7 @@ def open_books(n: int, storages: int, width: int, blocks: int) -> Books:
         has_tape=np.zeros(n + 1, np.bool_),
         inputs=np.zeros((n + 1, width), np.int64),
         outputs=np.zeros((n + 1, width), np.int64),
+        ledger=np.zeros(n + 1, np.int64),
         clone=np.full(n + 1, -1),
         hands_on=np.zeros(n + 1, np.bool_),
         state_snapshot=np.zeros(n + 1, np.int64),
@@ -184,7 +187,7 @@ def charge(
             return
         code, kind, i = packed[p] & 0xFF, packed[p] >> 8 & 0xFF, packed[p] >> 32
         if code <= TAPED:
-            k = ledgers.of[i]
+            k = ledgers.of[i] + (kind if code else 0)
             peak = level + (ledgers.taped[k] if code else ledgers.forward[k])
             source = books.states[i - 1] if books.has_state[i - 1] else books.outputs[i - 1]
             output = books.outputs[i] if code else books.states[i]
@@ -192,6 +195,7 @@ def charge(
             snapshot = stages.snapshots[i] * facts[SNAPSHOTS, p]
             if code:
                 books.inputs[i] = source
+                books.ledger[i] = k
                 books.clone[i] = books.clones[stages.owner[i]]
                 level += _begin_tape(books, ledgers, k, i, facts[KEEPS_OUTPUT, p], snapshot)
             else:
@@ -337,7 +341,7 @@ def _stop_handing_on(books: Books, i: int, width: int) -> int:
 @compiled
 def _drop_tape(books: Books, ledgers: Ledgers, i: int) -> int:
     """Returns the bytes that this frees."""
-    k = ledgers.of[i]
+    k = books.ledger[i]
     freed = _stop_handing_on(books, i, _width(ledgers, k)) + ledgers.tape[k]
     books.has_tape[i] = False
     for at in range(ledgers.first_saved[k], ledgers.first_saved[k + 1]):
@@ -365,7 +369,7 @@ def _turn(books: Books, ledgers: Ledgers, n: int, held: int) -> int:
 @compiled
 def _outlives(books: Books, ledgers: Ledgers, i: int, x: int) -> bool:
     """Whether something besides tape i holds a storage."""
-    k, own = ledgers.of[i], 0
+    k, own = books.ledger[i], 0
     for at in range(ledgers.first_saved[k], ledgers.first_saved[k + 1]):
         own += _saved(books, ledgers, i, at) == x
     return bool(books.holders[x] > own)
@@ -374,7 +378,7 @@ def _outlives(books: Books, ledgers: Ledgers, i: int, x: int) -> bool:
 @compiled
 def _backward_peak(books: Books, ledgers: Ledgers, stages: Stages, i: int) -> int:
     """The peak of a backward above the level before it."""
-    k = ledgers.of[i]
+    k = books.ledger[i]
     first, half = stages.parameters[i] > 0, 0
     begin = ledgers.first_peak[k]
     if ledgers.has_parts[k]:

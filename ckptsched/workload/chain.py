@@ -150,8 +150,8 @@ class Chain(Saved):
 
     @functools.cached_property
     def has_ledger(self) -> bool:
-        """Whether every stage has exact bytes; those of other tapes are never known."""
-        return all(x.ledger is not None and not x.other_tapes for x in self.stages)
+        """Whether exact bytes are known of every stage, with each of its tapes."""
+        return all(stage.ledgers for stage in self.stages)
 
     @functools.cached_property
     def offers_tapes(self) -> bool:

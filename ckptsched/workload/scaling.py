@@ -80,7 +80,8 @@ class _Law:
 
     def _tape(self, least: int, *made: TapeOption) -> TapeOption:
         figures = self._figures(made, _TAPE_SIZES)
-        return replace(made[0], **figures | {"tape_bytes": max(figures["tape_bytes"], least)})
+        figures["tape_bytes"] = max(figures["tape_bytes"], least)
+        return replace(made[0], ledger=None, **figures)
 
     def _figures(
         self, made: Sequence[object], sizes: Sequence[str], seconds: Sequence[str] = _SECONDS
@@ -177,10 +178,24 @@ class Line:
 
         law, sizes = _Law(count, time), (*_SIZES, "parameter_gradient_bytes")
         stages = (
-            replace(law.stage(a, b, sizes=sizes), ledger=_ledger_between(a.ledger, b.ledger, count))
+            _with_ledgers_between(law.stage(a, b, sizes=sizes), a, b, count)
             for a, b in zip(self.first.stages, self.second.stages, strict=True)
         )
         return law.chain(stages, self.first, self.second)
+
+
+def _with_ledgers_between(
+    stage: Stage, a: Stage, b: Stage, count: Callable[[int, int], int]
+) -> Stage:
+    """A stage on the line with exact bytes where both ends have them, with each tape."""
+    pairs = zip(stage.other_tapes, a.other_tapes, b.other_tapes, strict=False)
+    tapes = [
+        replace(tape, ledger=_ledger_between(x.ledger, y.ledger, count)) for tape, x, y in pairs
+    ]
+    own = _ledger_between(a.ledger, b.ledger, count)
+    if own is None:  # the other tapes say nothing without it
+        tapes = [replace(tape, ledger=None) for tape in tapes]
+    return replace(stage, ledger=own, other_tapes=tuple(tapes))
 
 
 def _ledger_between(

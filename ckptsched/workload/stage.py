@@ -145,6 +145,8 @@ class TapeOption:
     """Extra bytes while the run with tape goes on (o_f)."""
     backward_overhead_bytes: int = 0
     """Extra bytes while the backward runs (o_b)."""
+    ledger: StageLedger | None = None
+    """Exact bytes of the stage with this tape; None where only the planning model is known."""
 
     @property
     def seconds(self) -> float:
@@ -190,8 +192,17 @@ class Stage:
             backward_seconds=self.backward_seconds,
             forward_overhead_bytes=self.forward_overhead_bytes,
             backward_overhead_bytes=self.backward_overhead_bytes,
+            ledger=self.ledger,
         )
         return (own, *self.other_tapes)
+
+    @property
+    def ledgers(self) -> tuple[StageLedger, ...]:
+        """Exact bytes of the stage by tape, its own first; empty where not all are known."""
+        if self.ledger is None:
+            return ()
+        found = (self.ledger, *[x.ledger for x in self.other_tapes if x.ledger is not None])
+        return found if len(found) == 1 + len(self.other_tapes) else ()
 
 
 @final
@@ -302,6 +313,9 @@ def check_stage(what: str, stage: Stage) -> None:
         name = f"tape {k} of {what}"
         _check_figures(name, option, _TAPE_SIZES)
         _check_tape(name, option, stage.state_bytes)
+        if option.ledger is not None:
+            _check_ledger(f"the ledger of {name}", option.ledger)
+            _check_same_states(name, stage.ledger, option.ledger)
     if stage.ledger is not None:
         _check_ledger(f"the ledger of {what}", stage.ledger)
 
@@ -346,6 +360,21 @@ def check_name(what: str, name: object) -> None:
     """
     if not isinstance(name, str):
         raise WorkloadError(f"the name of {what} must be a text, found {name!r}")
+
+
+def _check_same_states(what: str, own: StageLedger | None, other: StageLedger) -> None:
+    """Refuse exact bytes of a tape by which the stage would read or make another state."""
+    if own is None or _states(own) != _states(other):
+        raise WorkloadError(
+            f"the ledger of {what} has other states than the ledger of the stage's own tape: a "
+            "tape does not change what a stage reads and makes"
+        )
+
+
+def _states(ledger: StageLedger) -> tuple[object, ...]:
+    parts = ledger.parts
+    rest = parts and (parts.inputs, parts.output_bytes, parts.output_sources)
+    return ledger.state_bytes, ledger.output_is_view, rest
 
 
 def _check_ledger(what: str, ledger: StageLedger) -> None:

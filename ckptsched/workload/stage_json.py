@@ -74,8 +74,13 @@ def _kind_to_json(
         "ledger": None if ledger is None else asdict(ledger),
     }
     if tapes:
-        data["tapes"] = [{"name": tape.name} | _figures(tape, _TAPE_COLUMNS) for tape in tapes]
+        data["tapes"] = [_tape_to_json(tape) for tape in tapes]
     return data
+
+
+def _tape_to_json(tape: TapeOption) -> dict[str, Any]:
+    data: dict[str, Any] = {"name": tape.name} | _figures(tape, _TAPE_COLUMNS)
+    return data if tape.ledger is None else data | {"ledger": asdict(tape.ledger)}
 
 
 def stages_from(
@@ -158,7 +163,9 @@ def _read_tape(data: Mapping[str, Any], size: int, time: float) -> TapeOption:
         value = data[key] if key in ("u_f", "u_b", "w_t") else data.get(key, 0)
         check_number(f"{key} of a tape", value)
         values[attribute] = value * (time if is_time else size)
-    return TapeOption(name=data.get("name", ""), **values)
+    return TapeOption(
+        name=data.get("name", ""), ledger=_read_ledger(data.get("ledger")), **values
+    )
 
 
 def _read_ledger(data: Mapping[str, Any] | None) -> StageLedger | None:

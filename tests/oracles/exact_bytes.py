@@ -127,9 +127,10 @@ class Ledger:
         ):
             if p in self.replays:
                 self._begin_segment(self.replays[p])
-            during.append(self._peak_of(code, i))
+            option = int(kind) if code == Code.TAPED_FORWARD else 0
+            during.append(self._peak_of(code, i, option))
             if code <= Code.TAPED_FORWARD:
-                during[p] = max(during[p], self._forward(p, i, taped=bool(code)))
+                during[p] = max(during[p], self._forward(p, i, option, taped=bool(code)))
             elif code == Code.BACKWARD:
                 self._backward(i)
             elif code == Code.TURN:
@@ -142,18 +143,19 @@ class Ledger:
                 books.extra("gradient of a state", 0)
         return during
 
-    def _stage(self, i: int) -> tuple[Stage, StageLedger]:
+    def _stage(self, i: int, option: int = 0) -> tuple[Stage, StageLedger]:
         stage = self.chain.stages[i - 1]
-        assert stage.ledger is not None
-        return stage, stage.ledger
+        ledger = stage.tapes[option].ledger
+        assert ledger is not None
+        return stage, ledger
 
-    def _peak_of(self, code: int, i: int) -> int:
+    def _peak_of(self, code: int, i: int, option: int) -> int:
         """Bytes while an operation runs."""
         level = self.books.level
         if code == Code.FORWARD:
             return level + self._stage(i)[1].forward_peak_bytes
         if code == Code.TAPED_FORWARD:
-            return level + self._stage(i)[1].taped_peak_bytes
+            return level + self._stage(i, option)[1].taped_peak_bytes
         if code == Code.BACKWARD:
             return level + self._backward_peak(i)
         if code == Code.TURN:
@@ -184,9 +186,9 @@ class Ledger:
             self.next_storage += 1
         return tuple(made)
 
-    def _forward(self, p: int, i: int, *, taped: bool) -> int:
+    def _forward(self, p: int, i: int, option: int, *, taped: bool) -> int:
         """Book a run; returns the level when its output is there and its input still is."""
-        books, (_, ledger) = self.books, self._stage(i)
+        books, (_, ledger) = self.books, self._stage(i, option)
         source = self._input_of(i)
         output = self._output_of(ledger, source)
         snapshot = self.snapshots[i] * bool(self.liveness.snapshots[p])
@@ -240,7 +242,7 @@ class Ledger:
 
     def _backward_peak(self, i: int) -> int:
         tape = self.books.tapes[i]
-        stage, ledger = self._stage(i)
+        stage, ledger = self.chain.stages[i - 1], tape.ledger
         first = stage.parameter_gradient_bytes > 0
         variants = {first, True} if ledger.shares_parameters_partly else {first}
         if ledger.parts is not None:

@@ -24,7 +24,12 @@ from tests.oracles.exact_bytes import Ledger
 from tests.oracles.exact_bytes import analyse as read_liveness
 from tests.support.random_schedules import schedules
 from tests.support.shared_chains import exact_stage
-from tests.support.strategies import SMALL, ledger_chains, parted_chains
+from tests.support.strategies import (
+    SMALL,
+    ledger_chains,
+    parted_chains,
+    parted_chains_with_tapes,
+)
 
 
 @st.composite
@@ -49,10 +54,14 @@ def with_blocks(draw: st.DrawFn, chain: Chain) -> Chain:
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Chain, Schedule]:
     """A chain with exact bytes and a valid schedule."""
-    chain = draw(ledger_chains(noise=True) | parted_chains(most_stages=6, to_output=True))
+    chain = draw(
+        ledger_chains(noise=True)
+        | parted_chains(most_stages=6, to_output=True)
+        | parted_chains_with_tapes(most_stages=6, most_options=2, to_output=True)
+    )
     if draw(st.booleans()):
         chain = draw(with_blocks(chain))
-    return chain, draw(schedules(len(chain)))
+    return chain, draw(schedules(len(chain), [len(stage.tapes) for stage in chain.stages]))
 
 
 def found(chain: Chain, schedule: Schedule, steps: float) -> Any:

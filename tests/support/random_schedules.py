@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hypothesis import strategies as st
 
 from ckptsched.schedule.language import Schedule
 
 
 @st.composite
-def schedules(draw: st.DrawFn, stages: int) -> Schedule:
+def schedules(draw: st.DrawFn, stages: int, tapes_of: Sequence[int] = ()) -> Schedule:
     """A schedule that runs each stage once before the loss, and again as it likes.
 
     After the loss it makes some states beside their tapes, and tapes beside their states.
@@ -16,6 +18,7 @@ def schedules(draw: st.DrawFn, stages: int) -> Schedule:
     Args:
         draw: Hypothesis.
         stages: Length of the chain.
+        tapes_of: How many tapes each stage offers; one if not given.
     """
     words: list[str] = []
     states = {0}
@@ -23,7 +26,8 @@ def schedules(draw: st.DrawFn, stages: int) -> Schedule:
     coin = st.booleans()
 
     def forward(i: int, *, taped: bool) -> None:
-        words.append(f"{'T' if taped else 'F'}{i}")
+        option = draw(st.integers(0, tapes_of[i - 1] - 1)) if taped and tapes_of else 0
+        words.append(f"{'T' if taped else 'F'}{i}" + (f".{option}" if option else ""))
         if taped:
             tapes[i] = i - 1 in states
         else:

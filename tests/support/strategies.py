@@ -203,7 +203,21 @@ def _parted(
     sources = draw(st.permutations([*handed, *[-1] * len(new)]))
     fresh = [k for k, source in enumerate(sources) if source < 0]
     sizes = dict(zip(fresh, new, strict=True))
-    saved_inputs = tuple(k for k in range(inputs) if draw(st.booleans()))
+    parts = StageParts(
+        inputs=inputs,
+        output_bytes=tuple(sizes.get(k, 0) for k in range(len(sources))),
+        output_sources=tuple(sources),
+        saved_inputs=(),
+        saved_outputs=(),
+        backward_peak_bytes=(),
+    )
+    return _taped(draw, parts, sum(new) + draw(SMALL))
+
+
+def _taped(draw: st.DrawFn, parts: StageParts, forward_peak_bytes: int) -> StageLedger:
+    """Exact bytes with a tape of a stage that reads and makes such storages."""
+    fresh = [k for k, source in enumerate(parts.output_sources) if source < 0]
+    saved_inputs = tuple(k for k in range(parts.inputs) if draw(st.booleans()))
     saved_outputs = tuple(k for k in fresh if draw(st.booleans()))
     count = len(saved_inputs) + len(saved_outputs)
     free, more, longer = draw(SMALL), draw(SMALL), [draw(SMALL) for _ in range(count)]
@@ -214,18 +228,16 @@ def _parted(
     ]
     tape = draw(SMALL)
     return StageLedger(
-        state_bytes=sum(new),
+        state_bytes=parts.new_bytes,
         output_is_view=False,
         tape_bytes=tape,
-        input_saved=len(saved_inputs) == inputs,
+        input_saved=len(saved_inputs) == parts.inputs,
         output_saved=bool(fresh) and len(saved_outputs) == len(fresh),
-        forward_peak_bytes=sum(new) + draw(SMALL),
-        taped_peak_bytes=sum(new) + tape + draw(SMALL),
+        forward_peak_bytes=forward_peak_bytes,
+        taped_peak_bytes=parts.new_bytes + tape + draw(SMALL),
         backward_peak_bytes=(free, free + more) * 4,
-        parts=StageParts(
-            inputs=inputs,
-            output_bytes=tuple(sizes.get(k, 0) for k in range(len(sources))),
-            output_sources=tuple(sources),
+        parts=replace(
+            parts,
             saved_inputs=saved_inputs,
             saved_outputs=saved_outputs,
             backward_peak_bytes=tuple(peaks),
@@ -244,13 +256,8 @@ def _parted_stage(
         whole: Bytes of its output.
         gradients: Bytes of the gradients of its input and output.
     """
-    parts, parameters = ledger.parts, draw(SMALL)
-    assert parts is not None
-    half = len(parts.backward_peak_bytes) // 2
-    peaks = tuple(
-        peak + gradients[0] + parameters * (k >= half)
-        for k, peak in enumerate(parts.backward_peak_bytes)
-    )
+    parameters = draw(SMALL)
+    ledger = _with_gradients(ledger, gradients[0], parameters)
     return Stage(
         forward_seconds=draw(SECONDS),
         backward_seconds=draw(SECONDS),
@@ -259,10 +266,65 @@ def _parted_stage(
         gradient_bytes=gradients[1],
         # Some room: the planning model does not judge a chain with a ledger.
         forward_overhead_bytes=ledger.taped_peak_bytes + ledger.forward_peak_bytes,
-        backward_overhead_bytes=max(peaks),
+        backward_overhead_bytes=_highest(ledger),
         parameter_gradient_bytes=parameters,
-        ledger=replace(ledger, parts=replace(parts, backward_peak_bytes=peaks)),
+        ledger=ledger,
     )
+
+
+def _with_gradients(ledger: StageLedger, gradient: int, parameters: int) -> StageLedger:
+    """The ledger with the gradients that a backward makes in its peaks."""
+    assert ledger.parts is not None
+    half = len(ledger.parts.backward_peak_bytes) // 2
+    peaks = tuple(
+        peak + gradient + parameters * (k >= half)
+        for k, peak in enumerate(ledger.parts.backward_peak_bytes)
+    )
+    return replace(ledger, parts=replace(ledger.parts, backward_peak_bytes=peaks))
+
+
+def _highest(ledger: StageLedger) -> int:
+    assert ledger.parts is not None
+    return max(ledger.parts.backward_peak_bytes)
+
+
+@st.composite
+def parted_chains_with_tapes(
+    draw: st.DrawFn, most_stages: int = 4, most_options: int = 1, to_output: bool = False
+) -> Chain:
+    """A chain with exact bytes, some of whose stages offer another tape that keeps others.
+
+    Args:
+        draw: Hypothesis.
+        most_stages: Length at most.
+        most_options: Further tapes of a stage at most.
+        to_output: Whether the output may have storages of earlier states.
+    """
+    chain = draw(parted_chains(most_stages, to_output))
+    links = []
+    before = chain.input_gradient_bytes
+    for stage in chain.stages:
+        own = stage.ledger
+        assert own is not None
+        assert own.parts is not None
+        tapes = []
+        for _ in range(draw(st.integers(0, most_options))):
+            drawn = _taped(draw, own.parts, own.forward_peak_bytes)
+            ledger = _with_gradients(drawn, before, stage.parameter_gradient_bytes)
+            tapes.append(
+                TapeOption(
+                    name="lean",
+                    tape_bytes=ledger.tape_bytes + stage.state_bytes,
+                    forward_seconds=stage.forward_seconds,
+                    backward_seconds=draw(SECONDS),
+                    forward_overhead_bytes=ledger.taped_peak_bytes + ledger.forward_peak_bytes,
+                    backward_overhead_bytes=_highest(ledger),
+                    ledger=ledger,
+                )
+            )
+        links.append(replace(stage, other_tapes=tuple(tapes)))
+        before = stage.gradient_bytes
+    return replace(chain, stages=tuple(links))
 
 
 def _handed_on(state: list[int], ledger: StageLedger) -> list[int]:

@@ -64,7 +64,7 @@ def test_hooks_that_were_not_planned_are_named_once() -> None:
     messages = [str(warning.message) for warning in told]
     assert "and is not packed" in messages[0]
     # Where torch does not show what hooks pack, the profile has not seen it, and stages say so.
-    assert len(messages) == 1 or not tape_contents._SHOWS
+    assert len(messages) == 1 or not tape_contents.SHOWS_WHAT_IS_SAVED
     assert all("were projected" in message for message in messages[1:])
 
 
@@ -175,9 +175,9 @@ class Regions(nn.Module):
 def test_a_look_at_a_tape_calls_no_hook(
     shows: bool, look: Callable[[], Look | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if shows and not tape_contents._SHOWS:
+    if shows and not tape_contents.SHOWS_WHAT_IS_SAVED:
         pytest.skip("this torch shows what is saved only by unpacking it")
-    monkeypatch.setattr(tape_contents, "_SHOWS", shows)
+    monkeypatch.setattr(tape_contents, "SHOWS_WHAT_IS_SAVED", shows)
     stage, x = Regions(), torch.randn(4, 8)
     twin, leaf = Regions(), x.clone().requires_grad_()
     twin(leaf).sum().backward()

@@ -14,9 +14,12 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...tensors.pytree import State, storages
+from ..stage_discovery import has_hooks
+from .calls import Fixed, Numbered, RecordedCall, StagePath
 from .functions import EFFECTS
 from .recording import Bound, Recording
 
@@ -38,6 +41,11 @@ class CallCosts:
     """Before each call, and after the last, the bytes of the storages of the live set."""
     legal: tuple[bool, ...]
     """Before each call whether a cut may lie there; the first is none."""
+    cheap: tuple[bool, ...] = ()
+    """For each call whether a backward may make it again rather than keep what it made: it computes
+    no products, draws nothing, decides nothing, and changes nothing but what it is given."""
+    makes_bytes: tuple[bool, ...] = ()
+    """For each call whether it makes storages of its own; views make none."""
 
 
 def measure(recording: Recording, model: nn.Module, tensors: Sequence[Tensor]) -> CallCosts:
@@ -50,7 +58,7 @@ def measure(recording: Recording, model: nn.Module, tensors: Sequence[Tensor]) -
     """
     bound, last = Bound(recording, model), recording.last_read
     values = dict(zip(recording.given, tensors, strict=True))
-    homes, work = _Homes(), []
+    homes, work, cheap, makes_bytes = _Homes(), list[int](), list[bool](), list[bool]()
     homes.note(values, values, -1)
     with saved_tensors_hooks(lambda tensor: None, lambda nothing: torch.empty(0)):
         for k, call in enumerate(recording.calls):
@@ -59,7 +67,15 @@ def measure(recording: Recording, model: nn.Module, tensors: Sequence[Tensor]) -
             with _Work() as counted:
                 bound.run(k, values)
             work.append(counted.total)
+            made = len(homes.made)
             homes.note(values, [n for n in call.makes if n >= 0], k)
+            makes_bytes.append(len(homes.made) > made)
+            changed = [t._version != v for t, v in zip(given, before, strict=True)]
+            cheap.append(
+                counted.is_plain
+                and _may_run_again(call, bound.callee(k), changed)
+                and all(values[n].is_floating_point() for n in call.makes if n >= 0)
+            )
             for tensor, version in zip(given, before, strict=True):
                 if tensor._version != version or call.target in EFFECTS:
                     homes.note_write(tensor, k)
@@ -75,7 +91,36 @@ def measure(recording: Recording, model: nn.Module, tensors: Sequence[Tensor]) -
         for k in range(homes.made[home] + 1, end + 1):
             legal[k] = False
     live = [homes.bytes_of(recording.live(k)) for k in range(calls + 1)]
-    return CallCosts(tuple(work), tuple(live), tuple(legal))
+    return CallCosts(tuple(work), tuple(live), tuple(legal), tuple(cheap), tuple(makes_bytes))
+
+
+def _may_run_again(call: RecordedCall, callee: Any, changed: Sequence[bool]) -> bool:
+    """Whether a call can be made again in the backward without a trace, as far as it shows.
+
+    Args:
+        call: The call.
+        callee: The module or function that it calls.
+        changed: For each tensor that it is given whether it has changed that in place.
+    """
+    if isinstance(call.target, StagePath) or call.why_whole or call.target in EFFECTS:
+        return False
+    if isinstance(callee, nn.Module):
+        ours = type(callee).__module__.startswith("torch.nn.modules.")
+        if not ours or has_hooks(callee) or is_parametrized(callee):
+            return False
+    elif isinstance(call.target, type) or not _is_of_torch(callee):
+        return False  # a custom Function: it may do anything
+    if any(isinstance(source, Fixed) for source in call.reads):
+        return False
+    written = [s for s, is_new in zip(call.reads, changed, strict=True) if is_new]
+    return all(isinstance(s, Numbered) and s.number in call.writes for s in written)
+
+
+def _is_of_torch(function: Any) -> bool:
+    home = getattr(function, "__module__", None) or getattr(
+        getattr(function, "__objclass__", None), "__module__", ""
+    )
+    return str(home or "torch").split(".")[0] == "torch"
 
 
 @final
@@ -85,6 +130,8 @@ class _Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
+        self.is_plain = True
+        """Whether no operator has computed products, drawn numbers, or come from elsewhere."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -96,6 +143,8 @@ class _Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ):
             return result  # a view moves nothing
         formula = _formulas().get(func._overloadpacket)
+        plain = formula is None and func.namespace in ("aten", "prims")
+        self.is_plain &= plain and torch.Tag.nondeterministic_seeded not in func.tags
         if formula is not None:
             self.total += int(formula(*args, **kwargs, out_val=result))
         moved = State.of((args, kwargs, result), opaque=True).leaves
@@ -197,6 +246,23 @@ def smallest_cuts(measured: CallCosts) -> tuple[int, ...]:
     return tuple(chosen)
 
 
+def dear_cuts(measured: CallCosts) -> tuple[int, ...]:
+    """One cut between calls that are dear to make again: that with the fewest live bytes.
+
+    Of equal ones it is the first. What lies between are cheap calls, such as norms and activations;
+    they come with the product that reads what they make, so that a lean tape can leave that out.
+    """
+    live, chosen = measured.live_bytes, []
+    before: int | None = None  # the best cut since the last dear call
+    for k, legal in enumerate(measured.legal):
+        if legal and k and (before is None or live[k] < live[before]):
+            before = k
+        if not measured.cheap[k] and before is not None:
+            chosen.append(before)
+            before = None
+    return tuple(chosen)
+
+
 def candidate_cuts(measured: CallCosts) -> tuple[tuple[int, ...], ...]:
     """The ways to cut of which one has the best plan, as far as known: each once, finest first."""
-    return tuple(dict.fromkeys((lean_cuts(measured), smallest_cuts(measured))))
+    return tuple(dict.fromkeys((lean_cuts(measured), dear_cuts(measured), smallest_cuts(measured))))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, Literal, cast, final
 
@@ -12,8 +14,10 @@ from torch import Tensor, nn
 
 from ...base.budget import format_bytes
 from ...base.errors import PlanMismatchError, ProfileError
+from ...recompute.lean_tape import Call, LeanTape
+from ...recompute.tape_contents import SHOWS_WHAT_IS_SAVED
 from ...tensors.pytree import State
-from ...torch_state.replay_context import OneWay, RandomState, Recomputing
+from ...torch_state.replay_context import Autocast, OneWay, RandomState, Recomputing
 from ..compiled_stages import CompiledStage, Compiler, code_of
 from ..inspection import Inspection, inspect_model
 from ..likeness import InDoubtError, Likeness
@@ -21,7 +25,7 @@ from ..model_state import left_as_it_was
 from ..stage_discovery import StageCall, StagedModule, has_hooks
 from ..wrappers import plain_forward, share
 from .calls import RecordedCall, StagePath
-from .cuts import CallCosts, candidate_cuts, every_cut, lean_cuts, measure, smallest_cuts
+from .cuts import CallCosts, candidate_cuts, dear_cuts, every_cut, lean_cuts, measure, smallest_cuts
 from .record import record
 from .recording import Bound, Recording, module_of, part_of
 
@@ -64,7 +68,7 @@ class CapturedStage(StageCall):
 
     __slots__ = (
         *("_bound", "_calls", "_enters", "_label", "_leaves", "_recorded", "_spent", "_whole"),
-        "module",
+        *("_cheap", "_lean", "module"),
     )
 
     module: nn.Module
@@ -80,6 +84,7 @@ class CapturedStage(StageCall):
         label: str,
         recorded: Sequence[RecordedCall] = (),
         whole: Mapping[str, nn.Module] = MappingProxyType({}),
+        cheap: Sequence[bool] = (),
     ) -> None:
         """Take some calls of a recording.
 
@@ -93,12 +98,16 @@ class CapturedStage(StageCall):
             label: The name of the stage.
             recorded: The calls.
             whole: The modules that they call, by path.
+            cheap: For each whether a lean tape may leave what it makes out; empty for a stage
+                that has no such tape.
         """
         self.prefix = ""
         self.module = module
         self._bound, self._calls, self._spent = bound, calls, tuple(spent)
         self._enters, self._leaves, self._label = enters, leaves, label
         self._recorded, self._whole = tuple(recorded), whole
+        self._cheap = tuple(cheap)
+        self._lean = LeanStage(self) if cheap else None
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Make the calls.
@@ -118,6 +127,11 @@ class CapturedStage(StageCall):
             for number in spent:
                 values.pop(number, None)
         return tuple([values[number] for number in self._leaves])
+
+    @property
+    def lean(self) -> LeanStage | None:
+        """The same calls with a lean tape; None where none of them is cheap."""
+        return self._lean
 
     @property
     def label(self) -> str:
@@ -153,7 +167,136 @@ class CapturedStage(StageCall):
         except (InDoubtError, LookupError, AttributeError):  # what an earlier call would put there
             return None
         spent = tuple([tuple([local.get(n, -1) for n in gone]) for gone in self._spent])
-        return calls, owned, spent, tuple([local[n] for n in self._leaves])
+        return calls, owned, spent, tuple([local[n] for n in self._leaves]), self._cheap
+
+    def run_leanly(self, x: Any) -> Any:
+        """Make the calls with gradients on, and keep a lean tape.
+
+        Args:
+            x: The values that are alive before, a tuple of tensors.
+
+        Returns:
+            The values that are alive after, a tuple of tensors.
+        """
+        values = dict(zip(self._enters, x, strict=True))
+        device = x[0].device
+        del x
+        modules = [*self.module.modules()]
+        remaking = _Remaking(self, Autocast.take(device), modules, [m.training for m in modules])
+        tape = LeanTape(self._lean_calls(), remaking)
+        tape.note(values, self._enters)
+        with tape.saving():
+            for k, spent in zip(self._calls, self._spent, strict=True):
+                self._bound.run(k, values)
+                tape.note(values, self._recorded[k - self._calls.start].makes)
+                for number in spent:
+                    values.pop(number, None)
+                tape.forget_all_but(values)
+        tape.settle(self._enters, self._leaves)
+        return tuple([values[number] for number in self._leaves])
+
+    def _lean_calls(self) -> tuple[Call, ...]:
+        return tuple(
+            [
+                Call(call.values, call.makes, call.writes, cheap)
+                for call, cheap in zip(self._recorded, self._cheap, strict=True)
+            ]
+        )
+
+    def make_again(
+        self, calls: Sequence[int], spent: Sequence[Sequence[int]], values: dict[int, Tensor]
+    ) -> None:
+        """Make some of the calls again, and put what they make among the values.
+
+        Args:
+            calls: Which, counted from 0 in this stage.
+            spent: For each the numbers of the values that are let go after it.
+            values: What they read, by number.
+        """
+        for k, gone in zip(calls, spent, strict=True):
+            self._bound.run(self._calls.start + k, values)
+            for number in gone:
+                values.pop(number, None)
+
+
+@final
+class LeanStage(StageCall):
+    """A stage as it is run with a lean tape."""
+
+    __slots__ = ("_stage",)
+
+    def __init__(self, stage: CapturedStage) -> None:
+        """Run it so.
+
+        Args:
+            stage: The stage.
+        """
+        self.prefix, self._stage = "", stage
+
+    @property
+    def name(self) -> str:
+        """That of the stage."""
+        return self._stage.name
+
+    @property
+    def module(self) -> nn.Module:  # type: ignore[override]
+        """What has the parameters and buffers that the calls use."""
+        return self._stage.module
+
+    @property
+    def label(self) -> str:
+        """That of the stage."""
+        return self._stage.label
+
+    @property
+    def key(self) -> Hashable:
+        """That of the stage."""
+        return self._stage.key
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Make the calls; arguments and result are those of the stage."""
+        return self._stage.run_leanly(x) if torch.is_grad_enabled() else self._stage(x)
+
+
+@final
+class _Remaking:
+    """Makes calls of a stage again as they were made: under its autocast, and in its modes."""
+
+    __slots__ = ("_autocast", "_modes", "_modules", "_stage")
+
+    def __init__(
+        self,
+        stage: CapturedStage,
+        autocast: Autocast,
+        modules: Sequence[nn.Module],
+        modes: Sequence[bool],
+    ) -> None:
+        self._stage, self._autocast = stage, autocast
+        self._modules, self._modes = modules, modes
+
+    def __call__(
+        self, calls: Sequence[int], spent: Sequence[Sequence[int]], values: dict[int, Tensor]
+    ) -> None:
+        with torch.no_grad(), self._autocast.again(), Recomputing(), self._as_it_was():
+            self._stage.make_again(calls, spent, values)
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Modules in their modes then, and with copies of their buffers, which may change."""
+        now = [(module, module.training, module._buffers) for module in self._modules]
+        try:
+            for (module, _, buffers), mode in zip(now, self._modes, strict=True):
+                module.training = mode
+                if mode and buffers:
+                    module._buffers = {
+                        name: None if buffer is None else buffer.clone()
+                        for name, buffer in buffers.items()
+                    }
+            yield
+        finally:
+            for module, mode, buffers in now:
+                module.training = mode
+                module._buffers = buffers
 
 
 @final
@@ -167,6 +310,7 @@ class Captured(StagedModule):
         cuts: Sequence[int],
         live_bytes: Sequence[int],
         compiler: Compiler | None = None,
+        costs: CallCosts | None = None,
     ) -> None:
         """Cut a recording.
 
@@ -176,6 +320,7 @@ class Captured(StagedModule):
             cuts: Before which calls to cut, in ascending order.
             live_bytes: For each cut the bytes of the tensors that are alive there.
             compiler: Compiles the stages; None where they run as they are.
+            costs: What its calls take; None for stages without lean tapes.
         """
         super().__init__()
         share(model, self)
@@ -185,6 +330,7 @@ class Captured(StagedModule):
         self.__dict__["cuts"] = tuple(cuts)
         self.__dict__["live_bytes"] = tuple(live_bytes)
         self.__dict__["compiler"] = compiler
+        self.__dict__["_costs"] = costs
 
     @property
     def model(self) -> nn.Module:
@@ -263,7 +409,7 @@ class Captured(StagedModule):
         bound = Bound(recording, self, self.model)
         edges = [0, *self.__dict__["cuts"], len(recording.calls)]
         return [
-            _stage(recording, bound, self, start, stop, self.compiler)
+            _stage(recording, bound, self, start, stop, self.compiler, self.__dict__["_costs"])
             for start, stop in itertools.pairwise(edges)
         ]
 
@@ -277,7 +423,7 @@ def captured(
     model: nn.Module,
     *sample: Any,
     kwargs: Mapping[str, Any] | None = None,
-    cuts: Literal["lean", "smallest", "every"] = "lean",
+    cuts: Literal["lean", "dear", "smallest", "every"] = "lean",
     compile: bool | str = False,
 ) -> Captured:
     """Record what a model does with a batch, and cut it into stages: any module becomes a chain.
@@ -318,7 +464,7 @@ def captured(
             "the model itself has hooks, which a recording of its forward would leave out; take "
             "them off, or put the model into a module that calls it"
         )
-    ways = {"lean": lean_cuts, "smallest": smallest_cuts, "every": every_cut}
+    ways = {"lean": lean_cuts, "dear": dear_cuts, "smallest": smallest_cuts, "every": every_cut}
     if cuts not in ways:
         raise ProfileError(f"cuts is {cuts!r}; give one of {', '.join(map(repr, ways))}")
     compiler = Compiler("inductor" if compile is True else compile) if compile else None
@@ -382,7 +528,8 @@ def _cut(
     cuts: Sequence[int],
     compiler: Compiler | None = None,
 ) -> Captured:
-    return Captured(model, recording, cuts, [costs.live_bytes[k] for k in cuts], compiler)
+    live = [costs.live_bytes[k] for k in cuts]
+    return Captured(model, recording, cuts, live, compiler, costs)
 
 
 def _stage(
@@ -392,6 +539,7 @@ def _stage(
     start: int,
     stop: int,
     compiler: Compiler | None,
+    costs: CallCosts | None,
 ) -> StageCall:
     calls = recording.calls[start:stop]
     whole = {c.target: module_of(model, c.target) for c in calls if isinstance(c.target, str)}
@@ -409,8 +557,14 @@ def _stage(
     first, end = calls[0].name, calls[-1].name
     label = f"{start}:{first}" + (f" to {end}" if len(calls) > 1 else "")
     parts = Parts(list(dict.fromkeys(whole.values())), alone)
+    cheap: Sequence[bool] = ()
+    # A tape of torch 2.9 does not show what hooks have packed.
+    if costs is not None and compiler is None and SHOWS_WHAT_IS_SAVED:
+        cheap = costs.cheap[start:stop]
+        if not any(map(operator.and_, cheap, costs.makes_bytes[start:stop])):
+            cheap = ()
     stage = CapturedStage(
-        bound, range(start, stop), spent, enters, leaves, parts, label, calls, whole
+        bound, range(start, stop), spent, enters, leaves, parts, label, calls, whole, cheap
     )
     if compiler is None:
         return stage

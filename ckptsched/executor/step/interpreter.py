@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ...base.errors import ExecutionError
+from ...capture.stage_discovery import StageCall
 from ...profiler.side_output_search import still, whereabouts
 from ...recompute.budget_watch import storage_sizes
 from ...recompute.engine import nodes_made
@@ -273,7 +274,9 @@ class Interpreter:
 
     def _taped_forward(self, p: int, i: int) -> None:
         prepared, stored = self.prepared, self._input(p, i)
-        stage = prepared.stages[i - 1]
+        stage: StageCall = prepared.stages[i - 1]
+        if prepared.script.dropped.data[p]:  # the plan was checked to have no other than lean ones
+            stage = stage.lean or stage
         wanted = self._wanted(i - 1)
         with self._gradients_on, self._marked(p), self._looking(i) as look:
             boxes, source = sources_of(stored.state, wanted)

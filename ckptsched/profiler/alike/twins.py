@@ -136,7 +136,7 @@ class Alike:
         # Of stages that look alike beforehand: those that a run has told apart, each by a number.
         self._facts: dict[int, list[tuple[int, _Facts]]] = {}
         self._looks = 0
-        self._weighed: dict[Hashable, tuple[StageLedger, int]] = {}
+        self._weighed: dict[Hashable, tuple[StageLedger, StageLedger | None, int]] = {}
 
     def expect(self, calls: Iterable[StageCall]) -> None:
         """Find out which stages of a model may have twins; what has none is looked at as ever.
@@ -225,9 +225,10 @@ class Alike:
             kind: The stage, gone back through.
         """
         known = self._weighed.get(_weight_of(kind)) if kind.look is not None else None
-        if known is not None:
-            kind.left_bytes = known[1]
-        return known and known[0]
+        if known is None:
+            return None
+        ledger, kind.lean, kind.left_bytes = known
+        return ledger
 
     def note_ledger(self, kind: StageKind, ledger: StageLedger) -> None:
         """Keep the bytes of a stage for those like it.
@@ -237,7 +238,7 @@ class Alike:
             ledger: What was weighed.
         """
         if kind.look is not None:
-            self._weighed[_weight_of(kind)] = ledger, kind.left_bytes
+            self._weighed[_weight_of(kind)] = ledger, kind.lean, kind.left_bytes
 
 
 def _weight_of(kind: StageKind) -> Hashable:

@@ -104,8 +104,15 @@ class Holders:
         self.ledgers = tuple(stage.ledger for stage in chain.stages if stage.ledger is not None)
         self.n = n = len(self.ledgers)
         self.states, self.first, self.last, known = _follow(self.ledgers)
-        self.saved = [(), *(_saved(x, *self.states[i : i + 2]) for i, x in enumerate(self.ledgers))]
-        """By stage the storages that its tape keeps, those of its input first."""
+        self.options = ((), *(stage.ledgers for stage in chain.stages))
+        """By stage its ledger with each of its tapes."""
+        self.saved = [
+            tuple([_saved(x, *self.states[i - 1 : i + 1]) for x in options])
+            for i, options in enumerate(self.options)
+        ]
+        """By stage and tape the storages that the tape keeps, those of its input first."""
+        self.always = [frozenset.intersection(*map(frozenset, x)) if x else _NONE for x in self.saved]
+        """By stage those that each of its tapes keeps."""
         # The caller holds the output from the loss on: counted once, and not as a state. Storages
         # of the output that were made before the last stage count as those of their states.
         self.output = {x: known[x] for x in self.states[n] if self.first[x] == n}
@@ -137,27 +144,28 @@ class Holders:
         return np.array(found, dtype=np.int64)
 
     @functools.cached_property
-    def entries(self) -> tuple[list[Entry], list[int]]:
-        """The ways to come to stages, by number, and the way to the next stage after each.
+    def entries(self) -> tuple[list[Entry], list[list[int]]]:
+        """The ways to come to stages, by number, and after each the way to the next, by tape.
 
         Number s = 1..n+1 is that where state s - 1 is kept; 0 is none.
         """
         return self._walk(math.inf)
 
-    def _walk(self, most: float) -> tuple[list[Entry], list[int]]:
+    def _walk(self, most: float) -> tuple[list[Entry], list[list[int]]]:
         """The same, given up where there are more entries than so many."""
         found = [Entry(s, _NONE) for s in range(self.n + 2)]
-        after = [0] * len(found)
+        after: list[list[int]] = [[] for _ in found]
         here = {_NONE: 1}
         for s in range(1, self.n + 1):
             then = {_NONE: s + 1}
             for lone, number in here.items():
-                rest = self.handed_on(s, lone) & self.tracked if s < self.n else _NONE
-                if rest not in then:
-                    then[rest] = len(found)
-                    found.append(Entry(s + 1, rest))
-                    after.append(0)
-                after[number] = then[rest]
+                for tape in range(len(self.saved[s])):
+                    rest = self.handed_on(s, lone, tape) & self.tracked if s < self.n else _NONE
+                    if rest not in then:
+                        then[rest] = len(found)
+                        found.append(Entry(s + 1, rest))
+                        after.append([])
+                    after[number].append(then[rest])
             if len(found) > most:
                 break
             here = then
@@ -176,14 +184,15 @@ class Holders:
             del long[len(long) // 2 :]
             self.tracked = short | set(long)
 
-    def handed_on(self, s: int, lone: frozenset[int]) -> frozenset[int]:
+    def handed_on(self, s: int, lone: frozenset[int], tape: int = 0) -> frozenset[int]:
         """The storages of state s that tape s hands on and no tape or state keeps so far.
 
         Args:
             s: The stage.
             lone: Those of state s - 1 that only tape s may keep.
+            tape: Which of its tapes it is.
         """
-        saved, first = self.saved[s], self.first
+        saved, first = self.saved[s][tape], self.first
         return frozenset(
             [x for x in self.states[s] if x not in saved and (x in lone or first[x] == s)]
         )
@@ -192,11 +201,11 @@ class Holders:
         """Bytes of storages, without those that the caller holds."""
         return sum([self.size[x] for x in storages])
 
-    def made_and_saved(self, s: int) -> list[int]:
-        """Storages that stage s makes and its tape keeps."""
-        return [x for x in dict.fromkeys(self.saved[s]) if self.first[x] == s]
+    def made_and_saved(self, s: int, tape: int = 0) -> list[int]:
+        """Storages that stage s makes and one of its tapes keeps."""
+        return [x for x in dict.fromkeys(self.saved[s][tape]) if self.first[x] == s]
 
-    def backward_peaks(self, stage: Stage, entry: Entry) -> tuple[int, int]:
+    def backward_peaks(self, stage: Stage, entry: Entry, tape: int = 0) -> tuple[int, int]:
         """The peaks of a backward of a tape from after Turn, and of one from before.
 
         Peaks are above the level before the backward; the least where they are not known.
@@ -204,17 +213,19 @@ class Holders:
         Args:
             stage: The stage.
             entry: How it was come to when it was run with tape.
+            tape: Which of its tapes it was.
         """
-        peak = self._backward_peak(stage, entry, turned=False)
+        peak = self._backward_peak(stage, entry, tape, turned=False)
         # Of other stages nobody can tell whether the caller holds what they make.
         is_last = entry.stage == self.n
-        return peak, self._backward_peak(stage, entry, turned=True) if is_last else peak
+        return peak, self._backward_peak(stage, entry, tape, turned=True) if is_last else peak
 
-    def _backward_peak(self, stage: Stage, entry: Entry, *, turned: bool) -> int:
-        s, ledger = entry.stage, self.ledgers[entry.stage - 1]
+    def _backward_peak(self, stage: Stage, entry: Entry, tape: int, *, turned: bool) -> int:
+        s, ledger = entry.stage, self.options[entry.stage][tape]
         first = stage.parameter_gradient_bytes > 0
-        firsts = frozenset({first, True} if ledger.shares_parameters_partly else {first})
-        which = self.saved[s]
+        partly = self.ledgers[s - 1].shares_parameters_partly
+        firsts = frozenset({first, True} if partly else {first})
+        which = self.saved[s][tape]
         if ledger.parts is None:
             which = (self.states[s - 1][0], self.states[s][0])
         held = tuple([self._is_held(x, entry, turned=turned) for x in which])

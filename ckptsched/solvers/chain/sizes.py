@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...workload.chain import Chain
+from ...workload.stage import Stage
 from .shared_storages import Holders, Storages, one_each
 
 Bytes = npt.NDArray[np.int64]
@@ -344,38 +345,50 @@ def _ledger_sizes(chain: Chain) -> ChainSizes:
 
 
 def _ledger_starts(chain: Chain, holders: Holders, later: Bytes) -> tuple[Starts, Tapings]:
-    """A start for each way to come to a stage, and its only tape."""
+    """A start for each way to come to a stage, and its tapes."""
     n, (entries, after) = len(chain), holders.entries
     level = (chain.arrays.gradient_bytes + later[:-1]).tolist()
-    handed, rows = [0] * len(entries), list[int]()
+    handed, rows, seconds = [0] * len(entries), list[int](), list[float]()
     for start, entry in enumerate(entries):
         s = entry.stage
         if not 1 <= s <= n:
             continue
-        stage, ledger = chain.stages[s - 1], holders.ledgers[s - 1]
-        # What only tape s will keep stays from now on, and is counted with the tape before.
-        handed[start] = holders.bytes_of(entry.lone.difference(holders.saved[s]))
-        made = holders.made_and_saved(s)
-        own = ledger.tape_bytes + holders.bytes_of(made)
-        then = holders.handed_on(s, entry.lone)
-        early = holders.bytes_of(then.intersection(holders.saved[s + 1])) if s < n else 0
-        # The last stage, run again, has an output that is not the caller's.
-        again = sum(holders.output[x] for x in made) if s == n else 0
-        backward = own + level[s]
-        peak, peak_after_turn = holders.backward_peaks(stage, entry)
-        rows += (start, own + early, ledger.taped_peak_bytes + handed[start])
-        rows += (backward + again + peak, backward + peak_after_turn, after[start])
-    columns = np.array(rows, dtype=np.int64).reshape(-1, 6).T.copy()
-    start_, tape, forward, backward_, after_turn, after_ = columns
+        stage, lone = chain.stages[s - 1], entry.lone
+        # What only tape s will keep, whichever it is, stays from now on, and is counted with the
+        # tape before.
+        handed[start] = holders.bytes_of(lone.difference(holders.always[s]))
+        seconds += _longer(stage)
+        for tape, ledger in enumerate(holders.options[s]):
+            made = holders.made_and_saved(s, tape)
+            also = lone.intersection(holders.saved[s][tape]) - holders.always[s]
+            own = ledger.tape_bytes + holders.bytes_of(made) + holders.bytes_of(also)
+            then = holders.handed_on(s, lone, tape)
+            early = holders.bytes_of(then & holders.always[s + 1]) if s < n else 0
+            # The last stage, run again, has an output that is not the caller's.
+            again = sum(holders.output[x] for x in made) if s == n else 0
+            backward = own + level[s]
+            peak, peak_after_turn = holders.backward_peaks(stage, entry, tape)
+            rows += (start, tape, own + early, ledger.taped_peak_bytes + handed[start])
+            rows += (backward + again + peak, backward + peak_after_turn, after[start][tape])
+    columns = np.array(rows, dtype=np.int64).reshape(-1, 7).T.copy()
+    start_, option, tape_, forward, backward_, after_turn, after_ = columns
     stages = np.array([entry.stage for entry in entries], dtype=np.int64)
     return Starts(stage=stages, handed=np.array(handed, dtype=np.int64)), Tapings(
         start=start_,
-        option=np.zeros_like(start_),
-        tape=tape,
+        option=option,
+        tape=tape_,
         forward=forward,
         backward=backward_,
         # Of a tape from before Turn, after which the caller holds the output.
         backward_after_turn=after_turn,
         after=after_,
-        extra_seconds=np.zeros(len(start_)),
+        extra_seconds=np.array(seconds),
     )
+
+
+def _longer(stage: Stage) -> list[float]:
+    """Seconds that each tape of a stage takes longer than the fastest."""
+    if not stage.other_tapes:
+        return [0.0]
+    seconds = [tape.seconds for tape in stage.tapes]
+    return [x - min(seconds) for x in seconds]

@@ -22,7 +22,7 @@ from ckptsched.solvers.chain.tables import Table
 from ckptsched.solvers.runs.solver import takes
 from ckptsched.workload.chain import Chain
 from tests.oracles.brute_force import cheapest_of, persistent_frontier
-from tests.support.strategies import parted_chains, parted_runs
+from tests.support.strategies import parted_chains, parted_chains_with_tapes, parted_runs
 
 Pair = tuple[Tensor, Tensor]
 
@@ -152,7 +152,7 @@ def test_what_is_handed_on_takes_the_bytes_that_are_projected(name: str) -> None
 
 
 @settings(max_examples=60, deadline=None)
-@given(parted_chains())
+@given(parted_chains() | parted_chains_with_tapes())
 def test_equal_to_enumeration(chain: Chain) -> None:
     frontier = persistent_frontier(chain)
     budgets = sorted({peak + d for peak, _ in frontier for d in (-1, 0)})
@@ -166,7 +166,10 @@ def test_equal_to_enumeration(chain: Chain) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(parted_chains(to_output=True), st.sampled_from([0, 2, 4]))
+@given(
+    parted_chains(to_output=True) | parted_chains_with_tapes(to_output=True),
+    st.sampled_from([0, 2, 4]),
+)
 def test_sizes_bound_the_ledger_however_many_storages_are_told_apart(
     chain: Chain, most: int
 ) -> None:
