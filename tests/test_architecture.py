@@ -40,7 +40,12 @@ THIRD_PARTY = {
     "highspy": {"solvers"},
     "lightning": {"fitting.trainers.lightning"},
     "matplotlib": {"base.plot"},
-    "networkx": {"workload.graph", "solvers.graph", "capture.stage_discovery"},
+    "networkx": {
+        "capture.stage_discovery",
+        "recompute.lean_tape",
+        "solvers.graph",
+        "workload.graph",
+    },
     "numba": {"solvers", "simulator", "base.jit"},
     "numpy": {""},  # any module
     "platformdirs": {"base.cache_folder"},

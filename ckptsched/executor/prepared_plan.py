@@ -21,6 +21,7 @@ from ..recompute.fsdp import Sharding, sharded_of
 from ..recompute.parameter_swap import Slot, Slots
 from ..recompute.stateful_buffers import HiddenBuffers, is_write_only
 from ..recompute.tape import Carries, as_asked
+from ..schedule.language import Code
 from ..tensors.devices import several_devices
 from ..tensors.pytree import State, storages
 from ..torch_state.locks import LendingLock, Locked, Stay

@@ -12,11 +12,14 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
+import numpy as np
+
 from ..base.budget import COUNTED, exact_bytes, format_bytes, format_seconds
 from ..base.errors import CkptschedError, InvalidScheduleError, PlanMismatchError, WorkloadError
 from ..base.json_files import fault_of_seal, read_json, render_json, sealed, write_atomically
 from ..schedule.language import (
     Backward,
+    Code,
     Forward,
     Schedule,
     Turn,
@@ -351,6 +354,7 @@ def _table(plan: Plan) -> str:
         ),
         ("overhead", f"{plan.overhead:+.2%} of store-all"),
         ("forward runs", f"{plan.forwards} of {len(chain)} stages: {again} again"),
+        *_lean_row(plan),
         ("least budget", exact_bytes(plan.least_budget_bytes)),
         (
             "lower bound",
@@ -365,6 +369,17 @@ def _table(plan: Plan) -> str:
     width = max(len(label) for label, _ in rows)
     lines = [f"  {label:<{width}}  {text}" for label, text in rows]
     return "\n".join([f"plan of {name} {len(chain)} stages", *lines])
+
+
+def _lean_row(plan: Plan) -> list[tuple[str, str]]:
+    """How many runs keep another tape than the stage's own, if any."""
+    schedule = plan.schedule
+    taped = schedule.codes == Code.TAPED_FORWARD
+    count = int(np.count_nonzero(schedule.kinds[taped]))
+    if not count:
+        return []
+    made = "and make again in the backward what was cheap to make"
+    return [("tapes", f"{count} keep a lean tape, {made}")]
 
 
 def _spread(plan: Plan) -> str:

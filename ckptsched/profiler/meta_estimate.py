@@ -30,7 +30,7 @@ from ..workload.stage import StageLedger
 from .chain_builder import assemble
 from .refusals import shape_text
 from .stage_kind import Loss, LossWeight, StageKind
-from .stage_memory import go_back
+from .measured_bytes.stage_memory import go_back
 from .survey import survey_backward, survey_model
 
 # Only ratios matter to a plan: which stages are dear, and how dear. 10 operations a byte lies

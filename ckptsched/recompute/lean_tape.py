@@ -242,9 +242,9 @@ def choose(
         raise AssertionError("a storage is neither kept nor can be made again")
     chosen: set[int] = set()
     roots: set[int] = set()
-    ahead = [n for n, home in homes if home in remade]
-    seen = set(ahead)
     maker_of = _first_makers(calls)
+    ahead = [n for home in remade for n in calls[makers[home][0]].makes if home_of.get(n) == home]
+    seen = set(ahead)
     while ahead:
         number = ahead.pop()
         home = home_of[number]

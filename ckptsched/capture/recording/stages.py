@@ -435,8 +435,8 @@ def captured(
         model: Any module.
         sample: What it is called with.
         kwargs: The same by name.
-        cuts: Where to cut: wherever no leaner cut is near, where the live bytes are smallest, or
-            wherever a cut may lie.
+        cuts: Where to cut: wherever no leaner cut is near, once between calls that are dear to
+            make again, where the live bytes are smallest, or wherever a cut may lie.
         compile: Whether `torch.compile` compiles each stage, so that seconds and bytes are those of
             compiled code and gradients differ by its rounding; a text names a backend. Stages that
             are equal share what is compiled; what cannot be compiled runs as it is. Random numbers

@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..base.errors import ExecutionError
-from ..memory.meters import Meter
-from ..torch_state.replay_context import RandomState
-from ..torch_state.saved_hooks import hooks_now
-from ..workload.stage import StageLedger
-from .stage_kind import StageKind
+from ...base.errors import ExecutionError
+from ...memory.meters import Meter
+from ...torch_state.replay_context import RandomState
+from ...torch_state.saved_hooks import hooks_now
+from ...workload.stage import StageLedger
+from ..stage_kind import StageKind
 from .stage_memory import weigh
 
 # What a lean tape must save to be worth a choice: a part of the own tape's bytes.

@@ -9,16 +9,16 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..base.errors import ProfileError
-from ..memory.meters import Meter, storage_bytes
-from ..recompute.side_outputs import attributes_kept
-from ..tensors.pytree import State, copied, storages
-from ..tensors.wrapper_tensors import all_parts
-from ..torch_state.locks import Lent
-from ..torch_state.replay_context import Autocast
-from ..workload.ledger_bound import Variant, bound
-from ..workload.stage import StageLedger, StageParts, TapeBounds, backward_variant
-from .stage_kind import Loss, LossWeight, StageKind
+from ...base.errors import ProfileError
+from ...memory.meters import Meter, storage_bytes
+from ...recompute.side_outputs import attributes_kept
+from ...tensors.pytree import State, copied, storages
+from ...tensors.wrapper_tensors import all_parts
+from ...torch_state.locks import Lent
+from ...torch_state.replay_context import Autocast
+from ...workload.ledger_bound import Variant, bound
+from ...workload.stage import StageLedger, StageParts, TapeBounds, backward_variant
+from ..stage_kind import Loss, LossWeight, StageKind
 
 _MOST_STORAGES = 4  # whose combinations are measured one by one
 

@@ -1,0 +1,1 @@
+"""Exact bytes of stages, as runs show them."""
