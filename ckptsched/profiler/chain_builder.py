@@ -109,7 +109,9 @@ def _stages(
         fresh = sum(size for alias, size in kind.gradient_bytes.items() if alias not in seen)
         seen.update(kind.gradient_bytes)
         if i == 1:
-            own, lean = (x and _with_copies(x, kind, inputs, fresh) for x in (kind.ledger, kind.lean))
+            own, lean = (
+                x and _with_copies(x, kind, inputs, fresh) for x in (kind.ledger, kind.lean)
+            )
             kind = replace(kind, ledger=own, lean=lean)
         buffers = next(span.buffer_bytes for span in spans if span.last >= i)
         setting = _Setting(fresh, gradient, snapshots[i], buffers, extra, i == len(order))

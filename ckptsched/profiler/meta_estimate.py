@@ -28,9 +28,9 @@ from ..torch_state.replay_context import Autocast, RandomState
 from ..workload.chain import Chain
 from ..workload.stage import StageLedger
 from .chain_builder import assemble
+from .measured_bytes.stage_memory import go_back
 from .refusals import shape_text
 from .stage_kind import Loss, LossWeight, StageKind
-from .measured_bytes.stage_memory import go_back
 from .survey import survey_backward, survey_model
 
 # Only ratios matter to a plan: which stages are dear, and how dear. 10 operations a byte lies

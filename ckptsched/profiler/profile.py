@@ -31,11 +31,11 @@ from ..torch_state.surroundings import Ambient
 from ..workload.chain import Chain
 from .alike.twins import Alike
 from .chain_builder import assemble
+from .measured_bytes.lean_tapes import weigh_leanly
+from .measured_bytes.stage_memory import bytes_left_for_good, go_back, weigh, weigh_loss
 from .meta_estimate import estimate
 from .refusals import call_of, refuse_unmeasurable
 from .stage_kind import Loss, LossWeight, StageKind
-from .measured_bytes.lean_tapes import weigh_leanly
-from .measured_bytes.stage_memory import bytes_left_for_good, go_back, weigh, weigh_loss
 from .stage_paths import Variations
 from .stage_time import ROUNDS, time_stages
 from .survey import Survey, sides_held, survey_backward, survey_model

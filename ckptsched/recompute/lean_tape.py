@@ -207,7 +207,8 @@ def _storage_of(tensor: Tensor) -> int | None:
     """What torch calls the storage of an ordinary tensor; None for another."""
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
         return None
-    return tensor.untyped_storage()._cdata
+    name: int = tensor.untyped_storage()._cdata
+    return name
 
 
 @functools.lru_cache(maxsize=1024)

@@ -43,19 +43,19 @@ def ledgers_of(chain: Chain) -> Ledgers:
     first_saved, saved = _flat([_saved(*each) for each in found])
     first_peak, peak = _flat([_peaks(ledger) for ledger, _ in found])
     pairs = np.array(outputs, dtype=np.int64).reshape(-1, 2)
-    ledgers = [ledger for ledger, _ in found]
+    each = [ledger for ledger, _ in found]
     return Ledgers(
         of=np.array(of, dtype=np.int64),
-        forward=np.array([x.forward_peak_bytes for x in ledgers], dtype=np.int64),
-        taped=np.array([x.taped_peak_bytes for x in ledgers], dtype=np.int64),
-        tape=np.array([x.tape_bytes for x in ledgers], dtype=np.int64),
+        forward=np.array([x.forward_peak_bytes for x in each], dtype=np.int64),
+        taped=np.array([x.taped_peak_bytes for x in each], dtype=np.int64),
+        tape=np.array([x.tape_bytes for x in each], dtype=np.int64),
         inputs=np.array([inputs for _, inputs in found], dtype=np.int64),
         first_output=first_output,
         size=pairs[:, 0].copy(),
         source=pairs[:, 1].copy(),
         first_saved=first_saved,
         saved=np.array(saved, dtype=np.int64),
-        has_parts=np.array([x.parts is not None for x in ledgers]),
+        has_parts=np.array([x.parts is not None for x in each]),
         first_peak=first_peak,
         peak=np.array(peak, dtype=np.int64),
     )

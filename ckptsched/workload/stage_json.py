@@ -163,9 +163,7 @@ def _read_tape(data: Mapping[str, Any], size: int, time: float) -> TapeOption:
         value = data[key] if key in ("u_f", "u_b", "w_t") else data.get(key, 0)
         check_number(f"{key} of a tape", value)
         values[attribute] = value * (time if is_time else size)
-    return TapeOption(
-        name=data.get("name", ""), ledger=_read_ledger(data.get("ledger")), **values
-    )
+    return TapeOption(name=data.get("name", ""), ledger=_read_ledger(data.get("ledger")), **values)
 
 
 def _read_ledger(data: Mapping[str, Any] | None) -> StageLedger | None:

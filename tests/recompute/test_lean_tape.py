@@ -120,8 +120,11 @@ def can_be_made(program: Program, kept: set[int], home: int) -> bool:
 @given(programs(in_place=False))
 def test_nothing_less_would_do(program: Program) -> None:
     found = program.chosen()
-    views = [c for c in program.calls if program.home_of[c.makes[0]] in
-             {program.home_of[n] for n in c.reads}]
+    views = [
+        c
+        for c in program.calls
+        if program.home_of[c.makes[0]] in {program.home_of[n] for n in c.reads}
+    ]
     if any(not c.cheap for c in views):  # a view that may not be made again ties its readers down
         return
     homes = range(len(program.sizes))

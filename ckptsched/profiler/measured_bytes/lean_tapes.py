@@ -59,8 +59,7 @@ def _same_gradients(kind: StageKind, leanly: StageKind) -> bool:
     random.restore()
     kind.set_gradients(first=True)
     return all(
-        (a is None and b is None)
-        or (a is not None and b is not None and _same_bits(a, b))
+        (a is None and b is None) or (a is not None and b is not None and _same_bits(a, b))
         for a, b in zip(*found, strict=True)
     )
 
@@ -68,6 +67,6 @@ def _same_gradients(kind: StageKind, leanly: StageKind) -> bool:
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a, b) or bool(torch.equal(a.isnan(), b.isnan()) and torch.equal(
-        a.nan_to_num(), b.nan_to_num()
-    ))
+    return torch.equal(a, b) or bool(
+        torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+    )

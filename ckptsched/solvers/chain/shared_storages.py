@@ -111,7 +111,9 @@ class Holders:
             for i, options in enumerate(self.options)
         ]
         """By stage and tape the storages that the tape keeps, those of its input first."""
-        self.always = [frozenset.intersection(*map(frozenset, x)) if x else _NONE for x in self.saved]
+        self.always = [
+            frozenset.intersection(*map(frozenset, x)) if x else _NONE for x in self.saved
+        ]
         """By stage those that each of its tapes keeps."""
         # The caller holds the output from the loss on: counted once, and not as a state. Storages
         # of the output that were made before the last stage count as those of their states.
