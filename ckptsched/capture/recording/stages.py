@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, Literal, cast, final
 
@@ -14,10 +13,9 @@ from torch import Tensor, nn
 
 from ...base.budget import format_bytes
 from ...base.errors import PlanMismatchError, ProfileError
-from ...recompute.lean_tape import Call, LeanTape
 from ...recompute.tape_contents import SHOWS_WHAT_IS_SAVED
 from ...tensors.pytree import State
-from ...torch_state.replay_context import Autocast, OneWay, RandomState, Recomputing
+from ...torch_state.replay_context import OneWay, RandomState, Recomputing
 from ..compiled_stages import CompiledStage, Compiler, code_of
 from ..inspection import Inspection, inspect_model
 from ..likeness import InDoubtError, Likeness
@@ -26,6 +24,7 @@ from ..stage_discovery import StageCall, StagedModule, has_hooks
 from ..wrappers import plain_forward, share
 from .calls import RecordedCall, StagePath
 from .cuts import CallCosts, candidate_cuts, dear_cuts, every_cut, lean_cuts, measure, smallest_cuts
+from .lean_stage import LeanStage
 from .record import record
 from .recording import Bound, Recording, module_of, part_of
 
@@ -107,7 +106,11 @@ class CapturedStage(StageCall):
         self._enters, self._leaves, self._label = enters, leaves, label
         self._recorded, self._whole = tuple(recorded), whole
         self._cheap = tuple(cheap)
-        self._lean = LeanStage(self) if cheap else None
+        self._lean = (
+            LeanStage(self, bound, calls, self._spent, (enters, leaves), self._recorded, cheap)
+            if cheap
+            else None
+        )
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Make the calls.
@@ -168,135 +171,6 @@ class CapturedStage(StageCall):
             return None
         spent = tuple([tuple([local.get(n, -1) for n in gone]) for gone in self._spent])
         return calls, owned, spent, tuple([local[n] for n in self._leaves]), self._cheap
-
-    def run_leanly(self, x: Any) -> Any:
-        """Make the calls with gradients on, and keep a lean tape.
-
-        Args:
-            x: The values that are alive before, a tuple of tensors.
-
-        Returns:
-            The values that are alive after, a tuple of tensors.
-        """
-        values = dict(zip(self._enters, x, strict=True))
-        device = x[0].device
-        del x
-        modules = [*self.module.modules()]
-        remaking = _Remaking(self, Autocast.take(device), modules, [m.training for m in modules])
-        tape = LeanTape(self._lean_calls(), remaking)
-        tape.note(values, self._enters)
-        with tape.saving():
-            for k, spent in zip(self._calls, self._spent, strict=True):
-                self._bound.run(k, values)
-                tape.note(values, self._recorded[k - self._calls.start].makes)
-                for number in spent:
-                    values.pop(number, None)
-                tape.forget_all_but(values)
-        tape.settle(self._enters, self._leaves)
-        return tuple([values[number] for number in self._leaves])
-
-    def _lean_calls(self) -> tuple[Call, ...]:
-        return tuple(
-            [
-                Call(call.values, call.makes, call.writes, cheap)
-                for call, cheap in zip(self._recorded, self._cheap, strict=True)
-            ]
-        )
-
-    def make_again(
-        self, calls: Sequence[int], spent: Sequence[Sequence[int]], values: dict[int, Tensor]
-    ) -> None:
-        """Make some of the calls again, and put what they make among the values.
-
-        Args:
-            calls: Which, counted from 0 in this stage.
-            spent: For each the numbers of the values that are let go after it.
-            values: What they read, by number.
-        """
-        for k, gone in zip(calls, spent, strict=True):
-            self._bound.run(self._calls.start + k, values)
-            for number in gone:
-                values.pop(number, None)
-
-
-@final
-class LeanStage(StageCall):
-    """A stage as it is run with a lean tape."""
-
-    __slots__ = ("_stage",)
-
-    def __init__(self, stage: CapturedStage) -> None:
-        """Run it so.
-
-        Args:
-            stage: The stage.
-        """
-        self.prefix, self._stage = "", stage
-
-    @property
-    def name(self) -> str:
-        """That of the stage."""
-        return self._stage.name
-
-    @property
-    def module(self) -> nn.Module:  # type: ignore[override]
-        """What has the parameters and buffers that the calls use."""
-        return self._stage.module
-
-    @property
-    def label(self) -> str:
-        """That of the stage."""
-        return self._stage.label
-
-    @property
-    def key(self) -> Hashable:
-        """That of the stage."""
-        return self._stage.key
-
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Make the calls; arguments and result are those of the stage."""
-        return self._stage.run_leanly(x) if torch.is_grad_enabled() else self._stage(x)
-
-
-@final
-class _Remaking:
-    """Makes calls of a stage again as they were made: under its autocast, and in its modes."""
-
-    __slots__ = ("_autocast", "_modes", "_modules", "_stage")
-
-    def __init__(
-        self,
-        stage: CapturedStage,
-        autocast: Autocast,
-        modules: Sequence[nn.Module],
-        modes: Sequence[bool],
-    ) -> None:
-        self._stage, self._autocast = stage, autocast
-        self._modules, self._modes = modules, modes
-
-    def __call__(
-        self, calls: Sequence[int], spent: Sequence[Sequence[int]], values: dict[int, Tensor]
-    ) -> None:
-        with torch.no_grad(), self._autocast.again(), Recomputing(), self._as_it_was():
-            self._stage.make_again(calls, spent, values)
-
-    @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
-        """Modules in their modes then, and with copies of their buffers, which may change."""
-        now = [(module, module.training, module._buffers) for module in self._modules]
-        try:
-            for (module, _, buffers), mode in zip(now, self._modes, strict=True):
-                module.training = mode
-                if mode and buffers:
-                    module._buffers = {
-                        name: None if buffer is None else buffer.clone()
-                        for name, buffer in buffers.items()
-                    }
-            yield
-        finally:
-            for module, mode, buffers in now:
-                module.training = mode
-                module._buffers = buffers
 
 
 @final

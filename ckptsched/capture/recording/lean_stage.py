@@ -1,0 +1,151 @@
+"""A stage of a recorded model with a lean tape."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ...recompute.lean_tape import Call, LeanTape
+from ...torch_state.replay_context import Autocast, Recomputing
+from ..stage_discovery import StageCall
+from .calls import RecordedCall
+from .recording import Bound
+
+
+@final
+class LeanStage(StageCall):
+    """The calls between two cuts, with a tape that leaves out what cheap calls made."""
+
+    __slots__ = ("_bound", "_calls", "_enters", "_lean_calls", "_leaves", "_plain", "_spent")
+
+    def __init__(
+        self,
+        plain: StageCall,
+        bound: Bound,
+        calls: range,
+        spent: Sequence[tuple[int, ...]],
+        states: tuple[tuple[int, ...], tuple[int, ...]],
+        recorded: Sequence[RecordedCall],
+        cheap: Sequence[bool],
+    ) -> None:
+        """Take the calls of a stage.
+
+        Args:
+            plain: The stage with its own tape.
+            bound: The recording, bound to a model.
+            calls: The calls, by index.
+            spent: For each the numbers of the values that nothing reads after it.
+            states: Numbers of the values that make up the state before, and the one after.
+            recorded: The calls.
+            cheap: For each whether a backward may make it again.
+        """
+        self.prefix, self._plain = "", plain
+        self._bound, self._calls, self._spent = bound, calls, tuple(spent)
+        self._enters, self._leaves = states
+        self._lean_calls = tuple(
+            [
+                Call(call.values, call.makes, call.writes, again)
+                for call, again in zip(recorded, cheap, strict=True)
+            ]
+        )
+
+    @property
+    def module(self) -> nn.Module:  # type: ignore[override]
+        """What has the parameters and buffers that the calls use."""
+        return self._plain.module
+
+    @property
+    def label(self) -> str:
+        """That of the stage."""
+        return self._plain.label
+
+    @property
+    def name(self) -> str:
+        """That of the stage."""
+        return self._plain.name
+
+    @property
+    def key(self) -> Hashable:
+        """That of the stage: it computes the same."""
+        return self._plain.key
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Make the calls; without gradients there is no tape, and so none that is lean.
+
+        Args:
+            x: The values that are alive before, a tuple of tensors.
+            args: None: a recording has its arguments among its values.
+            kwargs: None.
+
+        Returns:
+            The values that are alive after, a tuple of tensors.
+        """
+        if not torch.is_grad_enabled():
+            return self._plain(x)
+        values = dict(zip(self._enters, x, strict=True))
+        tape = LeanTape(self._lean_calls, _Remaking(self, x[0].device))
+        del x
+        tape.note(values, self._enters)
+        with tape.saving():
+            for k, call, spent in zip(self._calls, self._lean_calls, self._spent, strict=True):
+                self._bound.run(k, values)
+                tape.note(values, call.makes)
+                for number in spent:
+                    values.pop(number, None)
+                tape.forget_all_but(values)
+        tape.settle(self._enters, self._leaves)
+        return tuple([values[number] for number in self._leaves])
+
+    def make_again(
+        self, calls: Sequence[int], spent: Sequence[Sequence[int]], values: dict[int, Tensor]
+    ) -> None:
+        """Make some of the calls again, and put what they make among the values.
+
+        Args:
+            calls: Which, counted from 0 in this stage.
+            spent: For each the numbers of the values that are let go after it.
+            values: What they read, by number.
+        """
+        for k, gone in zip(calls, spent, strict=True):
+            self._bound.run(self._calls.start + k, values)
+            for number in gone:
+                values.pop(number, None)
+
+
+@final
+class _Remaking:
+    """Makes calls of a stage again as they were made: under its autocast, and in its modes."""
+
+    __slots__ = ("_autocast", "_modes", "_stage")
+
+    def __init__(self, stage: LeanStage, device: torch.device) -> None:
+        self._stage, self._autocast = stage, Autocast.take(device)
+        self._modes = [(module, module.training) for module in stage.module.modules()]
+
+    def __call__(
+        self, calls: Sequence[int], spent: Sequence[Sequence[int]], values: dict[int, Tensor]
+    ) -> None:
+        with torch.no_grad(), self._autocast.again(), Recomputing(), self._as_it_was():
+            self._stage.make_again(calls, spent, values)
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Modules in their modes then, and with copies of their buffers, which may change."""
+        now = [(module, module.training, module._buffers) for module, _ in self._modes]
+        try:
+            for module, mode in self._modes:
+                module.training = mode
+                if mode and module._buffers:
+                    module._buffers = {
+                        name: None if buffer is None else buffer.clone()
+                        for name, buffer in module._buffers.items()
+                    }
+            yield
+        finally:
+            for module, mode, buffers in now:
+                module.training = mode
+                module._buffers = buffers
