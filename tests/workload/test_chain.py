@@ -15,7 +15,12 @@ from ckptsched.base.errors import WorkloadError
 from ckptsched.workload.chain import Chain
 from ckptsched.workload.stage import Block, Signature, Stage, backward_variant
 from tests.support.shared_chains import EXAMPLES, exact_stage, uniform
-from tests.support.strategies import chains, chains_with_options, ledger_chains
+from tests.support.strategies import (
+    chains,
+    chains_with_options,
+    ledger_chains,
+    parted_chains_with_tapes,
+)
 
 DATA: dict[str, Any] = {"u_f": [1, 2], "u_b": [3, 4], "w_a": [5, 6, 7], "w_t": [8, 9]}
 SIGNATURE = Signature(
@@ -250,6 +255,30 @@ def test_impossible_tapes_are_refused(change: dict[str, Any], message: str) -> N
     kinds = [{"name": "", "ledger": None, "tapes": [tape]}]
     with pytest.raises(WorkloadError, match=message):
         Chain.from_json(DATA | {"kinds": kinds, "kind": [0, 0]})
+
+
+@settings(max_examples=30, deadline=None)
+@given(parted_chains_with_tapes(most_options=2))
+def test_exact_bytes_of_other_tapes_survive_json(chain: Chain) -> None:
+    assert chain.has_ledger
+    again = Chain.from_json(json.loads(json.dumps(chain.to_json())))
+    assert again == chain
+    assert again.fingerprint == chain.fingerprint
+    # Without those of one tape there are none of the chain.
+    for i, stage in enumerate(chain.stages):
+        for tape in stage.other_tapes:
+            bare = tuple(replace(x, ledger=None) if x is tape else x for x in stage.other_tapes)
+            stages = (*chain.stages[:i], replace(stage, other_tapes=bare), *chain.stages[i + 1 :])
+            assert not replace(chain, stages=stages).has_ledger
+
+
+def test_a_tape_does_not_change_the_states() -> None:
+    stage = exact_stage()
+    assert stage.ledger is not None
+    other = replace(stage.ledger, state_bytes=stage.ledger.state_bytes + 1)
+    tape = replace(stage.tapes[0], ledger=other)
+    with pytest.raises(WorkloadError, match="tape 1 of stage 1 has other states than the ledger"):
+        Chain(stages=(replace(stage, other_tapes=(tape,)),))
 
 
 def test_at_most_255_other_tapes() -> None:
