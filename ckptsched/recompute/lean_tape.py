@@ -52,19 +52,18 @@ class Slot(list[Tensor]):
     A list of one tensor or none, so that a walk of the graph sees what is kept.
     """
 
-    __slots__ = ("__weakref__", "home", "layout", "version")
+    __slots__ = ("__weakref__", "dtype", "home", "layout", "version")
 
-    def __init__(self, tensor: Tensor, home: int) -> None:
-        """Keep a tensor for now.
-
-        Args:
-            tensor: The tensor.
-            home: Number of its storage; -1 for one that no call of the stage has made.
-        """
+    def __init__(self, tensor: Tensor) -> None:
+        """Keep a tensor for now; its `home` is -1, a storage that no call of the stage has made."""
         super().__init__((tensor,))
-        self.home = home
-        self.version = tensor._version
-        self.layout = (tensor.size(), tensor.stride(), tensor.storage_offset())
+        self.home, self.version = -1, tensor._version
+
+    def lies_in(self, home: int) -> None:
+        """Note where in which storage the tensor lies, by the storage's number."""
+        (tensor,) = self
+        self.home, self.dtype = home, tensor.dtype
+        self.layout = (tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 class Chosen(NamedTuple):
@@ -115,7 +114,7 @@ class LeanTape:
             numbers: The new ones.
         """
         for number in numbers:
-            tensor = values.get(number)
+            tensor = values.get(number) if number >= 0 else None
             if tensor is None:
                 continue
             name = _storage_of(tensor)
@@ -125,7 +124,7 @@ class LeanTape:
             if home == len(self._sizes):
                 self._sizes.append(tensor.untyped_storage().nbytes())
                 for slot in self._unknown.get(name, ()):  # an operation keeps what it makes itself
-                    slot.home = home
+                    slot.lies_in(home)
             self._home_of[number] = home
             if number in self._read_by_cheap:
                 self._held[number] = tensor.detach()
@@ -163,10 +162,11 @@ class LeanTape:
 
     def _pack(self, tensor: Tensor) -> Slot | Tensor:
         name = _storage_of(tensor)
-        slot = Slot(tensor.detach(), -1)
+        slot = Slot(tensor.detach())
         if name is not None and not tensor.is_conj() and not tensor.is_neg():
-            slot.home = self._known.get(name, -1)
-            if slot.home < 0:
+            if name in self._known:
+                slot.lies_in(self._known[name])
+            else:
                 self._unknown.setdefault(name, []).append(slot)
         self._slots.append(weakref.ref(slot))
         return slot
@@ -186,7 +186,9 @@ class LeanTape:
         self._left[slot.home] -= 1
         if not self._left[slot.home]:
             del self._remade[slot.home]
-        return made.as_strided(*slot.layout)
+        # The tensor may be another view of the storage, of another dtype, too.
+        empty = torch.empty(0, dtype=slot.dtype, device=made.device)
+        return empty.set_(made.untyped_storage(), *slot.layout)
 
     def _make_again(self) -> None:
         if not self._held and self._chosen.roots:
