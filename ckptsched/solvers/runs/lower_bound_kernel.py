@@ -111,20 +111,32 @@ def _exits(
         row[relaxed.taped[a, a] :] = net
     else:
         tape = relaxed.tape[a]
-        rest = level[a + 1, b]
-        for m in range(max(relaxed.taped[a, b], tape), len(row)):
-            row[m] = min(row[m], net + rest[m - tape])
+        _lower(row, level[a + 1, b], max(relaxed.taped[a, b], tape), tape, net)
     for c in range(a, min(b, number - 1) + 1):
         left, keep = above[a, c], relaxed.keep[c]
         low = max(relaxed.sweep[a, c, b], keep)
         if c < b:
-            rest = level[c + 1, b]
-            for m in range(low, len(row)):
-                row[m] = min(row[m], left[m] + rest[m - keep])
+            _lower_by_sum(row, left, level[c + 1, b], low, keep)
         if c > a and relaxed.stages[c] > 1:
-            rest = level[c, b]
-            for m in range(low, len(row)):
-                row[m] = min(row[m], left[m] + rest[m - keep])
+            _lower_by_sum(row, left, level[c, b], low, keep)
+
+
+@compiled
+def _lower(row: Any, rest: Any, low: int, shift: int, cost: float) -> None:
+    """Lower a row from some slots on to what follows a taping."""
+    for m in range(low, len(row)):
+        found = cost + rest[m - shift]
+        known = row[m] + 0.0  # see chain/table_kernel._lower
+        row[m] = found if found < known else known
+
+
+@compiled
+def _lower_by_sum(row: Any, left: Any, rest: Any, low: int, shift: int) -> None:
+    """Lower a row from some slots on to two parts of a split."""
+    for m in range(low, len(row)):
+        found = left[m] + rest[m - shift]
+        known = row[m] + 0.0
+        row[m] = found if found < known else known
 
 
 @compiled

@@ -32,6 +32,8 @@ _at = np.uintp  # see chain/table_kernel
 TOGETHER = 64
 # How far from the best split of the segments before that is looked for.
 _WINDOW = 16
+# Splits that share one pass over a row.
+_AT_ONCE = 4
 # Of all splits so many are looked at where the best may be anywhere.
 _SAMPLES = 96
 # What a row of the lowering's stack asks for, in place of a number of stages.
@@ -380,11 +382,38 @@ def _push(row: Any, rest: Any, inside: Any, parts: Any, low: int, high: int, cos
         cost: Seconds of the sweep over a left part: those of no stage, and of one more.
     """
     start, least, most, shorter = parts
-    for i in range(least, most + 1):
-        swept = inside[i] + np.float32(cost[0] + cost[1] * i)
-        if swept < np.inf:
-            x = max(low, i + shorter)
-            _lower(row, start + x, rest, start + x - i, high + 1 - x, swept)
+    i = least
+    while i + _AT_ONCE - 1 <= most:
+        # Four splits share one pass over the segments that all of them are of; of shorter ones
+        # first, as left parts of the row itself must be final.
+        together = max(low, i + _AT_ONCE - 1 + shorter)
+        first = _swept(inside, cost, i)
+        _push_one(row, rest, start, i, max(low, i + shorter), together - 1, first)
+        second = _swept(inside, cost, i + 1)
+        _push_one(row, rest, start, i + 1, max(low, i + 1 + shorter), together - 1, second)
+        third = _swept(inside, cost, i + 2)
+        _push_one(row, rest, start, i + 2, max(low, i + 2 + shorter), together - 1, third)
+        costs = first, second, third, _swept(inside, cost, i + 3)
+        if min(min(first, second), min(third, costs[3])) < np.inf:
+            to, width = start + together, high + 1 - together
+            _lower_by_four(row, to, rest, to - i, width, costs)
+        i += _AT_ONCE
+    while i <= most:
+        _push_one(row, rest, start, i, max(low, i + shorter), high, _swept(inside, cost, i))
+        i += 1
+
+
+@compiled
+def _swept(inside: Any, cost: Any, i: int) -> Any:
+    """Seconds of a left part of i stages and of the sweep over it."""
+    return inside[i] + np.float32(cost[0] + cost[1] * i)
+
+
+@compiled
+def _push_one(row: Any, rest: Any, start: int, i: int, low: int, high: int, swept: Any) -> None:
+    """Lower segments of low..high stages by the split after i of them."""
+    if swept < np.inf:
+        _lower(row, start + low, rest, start + low - i, high + 1 - low, swept)
 
 
 @compiled
@@ -392,10 +421,30 @@ def _lower(row: Any, to: int, rest: Any, of: int, width: int, cost: Any) -> None
     """Lower a part of a row to a part of another plus a cost, where that is less."""
     if width > 0:
         target, source = _at(to), _at(of)
+        zero = np.float32(0)
         for x in range(_at(width)):
             found = cost + rest[source + x]
-            known = row[target + x]
+            known = row[target + x] + zero  # see chain/table_kernel._lower
             row[target + x] = found if found < known else known
+
+
+@compiled
+def _lower_by_four(row: Any, to: int, rest: Any, of: int, width: int, costs: Any) -> None:
+    """The same by four parts, each of which begins a number before the last, and their costs."""
+    if width > 0:
+        target, zero = _at(to), np.float32(0)
+        source0, source1, source2, source3 = _at(of), _at(of - 1), _at(of - 2), _at(of - 3)
+        cost0, cost1, cost2, cost3 = costs
+        for x in range(_at(width)):
+            x0 = cost0 + rest[source0 + x]
+            x1 = cost1 + rest[source1 + x]
+            x2 = cost2 + rest[source2 + x]
+            x3 = cost3 + rest[source3 + x]
+            x0 = x1 if x1 < x0 else x0
+            x2 = x3 if x3 < x2 else x2
+            x0 = x2 if x2 < x0 else x0
+            known = row[target + x] + zero
+            row[target + x] = x0 if x0 < known else known
 
 
 @compiled

@@ -140,6 +140,31 @@ def test_splits_near_the_best_are_nearly_all_that_matter(tape: int) -> None:
     assert (near[fits] <= 1.002 * exact[fits]).all()
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    keep=st.integers(1, 4),
+    tape=st.integers(1, 5),
+    taped=st.integers(0, 6),
+    alone=st.integers(0, 6),
+    count=st.integers(1, 40),
+)
+def test_all_splits_of_equal_stages_are_tried(
+    keep: int, tape: int, taped: int, alone: int, count: int
+) -> None:
+    limits, top = (keep, tape, taped, alone, alone + 1), 30
+    found = np.empty((top + 1, count + 1), np.float32)
+    run_kernel.fill_in_run(found, count, limits, 1.0, True, 0, top)
+    for m in range(top + 1):
+        for x in range(1, count + 1):
+            expected = math.inf
+            if m >= taped and (x == 1 or m >= tape):
+                expected = 0.0 if x == 1 else float(found[m - tape, x - 1])
+            most = x - 1 if m >= alone + 1 else 1 if m >= alone else 0
+            for i in range(1, min(most, x - 1) + 1) if m >= max(keep, taped) else ():
+                expected = min(expected, i + float(found[m, i]) + float(found[m - keep, x - i]))
+            assert found[m, x] == expected, (m, x)
+
+
 @settings(max_examples=10, deadline=None)
 @given(run_chains(shortest=5, longest=12, factor=1_000_003), st.data())
 def test_rounded_sizes_keep_the_budget(chain: Chain, data: st.DataObject) -> None:
