@@ -15,6 +15,11 @@ from ..base.errors import TimingWarning
 from ..torch_state.replay_context import now
 from .stage_kind import StageKind, layout
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
 # Rounds of timing: three tell a disturbed one, more where they are cheap; then on until two halves
 # of them agree, well at first and roughly once it took long, within limits of rounds and seconds.
 _MIN_ROUNDS, _FEW_ROUNDS, _CHEAP_SECONDS = 3, 15, 2.0
@@ -24,6 +29,7 @@ MOST_SPREAD = 0.10  # the one from which on people are warned
 # A run in which the thread waited for longer than this was disturbed, or waits by itself.
 _WAITED_SHARE, _WAITED_SECONDS = 0.05, 20e-6
 thread_seconds = time.thread_time
+_OF_THREAD = getattr(resource, "RUSAGE_THREAD", None)  # Linux has it
 _FEWEST = 3  # undisturbed runs that are taken by themselves
 
 ROUNDS = _MIN_ROUNDS
@@ -32,13 +38,18 @@ ROUNDS = _MIN_ROUNDS
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
+def waits() -> int | None:
+    """How often the calling thread has given up its processor to wait; None if nobody tells."""
+    return None if _OF_THREAD is None else resource.getrusage(_OF_THREAD).ru_nvcsw
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class _Run:
     """One timed run."""
 
     seconds: float
-    """On the clock on the wall."""
+    """On the clock on the wall, without what others had the processor for where that is known."""
     disturbed: bool
     """Whether the thread had no processor for a part of it."""
 
@@ -51,19 +62,27 @@ class _StopWatch:
     device: torch.device
     _wall: float = 0.0
     _busy: float = 0.0
+    _waits: int | None = None
 
     def start(self) -> None:
         """Start the clock."""
-        self._wall, self._busy = now(self.device), thread_seconds()
+        self._wall, self._busy, self._waits = now(self.device), thread_seconds(), waits()
 
     def lap(self) -> _Run:
         """The run since `start` or the last lap."""
+        before, self._waits = self._waits, waits()
         wall, busy = now(self.device), thread_seconds()
         seconds, worked = wall - self._wall, busy - self._busy
         self._wall, self._busy = wall, busy
         waited = seconds - worked > max(_WAITED_SHARE * seconds, _WAITED_SECONDS)
         # On a GPU the thread waits in any case.
-        return _Run(seconds, disturbed=waited and self.device.type == "cpu")
+        if not waited or self.device.type != "cpu":
+            return _Run(seconds, disturbed=False)
+        # A thread that waited for nothing was pushed off its processor: what it worked is the
+        # run's. Else long stages, which seldom get through undisturbed on a busy machine, would
+        # seem dearer beside short ones than they are. A clock that stands still tells nothing.
+        pushed_off = before is not None and before == self._waits and worked > 0
+        return _Run(worked if pushed_off else seconds, disturbed=True)
 
 
 @final

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Iterable
+from ctypes import string_at
 from typing import final
 
 import torch
@@ -14,6 +14,7 @@ from ..base.errors import ExecutionError
 from ..tensors.wrapper_tensors import all_parts
 
 _GLANCE = 32  # bytes at each place
+_STRIDED = torch.strided
 
 
 @final
@@ -68,23 +69,22 @@ def glance(tensors: Iterable[Tensor]) -> tuple[int, int]:
     """
     seen, total = [], 0
     for tensor in tensors:
-        if tensor.device.type != "cpu" or type(tensor) is not Tensor or not _is_dense(tensor):
+        if type(tensor) is not Tensor or not (tensor.is_cpu and tensor.layout is _STRIDED):
             continue
-        start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        start, size = tensor.data_ptr(), tensor.nbytes
         if not start or not size:
             continue
         total += size
         if not tensor.is_contiguous():
             size = tensor.element_size()
-        seen.append(ctypes.string_at(start, min(size, _GLANCE)))
-        if size > _GLANCE:
-            seen.append(ctypes.string_at(start + size // 2, min(size - size // 2, _GLANCE)))
-            seen.append(ctypes.string_at(start + size - _GLANCE, _GLANCE))
+        if size <= _GLANCE:
+            seen.append(string_at(start, size))
+            continue
+        half = size // 2
+        seen.append(string_at(start, _GLANCE))
+        seen.append(string_at(start + half, min(size - half, _GLANCE)))
+        seen.append(string_at(start + size - _GLANCE, _GLANCE))
     return total, hash(tuple(seen))
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided
 
 
 def checksum(tensors: Iterable[Tensor]) -> bytes:

@@ -32,6 +32,10 @@ _NO_SIDES: Mapping[SidePlace, Tensor] = {}
 _ANCHOR = torch.empty(0, requires_grad=True, device="cpu")
 
 
+# Stages of recorded models pass on tuples of tensors, which need not be taken apart each time.
+_TUPLES: dict[int, Any] = {}  # by length the tree around a tuple of distinct tensors
+
+
 class Carries(enum.IntEnum):
     """How a tensor between stages takes part in autograd, as a stage finds it."""
 
@@ -424,10 +428,12 @@ def run_stage(stage: Callable[..., Any], x: State, extras: Extras = NO_EXTRAS) -
     Raises:
         ExecutionError: It returned what cannot be a state.
     """
-    value = x.value()
+    value = x.leaves if x.tree is _TUPLES.get(len(x.leaves)) else x.value()
     output = stage(value, *extras.args, **extras.kwargs) if extras else stage(value)
     if isinstance(output, Tensor):
         return State((output,))
+    if type(output) is tuple and output and _are_distinct_tensors(output):
+        return _of_tuple(output)
     try:
         state = State.of(output)
     except ExecutionError as error:
@@ -439,3 +445,18 @@ def run_stage(stage: Callable[..., Any], x: State, extras: Extras = NO_EXTRAS) -
             "let every stage return a tensor, or a tuple, list, dict or dataclass with some"
         )
     return state
+
+
+def _are_distinct_tensors(parts: tuple[object, ...]) -> bool:
+    for part in parts:
+        if not isinstance(part, Tensor):
+            return False
+    return len({*map(id, parts)}) == len(parts)
+
+
+def _of_tuple(tensors: tuple[Tensor, ...]) -> State:
+    """What `State.of` gives for a tuple of distinct tensors."""
+    tree = _TUPLES.get(len(tensors))
+    if tree is None:
+        tree = _TUPLES.setdefault(len(tensors), State.of(tensors).tree)
+    return State(tensors, tree)

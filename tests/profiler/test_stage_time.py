@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -181,6 +182,43 @@ def test_runs_without_a_processor_are_left_out(monkeypatch: pytest.MonkeyPatch) 
     assert _typical([*slow, *calm]) == 1.0
     assert _typical([*slow, *calm[:2]]) == 9.0  # a stage that waits by itself
     assert _typical(calm) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("worked", "waits", "found"),
+    [
+        (0.4, (3, 3), 0.4),  # others had the processor
+        (0.4, (3, 4), 1.0),  # the stage waits by itself, or for its threads
+        (0.4, (None, None), 1.0),  # nobody tells why
+        (0.0, (3, 3), 1.0),  # the thread's clock stands still
+        (1.0, (3, 4), 1.0),
+    ],
+)
+def test_a_run_is_not_charged_for_what_others_had_the_processor_for(
+    monkeypatch: pytest.MonkeyPatch,
+    worked: float,
+    waits: tuple[int | None, int | None],
+    found: float,
+) -> None:
+    clocks = {"now": iter([5.0, 6.0]), "thread": iter([2.0, 2.0 + worked]), "waits": iter(waits)}
+    monkeypatch.setattr(timing, "now", lambda device: next(clocks["now"]))
+    monkeypatch.setattr(timing, "thread_seconds", lambda: next(clocks["thread"]))
+    monkeypatch.setattr(timing, "waits", lambda: next(clocks["waits"]))
+    watch = timing._StopWatch(torch.device("cpu"))
+    watch.start()
+    run = watch.lap()
+    assert run.seconds == pytest.approx(found)
+    assert run.disturbed == (worked < 1.0)
+
+
+def test_a_run_that_sleeps_is_charged_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clocks of this machine: sleeping is waiting, and nobody else's doing."""
+    monkeypatch.setattr(timing, "now", lambda device: time.perf_counter())
+    monkeypatch.setattr(timing, "thread_seconds", time.thread_time)
+    watch = timing._StopWatch(torch.device("cpu"))
+    watch.start()
+    time.sleep(0.02)
+    assert watch.lap().seconds >= 0.02
 
 
 # ------------------------------------------------------------------ what depends on bytes alone

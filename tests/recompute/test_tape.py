@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ckptsched.base.errors import ExecutionError
 from ckptsched.recompute.parameter_swap import Slots, make_alias
-from ckptsched.recompute.tape import record
+from ckptsched.recompute.tape import record, run_stage
 from ckptsched.tensors.pytree import State
 
 
@@ -110,3 +110,46 @@ def test_slots_put_everything_back_after_a_failure() -> None:
     assert all(a is b for a, b in zip(slots.parameters(), before[0], strict=True))
     assert all(a is b for a, b in zip(slots.buffers(), before[1], strict=True))
     assert all(a is b for a, b in zip(model[0]._flat_weights, flat, strict=True))
+
+
+def _values() -> list[object]:
+    a, b, c = torch.ones(2), torch.ones(3), torch.ones(4)
+    pair = torch.max(torch.ones(2, 2), 0)
+    return [a, (a,), (a, b), (a, b, c), (a, a), (a, b, a), [a, b], (a, (b, c)), (a, 1), pair]
+
+
+@pytest.mark.parametrize("k", range(len(_values())))
+def test_what_a_stage_returns_is_taken_apart_and_put_together_as_a_state(k: int) -> None:
+    """Whatever short cut is taken: tuples of tensors, which are nearly all, have one."""
+    value = _values()[k]
+    known = State.of(value)
+    made = run_stage(lambda _: value, State((torch.ones(1),)))
+    assert made.tree == known.tree
+    assert len(made.leaves) == len(known.leaves)
+    assert all(x is y for x, y in zip(made.leaves, known.leaves, strict=True))
+    seen: list[object] = []
+
+    def stage(found: object) -> Tensor:
+        seen.append(found)
+        return torch.ones(1)
+
+    for state in (made, made.detached(), known):
+        run_stage(stage, state)
+    for found in seen:
+        assert type(found) is type(value)
+        assert State.of(found).tree == known.tree
+
+
+def test_states_of_one_stage_are_not_mixed_up_with_those_of_another() -> None:
+    """Tuples of one length share what is around them; the tensors are each one's own."""
+    first = run_stage(lambda _: (torch.ones(1), torch.ones(2)), State((torch.ones(1),)))
+    other = run_stage(lambda _: (torch.ones(3), torch.ones(4)), State((torch.ones(1),)))
+    sizes: list[list[int]] = []
+
+    def stage(found: tuple[Tensor, ...]) -> Tensor:
+        sizes.append([len(y) for y in found])
+        return torch.ones(1)
+
+    run_stage(stage, first)
+    run_stage(stage, other)
+    assert sizes == [[1, 2], [3, 4]]
