@@ -198,9 +198,9 @@ def test_the_kinds_that_are_kept_are_bounded() -> None:
     cs.fit(model, torch.randn(90, 3), budget="100%")
     fitted: Any = vars(model)["forward"]
     for rows in range(1, MOST_KINDS + 4):
-        fitted._keep(((rows,),), rows)
+        fitted._keep(rows, rows)
     assert len(fitted._known) == MOST_KINDS
-    assert ((MOST_KINDS + 3,),) in fitted._known
+    assert MOST_KINDS + 3 in fitted._known
 
 
 class Steered(nn.Module):
