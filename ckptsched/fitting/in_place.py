@@ -22,7 +22,7 @@ from ..capture.inspection import Inspection
 from ..capture.recording.opening import Opened, is_one_stage
 from ..capture.recording.recording import described
 from ..capture.recording.stages import Captured, capture_as_before
-from ..capture.wrappers import InPlace, PlainForward, in_place
+from ..capture.wrappers import InPlace, PlainForward, Unbound, in_place
 from ..executor.checkpointed import Calls
 from ..executor.prepared_plan import PreparedPlan
 from ..executor.recorded import RecordedCalls
@@ -116,6 +116,7 @@ class Fitted(InPlace):
         other.model, other.attribute = model, copy.deepcopy(self.attribute, memo)
         other.before = other.attribute or type(model).forward.__get__(model)
         functools.update_wrapper(other, other.before)
+        other.__func__ = Unbound(other)
         other._known, other._plans = OrderedDict(), dict(self._plans)
         other._off, other._table, other._turn = (
             threading.local(),
