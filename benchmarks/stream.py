@@ -4,11 +4,12 @@
     python -m benchmarks.stream --batches 60 --lengths 6
 
 A GPT-2 of four layers is fitted twice, on the longest batch and on the first that comes, and
-trained on the same batches, in the same random order, as a twin by plain autograd. One step of each
-length is measured and compared: its peak with the budget, its gradients with those of plain
-autograd, bit by bit; a broken budget or another gradient ends in an error. Printed are the plans and
-recordings that were made, and processor seconds over those of plain training: of everything, of all
-but the first fit, and of the steps of lengths that were seen before, beside what the plan projects.
+trained on the same batches, in the same random order, as a twin by plain autograd. One step of
+each length is measured and compared: its peak with the budget, its gradients with those of plain
+autograd, bit by bit; a broken budget or another gradient ends in an error. Printed are the plans
+and recordings that were made, and processor seconds over those of plain training: of everything,
+of all but the first fit, and of the steps of lengths that were seen before, beside what the plan
+projects.
 """
 
 from __future__ import annotations
