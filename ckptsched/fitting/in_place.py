@@ -40,6 +40,7 @@ from ..torch_state.replay_context import ContextFn, contexts
 from ..torch_state.torch_modes import outside_of_compiled_code
 from ..workload.chain import Chain
 from .arguments import ArgumentNames, Call, Extent, Form, Kind
+from .pending import Pending
 from .planning import plan_opened
 
 _LOG = logging.getLogger("ckptsched")
@@ -101,7 +102,7 @@ class Fitted(InPlace):
         self._names = ArgumentNames(self.before)
         self._known: OrderedDict[Kind, list[Served]] = OrderedDict()
         self._plans: dict[bool, Plan] = {}  # the first for each mode of the model
-        self._table, self._turn = threading.RLock(), LendingLock()
+        self._table, self._turn, self._pending = threading.RLock(), LendingLock(), Pending()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fitted:
         """That of the copy of the model, which plans anew when it is first called."""
@@ -118,11 +119,8 @@ class Fitted(InPlace):
         functools.update_wrapper(other, other.before)
         other.__func__ = Unbound(other)
         other._known, other._plans = OrderedDict(), dict(self._plans)
-        other._off, other._table, other._turn = (
-            threading.local(),
-            threading.RLock(),
-            LendingLock(),
-        )
+        other._off, other._pending = threading.local(), Pending()
+        other._table, other._turn = threading.RLock(), LendingLock()
         return other
 
     @property
@@ -171,6 +169,7 @@ class Fitted(InPlace):
                 why = error
             else:
                 self._keep(kind, served)
+                self._pending.note(found, served.calls.plan)
                 return found
         others = self._options.on_new_input if self._all() else "plan"  # the first is no other
         if others == "refuse":
@@ -178,7 +177,10 @@ class Fitted(InPlace):
         if others == "plain":
             self._warn(why or self._unlike(kind))
             return self._plainly(args, kwargs)
-        return self.make(args, kwargs, why or self._unlike(kind)).run(args, kwargs)
+        calls = self.make(args, kwargs, why or self._unlike(kind))
+        found = calls.run(args, kwargs)
+        self._pending.note(found, calls.plan)
+        return found
 
     # -- plans
 
