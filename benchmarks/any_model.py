@@ -8,7 +8,9 @@ For budgets between the least one and storing everything a row shows the measure
 projected overhead, and the measured one: processor seconds of a step by the plan over those by
 plain autograd, in turn. Then the planner is given the measured peak of what people use today:
 checkpoints on every block or every second one, selective checkpointing that saves matrix products,
-torchvision's `memory_efficient`. All of a model runs in one process, on one thread. transformers,
+the switches that transformers and timm have for it, torchvision's `memory_efficient`. What of these
+fails on a model is said, and left out. Language models keep no cache, with which torch's selective
+checkpointing fails. All of a model runs in one process, on one thread. transformers,
 timm and diffusers are needed for the models that are theirs.
 """
 
@@ -68,6 +70,7 @@ def _language(kind: str, **more: Any) -> Case:
 
     config = getattr(transformers, f"{kind}Config")(vocab_size=512, **more)
     heads = {"GPT2": "GPT2LMHeadModel", "Llama": "LlamaForCausalLM", "Bert": "BertForMaskedLM"}
+    config.use_cache = False  # no training step uses it, and checkpoints would run on a grown one
     model = getattr(transformers, heads[kind])(config)
     ids = torch.randint(512, (8, 128), generator=torch.Generator().manual_seed(0))
     lists = {"GPT2": "transformer.h", "Llama": "model.layers", "Bert": "bert.encoder.layer"}
@@ -244,7 +247,36 @@ def peers(case: Case) -> dict[str, nn.Module]:
         "checkpoint, every block": with_checkpoints(case, 1),
         "checkpoint, every second": with_checkpoints(case, 2),
         "selective, saves products": with_checkpoints(case, 1, products),
+        **switched_on(case),
     }
+
+
+def switched_on(case: Case) -> dict[str, nn.Module]:
+    """Copies of the model with the switch of its library turned on, by the switch's name."""
+    calls: dict[str, dict[str, Any]] = {
+        "gradient_checkpointing_enable": {
+            "gradient_checkpointing_kwargs": {"use_reentrant": False}
+        },
+        "set_grad_checkpointing": {},
+    }
+    found = {}
+    for name, arguments in calls.items():
+        if callable(getattr(case.model, name, None)):
+            found[name] = copy.deepcopy(case.model)
+            getattr(found[name], name)(**arguments)
+    return found
+
+
+def running(peers: dict[str, nn.Module], case: Case) -> dict[str, int]:
+    """The peaks of those that run; what fails is said by its name."""
+    peaks = {}
+    for way, model in peers.items():
+        try:
+            peaks[way] = peak_of(model, case)
+        except Exception as error:
+            said = str(error).partition("\n")[0]
+            print(f"{way:34}fails: {type(error).__name__}: {said}", flush=True)
+    return peaks
 
 
 # -- measuring
@@ -292,7 +324,7 @@ class Row:
 
 
 def rows_of(name: str, case: Case, rounds: int) -> tuple[list[Row], dict[str, float]]:
-    """All rows of a model, and what preparing it took."""
+    """All rows of a model, and what preparing it took; both are printed once they are known."""
     plain = case.without_saving or case.model
     start = time.process_time()
     chain = cs.profile(plain, kwargs=case.batch, loss=case.loss)
@@ -308,11 +340,14 @@ def rows_of(name: str, case: Case, rounds: int) -> tuple[list[Row], dict[str, fl
         "plan_seconds": planned,
         "store_all_bytes": whole,
     }
+    print(f"\n{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in facts.items()))
+    print(f"{'':34}{'peak':>8}{'projected':>11}{'measured':>10}", flush=True)
     budgets = {f"{share} %": share * whole // 100 for share in SHARES}
     budgets = {n: b for n, b in {"least": least, **budgets, "100 %": whole}.items() if b >= least}
     rows = _compared(name, case, plain, chain, budgets, {}, rounds)
     others = peers(case)
-    peaks = {way: peak_of(model, case) for way, model in others.items()}
+    peaks = running(others, case)
+    others = {way: others[way] for way in peaks}
     budgets = {f"plan at {way}": b for way, b in peaks.items() if least <= b}
     return rows + _compared(name, case, plain, chain, budgets, others, rounds), facts
 
@@ -332,7 +367,7 @@ def _compared(
     peaks = {way: peak_of(model, case) for way, model in models.items()}
     seconds = seconds_of(models, case, rounds)
     whole = peaks["plain"]
-    return [
+    rows = [
         Row(
             model=name,
             way=way,
@@ -344,6 +379,10 @@ def _compared(
         for way in models
         if way != "plain"
     ]
+    for row in rows:
+        said = "" if row.projected is None else f"{row.projected:+.3f}"
+        print(f"{row.way:34}{row.peak:8.3f}{said:>11}{row.measured:+10.3f}", flush=True)
+    return rows
 
 
 def chain_whole(plan: cs.Plan) -> int:
@@ -366,11 +405,6 @@ def main() -> None:
     for name in asked.models:
         torch.manual_seed(0)
         rows, facts = rows_of(name, CASES[name](), asked.rounds)
-        print(f"\n{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in facts.items()))
-        print(f"{'':34}{'peak':>8}{'projected':>11}{'measured':>10}")
-        for row in rows:
-            said = "" if row.projected is None else f"{row.projected:+.3f}"
-            print(f"{row.way:34}{row.peak:8.3f}{said:>11}{row.measured:+10.3f}", flush=True)
         written.append({"model": name, **facts, "rows": [asdict(row) for row in rows]})
     if asked.json:
         versions = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}

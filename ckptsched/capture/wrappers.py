@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import abc
 import functools
+import inspect
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, cast, final
 
+import torch
 from torch import Tensor, nn
 
-from ..base.errors import CkptschedError
+from ..base.errors import BudgetWarning, CkptschedError
+from ..torch_state.replay_context import is_recomputing
 
 _SHARED = (
     *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
@@ -53,8 +57,9 @@ class InPlace(abc.ABC):
         """What the model had as an attribute of that name; None where it had its class's."""
         self.before = self.attribute or type(model).forward.__get__(model)
         """The forward that a call would have run."""
-        self._off = threading.local()
+        self._off, self._retired = threading.local(), False
         functools.update_wrapper(self, self.before)  # its name, and its signature
+        self.__func__ = Unbound(self)  # as a method has one
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -68,7 +73,16 @@ class InPlace(abc.ABC):
 
     def is_off(self) -> bool:
         """Whether calls from this thread run the forward of before."""
-        return getattr(self._off, "depth", 0) > 0
+        return self._retired or getattr(self._off, "depth", 0) > 0
+
+    def retire(self) -> None:
+        """Let all calls run the forward of before: where others hold on to this, and call it."""
+        self._retired = True
+
+    @property
+    def is_retired(self) -> bool:
+        """Whether it is for good that calls run the forward of before."""
+        return self._retired
 
     @abc.abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,6 +93,53 @@ class InPlace(abc.ABC):
         if self.attribute is None:
             return getattr, (self.model, "forward")
         return functools.partial, (self.attribute,)
+
+
+@final
+class Unbound:
+    """A fitted model's forward as a function of the model, as the method that it replaces has one.
+
+    What wraps a forward and binds it to the model again, as accelerate does for its mixed
+    precision, is copied with the model then, and calls this with the copy.
+    """
+
+    def __init__(self, place: InPlace) -> None:
+        """Stand for the function of a method.
+
+        Args:
+            place: What is in place of the method.
+        """
+        self.place = place
+        self.__name__ = "forward"
+        with suppress(TypeError, ValueError):
+            own = inspect.signature(place)
+            model = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+            self.__signature__ = own.replace(parameters=[model, *own.parameters.values()])
+
+    def __call__(self, model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """Run a model: the fitted one by its plan, a copy by plain autograd.
+
+        Args:
+            model: The model.
+            args: What it is called with.
+            kwargs: The same by name.
+        """
+        if model is self.place.model:
+            return self.place(*args, **kwargs)
+        follows = in_place(model) is not None or is_recomputing()  # this is its forward of before
+        if torch.is_grad_enabled() and model.training and not follows:
+            warnings.warn(
+                f"a copy of a fitted {type(model).__name__} runs by plain autograd, which keeps no "
+                "budget, as its forward was wrapped after it was fitted; fit the copy, or fit the "
+                "model once it is wrapped and copy it then",
+                BudgetWarning,
+                stacklevel=2,
+            )
+        return type(model).forward(model, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unbound:
+        """Itself, as functions are: it is told which model it is to run."""
+        return self
 
 
 @final
@@ -116,6 +177,27 @@ def in_place(module: nn.Module) -> InPlace | None:
     return found if isinstance(found, InPlace) else None
 
 
+def in_place_below(module: nn.Module) -> InPlace | None:
+    """The same, also where others have wrapped it since, in ways that say what they wrap.
+
+    Args:
+        module: A model.
+    """
+    found = vars(module).get("forward")
+    while found is not None:
+        if isinstance(found, Unbound):
+            found = found.place
+        if isinstance(found, InPlace):
+            if not found.is_retired:
+                return found if found.model is module else None
+            found = found.attribute
+        elif isinstance(found, functools.partial):
+            found = found.func
+        else:
+            found = getattr(found, "__func__", getattr(found, "__wrapped__", None))
+    return None
+
+
 def forward_attribute(module: nn.Module) -> Any:
     """A forward that a module has as an attribute of its own, ours apart; None for its class's."""
     found = vars(module).get("forward")
@@ -128,7 +210,7 @@ def plain_forward(model: nn.Module) -> AbstractContextManager[None]:
     Args:
         model: The model, fitted in place or not.
     """
-    found = in_place(model)
+    found = in_place_below(model)
     return nullcontext() if found is None else found.off()
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, final
+
+import torch
 
 from ..base.errors import PlanMismatchError, ProfileError
 from ..capture.inspection import Inspection
+from ..capture.recording.recording import Bound, Recording, layouts_of
 from ..capture.recording.stages import Captured, capture_as_before
 from ..capture.signature_check import Expected
 from ..planner.plan import Plan
@@ -17,6 +19,7 @@ from ..tensors.pytree import NO_EXTRAS, State
 from ..torch_state.locks import LendingLock
 from ..torch_state.replay_context import ContextFn, contexts
 from ..workload.chain import Chain
+from .attribute_watch import AttributeWatch
 from .prepared_plan import Check, PreparedPlan
 from .step.outer_graph import PlannedCalls
 
@@ -55,20 +58,20 @@ class RecordedCalls:
         self.plan, self.context_fn = plan, context_fn
         self.inspection, self._check, self._is_forward = inspection, check, is_forward
         self._lock: LendingLock | None = None
-        self._bound: tuple[Captured, PlannedCalls] | None = None
+        self._bound: _BoundRecording | None = None
         if captured is not None:
             self._bind(captured)
 
     @property
     def captured(self) -> Captured | None:
         """The recording; None before the first call."""
-        return None if self._bound is None else self._bound[0]
+        return None if self._bound is None else self._bound.captured
 
     def share_lock(self, lock: LendingLock) -> None:
         """Run in turn with other models that hold the lock; see `Checkpointed.share_lock`."""
         self._lock = lock
         if self._bound is not None:
-            self._bound[1].share_lock(lock)
+            self._bound.calls.share_lock(lock)
 
     def first_context(self) -> AbstractContextManager[Any]:
         """The context for first runs of stages."""
@@ -86,26 +89,24 @@ class RecordedCalls:
             ExecutionError: A stage cannot be run again with the same result.
         """
         model = self.inspection.model
-        captured, calls = self.prepare(args, kwargs)
+        bound = self._prepared(args, kwargs)
         if not self._is_forward and is_sharded(model):
-            return call_as_forward(model, partial(_run, captured, calls), *args, **kwargs)
-        return _run(captured, calls, *args, **kwargs)
+            return call_as_forward(model, bound.run, *args, **kwargs)
+        return bound.run(*args, **kwargs)
 
-    def prepare(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[Captured, PlannedCalls]:
+    def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Record the model on a call, unless that has been done.
 
         Args:
             args: What it is called with.
             kwargs: The same by name.
 
-        Returns:
-            The recording, and what runs it by the plan.
-
         Raises:
             PlanMismatchError: The plan is for another call, or another model.
         """
+        self._prepared(args, kwargs)
+
+    def _prepared(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _BoundRecording:
         if self._bound is None:
             inputs = State.of((args, dict(kwargs)), opaque=True)
             if not inputs.leaves:
@@ -141,8 +142,55 @@ class RecordedCalls:
         calls = PlannedCalls(prepared)
         if self._lock is not None:
             calls.share_lock(self._lock)
-        self._bound = captured, calls
+        self._bound = _BoundRecording(captured, calls)
 
 
-def _run(captured: Captured, calls: PlannedCalls, *args: Any, **kwargs: Any) -> Any:
-    return captured.give(calls.run((captured.take(*args, **kwargs),), {}))
+@final
+class _BoundRecording:
+    """A recording, what runs it by a plan, and what its last step has found of the model."""
+
+    def __init__(self, captured: Captured, calls: PlannedCalls) -> None:
+        self.captured, self.calls = captured, calls
+        self._seen: tuple[AttributeWatch, Bound] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """All but what was seen, in the very objects of the model."""
+        return {**self.__dict__, "_seen": None}
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; see `RecordedCalls.run`."""
+        inputs = State.of((args, kwargs), opaque=True)
+        bound, recording = self._checked(inputs), self.captured.recording
+        tensors = self.calls.run((inputs.leaves,), {})
+        numbers = recording.live(len(recording.calls))
+        return bound.result(dict(zip(numbers, tensors, strict=True)))
+
+    def _checked(self, inputs: State) -> Bound:
+        """The recording bound to the model, once the call was found to go the way of it.
+
+        Raises:
+            PlanMismatchError: It does not.
+        """
+        captured, seen = self.captured, self._seen
+        if (
+            seen is not None
+            and seen[0].sees_nothing_new()
+            and _goes_the_way(captured.recording, seen[1], inputs)
+        ):
+            return seen[1]
+        # Looked at before it is checked: what changes in between shows in the next step.
+        watch = AttributeWatch(captured.model, captured.recording.kept)
+        captured.check(inputs)
+        self._seen = watch, Bound(captured.recording, captured.model)
+        return self._seen[1]
+
+
+def _goes_the_way(recording: Recording, bound: Bound, inputs: State) -> bool:
+    """Whether a call has the structure and layouts that were recorded, and all guards hold."""
+    if State((), inputs.tree).tree != recording.inputs.tree:
+        return False
+    if layouts_of(inputs) != recording.layouts:
+        return False
+    values = dict(zip(recording.given, inputs.leaves, strict=True))
+    with torch.no_grad():
+        return all(bound.ask(guard, values) == guard.found for guard in recording.guards)

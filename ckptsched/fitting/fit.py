@@ -10,7 +10,7 @@ from torch import nn
 from ..base.budget import Budget, parse_budget
 from ..base.errors import PlanMismatchError, ProfileError
 from ..capture.inspection import inspect_model
-from ..capture.wrappers import in_place, unwrapped
+from ..capture.wrappers import in_place, in_place_below, plain_forward, unwrapped
 from ..executor.checkpointed import Checkpointed, check_options
 from ..planner.plan import Plan
 from ..profiler.stage_kind import Loss
@@ -86,8 +86,12 @@ def fit(
             on_new_input=on_new_input,
         ),
     )
-    if sample or kwargs:
-        fitted.make(sample, kwargs or {}, inspection=inspection)
+    wrapped = None if in_place(inspection.model) else in_place_below(inspection.model)
+    with plain_forward(inspection.model):
+        if sample or kwargs:
+            fitted.make(sample, kwargs or {}, inspection=inspection)
+    if wrapped is not None:  # this one's plans are for what is around it, too
+        wrapped.retire()
     vars(inspection.model)["forward"] = fitted
     return inspection.model  # type: ignore[return-value]  # of what checkpointed() gave it is the model
 
@@ -101,13 +105,17 @@ def unfit(model: M) -> M:
     Returns:
         The model.
     """
-    found = in_place(unwrapped(model, "unfit", PlanMismatchError))
+    plain = unwrapped(model, "unfit", PlanMismatchError)
+    found = in_place(plain)
     if found is not None:
-        own = vars(found.model)
+        own = vars(plain)
         if found.attribute is None:
             del own["forward"]
         else:
             own["forward"] = found.attribute
+    wrapped = in_place_below(plain)
+    if wrapped is not None:
+        wrapped.retire()
     return model
 
 
@@ -122,7 +130,7 @@ def plan_of(model: nn.Module) -> Plan:
     """
     if isinstance(model, Checkpointed):
         return model.plan
-    found = in_place(unwrapped(model, "plan_of", PlanMismatchError))
+    found = in_place_below(unwrapped(model, "plan_of", PlanMismatchError))
     if not isinstance(found, Fitted):
         raise PlanMismatchError(
             f"the {type(model).__name__} follows no plan; fit it, or give what checkpointed() gave"

@@ -20,9 +20,9 @@ from ..base.budget import format_bytes, parse_budget
 from ..base.errors import BudgetWarning, ExecutionError, PlanMismatchError, ProfileError
 from ..capture.inspection import Inspection
 from ..capture.recording.opening import Opened, is_one_stage
-from ..capture.recording.recording import Layout, described, layouts_of
+from ..capture.recording.recording import described
 from ..capture.recording.stages import Captured, capture_as_before
-from ..capture.wrappers import InPlace, PlainForward, in_place
+from ..capture.wrappers import InPlace, PlainForward, Unbound, in_place
 from ..executor.checkpointed import Calls
 from ..executor.prepared_plan import PreparedPlan
 from ..executor.recorded import RecordedCalls
@@ -39,6 +39,8 @@ from ..torch_state.locks import LendingLock
 from ..torch_state.replay_context import ContextFn, contexts
 from ..torch_state.torch_modes import outside_of_compiled_code
 from ..workload.chain import Chain
+from .arguments import ArgumentNames, Call, Extent, Form, Kind
+from .pending import Pending
 from .planning import plan_opened
 
 _LOG = logging.getLogger("ckptsched")
@@ -51,8 +53,6 @@ MOST_KINDS = 64
 
 MOST_WAYS = 4
 """Plans that are kept for calls of one kind, whose values may lead different ways."""
-
-_Key: TypeAlias = tuple[Layout, ...]
 
 
 @final
@@ -75,6 +75,18 @@ class Options:
 
 
 @final
+@dataclass(frozen=True, eq=False, slots=True)
+class Served:
+    """What runs calls of one kind."""
+
+    calls: Calls
+    form: Form | None
+    """How the call that they were made for gave its arguments."""
+    extent: Extent
+    """Structure and layouts of that call."""
+
+
+@final
 class Fitted(InPlace):
     """Runs calls of a model by plans, and plans for calls of a new kind within the same budget."""
 
@@ -87,9 +99,10 @@ class Fitted(InPlace):
         """
         super().__init__(model)
         self._options = options
-        self._known: OrderedDict[_Key, list[Calls]] = OrderedDict()
+        self._names = ArgumentNames(self.before)
+        self._known: OrderedDict[Kind, list[Served]] = OrderedDict()
         self._plans: dict[bool, Plan] = {}  # the first for each mode of the model
-        self._table, self._turn = threading.RLock(), LendingLock()
+        self._table, self._turn, self._pending = threading.RLock(), LendingLock(), Pending()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fitted:
         """That of the copy of the model, which plans anew when it is first called."""
@@ -104,12 +117,10 @@ class Fitted(InPlace):
         other.model, other.attribute = model, copy.deepcopy(self.attribute, memo)
         other.before = other.attribute or type(model).forward.__get__(model)
         functools.update_wrapper(other, other.before)
+        other.__func__ = Unbound(other)
         other._known, other._plans = OrderedDict(), dict(self._plans)
-        other._off, other._table, other._turn = (
-            threading.local(),
-            threading.RLock(),
-            LendingLock(),
-        )
+        other._off, other._pending = threading.local(), Pending()
+        other._table, other._turn = threading.RLock(), LendingLock()
         return other
 
     @property
@@ -142,29 +153,34 @@ class Fitted(InPlace):
     def _follow_plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.is_off():
             return self.before(*args, **kwargs)
-        inputs = State.of((args, dict(kwargs)), opaque=True)
-        key, why = layouts_of(inputs), None
-        del inputs
+        call = self._names.call(args, kwargs)
+        kind, why = call.kind(), None
         with self._table:
-            known = list(self._known.get(key, ()))
-        for calls in known:
+            known = list(self._known.get(kind, ()))
+        for served in known:
+            arguments = call.put_into(served.form)
+            if arguments is None:
+                continue
             try:
-                found = calls.run(args, kwargs)
+                found = served.calls.run(*arguments)
             except PlanMismatchError as error:
                 if not error.before_step:
                     raise
                 why = error
             else:
-                self._keep(key, calls)
+                self._keep(kind, served)
+                self._pending.note(found, served.calls.plan)
                 return found
         others = self._options.on_new_input if self._all() else "plan"  # the first is no other
         if others == "refuse":
-            raise why or self._unlike(key)
+            raise why or self._unlike(kind)
         if others == "plain":
-            self._warn(why or self._unlike(key))
+            self._warn(why or self._unlike(kind))
             return self._plainly(args, kwargs)
-        calls = self.make(args, kwargs, why or self._unlike(key))
-        return calls.run(args, kwargs)
+        calls = self.make(args, kwargs, why or self._unlike(kind))
+        found = calls.run(args, kwargs)
+        self._pending.note(found, calls.plan)
+        return found
 
     # -- plans
 
@@ -190,21 +206,22 @@ class Fitted(InPlace):
             InfeasibleBudgetError: Nothing fits; the message names the least budget that works.
             ProfileError: The model cannot be measured on such a call.
         """
-        inputs = State.of((args, dict(kwargs)), opaque=True)
+        call = self._names.call(args, kwargs)
         if why is not None and any(map(is_sharded, self.model.modules())):
             raise PlanMismatchError(
                 f"{why}. A model that fully_shard has sharded cannot be measured: fit it on each "
                 "kind of batch before it is sharded, and shard a recorded model as a whole"
             )
         with self._turn, self._first_context(), self.off():
-            again = self._from_larger(inputs) if why is not None else None
+            again = self._from_larger(call) if why is not None else None
             inspection = inspection or Inspection.of(self.model)
             calls = again or self._planned(inspection, args, kwargs)
         calls.share_lock(self._turn)
         self._plans.setdefault(self.model.training, calls.plan)
-        self._keep(layouts_of(inputs), calls)
+        kind = call.kind()
+        self._keep(kind, Served(calls, call.form, Extent.of(call.given)))
         if why is not None:
-            self._tell(calls, inputs, anew=again is None)
+            self._tell(calls, kind, anew=again is None)
         return calls
 
     def _planned(
@@ -235,16 +252,21 @@ class Fitted(InPlace):
         asked = parse_budget(self._options.budget)
         return self.plan.budget_bytes if asked.share is not None and self.plan else asked
 
-    def _from_larger(self, inputs: State) -> Calls | None:
-        """The schedule of a larger call for one that is recorded and weighed anew, if it fits."""
-        args, kwargs = inputs.value()
+    def _from_larger(self, call: Call) -> Calls | None:
+        """The schedule of a larger call for one that is recorded and weighed anew, if it fits.
+
+        Also of one in which arguments are one tensor that are two in this, or the other way round.
+        """
+        args, kwargs = call.given
+        inputs = State.of((args, dict(kwargs)), opaque=True)
         tried = set[tuple[int, ...]]()  # what was recorded with the same cuts would fare the same
-        for calls in self._all():
+        for served in self._served():
+            calls, arguments = served.calls, call.put_into(served.form)
             captured = calls.captured if isinstance(calls, RecordedCalls) else None
             chain = calls.plan.chain
-            if captured is None or not captured.recording.covers(inputs):
+            if captured is None or captured.cuts in tried:
                 continue
-            if captured.cuts in tried:
+            if arguments is None or not served.extent.covers(Extent.of(arguments)):
                 continue
             tried.add(captured.cuts)
             assert isinstance(calls, RecordedCalls)
@@ -310,14 +332,17 @@ class Fitted(InPlace):
     # -- what is known
 
     def _all(self) -> list[Calls]:
-        with self._table:
-            return [calls for some in self._known.values() for calls in some]
+        return [served.calls for served in self._served()]
 
-    def _keep(self, key: _Key, calls: Calls) -> None:
+    def _served(self) -> list[Served]:
+        with self._table:
+            return [served for some in self._known.values() for served in some]
+
+    def _keep(self, kind: Kind, served: Served) -> None:
         """Note the use of what runs calls of a kind."""
         with self._table:
-            others = [other for other in self._known.pop(key, ()) if other is not calls]
-            self._known[key] = [calls, *others][:MOST_WAYS]
+            others = [other for other in self._known.pop(kind, ()) if other is not served]
+            self._known[kind] = [served, *others][:MOST_WAYS]
             while len(self._known) > MOST_KINDS:
                 self._known.popitem(last=False)
 
@@ -325,18 +350,18 @@ class Fitted(InPlace):
         context_fn = self._options.context_fn
         return nullcontext() if context_fn is None else contexts(context_fn)[0]
 
-    def _unlike(self, key: _Key) -> PlanMismatchError:
+    def _unlike(self, kind: Kind) -> PlanMismatchError:
         with self._table:
-            known = [described(other) for other in self._known]
+            known = [described(other.layouts) for other in self._known]
         return PlanMismatchError(
-            f"the model is called with {described(key)}, and was planned for "
+            f"the model is called with {described(kind.layouts)}, and was planned for "
             f"{' or for '.join(known[-3:])}; fit it again with such a batch, or with "
             'on_new_input="plan"'
         )
 
-    def _tell(self, calls: Calls, inputs: State, *, anew: bool) -> None:
+    def _tell(self, calls: Calls, kind: Kind, *, anew: bool) -> None:
         """Log what a call of a new kind follows."""
-        what, plan = described(layouts_of(inputs)), calls.plan
+        what, plan = described(kind.layouts), calls.plan
         name = type(self.model).__name__
         if not anew:
             _LOG.info("%s: recorded anew for %s, with the same schedule", name, what)

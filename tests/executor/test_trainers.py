@@ -341,7 +341,8 @@ def fresh_accelerator() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize(
-    ("precision", "order"), [("no", "before"), ("no", "after"), ("bf16", "after")]
+    ("precision", "order"),
+    [("no", "before"), ("no", "after"), ("bf16", "before"), ("bf16", "after")],
 )
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_accelerate(precision: str, order: str, accumulate: int) -> None:
@@ -373,7 +374,22 @@ def test_accelerate(precision: str, order: str, accumulate: int) -> None:
     plan = cs.plan_of(model)
     peaks.keep(plan)
     assert plan.overhead > 0
-    assert_same(cs.unfit(model), trained(fits=False)[0])
+    plain = trained(fits=False)[0]
+    if order == "before":  # a copy of it trains, and is no other's
+        twin, x = copy.deepcopy(model), torch.ones(256, 16)
+        warns = (
+            pytest.warns(cs.BudgetWarning, match="copy of a fitted Network")
+            if (precision == "bf16")
+            else nullcontext()
+        )
+        before = [p.grad for p in model.parameters()]
+        with warns:
+            twin(x).sum().backward()
+        assert all(p.grad is not None for p in twin.parameters())
+        assert [p.grad for p in model.parameters()] == before
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        assert cs.plan_of(model) is plan
+    assert_same(cs.unfit(model), plain)
 
 
 def test_a_copy_of_what_a_trainer_fits_is_a_model_of_its_own() -> None:
