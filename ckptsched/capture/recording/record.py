@@ -15,8 +15,8 @@ from ..inspection import Inspection
 from ..model_state import left_as_it_was
 from .attributes import attributes_of
 from .calls import Fixed, Place, RecordedCall, Source
+from .one_pass.recorder import GoesBackError, Recorder
 from .preparation import caches_off, fails, refuse_unready, set_up, without_cache
-from .recorder import GoesBackError, Recorder
 from .recording import Recording, layouts_of, part_of
 
 # Each pass may find more that must be called whole, most often the module around it.

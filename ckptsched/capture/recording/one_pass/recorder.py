@@ -15,27 +15,21 @@ recording takes the memory of a forward pass without gradients.
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from threading import get_ident
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.hooks import RemovableHandle
 
-from ...tensors.pytree import State
-from ...torch_state.replay_context import Autocast
-from ...torch_state.torch_modes import transform_at_work
-from ..stage_discovery import StagedModule
-from ..unseen import Unseen
-from ..wrappers import StandsFor, in_place, is_compiled
-from .calls import (
+from ....tensors.pytree import State
+from ....torch_state.replay_context import Autocast
+from ....torch_state.torch_modes import transform_at_work
+from ...stage_discovery import StagedModule
+from ...unseen import Unseen
+from ..calls import (
     PLAIN,
     Around,
     Fixed,
@@ -46,12 +40,11 @@ from .calls import (
     RecordedCall,
     Source,
     StagePath,
-    is_plain_object,
     name_of,
     tensors_inside,
     tensors_of,
 )
-from .functions import (
+from ..functions import (
     ASKED,
     EFFECTS,
     GOES_BACK,
@@ -61,30 +54,20 @@ from .functions import (
     SIZES,
     can_be_asked,
     closes_over_tensors,
-    has_loud_hooks,
     makes_sizes_of_data,
     may_hide_tensors,
     sets_something,
 )
-from .recording import module_of, part_of
+from ..recording import module_of, part_of
+from .interception import Onlooker, told_of_calls
+from .kept import KeptValues
+from .leaves import is_one_call
+from .owned import own_tensors, places_of
 from .values import Numbers, Origins
-
-# One recording at a time: what is replaced is replaced for all threads, and passes others by.
-_LOCK = threading.RLock()
-
-# Modules of torch.nn that others write their models with: they are opened. All others are calls.
-_OPENED = (
-    *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict),
-    *(nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder),
-    *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
-)
-
 
 # Packages whose code is not where a model has gone another way.
 _NOT_OF_MODELS = ("torch.", "ckptsched.")
 
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # Operators such as that of torch.cond, which are given functions; none where torch has no class.
 _HIGHER_ORDER: Any = getattr(torch._ops, "HigherOrderOperator", ())
 _NOWHERE = Place("", "", "")
@@ -95,7 +78,7 @@ class GoesBackError(BaseException):
 
 
 @final
-class Recorder:
+class Recorder(Onlooker):
     """What looks on during one forward pass."""
 
     def __init__(self, model: nn.Module, whole: Mapping[str, str]) -> None:
@@ -105,6 +88,7 @@ class Recorder:
             model: The model.
             whole: Modules that are called whole, by path, and why.
         """
+        super().__init__()
         self.model = model
         self.calls: list[RecordedCall] = []
         self.guards: list[Guard] = []
@@ -114,12 +98,8 @@ class Recorder:
         """Numbers of the tensors of the arguments."""
         self.returned: tuple[Source, ...] = ()
         """Where the tensors of the result come from."""
-        self.left: dict[Place, Any] = {}
-        """The values that attributes hold after the pass, and did not before."""
         self.changed: dict[str, str] = {}
         """Other attributes that were changed, each with the path of the module that it is of."""
-        self.kept: dict[Place, Kept] = {}
-        """Attributes that hold values of the pass when it is over."""
         self.leaves_elsewhere = False
         """Whether a value is held elsewhere than in attributes and the result."""
         self.refusal = ""
@@ -131,11 +111,9 @@ class Recorder:
         self._numbers, self._origins = Numbers(), Origins()
         self._made_in: dict[int, str] = {}
         self._paths = {id(module): path for path, module in model.named_modules()}
-        self._places = _places(model)
-        self._had = {id(own): dict(own) for own in _attributes(model)}
-        self._known = {p for p in self._places.values() if not p.kind}
-        self._own = {key: id(tensor) for key, tensor in _own_tensors(model, "")}
-        self._thread, self._depth = get_ident(), 0
+        self._places = places_of(model)
+        self._held = KeptValues(model, {p for p in self._places.values() if not p.kind})
+        self._own = {key: id(tensor) for key, tensor in own_tensors(model, "")}
         self._device = torch.device("cpu")
         self._autocast = Autocast.take(self._device)
         self._unseen: Unseen
@@ -145,6 +123,16 @@ class Recorder:
         self._boxes: list[list[Tensor]] = []
         # Storages that came into being meanwhile, by identity, each with its scope then.
         self._born: dict[int, str] = {}
+
+    @property
+    def kept(self) -> Mapping[Place, Kept]:
+        """Attributes that hold values of the pass when it is over."""
+        return self._held.kept
+
+    @property
+    def left(self) -> Mapping[Place, Any]:
+        """The values that attributes hold after the pass, and did not before."""
+        return self._held.left
 
     # -- the run
 
@@ -175,7 +163,7 @@ class Recorder:
             else:
                 output = self.model.forward(*args, **kwargs)
             self._look_at_random()
-            with self._aside():
+            with self.aside():
                 self._look_between_calls()
         result = State.of(output, opaque=True)
         self.returned = tuple([self._source(leaf) for leaf in result.leaves])
@@ -188,54 +176,27 @@ class Recorder:
 
     @contextmanager
     def _looking_on(self) -> Iterator[None]:
-        call, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
-        remove = RemovableHandle.remove
-
-        def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self._depth or get_ident() != self._thread:
-                return call(module, *args, **kwargs)
-            return self._module(module, call, args, kwargs)
-
-        def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._depth or get_ident() != self._thread:
-                return apply.__get__(None, cls)(*args, **kwargs)
-            return self._function(cls, apply.__get__(None, cls), args, kwargs)
-
-        def removed(handle: RemovableHandle) -> None:
-            if not self._depth and get_ident() == self._thread:
-                self.mark("it takes a hook off, which a stage would leave there")
-            remove(handle)
-
-        with ExitStack() as stack:
-            stack.enter_context(_LOCK)
-            stack.enter_context(saved_tensors_hooks(_forget, self._recall))
-            stack.enter_context(_Watch(self))
-            stack.enter_context(_Notes(self))
-            with self._aside():
+        with saved_tensors_hooks(_forget, self._recall), told_of_calls(self):
+            with self.aside():
                 self._unseen = Unseen(self._device)
-            setattr(nn.Module, "__call__", called)  # noqa: B010 - as a method it has another type
-            torch.autograd.Function.apply = classmethod(applied)
-            setattr(RemovableHandle, "remove", removed)  # noqa: B010
-            try:
-                yield
-            finally:
-                setattr(nn.Module, "__call__", call)  # noqa: B010
-                torch.autograd.Function.apply = apply
-                setattr(RemovableHandle, "remove", remove)  # noqa: B010
+            yield
 
     # -- what is called
 
-    def _module(
-        self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    def module(  # noqa: D102 - inherited
+        self,
+        module: nn.Module,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
     ) -> Any:
-        """A module is called: as one call, or opened."""
         path = self._paths.get(id(module))
         if path is None:  # made on the way, so that it is part of what made it
             return call(module, *args, **kwargs)
         if self._is_whole(module, path):
             self._look_at_random()
             result = self._note(path, partial(call, module), args, kwargs)
-            with self._aside():
+            with self.aside():
                 self._unseen.pass_over()
             return result
         self.scopes.append(path)
@@ -256,39 +217,28 @@ class Recorder:
             self._look_at_random()
             name = StagePath.of(path, k, stage.label)
             state = self._note(name, stage, (state, *further), kwargs)
-            with self._aside():
+            with self.aside():
                 self._unseen.pass_over()
         return state
 
     def _is_whole(self, module: nn.Module, path: str) -> bool:
-        if path in self._whole or isinstance(module, (torch.jit.ScriptModule, StandsFor)):
-            return True
-        if module is not self.model and in_place(module) is not None:
-            return True  # it follows plans of its own
-        if module is not self.model and (has_loud_hooks(module) or is_compiled(module)):
-            return True
-        of_torch = type(module).__module__.startswith("torch.nn.modules")
-        return hasattr(module, "parametrizations") or (of_torch and not isinstance(module, _OPENED))
+        return path in self._whole or is_one_call(module, is_model=module is self.model)
 
-    def _function(self, cls: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A custom autograd Function is applied."""
+    def function(  # noqa: D102 - inherited
+        self, cls: Any, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         if any(map(may_hide_tensors, State.of((args, kwargs), opaque=True).constants())):
             self.mark(f"{cls.__name__}.apply is given a function or a module")
         return self._note(cls, apply, args, kwargs)
 
-    def torch_function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Something of torch is called.
-
-        Args:
-            func: A function of torch, a method of tensors, or the access to a property.
-            args: What it is given.
-            kwargs: The same by name.
-        """
+    def torch_function(  # noqa: D102 - inherited
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if func in EFFECTS and args and self._places.get(id(args[0]), _NOWHERE).kind:
             place = self._places[id(args[0])]
             self.refusal = f"it puts a hook on {place}, and one more in each forward{_line()}"
             return None
-        if self._depth or get_ident() != self._thread:
+        if not self.is_concerned:
             return func(*args, **kwargs)
         if isinstance(func, _HIGHER_ORDER):
             self.mark(f"{func} runs functions that a recording does not see")
@@ -322,7 +272,7 @@ class Recorder:
             if isinstance(target, str) or not self._only_asks(target, given, reads, result):
                 self._add(target, given, reads, around, result, changed)
             if keeps:  # and put others in place of its parameters and buffers
-                found = _own_tensors(part_of(self.model, target), target)
+                found = own_tensors(part_of(self.model, target), target)
                 self._own.update((key, id(tensor)) for key, tensor in found)
         finally:
             self._unseen.pass_over_torch()
@@ -395,7 +345,7 @@ class Recorder:
     def _computes(self, path: str) -> bool:
         """Whether a guard may not run a module: it has parameters or a state, or is not opened."""
         module = module_of(self.model, path)
-        own = _own_tensors(module, path) if path else iter([None])
+        own = own_tensors(module, path) if path else iter([None])
         return path in self._whole or next(own, None) is not None or not path
 
     # -- what is known
@@ -441,15 +391,13 @@ class Recorder:
         if where not in self.marked:
             self.marked[where] = f"{why}{_line()}"
 
-    def operator(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        """An operator has run.
+    def hook_removed(self) -> None:  # noqa: D102 - inherited
+        self.mark("it takes a hook off, which a stage would leave there")
 
-        Args:
-            func: The operator.
-            args: What it was given by position.
-            result: What it gave.
-        """
-        if not self._depth:
+    def operator(  # noqa: D102 - inherited
+        self, func: Any, args: tuple[Any, ...], result: Any
+    ) -> None:
+        if not self.is_inside:
             self.mark(f"{func} runs where torch does not say who called it")
         if isinstance(func, _HIGHER_ORDER):
             self.mark(f"{func} runs functions that a recording does not see")
@@ -490,121 +438,21 @@ class Recorder:
         if unseen:
             self.mark(unseen)
 
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """What is done here is no call of the model's."""
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-
     def _look_at_parameters(self, target: Any) -> None:
         """A module that is called with others than its own is part of what put those there."""
         if not isinstance(target, str) or not target:
             return
         path = target.path if isinstance(target, StagePath) else target
-        for key, tensor in _own_tensors(part_of(self.model, path), path):
+        for key, tensor in own_tensors(part_of(self.model, path), path):
             if self._own.get(key) != id(tensor):
                 self.mark(f"{'.'.join(key)} is another tensor when {target!r} is called")
 
     def _look_at_what_is_held(self) -> None:
         """Values that are held when the pass is over, by attributes or otherwise."""
-        for path, module in self.model.named_modules():
-            for name, value in [*module._buffers.items()]:
-                self._keep_value(module._buffers, Place(path, "_buffers", name), value)
-                del value
-            for name, value in [*vars(module).items()]:
-                if name not in _OF_EVERY_MODULE:
-                    self._keep_value(vars(module), Place(path, "", name), value)
-                    if is_plain_object(value):
-                        for inner, part in [*vars(value).items()]:
-                            place = Place(path, "", name, (("attr", inner),))
-                            self._keep_value(vars(value), place, part)
-                            del part
-                del value
+        self._held.look(self._numbers, self._source)
         for number in self._numbers.held(self.given):
             self.leaves_elsewhere = True
             self.mark("it leaves a tensor elsewhere than in its result", self._made_in[number])
-
-    def _keep_value(self, own: dict[str, Any], place: Place, value: Any) -> None:
-        """Note what an attribute holds, if it was put there in the pass and is made of values."""
-        if not isinstance(value, Tensor | list | tuple | dict):
-            return
-        name = place.steps[-1][1] if place.steps else place.name
-        state = State.of(value, opaque=True)
-        known = [self._numbers.of(leaf) is not None for leaf in state.leaves]
-        if not any(known):
-            return
-        if not isinstance(value, Tensor):
-            had = self._had.get(id(own))
-            if had is None or had.get(name) is value:
-                return  # the same container, to which more was added
-        self.kept[place] = State((), state.tree), tuple(map(self._source, state.leaves))
-        if not place.kind and place not in self._known:
-            self.left[place] = state.detached().value()
-        # Whoever runs the pass puts attributes back; until then nothing is held.
-        own[name] = state.replaced(torch.empty(0) for _ in state.leaves).value()
-
-
-@final
-class _Notes(TorchFunctionMode):
-    """Tells the recorder what is called of torch."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._recorder.torch_function(func, args, kwargs or {})
-
-
-@final
-class _Watch(TorchDispatchMode):
-    """Tells the recorder which operators run."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._recorder = recorder
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self._recorder.operator(func, args, result)
-        return result
-
-
-def _places(model: nn.Module) -> dict[int, Place]:
-    """Where the model keeps its tensors, by identity; of several places the first."""
-    found: dict[int, Place] = {}
-    for kind in ("_parameters", "_buffers", ""):
-        for path, module in model.named_modules():
-            held = getattr(module, kind) if kind else vars(module)
-            for name, tensor in held.items():
-                if isinstance(tensor, Tensor):
-                    found.setdefault(id(tensor), Place(path, kind, name))
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if name not in _OF_EVERY_MODULE:
-                for steps, tensor in tensors_inside(value):
-                    found.setdefault(id(tensor), Place(path, "", name, steps))
-    return found
-
-
-def _attributes(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """The attributes of modules, and of plain objects that are attributes of them."""
-    for module in model.modules():
-        yield vars(module)
-        yield from (vars(value) for value in vars(module).values() if is_plain_object(value))
-
-
-def _own_tensors(module: nn.Module, path: str) -> Iterator[tuple[tuple[str, str], Tensor | None]]:
-    """The parameters and buffers below a module, each with the path of its owner and its name."""
-    for owner, part in module.named_modules(prefix=path):
-        for kind in ("_parameters", "_buffers"):
-            for name, tensor in getattr(part, kind).items():
-                yield (owner, name), tensor
 
 
 def _home(tensor: Tensor) -> int:
