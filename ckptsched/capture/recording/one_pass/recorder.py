@@ -44,6 +44,7 @@ from ..calls import (
     tensors_inside,
     tensors_of,
 )
+from ..complaints import Complaint, is_complaint
 from ..functions import (
     ASKED,
     EFFECTS,
@@ -59,6 +60,7 @@ from ..functions import (
     sets_something,
 )
 from ..recording import module_of, part_of
+from .containers import Containers
 from .interception import Onlooker, told_of_calls
 from .kept import KeptValues
 from .leaves import is_one_call
@@ -112,6 +114,7 @@ class Recorder(Onlooker):
         self._made_in: dict[int, str] = {}
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._places = places_of(model)
+        self._containers = Containers(model)
         self._held = KeptValues(model, {p for p in self._places.values() if not p.kind})
         self._own = {key: id(tensor) for key, tensor in own_tensors(model, "")}
         self._device = torch.device("cpu")
@@ -258,10 +261,15 @@ class Recorder(Onlooker):
             around = self._around()
             self._look_at_parameters(target)
             self._ran = self._drew = self._sized = False
+            is_code = isinstance(target, str | type)  # of others than torch's, or with hooks
+            if is_code:
+                self._containers.look_between_calls()
             # What is not opened may go back through a graph of its own.
             keeps = isinstance(target, str) and target in self._whole
             with saved_tensors_hooks(self._keep, self._take) if keeps else nullcontext():
                 result = callee(*args, **kwargs)
+            if is_code:
+                self._containers.look_after_call(self.scopes[-1])
             changed = tuple(
                 [
                     source.number
@@ -309,7 +317,10 @@ class Recorder(Onlooker):
             function in ASKED | SIZES and can_be_asked(result) and self._origins.is_of_data(reads)
         )
         if trained or not can_ask:
-            self.mark(f"{name_of(function)} reads values that the model computes with")
+            if can_be_asked(result) and is_complaint():
+                self._add(Complaint(function, result), given, reads, self._around(), None, ())
+            else:
+                self.mark(f"{name_of(function)} reads values that the model computes with")
             return
         read = RecordedCall(function, State((), given.tree), reads, (), self.scopes[-1])
         self.guards.append(Guard(read, result, len(self.calls)))
@@ -449,6 +460,10 @@ class Recorder(Onlooker):
 
     def _look_at_what_is_held(self) -> None:
         """Values that are held when the pass is over, by attributes or otherwise."""
+        self._containers.look_between_calls()
+        for path, name, scope in self._containers.changed_by_both():
+            why = f"calls change its {name!r}, as hooks do that append to a list, and lines between"
+            self.mark(f"{why} them do, too", _common(path, scope))
         self._held.look(self._numbers, self._source)
         for number in self._numbers.held(self.given):
             self.leaves_elsewhere = True
