@@ -21,7 +21,15 @@ from ..model_state import left_as_it_was
 from ..stage_discovery import StageCall, StagedModule, has_hooks
 from ..wrappers import plain_forward, share
 from .calls import RecordedCall, StagePath
-from .cuts import CallCosts, candidate_cuts, every_cut, lean_cuts, measure, smallest_cuts
+from .cuts import (
+    CallCosts,
+    candidate_cuts,
+    cuts_beside_whole,
+    every_cut,
+    lean_cuts,
+    measure,
+    smallest_cuts,
+)
 from .record import record
 from .recording import Bound, Recording, module_of, part_of
 
@@ -362,7 +370,8 @@ def candidates(inspection: Inspection, inputs: State) -> tuple[Captured, ...]:
         ProfileError: The model cannot be taken apart.
     """
     recording, costs = _recorded(inspection, inputs)
-    return tuple([_cut(inspection.model, recording, costs, k) for k in candidate_cuts(costs)])
+    found = [_cut(inspection.model, recording, costs, cuts) for cuts in candidate_cuts(costs)]
+    return tuple({captured.cuts: captured for captured in reversed(found)}.values())[::-1]
 
 
 def _recorded(inspection: Inspection, inputs: State) -> tuple[Recording, CallCosts]:
@@ -382,6 +391,7 @@ def _cut(
     cuts: Sequence[int],
     compiler: Compiler | None = None,
 ) -> Captured:
+    cuts = sorted({*cuts, *cuts_beside_whole(recording, costs)})
     return Captured(model, recording, cuts, [costs.live_bytes[k] for k in cuts], compiler)
 
 
