@@ -23,7 +23,10 @@ READS = frozenset(
 
 ASKED = frozenset(
     getattr(Tensor, name)
-    for name in ("item", "__bool__", "__int__", "__float__", "__index__", "is_nonzero", "tolist")
+    for name in (
+        *("item", "tolist", "is_nonzero", "__contains__"),
+        *("__bool__", "__int__", "__float__", "__index__"),
+    )
 ) | {torch.is_nonzero, torch.equal, torch.allclose, Tensor.equal, Tensor.allclose}
 """They give numbers, which a guard can ask for again."""
 

@@ -488,3 +488,24 @@ class ReadsInConstraint(nn.Module):
 
 def test_what_decides_by_a_constraint_is_called_whole() -> None:
     assert list(recorded(Within(ReadsInConstraint), batch()).whole) == ["inner"]
+
+
+class LooksForPadding(Two):
+    """Looks whether a number is in the batch, as models of transformers look for padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) if 0.0 in x[:, [-1, 0]] else self.b(torch.relu(self.a(x)))
+
+
+def test_whether_a_number_is_in_the_batch_is_a_guard() -> None:
+    model, padded = LooksForPadding(), batch()
+    padded[-1, 0] = 0
+    recording = recorded(model, batch())
+    assert not recording.whole
+    assert [guard.found for guard in recording.guards] == [False]
+    assert_same_steps(model, recording, batch(1))
+    with pytest.raises(cs.PlanMismatchError, match="__contains__ .* gave False"):
+        recording.check(model, State.of(((padded,), {})))
+    again = recorded(model, padded)
+    assert [guard.found for guard in again.guards] == [True]
+    assert_same_steps(model, again, padded)
