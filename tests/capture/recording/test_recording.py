@@ -504,8 +504,44 @@ def test_whether_a_number_is_in_the_batch_is_a_guard() -> None:
     assert not recording.whole
     assert [guard.found for guard in recording.guards] == [False]
     assert_same_steps(model, recording, batch(1))
-    with pytest.raises(cs.PlanMismatchError, match="__contains__ .* gave False"):
+    with pytest.raises(cs.PlanMismatchError, match=r"__contains__ .* gave False"):
         recording.check(model, State.of(((padded,), {})))
     again = recorded(model, padded)
     assert [guard.found for guard in again.guards] == [True]
     assert_same_steps(model, again, padded)
+
+
+class Queue(nn.Module):
+    """Keeps old values in a buffer, from a place on that another buffer tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(4 * ROWS, WIDTH))
+        self.register_buffer("at", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = int(self.at)  # type: ignore[arg-type]
+        self.kept[start : start + len(x)] = x.detach()  # type: ignore[operator]
+        self.at[0] = (start + len(x)) % len(self.kept)  # type: ignore
+        return x - self.kept.mean()  # type: ignore[operator]
+
+
+class Warms(nn.Module):
+    """Decides by a count of steps, which seldom changes the decision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        return x / 2 if self.steps < 100 else x  # type: ignore[operator]
+
+
+def test_a_value_that_each_forward_changes_is_no_guard() -> None:
+    assert list(recorded(Within(Queue), batch()).whole) == ["inner"]
+    with pytest.raises(cs.ProfileError, match="a value that each forward changes"):
+        recorded(Queue(), batch())
+    warms = recorded(Within(Warms), batch())
+    assert not warms.whole
+    assert [guard.found for guard in warms.guards] == [True]
