@@ -143,7 +143,7 @@ class Quantized(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         code, off, perplexity = self.codebook(self.down(x))
-        again = self.last(self.up(code))
+        again = self.up(code)
         return {"loss": F.mse_loss(again, x) + 0.25 * off, "perplexity": perplexity}
 
 

@@ -185,41 +185,53 @@ def encoder() -> nn.Module:
     return nn.Sequential(
         *(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()),
         *(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 16)),
     )
+
+
+class Queue(nn.Module):
+    """The newest keys, written over the oldest from a place on that a buffer tells."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.register_buffer("kept", F.normalize(torch.randn(16, length), dim=0))
+        self.register_buffer("at", torch.zeros(1, dtype=torch.long))
+
+    @torch.no_grad()
+    def forward(self, keys: Tensor) -> Tensor:
+        old = self.kept.clone()  # type: ignore[operator]
+        start = int(self.at)  # type: ignore[arg-type]
+        self.kept[:, start : start + len(keys)] = keys.T  # type: ignore[operator]
+        self.at[0] = (start + len(keys)) % old.shape[1]  # type: ignore
+        return old  # type: ignore[no-any-return]
 
 
 class Contrast(nn.Module):
     """Keys of another encoder, without gradients and in another order, and a queue of old ones."""
 
-    def __init__(self, length: int = 32) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.asks, self.answers = encoder(), encoder().requires_grad_(False)
-        self.register_buffer("queue", F.normalize(torch.randn(16, length), dim=0))
-        self.register_buffer("at", torch.zeros(1, dtype=torch.long))
+        self.queue = Queue(32)
 
     @torch.no_grad()
     def keys(self, images: Tensor) -> Tensor:
         order = torch.randperm(len(images))
         return F.normalize(self.answers(images[order]), dim=1)[torch.argsort(order)]
 
-    @torch.no_grad()
-    def keep(self, keys: Tensor) -> None:
-        start, queue = int(self.at), self.queue  # type: ignore[arg-type]
-        queue[:, start : start + len(keys)] = keys.T  # type: ignore[operator]
-        self.at[0] = (start + len(keys)) % queue.shape[1]  # type: ignore
-
     def forward(self, one: Tensor, other: Tensor) -> Tensor:
-        asked, keys = F.normalize(self.asks(one), dim=1), self.keys(other)
+        keys = self.keys(other)
+        old = self.queue(keys)
+        asked = F.normalize(self.asks(one), dim=1)
         near = torch.einsum("nc,nc->n", asked, keys)[:, None]
-        scores = torch.cat([near, asked @ self.queue.clone().detach()], 1) / 0.07  # type: ignore
-        self.keep(keys)
+        scores = torch.cat([near, asked @ old], 1) / 0.07
         return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long))
 
 
 def of_contrast() -> Training:
-    images: tuple[Any, ...] = (torch.randn(8, 3, 16, 16), torch.randn(8, 3, 16, 16))
-    return Training(Contrast(), images)
+    images: tuple[Any, ...] = (torch.randn(8, 3, 32, 32), torch.randn(8, 3, 32, 32))
+    return Training(Contrast(), images, cuts="lean")
 
 
 MODELS: dict[str, Maker] = {
