@@ -70,14 +70,14 @@ class Coupling(nn.Module):
         self.register_buffer("is_set_up", torch.tensor(1, dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.is_set_up.item() == 0:  # type: ignore[operator]
+        if self.is_set_up.item() == 0:
             self.shift.data.copy_(-x.mean(0))
         x = (x + self.shift) * self.log_scale.exp()
-        kept, others = x[:, self.steers], x[:, ~self.steers]  # type: ignore[index, operator]
+        kept, others = x[:, self.steers], x[:, ~self.steers]
         shift, scale = self.net(kept).chunk(2, -1)
         y = torch.empty_like(x)
-        y[:, self.steers] = kept  # type: ignore[index]
-        y[:, ~self.steers] = others * torch.tanh(scale).exp() + shift  # type: ignore[operator]
+        y[:, self.steers] = kept
+        y[:, ~self.steers] = others * torch.tanh(scale).exp() + shift
         return y, torch.tanh(scale).sum(-1) + self.log_scale.sum()
 
 
@@ -113,17 +113,17 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def learn(self, flat: Tensor, chosen: Tensor) -> None:
-        self.counts.mul_(0.9).add_(chosen.sum(0), alpha=0.1)  # type: ignore[operator]
-        self.sums.mul_(0.9).add_(chosen.t() @ flat, alpha=0.1)  # type: ignore[operator]
-        self.codes.data.copy_(self.sums / (self.counts[:, None] + 1e-5))  # type: ignore
-        dead = self.counts < 1e-2  # type: ignore[operator]
-        self.codes[dead] = flat[torch.randint(0, len(flat), dead.shape)][dead]  # type: ignore
+        self.counts.mul_(0.9).add_(chosen.sum(0), alpha=0.1)
+        self.sums.mul_(0.9).add_(chosen.t() @ flat, alpha=0.1)
+        self.codes.data.copy_(self.sums / (self.counts[:, None] + 1e-5))
+        dead = self.counts < 1e-2
+        self.codes[dead] = flat[torch.randint(0, len(flat), dead.shape)][dead]
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
-        nearest = torch.cdist(flat, self.codes).argmin(1)  # type: ignore[arg-type]
-        chosen = F.one_hot(nearest, len(self.counts)).type(flat.dtype)  # type: ignore[arg-type]
-        code = F.embedding(nearest, self.codes)  # type: ignore[arg-type]
+        nearest = torch.cdist(flat, self.codes).argmin(1)
+        chosen = F.one_hot(nearest, len(self.counts)).type(flat.dtype)
+        code = F.embedding(nearest, self.codes)
         code = code.view(len(z), *z.shape[2:], -1).permute(0, 3, 1, 2)
         if self.training:
             self.learn(flat.detach(), chosen)
@@ -167,9 +167,9 @@ class Denoiser(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        t = torch.randint(0, len(self.signal), (len(x),)).long()  # type: ignore[arg-type]
+        t = torch.randint(0, len(self.signal), (len(x),)).long()
         drawn = torch.randn_like(x)
-        signal, noise = self.signal[t], self.noise[t]  # type: ignore[index]
+        signal, noise = self.signal[t], self.noise[t]
         noisy = signal.view(-1, 1, 1, 1) * x + noise.view(-1, 1, 1, 1) * drawn
         waves = t[:, None] * torch.exp(-math.log(1e4) * torch.arange(8) / 7)
         when = self.time(torch.cat([waves.sin(), waves.cos()], -1))

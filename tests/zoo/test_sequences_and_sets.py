@@ -200,11 +200,11 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def forward(self, keys: Tensor) -> Tensor:
-        old = self.kept.clone()  # type: ignore[operator]
-        start = int(self.at)  # type: ignore[arg-type]
-        self.kept[:, start : start + len(keys)] = keys.T  # type: ignore[operator]
-        self.at[0] = (start + len(keys)) % old.shape[1]  # type: ignore
-        return old  # type: ignore[no-any-return]
+        old = self.kept.clone()
+        start = int(self.at)
+        self.kept[:, start : start + len(keys)] = keys.T
+        self.at[0] = (start + len(keys)) % old.shape[1]
+        return old
 
 
 class Contrast(nn.Module):
