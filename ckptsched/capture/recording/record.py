@@ -15,7 +15,8 @@ from ..inspection import Inspection
 from ..model_state import left_as_it_was
 from .attributes import attributes_of
 from .calls import Fixed, Place, RecordedCall, Source
-from .one_pass.recorder import GoesBackError, Recorder
+from .one_pass.recorder import Recorder
+from .one_pass.saved import GoesBackError
 from .preparation import caches_off, fails, refuse_unready, set_up, without_cache
 from .recording import Bound, Recording, layouts_of, part_of
 
@@ -83,8 +84,8 @@ def _passes(
                 before = None
                 continue
         for name, path in recorder.changed.items():
-            recorder.mark(f"attribute {name!r} changes in a forward pass", path)
-        marked = recorder.marked
+            recorder.marks.mark(f"attribute {name!r} changes in a forward pass", path)
+        marked = recorder.marks.marked
         if not marked and before is not None:
             unlike = _difference(before, recorder)
             if unlike is None:
@@ -146,7 +147,7 @@ def _one_pass(
                 if not recorder.refusal:
                     raise
             else:
-                where = recorder.scopes[-1] or "the model itself"
+                where = recorder.marks.scopes[-1] or "the model itself"
                 raise ProfileError(
                     f"the model cannot be recorded: {where} runs by itself, and fails while it is "
                     f"recorded with {type(error).__name__}: {error}"
@@ -158,7 +159,7 @@ def _one_pass(
             path = _owner(inspection, name)
             if name not in kept and not _is_within(path, whole):
                 recorder.changed[name] = path
-        if recorder.guards and not recorder.marked:
+        if recorder.guards and not recorder.marks.marked:
             recording = _recording(recorder, inspection, inputs, output, whole)
             _mark_what_moves_on(recorder, recording, inspection, inputs)
         if state.written():
@@ -179,7 +180,7 @@ def _mark_what_moves_on(
         for guard in recording.guards:
             if bound.ask(guard, values) != guard.found:
                 why = f"{guard.read.name} reads a value that each forward changes"
-                recorder.mark(why, guard.read.scope)
+                recorder.marks.mark(why, guard.read.scope)
 
 
 def _is_within(path: str, whole: Mapping[str, str]) -> bool:

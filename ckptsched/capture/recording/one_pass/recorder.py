@@ -14,7 +14,6 @@ recording takes the memory of a forward pass without gradients.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -22,17 +21,14 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from ....tensors.pytree import State
 from ....torch_state.replay_context import Autocast
-from ....torch_state.torch_modes import transform_at_work
 from ...stage_discovery import StagedModule
 from ...unseen import Unseen
 from ..calls import (
     PLAIN,
     Around,
-    Fixed,
     Guard,
     Kept,
     Numbered,
@@ -41,7 +37,6 @@ from ..calls import (
     Source,
     StagePath,
     name_of,
-    tensors_inside,
     tensors_of,
 )
 from ..complaints import Complaint, is_complaint
@@ -64,19 +59,14 @@ from .containers import Containers
 from .interception import Onlooker, told_of_calls
 from .kept import KeptValues
 from .leaves import is_one_call
-from .owned import own_tensors, places_of
-from .values import Numbers, Origins
-
-# Packages whose code is not where a model has gone another way.
-_NOT_OF_MODELS = ("torch.", "ckptsched.")
+from .marks import Marks
+from .owned import own_tensors
+from .saved import GoesBackError, SavedTensors
+from .sources import Sources
+from .values import Origins
 
 # Operators such as that of torch.cond, which are given functions; none where torch has no class.
 _HIGHER_ORDER: Any = getattr(torch._ops, "HigherOrderOperator", ())
-_NOWHERE = Place("", "", "")
-
-
-class GoesBackError(BaseException):
-    """The model differentiates inside; no `Exception`, as models may catch those."""
 
 
 @final
@@ -94,8 +84,8 @@ class Recorder(Onlooker):
         self.model = model
         self.calls: list[RecordedCall] = []
         self.guards: list[Guard] = []
-        self.marked: dict[str, str] = {}
-        """Modules that the next recording must call whole, and why."""
+        self.marks = Marks(Recorder.run.__code__)
+        """Modules that the next recording must call whole."""
         self.given: tuple[int, ...] = ()
         """Numbers of the tensors of the arguments."""
         self.returned: tuple[Source, ...] = ()
@@ -104,28 +94,26 @@ class Recorder(Onlooker):
         """Other attributes that were changed, each with the path of the module that it is of."""
         self.leaves_elsewhere = False
         """Whether a value is held elsewhere than in attributes and the result."""
-        self.refusal = ""
-        """What no call can hold, wherever it is done; empty for nothing."""
-        self.scopes: list[str] = [""]
-        """Paths of the modules whose forward runs, the outermost first."""
+        self._refusal = ""
         self._whole = dict(whole)
-        self._hidden: dict[int, str] = {}  # tensors in arguments, by identity: in what
-        self._numbers, self._origins = Numbers(), Origins()
+        self._sources, self._origins = Sources(model, self.marks), Origins()
         self._made_in: dict[int, str] = {}
         self._paths = {id(module): path for path, module in model.named_modules()}
-        self._places = places_of(model)
         self._containers = Containers(model)
-        self._held = KeptValues(model, {p for p in self._places.values() if not p.kind})
+        known = {place for place in self._sources.places.values() if not place.kind}
+        self._held = KeptValues(model, known)
         self._own = {key: id(tensor) for key, tensor in own_tensors(model, "")}
         self._device = torch.device("cpu")
         self._autocast = Autocast.take(self._device)
         self._unseen: Unseen
         # Of the call that runs: whether an operator ran, drew, or made sizes of data.
         self._ran = self._drew = self._sized = False
-        # What modules that are not opened have saved: graphs hold the boxes, and no tensors.
-        self._boxes: list[list[Tensor]] = []
-        # Storages that came into being meanwhile, by identity, each with its scope then.
-        self._born: dict[int, str] = {}
+        self._saved = SavedTensors(self.marks)
+
+    @property
+    def refusal(self) -> str:
+        """What no call can hold, wherever it is done; empty for nothing."""
+        return self._sources.refusal or self._refusal
 
     @property
     def kept(self) -> Mapping[Place, Kept]:
@@ -153,12 +141,7 @@ class Recorder(Onlooker):
             GoesBackError: It has gone back through a graph, and the module around is marked.
         """
         self._device, self._autocast = device, Autocast.take(device)
-        self.given = tuple([self._numbers.add(leaf) for leaf in inputs.leaves])
-        self._hidden = {
-            id(tensor): type(argument).__name__
-            for argument in inputs.constants()
-            for _, tensor in tensors_inside(argument)
-        }
+        self.given = self._sources.begin(inputs)
         args, kwargs = inputs.value()
         with self._looking_on():
             if self._is_whole(self.model, ""):
@@ -169,17 +152,16 @@ class Recorder(Onlooker):
             with self.aside():
                 self._look_between_calls()
         result = State.of(output, opaque=True)
-        self.returned = tuple([self._source(leaf) for leaf in result.leaves])
+        self.returned = tuple([self._sources.of(leaf) for leaf in result.leaves])
         result = State((), result.tree)
         del output
-        for box in self._boxes:
-            box.clear()
+        self._saved.clear()
         self._look_at_what_is_held()
         return result
 
     @contextmanager
     def _looking_on(self) -> Iterator[None]:
-        with saved_tensors_hooks(_forget, self._recall), told_of_calls(self):
+        with self._saved.forgotten(), told_of_calls(self):
             with self.aside():
                 self._unseen = Unseen(self._device)
             yield
@@ -202,14 +184,14 @@ class Recorder(Onlooker):
             with self.aside():
                 self._unseen.pass_over()
             return result
-        self.scopes.append(path)
+        self.marks.scopes.append(path)
         try:
             if isinstance(module, StagedModule) and args:
                 return self._stages(module, path, args, kwargs)
             return call(module, *args, **kwargs)
         finally:
             self._look_at_random()
-            self.scopes.pop()
+            self.marks.scopes.pop()
 
     def _stages(
         self, module: StagedModule, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -231,22 +213,23 @@ class Recorder(Onlooker):
         self, cls: Any, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         if any(map(may_hide_tensors, State.of((args, kwargs), opaque=True).constants())):
-            self.mark(f"{cls.__name__}.apply is given a function or a module")
+            self.marks.mark(f"{cls.__name__}.apply is given a function or a module")
         return self._note(cls, apply, args, kwargs)
 
     def torch_function(  # noqa: D102 - inherited
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if func in EFFECTS and args and self._places.get(id(args[0]), _NOWHERE).kind:
-            place = self._places[id(args[0])]
-            self.refusal = f"it puts a hook on {place}, and one more in each forward{_line()}"
+        place = self._sources.place(args[0]) if func in EFFECTS and args else None
+        if place is not None and place.kind:
+            why = f"it puts a hook on {place}, and one more in each forward"
+            self._refusal = f"{why}{self.marks.line()}"
             return None
         if not self.is_concerned:
             return func(*args, **kwargs)
         if isinstance(func, _HIGHER_ORDER):
-            self.mark(f"{func} runs functions that a recording does not see")
+            self.marks.mark(f"{func} runs functions that a recording does not see")
         if func in GOES_BACK:
-            self.mark(f"{name_of(func)} goes back through a graph inside the model")
+            self.marks.mark(f"{name_of(func)} goes back through a graph inside the model")
             raise GoesBackError
         return self._note(func, func, args, kwargs)
 
@@ -256,7 +239,7 @@ class Recorder(Onlooker):
         self._depth += 1  # what is done here is no call of the model's
         try:
             given = State.of((args, dict(kwargs)), opaque=True)
-            reads = tuple([self._source(leaf) for leaf in given.leaves])
+            reads = tuple([self._sources.of(leaf) for leaf in given.leaves])
             before = [_version(leaf) for leaf in given.leaves]
             around = self._around()
             self._look_at_parameters(target)
@@ -266,10 +249,10 @@ class Recorder(Onlooker):
                 self._containers.look_between_calls()
             # What is not opened may go back through a graph of its own.
             keeps = isinstance(target, str) and target in self._whole
-            with saved_tensors_hooks(self._keep, self._take) if keeps else nullcontext():
+            with self._saved.kept() if keeps else nullcontext():
                 result = callee(*args, **kwargs)
             if is_code:
-                self._containers.look_after_call(self.scopes[-1])
+                self._containers.look_after_call(self.marks.scopes[-1])
             changed = tuple(
                 [
                     source.number
@@ -292,10 +275,10 @@ class Recorder(Onlooker):
     ) -> bool:
         """Whether a function has only told something of a tensor, on which the model may act."""
         if function in GRAPHS:
-            self.mark("it reads the graph that autograd builds")
+            self.marks.mark("it reads the graph that autograd builds")
         if tensors_of(result):
             if function is GRADIENT:
-                self.mark("it reads the gradient of a tensor in its forward")
+                self.marks.mark("it reads the gradient of a tensor in its forward")
             return False
         if function in READS or (result is not None and self._ran):
             self._add_guard(function, given, reads, result)
@@ -306,7 +289,7 @@ class Recorder(Onlooker):
             if self._origins.is_of_data(reads):
                 self._add_guard(function, given, reads, result)
             else:
-                self.mark("it asks for sizes that hang on data")
+                self.marks.mark("it asks for sizes that hang on data")
         return True
 
     def _add_guard(
@@ -320,9 +303,9 @@ class Recorder(Onlooker):
             if can_be_asked(result) and is_complaint():
                 self._add(Complaint(function, result), given, reads, self._around(), None, ())
             else:
-                self.mark(f"{name_of(function)} reads values that the model computes with")
+                self.marks.mark(f"{name_of(function)} reads values that the model computes with")
             return
-        read = RecordedCall(function, State((), given.tree), reads, (), self.scopes[-1])
+        read = RecordedCall(function, State((), given.tree), reads, (), self.marks.scopes[-1])
         self.guards.append(Guard(read, result, len(self.calls)))
 
     def _add(
@@ -339,18 +322,19 @@ class Recorder(Onlooker):
         if not is_module:
             holds = any(map(closes_over_tensors, given.constants()))
             if holds or sets_something(target):
-                self.mark(f"{name_of(target)} keeps a tensor where a recording cannot see it")
+                self.marks.mark(f"{name_of(target)} keeps a tensor where a recording cannot see it")
         # What lies in a place of the model's, as a buffer that is changed, is found there.
-        makes = tuple([-1 if id(t) in self._places else self._numbers.add(t) for t in made])
+        places, numbers = self._sources.places, self._sources.numbers
+        makes = tuple([-1 if id(t) in places else numbers.add(t) for t in made])
         for number in makes:
-            self._made_in.setdefault(number, self.scopes[-1])
+            self._made_in.setdefault(number, self.marks.scopes[-1])
         trained = any(isinstance(s, Place) and s.kind == "_parameters" for s in reads)
         computed = isinstance(target, type) or trained or (is_module and self._computes(target))
         self._origins.note(reads, (*makes, *changed), drew=self._drew, computed=computed)
         numbered = [(n, t) for n, t in zip(makes, made, strict=True) if n >= 0]
         self._origins.note_sizes(reads, given.leaves, numbered, by_data=self._sized)
         why = self._whole.get(target, "") if is_module else ""
-        tree, scope = State((), given.tree), self.scopes[-1]
+        tree, scope = State((), given.tree), self.marks.scopes[-1]
         self.calls.append(RecordedCall(target, tree, reads, makes, scope, around, changed, why))
 
     def _computes(self, path: str) -> bool:
@@ -361,28 +345,6 @@ class Recorder(Onlooker):
 
     # -- what is known
 
-    def _source(self, tensor: Tensor) -> Source:
-        place = self._places.get(id(tensor))
-        if place is not None:
-            return place
-        number = self._numbers.of(tensor)
-        if number is not None:
-            return Numbered(number)
-        born = self._born.get(_home(tensor))
-        if id(tensor) in self._hidden:
-            self.refusal = (
-                f"it is given a {self._hidden[id(tensor)]}, in which tensors are not seen; call it "
-                "with tensors, or with tuples, lists, dicts and dataclasses of them"
-            )
-        elif transform_at_work([tensor]):
-            self.mark("a transform of torch.func is at work")
-        elif born is not None:
-            both = _common(born, self.scopes[-1])
-            self.mark("an object hides a tensor that the model has made", both)
-        elif tensor.requires_grad:
-            self.mark("a trained tensor is used that is no parameter of the model")
-        return Fixed(tensor)
-
     def _around(self) -> Around:
         no_grad = not torch.is_grad_enabled()
         autocast = Autocast.take(self._device)
@@ -391,63 +353,33 @@ class Recorder(Onlooker):
             return PLAIN
         return Around(no_grad, autocast.modes if autocast != self._autocast else None)
 
-    def mark(self, why: str, path: str | None = None) -> None:
-        """Have the innermost module called whole the next time.
-
-        Args:
-            why: The reason, for people.
-            path: Of another module than the innermost.
-        """
-        where = self.scopes[-1] if path is None else path
-        if where not in self.marked:
-            self.marked[where] = f"{why}{_line()}"
-
     def hook_removed(self) -> None:  # noqa: D102 - inherited
-        self.mark("it takes a hook off, which a stage would leave there")
+        self.marks.mark("it takes a hook off, which a stage would leave there")
 
     def operator(  # noqa: D102 - inherited
         self, func: Any, args: tuple[Any, ...], result: Any
     ) -> None:
         if not self.is_inside:
-            self.mark(f"{func} runs where torch does not say who called it")
+            self.marks.mark(f"{func} runs where torch does not say who called it")
         if isinstance(func, _HIGHER_ORDER):
-            self.mark(f"{func} runs functions that a recording does not see")
+            self.marks.mark(f"{func} runs functions that a recording does not see")
         tags = getattr(func, "tags", ())
         self._ran = True
         self._drew = self._drew or torch.Tag.nondeterministic_seeded in tags
         if torch.Tag.dynamic_output_shape in tags:
             self._sized = self._sized or makes_sizes_of_data(func, args)
-        self._depth += 1
-        try:
-            for tensor in tensors_of(result):
-                self._born.setdefault(_home(tensor), self.scopes[-1])
-        finally:
-            self._depth -= 1
-
-    def _keep(self, tensor: Tensor) -> list[Tensor]:
-        box = [tensor]
-        self._boxes.append(box)
-        return box
-
-    def _take(self, box: list[Tensor]) -> Tensor:
-        if not box:
-            raise GoesBackError
-        return box[0]
-
-    def _recall(self, nothing: None) -> Tensor:
-        """Somebody goes back through a graph whose tensors were not saved."""
-        self.mark("it goes back through a graph inside the model")
-        raise GoesBackError
+        with self.aside():
+            self._sources.note_born(tensors_of(result))
 
     def _look_at_random(self) -> None:
         """Python's and numpy's generators are not torch's: what draws from them is called whole."""
         if self._unseen.has_drawn():
-            self.mark("it draws from the random generator of Python or of numpy")
+            self.marks.mark("it draws from the random generator of Python or of numpy")
 
     def _look_between_calls(self) -> None:
         unseen = self._unseen.between_calls()
         if unseen:
-            self.mark(unseen)
+            self.marks.mark(unseen)
 
     def _look_at_parameters(self, target: Any) -> None:
         """A module that is called with others than its own is part of what put those there."""
@@ -456,50 +388,21 @@ class Recorder(Onlooker):
         path = target.path if isinstance(target, StagePath) else target
         for key, tensor in own_tensors(part_of(self.model, path), path):
             if self._own.get(key) != id(tensor):
-                self.mark(f"{'.'.join(key)} is another tensor when {target!r} is called")
+                self.marks.mark(f"{'.'.join(key)} is another tensor when {target!r} is called")
 
     def _look_at_what_is_held(self) -> None:
         """Values that are held when the pass is over, by attributes or otherwise."""
         self._containers.look_between_calls()
         for path, name, scope in self._containers.changed_by_both():
             why = f"calls change its {name!r}, as hooks do that append to a list, and lines between"
-            self.mark(f"{why} them do, too", _common(path, scope))
-        self._held.look(self._numbers, self._source)
-        for number in self._numbers.held(self.given):
+            self.marks.mark_around(f"{why} them do, too", path, scope)
+        self._held.look(self._sources.numbers, self._sources.of)
+        for number in self._sources.numbers.held(self.given):
             self.leaves_elsewhere = True
-            self.mark("it leaves a tensor elsewhere than in its result", self._made_in[number])
-
-
-def _home(tensor: Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # of a kind without storage
-        return 0
-
-
-def _common(one: str, other: str) -> str:
-    """The path of the innermost module that contains two."""
-    parts: list[str] = []
-    for a, b in zip(one.split("."), other.split("."), strict=False):
-        if a != b:
-            break
-        parts.append(a)
-    return ".".join(parts)
+            self.marks.mark(
+                "it leaves a tensor elsewhere than in its result", self._made_in[number]
+            )
 
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _line() -> str:
-    """Where in its own code the model is, in words; empty once its forward is over."""
-    frame, found = sys._getframe(2), ""
-    while frame is not None and frame.f_code is not Recorder.run.__code__:
-        if not found and not frame.f_globals.get("__name__", "").startswith(_NOT_OF_MODELS):
-            found = f" ({frame.f_code.co_filename}, line {frame.f_lineno})"
-        frame = frame.f_back  # type: ignore[assignment]
-    return found if frame is not None else ""
-
-
-def _forget(tensor: Tensor) -> None:
-    """Saves nothing."""
