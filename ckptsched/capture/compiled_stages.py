@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..base.errors import ProfileError
 from .recording.calls import PLAIN, Fixed, Numbered, RecordedCall, Source, StagePath
+from .recording.complaints import Complaint
 from .recording.functions import EFFECTS
 from .recording.recording import Bound
 from .stage_discovery import StageCall, has_hooks
@@ -353,6 +354,8 @@ def _why_not(call: RecordedCall) -> str:
         return "is a stage of a module that lists its own"
     if isinstance(call.target, type):
         return "is a custom autograd Function"
+    if isinstance(call.target, Complaint):
+        return "reads values"
     if call.target in EFFECTS or getattr(call.target, "__name__", "") == "__set__":
         return "changes a tensor's properties"
     stands = [_Name("")] * len(call.reads)

@@ -52,7 +52,7 @@ class Options:
     loss: Loss | None = None
     """From what the graph gives, a tensor or a tuple of them, to a scalar."""
     solver: str = "auto"
-    cuts: Literal["lean", "smallest", "every"] = "lean"
+    cuts: Literal["lean", "dear", "smallest", "every"] = "lean"
     """Where the graph may be cut into stages; see `captured`."""
     on_plan: Callable[[Plan], object] | None = None
     """Is given each plan when it is made, such as `print`."""

@@ -263,6 +263,22 @@ def dear_cuts(measured: CallCosts) -> tuple[int, ...]:
     return tuple(chosen)
 
 
+def cuts_beside_whole(recording: Recording, measured: CallCosts) -> tuple[int, ...]:
+    """Those of all cuts that lie right before or after a part that is called whole.
+
+    What such a part computes may hang on draws, so that what it has taken in one run says little
+    about where to cut. And the profile looks for the most that a stage takes by other draws: two
+    parts in one stage take it together, which few draws show.
+
+    Args:
+        recording: The recording.
+        measured: What its calls take.
+    """
+    whole = [k for k, call in enumerate(recording.calls) if call.why_whole]
+    beside = sorted({edge for k in whole for edge in (k, k + 1)})
+    return tuple(k for k in beside if k < len(recording.calls) and measured.legal[k])
+
+
 def candidate_cuts(measured: CallCosts) -> tuple[tuple[int, ...], ...]:
     """The ways to cut of which one has the best plan, as far as known: each once, finest first."""
-    return tuple(dict.fromkeys((lean_cuts(measured), dear_cuts(measured), smallest_cuts(measured))))
+    return tuple(dict.fromkeys((lean_cuts(measured), dear_cuts(measured))))

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...recompute.fsdp import own_hooks
-from ..stage_discovery import HOOKS
 from .calls import tensors_of
 
 READS = frozenset(
@@ -25,7 +23,10 @@ READS = frozenset(
 
 ASKED = frozenset(
     getattr(Tensor, name)
-    for name in ("item", "__bool__", "__int__", "__float__", "__index__", "is_nonzero", "tolist")
+    for name in (
+        *("item", "tolist", "is_nonzero", "__contains__"),
+        *("__bool__", "__int__", "__float__", "__index__"),
+    )
 ) | {torch.is_nonzero, torch.equal, torch.allclose, Tensor.equal, Tensor.allclose}
 """They give numbers, which a guard can ask for again."""
 
@@ -55,7 +56,6 @@ GRAPHS = frozenset((vars(torch._C.TensorBase)["grad_fn"].__get__,))
 """They give nodes of autograd's graph, of which nothing is seen."""
 
 _MASKS = (torch.bool, torch.uint8)
-_QUIET = "transformers.utils.output_capturing"
 _MOST_NUMBERS = 64  # that one guard compares
 
 
@@ -74,15 +74,6 @@ def makes_sizes_of_data(operator: Any, args: tuple[Any, ...]) -> bool:
     if operator is not torch.ops.aten.index.Tensor:
         return True
     return any(index is not None and index.dtype in _MASKS for index in args[1])
-
-
-def has_loud_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks that may do more than a recording sees.
-
-    Those of transformers hand on what it is asked for, while its forward runs.
-    """
-    hooks = [hook for kind in HOOKS for hook in own_hooks(module, kind).values()]
-    return not all(getattr(hook, "__module__", "") == _QUIET for hook in hooks)
 
 
 def can_be_asked(found: Any) -> bool:

@@ -15,9 +15,10 @@ from ..inspection import Inspection
 from ..model_state import left_as_it_was
 from .attributes import attributes_of
 from .calls import Fixed, Place, RecordedCall, Source
+from .one_pass.recorder import Recorder
+from .one_pass.saved import GoesBackError
 from .preparation import caches_off, fails, refuse_unready, set_up, without_cache
-from .recorder import GoesBackError, Recorder
-from .recording import Recording, layouts_of, part_of
+from .recording import Bound, Recording, layouts_of, part_of
 
 # Each pass may find more that must be called whole, most often the module around it.
 _MOST_PASSES = 12
@@ -41,6 +42,16 @@ def record(inspection: Inspection, inputs: State, device: torch.device) -> Recor
     refuse_unready(inspection.model)
     with caches_off(inspection.model, inputs):
         recorder, output, whole = _passes(inspection, without_cache(inputs), device)
+    return _recording(recorder, inspection, inputs, output, whole)
+
+
+def _recording(
+    recorder: Recorder,
+    inspection: Inspection,
+    inputs: State,
+    output: State,
+    whole: Mapping[str, str],
+) -> Recording:
     return Recording(
         calls=tuple(recorder.calls),
         given=recorder.given,
@@ -73,8 +84,8 @@ def _passes(
                 before = None
                 continue
         for name, path in recorder.changed.items():
-            recorder.mark(f"attribute {name!r} changes in a forward pass", path)
-        marked = recorder.marked
+            recorder.marks.mark(f"attribute {name!r} changes in a forward pass", path)
+        marked = recorder.marks.marked
         if not marked and before is not None:
             unlike = _difference(before, recorder)
             if unlike is None:
@@ -136,7 +147,7 @@ def _one_pass(
                 if not recorder.refusal:
                     raise
             else:
-                where = recorder.scopes[-1] or "the model itself"
+                where = recorder.marks.scopes[-1] or "the model itself"
                 raise ProfileError(
                     f"the model cannot be recorded: {where} runs by itself, and fails while it is "
                     f"recorded with {type(error).__name__}: {error}"
@@ -148,9 +159,28 @@ def _one_pass(
             path = _owner(inspection, name)
             if name not in kept and not _is_within(path, whole):
                 recorder.changed[name] = path
+        if recorder.guards and not recorder.marks.marked:
+            recording = _recording(recorder, inspection, inputs, output, whole)
+            _mark_what_moves_on(recorder, recording, inspection, inputs)
         if state.written():
             raise ProfileError(f"{state.written()} is changed by the model's forward pass")
     return recorder, output
+
+
+def _mark_what_moves_on(
+    recorder: Recorder, recording: Recording, inspection: Inspection, inputs: State
+) -> None:
+    """Mark where a guard would find something else on the same batch in the next step.
+
+    A place in a queue that goes on with every batch is no decision that a recording can hold.
+    """
+    bound = Bound(recording, inspection.model)
+    values = dict(zip(recording.given, inputs.leaves, strict=True))
+    with torch.no_grad():
+        for guard in recording.guards:
+            if bound.ask(guard, values) != guard.found:
+                why = f"{guard.read.name} reads a value that each forward changes"
+                recorder.marks.mark(why, guard.read.scope)
 
 
 def _is_within(path: str, whole: Mapping[str, str]) -> bool:

@@ -23,7 +23,16 @@ from ..model_state import left_as_it_was
 from ..stage_discovery import StageCall, StagedModule, has_hooks
 from ..wrappers import plain_forward, share
 from .calls import RecordedCall, StagePath
-from .cuts import CallCosts, candidate_cuts, dear_cuts, every_cut, lean_cuts, measure, smallest_cuts
+from .cuts import (
+    CallCosts,
+    candidate_cuts,
+    cuts_beside_whole,
+    dear_cuts,
+    every_cut,
+    lean_cuts,
+    measure,
+    smallest_cuts,
+)
 from .lean_stage import LeanStage
 from .record import record
 from .recording import Bound, Recording, module_of, part_of
@@ -376,13 +385,14 @@ def candidates(inspection: Inspection, inputs: State) -> tuple[Captured, ...]:
         inputs: What it is called with, as `(args, kwargs)`, taken apart, with some tensor.
 
     Returns:
-        Lean cuts, and the smallest where those are others.
+        Lean cuts, and those between dear calls where they are others.
 
     Raises:
         ProfileError: The model cannot be taken apart.
     """
     recording, costs = _recorded(inspection, inputs)
-    return tuple([_cut(inspection.model, recording, costs, k) for k in candidate_cuts(costs)])
+    found = [_cut(inspection.model, recording, costs, cuts) for cuts in candidate_cuts(costs)]
+    return tuple({captured.cuts: captured for captured in reversed(found)}.values())[::-1]
 
 
 def _recorded(inspection: Inspection, inputs: State) -> tuple[Recording, CallCosts]:
@@ -402,6 +412,7 @@ def _cut(
     cuts: Sequence[int],
     compiler: Compiler | None = None,
 ) -> Captured:
+    cuts = sorted({*cuts, *cuts_beside_whole(recording, costs)})
     live = [costs.live_bytes[k] for k in cuts]
     return Captured(model, recording, cuts, live, compiler, costs)
 

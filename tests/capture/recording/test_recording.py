@@ -7,6 +7,7 @@ import gc
 import random
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -403,3 +404,144 @@ def test_hooks_of_all_modules_are_refused() -> None:
             recorded(Within(KeepsTensor), batch())
     finally:
         handle.remove()
+
+
+class EmptiesHookedList(nn.Module):
+    """Collects features by hooks, in a list that its forward empties."""
+
+    def __init__(self, *, detached: bool, first: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.detached, self.first, self.seen = detached, first, list[Tensor]()
+        for layer in self.layers:
+            layer.register_forward_hook(self.collect)
+
+    def collect(self, layer: nn.Module, given: Any, made: Tensor) -> None:
+        self.seen.append(made.detach() if self.detached else made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.first:
+            self.seen.clear()
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        if not self.first:
+            self.seen.clear()
+        return x
+
+
+@pytest.mark.parametrize(("detached", "first"), [(True, True), (True, False), (False, False)])
+def test_a_list_that_hooks_fill_and_the_forward_empties_does_not_grow(
+    detached: bool, first: bool
+) -> None:
+    model = EmptiesHookedList(detached=detached, first=first)
+    with pytest.raises(cs.ProfileError, match=r"calls change its 'seen'.* lines between them"):
+        recorded(model, batch())
+    outer = Within(partial(EmptiesHookedList, detached=detached, first=first))
+    recording = recorded(outer, batch())
+    assert list(recording.whole) == ["inner"]
+    for _ in range(3):
+        recording.replay(outer, (batch(),))
+        assert len(outer.inner.seen) == (2 if first else 0)
+
+
+class SamplesNormal(nn.Module):
+    """Builds distributions, which look at the values of their parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.spread = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normal = torch.distributions.Normal(self.mean(x), self.spread(x).exp())
+        z = normal.rsample()
+        square = self.mean.weight @ self.mean.weight.T + torch.eye(WIDTH)
+        prior = torch.distributions.MultivariateNormal(torch.zeros(WIDTH), square)
+        return normal.log_prob(z.detach()) - prior.log_prob(z)[:, None]
+
+
+def test_checks_of_distributions_are_no_reads_that_steer() -> None:
+    torch.manual_seed(0)
+    model = SamplesNormal()
+    recording = recorded(model, batch())
+    assert not recording.whole
+    for seed in range(3):
+        assert_same_steps(model, recording, batch(seed))
+    for bad in (float("nan"), float("inf")):
+        wrong = torch.full_like(batch(), bad)
+        with pytest.raises(ValueError, match="Expected parameter"):
+            model(wrong)
+        with pytest.raises(cs.ExecutionError, match="not a number"):
+            recording.replay(model, (wrong,))
+
+
+class ReadsInConstraint(nn.Module):
+    """Decides by what a constraint says, which is no check that raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return y if torch.distributions.constraints.positive.check(y).all() else -y
+
+
+def test_what_decides_by_a_constraint_is_called_whole() -> None:
+    assert list(recorded(Within(ReadsInConstraint), batch()).whole) == ["inner"]
+
+
+class LooksForPadding(Two):
+    """Looks whether a number is in the batch, as models of transformers look for padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) if 0.0 in x[:, [-1, 0]] else self.b(torch.relu(self.a(x)))
+
+
+def test_whether_a_number_is_in_the_batch_is_a_guard() -> None:
+    model, padded = LooksForPadding(), batch()
+    padded[-1, 0] = 0
+    recording = recorded(model, batch())
+    assert not recording.whole
+    assert [guard.found for guard in recording.guards] == [False]
+    assert_same_steps(model, recording, batch(1))
+    with pytest.raises(cs.PlanMismatchError, match=r"__contains__ .* gave False"):
+        recording.check(model, State.of(((padded,), {})))
+    again = recorded(model, padded)
+    assert [guard.found for guard in again.guards] == [True]
+    assert_same_steps(model, again, padded)
+
+
+class Queue(nn.Module):
+    """Keeps old values in a buffer, from a place on that another buffer tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(4 * ROWS, WIDTH))
+        self.register_buffer("at", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = int(self.at)  # type: ignore[arg-type]
+        self.kept[start : start + len(x)] = x.detach()  # type: ignore[operator]
+        self.at[0] = (start + len(x)) % len(self.kept)  # type: ignore
+        return x - self.kept.mean()  # type: ignore[operator]
+
+
+class Warms(nn.Module):
+    """Decides by a count of steps, which seldom changes the decision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        return x / 2 if self.steps < 100 else x  # type: ignore[operator]
+
+
+def test_a_value_that_each_forward_changes_is_no_guard() -> None:
+    assert list(recorded(Within(Queue), batch()).whole) == ["inner"]
+    with pytest.raises(cs.ProfileError, match="a value that each forward changes"):
+        recorded(Queue(), batch())
+    warms = recorded(Within(Warms), batch())
+    assert not warms.whole
+    assert [guard.found for guard in warms.guards] == [True]

@@ -201,7 +201,7 @@ def test_lean_cuts_leave_out_what_has_a_leaner_one_near() -> None:
 def test_what_cannot_be_captured_says_so() -> None:
     with pytest.raises(cs.ProfileError, match="found no tensor"):
         cs.captured(Language())
-    with pytest.raises(cs.ProfileError, match="'lean', 'smallest', 'every'"):
+    with pytest.raises(cs.ProfileError, match="'lean', 'dear', 'smallest', 'every'"):
         cs.captured(nn.Linear(8, 8), torch.randn(2, 8), cuts="fine")  # type: ignore[arg-type]
 
 
@@ -256,3 +256,40 @@ def test_a_part_that_is_fitted_goes_on_following_its_own_plan() -> None:
     found = cs.verify(model, plan, x)
     assert found.gradients_equal, str(found)
     assert found.buffers_equal
+
+
+class LeftOutByChance(nn.Module):
+    """A layer that is run one time in two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.a(x)) if torch.rand(()) < 0.5 else x
+
+
+@pytest.mark.parametrize("cuts", ["lean", "smallest"])
+def test_layers_that_are_left_out_by_chance_are_stages_of_their_own(cuts: Any) -> None:
+    """What several such layers take together is seen in few runs, so each is measured alone."""
+    layers = 6
+    model = nn.Sequential(*[LeftOutByChance() for _ in range(layers)], nn.Linear(8, 3))
+    expected = None
+    for seed in range(4):
+        torch.manual_seed(seed)
+        net = cs.captured(Whole(model), torch.randn(5, 8), cuts=cuts)
+        assert len(net.stages()) == layers + 1
+        chain = cs.profile(net, net.take(torch.randn(5, 8)), loss=lambda y: y[0].square().mean())
+        expected = expected or cs.plan(chain, budget="100%").store_all_bytes
+        assert cs.plan(chain, budget="100%").store_all_bytes == expected
+
+
+class Whole(nn.Module):
+    """A model around another."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from typing import final
 
 from torch import Tensor
 
-from .calls import Numbered, Source
+from ..calls import Numbered, Source
 
 
 @final

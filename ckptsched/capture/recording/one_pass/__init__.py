@@ -1,0 +1,1 @@
+"""What looks on during one forward pass, and notes its calls."""

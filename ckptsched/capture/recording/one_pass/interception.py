@@ -1,0 +1,173 @@
+"""Lets someone look on while a model runs as it is written.
+
+Four things are told of: what is called of torch, by a `TorchFunctionMode`; calls of modules and
+applications of custom Functions, which are replaced for the thread; and every operator that runs,
+by a `TorchDispatchMode`, so that nothing happens unseen.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from threading import get_ident
+from typing import Any, final
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
+
+# One recording at a time: what is replaced is replaced for all threads, and passes others by.
+_LOCK = threading.RLock()
+
+
+class Onlooker(ABC):
+    """Who is told what a model does."""
+
+    def __init__(self) -> None:
+        """Look on in this thread."""
+        self._thread, self._depth = get_ident(), 0
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether what runs now is part of a call that was told of, or of the onlooker's own."""
+        return self._depth > 0
+
+    @property
+    def is_concerned(self) -> bool:
+        """Whether a call that is made now is to be told of."""
+        return not self._depth and get_ident() == self._thread
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done here is no call of the model's."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+    @abstractmethod
+    def torch_function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Something of torch is called.
+
+        Args:
+            func: A function of torch, a method of tensors, or the access to a property.
+            args: What it is given.
+            kwargs: The same by name.
+        """
+
+    @abstractmethod
+    def module(
+        self,
+        module: nn.Module,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """A module is called.
+
+        Args:
+            module: The module.
+            call: `nn.Module.__call__`.
+            args: What it is given.
+            kwargs: The same by name.
+        """
+
+    @abstractmethod
+    def function(
+        self, cls: Any, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """A custom autograd Function is applied.
+
+        Args:
+            cls: Its class.
+            apply: Applies it.
+            args: What it is given.
+            kwargs: The same by name.
+        """
+
+    @abstractmethod
+    def hook_removed(self) -> None:
+        """A hook is about to be taken off."""
+
+    @abstractmethod
+    def operator(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        """An operator has run.
+
+        Args:
+            func: The operator.
+            args: What it was given by position.
+            result: What it gave.
+        """
+
+
+@contextmanager
+def told_of_calls(onlooker: Onlooker) -> Iterator[None]:
+    """Tell someone what is called within a `with` block, one thread at a time.
+
+    Args:
+        onlooker: Who is told.
+    """
+    call, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
+    remove = RemovableHandle.remove
+
+    def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if onlooker.is_concerned:
+            return onlooker.module(module, call, args, kwargs)
+        return call(module, *args, **kwargs)
+
+    def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if onlooker.is_concerned:
+            return onlooker.function(cls, apply.__get__(None, cls), args, kwargs)
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    def removed(handle: RemovableHandle) -> None:
+        if onlooker.is_concerned:
+            onlooker.hook_removed()
+        remove(handle)
+
+    with ExitStack() as stack:
+        stack.enter_context(_LOCK)
+        stack.enter_context(_Watch(onlooker))
+        stack.enter_context(_Notes(onlooker))
+        setattr(nn.Module, "__call__", called)  # noqa: B010 - as a method it has another type
+        torch.autograd.Function.apply = classmethod(applied)
+        setattr(RemovableHandle, "remove", removed)  # noqa: B010
+        try:
+            yield
+        finally:
+            setattr(nn.Module, "__call__", call)  # noqa: B010
+            torch.autograd.Function.apply = apply
+            setattr(RemovableHandle, "remove", remove)  # noqa: B010
+
+
+@final
+class _Notes(TorchFunctionMode):
+    """Tells what is called of torch."""
+
+    def __init__(self, onlooker: Onlooker) -> None:
+        super().__init__()
+        self._onlooker = onlooker
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._onlooker.torch_function(func, args, kwargs or {})
+
+
+@final
+class _Watch(TorchDispatchMode):
+    """Tells which operators run."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, onlooker: Onlooker) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._onlooker = onlooker
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._onlooker.operator(func, args, result)
+        return result
