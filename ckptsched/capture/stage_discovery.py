@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..base.errors import ProfileError
 from ..recompute.fsdp import own_hooks
-from .wrappers import forward_attribute, is_compiled
+from .wrappers import class_name, forward_attribute, is_compiled
 
 # Modules that may hand their input on as it is, or as a view: what changes their output in
 # place changes their input, too.
@@ -106,6 +106,11 @@ class StageCall(abc.ABC):
     def name(self) -> str:
         """Path in the whole model, such as "2.step[7]"."""
         return ".".join(part for part in (self.prefix, self.label) if part)
+
+    @property
+    def title(self) -> str:
+        """The same, or the class of the model where the stage is all of it."""
+        return self.name or class_name(self.module)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"

@@ -171,6 +171,16 @@ class PlainForward(nn.Module):
         return repr(self._fitted.model)
 
 
+def class_name(module: nn.Module) -> str:
+    """The name of the class of a module, or of the model that it stands for.
+
+    Args:
+        module: Any module.
+    """
+    stands_for = module._fitted.model if isinstance(module, PlainForward) else module
+    return type(stands_for).__name__
+
+
 def in_place(module: nn.Module) -> InPlace | None:
     """What runs in place of a module's forward, if something of ours does."""
     found = vars(module).get("forward")

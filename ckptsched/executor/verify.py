@@ -176,9 +176,11 @@ def verify(
     """
     inspection = inspect_model(model, "verify", PlanMismatchError)
     planned = follow(inspection, model, plan, "none", None)  # what differs is measured
-    sample, kwargs = first_by_position(inspection.model, sample, kwargs or {})
+    kwargs = kwargs or {}
     if isinstance(planned.calls, RecordedCalls):
         planned.calls.prepare(sample, kwargs)  # which takes memory that is no part of a step
+    else:  # a recording is for arguments as they were given
+        sample, kwargs = first_by_position(inspection.model, sample, kwargs)
     call = _Call(inspection, sample, kwargs)
     if not torch.is_grad_enabled():
         raise PlanMismatchError("verify needs gradients; call it outside torch.no_grad")

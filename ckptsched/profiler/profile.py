@@ -197,7 +197,8 @@ def measure_opened(
     """Measure a model by its recording, if it has one; arguments and errors as of `measure`."""
     captured = opened.captured
     if captured is None:
-        chain = measure(inspection, sample, kwargs, loss, meter, progress=progress)
+        with _said_why_whole(opened.whole):
+            chain = measure(inspection, sample, kwargs, loss, meter, progress=progress)
         assert chain.signature is not None
         signature = replace(chain.signature, whole=printable(opened.whole))
         return replace(chain, signature=signature) if opened.whole else chain
@@ -210,6 +211,19 @@ def measure_opened(
         like=like,
         alike=alike,
     )
+
+
+@contextmanager
+def _said_why_whole(why: str) -> Iterator[None]:
+    """Say of a model that is measured as one stage why, where that fails."""
+    try:
+        yield
+    except ProfileError as error:
+        if not why:
+            raise
+        raise ProfileError(
+            f"{error}. The model is measured as one stage, as it could not be recorded: {why}"
+        ) from error
 
 
 def measure(

@@ -188,7 +188,7 @@ class StageKind:
             ProfileError: The run had other side outputs than those before.
         """
         if len(tape.sides) != len(self.sides):
-            name = self.call.name or type(self.call.module).__name__
+            name = self.call.title
             raise ProfileError(
                 f"stage {name!r} left {len(self.sides)} tensors with a graph by another way than "
                 f"its output, and {len(tape.sides)} in another run; let it leave the same from run "

@@ -301,7 +301,7 @@ class _Paths:
             ProfileError: A plan cannot follow it.
         """
         found = find_side_outputs(
-            kind.call.name or type(kind.call.module).__name__,
+            kind.call.title,
             kind.call,
             kind.x,
             wanted=kind.wanted,

@@ -51,7 +51,7 @@ def examine(
     Raises:
         ProfileError: It fails, or cannot be run again with the same result.
     """
-    name = call.name or type(call.module).__name__
+    name = call.title
     given = [leaf for leaf in extras.apart().leaves if leaf.requires_grad]
     collecting = [*Slots([call.module]).parameters(), *given]
     with failures_named(f"stage {name!r}", x):

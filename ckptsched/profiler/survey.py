@@ -174,7 +174,7 @@ def _check_device(kind: StageKind, device: torch.device) -> None:
     """Raise if a stage returns a tensor on another device."""
     for leaf in kind.output.leaves:
         if leaf.device != device and matters(leaf):
-            name = kind.call.name or type(kind.call.module).__name__
+            name = kind.call.title
             raise ProfileError(
                 f"stage {name!r} returns a tensor on {leaf.device}, and the sample is on "
                 f"{device}: bytes are counted and random states kept on one device; leave all of "
@@ -288,7 +288,7 @@ def _for_gradient(found: StageKind, gradients: Gradients, *, is_last: bool) -> S
     )
     kind.set_gradients(first=True)
     kind.begin()
-    name = kind.call.name or type(kind.call.module).__name__
+    name = kind.call.title
     with failures_named(f"the backward of stage {name!r}", kind.x):
         tape, output = kind.record(kind.x)
         kind.note_contents(tape, output)

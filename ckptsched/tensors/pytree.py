@@ -148,6 +148,55 @@ class State:
 
 
 @final
+class Filling:
+    """Puts tensors into the arguments of a call, again and again."""
+
+    __slots__ = ("_args", "_args_nested", "_args_plain", "_kwargs", "_kwargs_nested")
+
+    def __init__(self, call: State) -> None:
+        """Take the arguments of a call.
+
+        Args:
+            call: Them, as `(args, kwargs)`, taken apart; its own tensors do not matter.
+        """
+        assert isinstance(call.tree, _Branch)
+        args, kwargs = call.tree.parts
+        assert isinstance(args, _Branch)
+        assert isinstance(kwargs, _Branch)
+        self._args, rest = _filled(enumerate(args.parts))
+        self._args_plain = [(k, node.index) for k, node in rest if isinstance(node, _Leaf)]
+        self._args_nested = [(k, node) for k, node in rest if not isinstance(node, _Leaf)]
+        found, self._kwargs_nested = _filled(zip(kwargs.keys, kwargs.parts, strict=True))
+        self._kwargs: dict[str, Any] = dict(zip(kwargs.keys, found, strict=True))
+
+    def __call__(self, leaves: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments by position and by name.
+
+        Args:
+            leaves: The tensors, in order.
+        """
+        args, kwargs = self._args.copy(), self._kwargs.copy()
+        for k, index in self._args_plain:
+            args[k] = leaves[index]
+        for k, node in self._args_nested:
+            args[k] = _put_together(node, leaves)
+        for key, node in self._kwargs_nested:
+            kwargs[key] = _put_together(node, leaves)
+        return args, kwargs
+
+
+def _filled(nodes: Iterable[tuple[Any, _Node]]) -> tuple[list[Any], list[tuple[Any, _Node]]]:
+    """Constants in their places, and what else is to be put where."""
+    values: list[Any] = []
+    rest = []
+    for key, node in nodes:
+        constant = isinstance(node, _Constant)
+        values.append(node.value if isinstance(node, _Constant) else None)
+        rest += [] if constant else [(key, node)]
+    return values, rest
+
+
+@final
 @dataclass(frozen=True)
 class Extras:
     """Further arguments that every stage is given, such as a mask or a condition."""

@@ -255,3 +255,22 @@ def test_verify_leaves_the_callers_cache_usable() -> None:
         (first.float().sum() + layer(x).float().sum()).backward()
     assert layer.weight.grad is not None
     torch.testing.assert_close(layer.weight.grad, 2 * x.sum(0).expand(8, 8), rtol=1e-2, atol=1e-1)
+
+
+class Named(nn.Module):
+    """A model that is given its batch by name, and gives its loss itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        y = self.second(torch.relu(self.first(x))) + x
+        return {"loss": (y - labels).square().mean(), "y": y}
+
+
+@pytest.mark.parametrize("names", [("x", "labels"), ("labels", "x")])
+def test_arguments_by_name_in_any_order(names: tuple[str, str]) -> None:
+    model, kwargs = Named(), {name: torch.randn(4, 8) for name in names}
+    plan = cs.plan(model, kwargs=kwargs, budget="100%")
+    assert cs.verify(model, plan, kwargs=kwargs).ok

@@ -410,3 +410,35 @@ def test_a_loss_with_targets_of_the_first_batch_is_provided_for_on_others() -> N
     with pytest.warns(cs.BudgetWarning, match=r"loss that fit was given fails.*\d+ bytes"):
         found = gradients(model, more, torch.ones(9, 1))
     assert same(found, gradients(plain, more, torch.ones(9, 1)))
+
+
+class Keyed(nn.Module):
+    """It takes its batch by name alone, and goes the way that its values say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, *, pixels: Tensor) -> Tensor:
+        y: Tensor = self.layer(pixels)
+        return y * 2 if y.sum() > 100 else y
+
+
+def test_a_model_that_is_neither_recorded_nor_a_stage_is_refused_with_both_reasons() -> None:
+    with pytest.raises(cs.ProfileError, match=r"found only 'pixels'.*Tensor.__bool__ reads values"):
+        cs.fit(Keyed(), kwargs={"pixels": torch.randn(2, 4)}, budget="50%")
+
+
+def test_messages_name_the_class_of_a_model_that_is_one_stage() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.calls = nn.Linear(4, 4), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            y: Tensor = self.layer(x) * self.calls
+            return y
+
+    with pytest.raises(cs.ProfileError, match="'Counting'"):
+        cs.fit(Counting(), torch.randn(2, 4), budget="100%", capture=False)

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast, final
 import torch
 from torch import Tensor, nn
 
-from ...tensors.pytree import State
+from ...tensors.pytree import Filling, State
 
 
 @final
@@ -218,20 +218,24 @@ class RecordedCall:
         """The tensors of the model that it is given, those of a module that it calls apart."""
         return tuple(source for source in self.reads if isinstance(source, Place))
 
-    def run(self, callee: Callable[..., Any], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def run(
+        self, callee: Callable[..., Any], filling: Filling, tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
         """Call it.
 
         Args:
             callee: The module that the target names, or the target.
+            filling: Of `given`.
             tensors: For each of `reads` the tensor.
 
         Returns:
             The tensors of the result, in the order of `makes`.
         """
-        args, kwargs = self.given.replaced(tensors).value()
+        args, kwargs = filling(tensors)
+        if self.around is PLAIN:
+            return tensors_of(callee(*args, **kwargs))
         with self.around.entered():
-            result = callee(*args, **kwargs)
-        return tensors_of(result)
+            return tensors_of(callee(*args, **kwargs))
 
 
 def name_of(target: Callable[..., Any]) -> str:

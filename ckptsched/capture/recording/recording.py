@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base.errors import ExecutionError, PlanMismatchError
-from ...tensors.pytree import State
+from ...tensors.pytree import Filling, State
 from ..stage_discovery import StageCall, StagedModule
 from .attributes import attributes_of
 from .calls import Guard, Kept, Numbered, Place, RecordedCall, Source, StagePath
@@ -63,6 +63,11 @@ class Recording:
         found.update(dict.fromkeys(ends, len(self.calls)))
         found.pop(-1, None)
         return found
+
+    @functools.cached_property
+    def fillings(self) -> tuple[Filling, ...]:
+        """What puts tensors into the arguments of each call."""
+        return tuple([Filling(call.given) for call in self.calls])
 
     def live(self, k: int) -> tuple[int, ...]:
         """Numbers of the values that are there before a call and are read by it or later.
@@ -219,8 +224,12 @@ class Bound:
         """
         call = self._recording.calls[k]
         tensors = [self.tensor(source, values) for source in call.reads]
-        with switched_off(self._caching.get(k, ())):
-            made = call.run(self._callees[k], tensors)
+        filling = self._recording.fillings[k]
+        if k in self._caching:
+            with switched_off(self._caching[k]):
+                made = call.run(self._callees[k], filling, tensors)
+        else:
+            made = call.run(self._callees[k], filling, tensors)
         if len(made) != len(call.makes):
             raise ExecutionError(
                 f"{call.name} gave {len(made)} tensors, and {len(call.makes)} when the model was "
