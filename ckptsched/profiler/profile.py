@@ -38,7 +38,13 @@ from .refusals import call_of, refuse_unmeasurable
 from .stage_kind import Loss, LossWeight, StageKind
 from .stage_paths import Variations
 from .stage_time import ROUNDS, time_stages
-from .survey import Survey, sides_held, survey_backward, survey_model
+from .survey import (
+    Survey,
+    note_gradients_there,
+    sides_held,
+    survey_backward,
+    survey_model,
+)
 
 _MOST_SAID = 3  # parts that are called whole, in a message
 
@@ -289,6 +295,7 @@ def _measured(
         survey, ending, lost = _surveyed(inspection, inputs, extras, state, loss, meter, alike)
         facts = survey.facts()
         kinds = survey_backward(survey.order, lost.gradients)
+        note_gradients_there(survey.order)
         among = Ambient.take(device).costly_modes()
         timed = like is None
         seconds, spread = _weigh_and_time(

@@ -116,6 +116,9 @@ class StageKind:
     """What it sends back, by tensor of its input."""
     gradient_bytes: dict[int, int] = field(default_factory=dict)
     """Bytes of the gradient of each alias that gets one, by the alias's id."""
+    there: frozenset[int] = frozenset()
+    """Ids of the aliases whose gradients are there when its backward runs, as later stages have
+    made them; of a stage that runs once."""
     ledger: StageLedger | None = None
     """Its exact bytes, once weighed."""
     lean: StageLedger | None = None
@@ -221,10 +224,20 @@ class StageKind:
         self.used_bytes = sum(a.nbytes for a in self.aliases if id(a) in contents.leaves)
 
     def set_gradients(self, *, first: bool) -> None:
-        """Clear the gradients of the aliases, or give all of them some (first=False)."""
+        """Give the aliases the gradients that are there before a backward.
+
+        Args:
+            first: Whether it is the first of the stage: those that later stages have made are
+                there, and otherwise all.
+        """
         for alias in self.aliases:
-            given = not first and id(alias) in self.gradient_bytes
+            given = id(alias) in self.gradient_bytes and (not first or id(alias) in self.there)
             alias.grad = torch.zeros_like(alias) if given else None
+
+    def clear_gradients(self) -> None:
+        """Let the gradients of the aliases go."""
+        for alias in self.aliases:
+            alias.grad = None
 
 
 def leave_sides(kind: StageKind) -> None:

@@ -269,6 +269,20 @@ def _for_gradients(found: StageKind, arriving: list[Gradients], *, is_last: bool
     return first
 
 
+def note_gradients_there(order: Sequence[StageKind]) -> None:
+    """Tell stages that run once which gradients later stages have made before their backward.
+
+    Args:
+        order: The kind of each stage, gone back through.
+    """
+    made: set[int] = set()
+    for kind in reversed(order):
+        if kind.count == 1:
+            for path in (kind, *kind.others):
+                path.there = frozenset(made & path.gradient_bytes.keys())
+        made |= kind.gradient_bytes.keys()
+
+
 def _fitted(gradients: Gradients, path: StageKind) -> Gradients:
     """These gradients, where they have the shapes that the output has on a path."""
     pairs = zip(gradients, path.output.leaves, strict=True)

@@ -354,3 +354,31 @@ def test_the_loss_that_is_assumed_takes_what_one_in_float32_takes(
     model.zero_grad()
     _, measured = default_meter("cpu").measure(step)
     assert measured.peak_bytes <= made.peak_bytes
+
+
+class CellTwice(nn.Module):
+    """A layer that is used again in other stages, so that its gradient is there at a backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.other, self.last = (nn.Linear(96, 96) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = torch.sigmoid(self.other(torch.tanh(self.cell(x))))
+        y: Tensor = self.cell(x) * torch.tanh(self.last(x))
+        return y
+
+
+@pytest.mark.parametrize("cuts", ["dear", "lean"])
+def test_gradients_that_later_stages_have_made_are_not_charged_twice(cuts: Any) -> None:
+    torch.manual_seed(0)
+    model, x = CellTwice(), torch.randn(4, 96, requires_grad=True)
+    captured = cs.captured(model, x, cuts=cuts)
+    chain = cs.profile(captured, captured.take(x))
+    whole = cs.plan(chain, budget="100%")
+    for budget in (whole.least_budget_bytes, whole.peak_bytes):
+        plan = cs.plan(chain, budget=budget)
+        result = cs.verify(captured, plan, captured.take(x))
+        assert result.ok, str(result)
+        assert plan.peak_bytes - 128 <= result.measured_peak_bytes <= plan.peak_bytes

@@ -248,6 +248,7 @@ def _weight_of(kind: StageKind) -> Hashable:
         layout_of_gradients(kind.gradients),
         layout_of_gradients(kind.input_gradients),
         tuple([kind.gradient_bytes.get(id(alias)) for alias in kind.aliases]),
+        tuple([id(alias) in kind.there for alias in kind.aliases]),
         (kind.is_last, kind.count > 1),
         (kind.saved_bytes, kind.largest_bytes, kind.used_bytes),
     )

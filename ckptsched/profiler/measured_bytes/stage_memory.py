@@ -84,7 +84,7 @@ def bytes_left_for_good(kind: StageKind, meter: Meter) -> int:
             kind.go_back(tape)
             del tape
             window.mark()
-    kind.set_gradients(first=True)
+    kind.clear_gradients()
     last = window.phases[2]
     return max(0, last.final_bytes - last.start_bytes)
 
@@ -243,7 +243,7 @@ def _weigh_backward(kind: StageKind, meter: Meter, held: _Held, *, first: bool) 
         gradients = kind.go_back(tape)
         window.mark()
         del gradients, outputs, inputs
-    kind.set_gradients(first=True)
+    kind.clear_gradients()
     forward, drops, backward = window.phases[1], window.phases[2:-2], window.phases[-2]
     n = len(sizes) - len(sources)
     kept = [drop.final_bytes == drop.start_bytes for drop in drops]
