@@ -23,7 +23,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ from torch.utils.checkpoint import (
 
 import ckptsched as cs
 from ckptsched.memory.meters import default_meter
+from ckptsched.profiler.profile import loss_of_tensors
+from ckptsched.workload.chain import Chain
 
 SHARES = (30, 40, 50, 60, 70)
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
@@ -327,14 +329,14 @@ def rows_of(name: str, case: Case, rounds: int) -> tuple[list[Row], dict[str, fl
     """All rows of a model, and what preparing it took; both are printed once they are known."""
     plain = case.without_saving or case.model
     start = time.process_time()
-    chain = cs.profile(plain, kwargs=case.batch, loss=case.loss)
+    chains = chains_of(plain, case)
     profiled = time.process_time() - start
     start = time.process_time()
-    front = cs.plan(chain, budget="100%")
+    fronts = [cs.plan(chain, budget="100%") for chain in chains]
     planned = time.process_time() - start
-    whole, least = front.store_all_bytes, front.least_budget_bytes
+    whole, least = fronts[0].store_all_bytes, min(x.least_budget_bytes for x in fronts)
     facts = {
-        "stages": len(chain),
+        "stages": len(chains[0]),
         "least": least / whole,
         "profile_seconds": profiled,
         "plan_seconds": planned,
@@ -344,24 +346,54 @@ def rows_of(name: str, case: Case, rounds: int) -> tuple[list[Row], dict[str, fl
     print(f"{'':34}{'peak':>8}{'projected':>11}{'measured':>10}", flush=True)
     budgets = {f"{share} %": share * whole // 100 for share in SHARES}
     budgets = {n: b for n, b in {"least": least, **budgets, "100 %": whole}.items() if b >= least}
-    rows = _compared(name, case, plain, chain, budgets, {}, rounds)
+    rows = _compared(name, case, plain, chains, budgets, {}, rounds)
     others = peers(case)
     peaks = running(others, case)
     others = {way: others[way] for way in peaks}
     budgets = {f"plan at {way}": b for way, b in peaks.items() if least <= b}
-    return rows + _compared(name, case, plain, chain, budgets, others, rounds), facts
+    return rows + _compared(name, case, plain, chains, budgets, others, rounds), facts
+
+
+def chains_of(model: nn.Module, case: Case) -> list[Chain]:
+    """The model as a chain in each way to cut it that `fit` and `plan` compare.
+
+    Args:
+        model: The model, or one without a way of its own to save memory.
+        case: Its batch and loss.
+    """
+    found: dict[tuple[int, ...], Chain] = {}
+    for cuts in ("lean", "dear"):
+        captured = cs.captured(model, kwargs=case.batch, cuts=cuts)  # type: ignore[arg-type]
+        if captured.cuts not in found:
+            loss, inputs = loss_of_tensors(captured, case.loss), captured.take(**case.batch)
+            found[captured.cuts] = cs.profile(captured, inputs, loss=loss)
+    return list(found.values())
+
+
+def cheapest(chains: Sequence[Chain], budget: int) -> cs.Plan:
+    """The plan that costs least time within a budget of bytes, for any of some chains."""
+    found, error = [], None
+    for chain in chains:
+        try:
+            found.append(cs.plan(chain, budget=budget))
+        except cs.InfeasibleBudgetError as failure:
+            error = failure
+    if not found:
+        assert error is not None
+        raise error
+    return min(found, key=lambda plan: plan.overhead)
 
 
 def _compared(
     name: str,
     case: Case,
     plain: nn.Module,
-    chain: Any,
+    chains: Sequence[Chain],
     budgets: dict[str, int],
     others: dict[str, nn.Module],
     rounds: int,
 ) -> list[Row]:
-    plans = {way: cs.plan(chain, budget=budget) for way, budget in budgets.items()}
+    plans = {way: cheapest(chains, budget) for way, budget in budgets.items()}
     models: dict[str, nn.Module] = {way: cs.checkpointed(plain, p) for way, p in plans.items()}
     models = {"plain": plain, **models, **others}
     peaks = {way: peak_of(model, case) for way, model in models.items()}

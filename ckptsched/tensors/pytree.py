@@ -180,8 +180,8 @@ class Filling:
             args[k] = leaves[index]
         for k, node in self._args_nested:
             args[k] = _put_together(node, leaves)
-        for key, node in self._kwargs_nested:
-            kwargs[key] = _put_together(node, leaves)
+        for key, part in self._kwargs_nested:
+            kwargs[key] = _put_together(part, leaves)
         return args, kwargs
 
 
