@@ -294,7 +294,7 @@ def test_with_fullgraph_the_compiler_names_the_break() -> None:
         ({"budget": "60%", "depth": 3}, cs.ProfileError, r"'depth'.*budget, loss, solver, cuts"),
         ({"budget": "sixty"}, cs.BudgetSyntaxError, "sixty"),
         ({"budget": "1KiB"}, cs.InfeasibleBudgetError, "least that works"),
-        ({"budget": "60%", "cuts": "few"}, cs.ProfileError, "'lean', 'smallest', 'every'"),
+        ({"budget": "60%", "cuts": "few"}, cs.ProfileError, "'lean', 'dear', 'smallest', 'every'"),
         ({"budget": "60%", "solver": "none"}, cs.WorkloadError, "none"),
     ],
 )

@@ -25,6 +25,9 @@ from .recording import Bound, Recording
 
 # Of cuts that lie so near to each other, as a part of the forward's work, the leanest is enough.
 _NEAR = 1 / 400
+# Planning takes a time that grows with the square of the stages and more: some ten seconds for so
+# many. Where there would be more, what counts as near is widened step by step.
+_MOST_CUTS, _WIDER = 300, 1.25
 # Operations of floating point that take as long as moving one byte, on most machines within ten.
 _OPERATIONS_A_BYTE = 10
 
@@ -217,16 +220,27 @@ def every_cut(measured: CallCosts) -> tuple[int, ...]:
 
 def lean_cuts(measured: CallCosts) -> tuple[int, ...]:
     """Those of all cuts beside which no leaner one lies within a small part of the work."""
-    cuts, at, live = every_cut(measured), [0], measured.live_bytes
+    return _leanest(measured, every_cut(measured), _NEAR)
+
+
+def _leanest(measured: CallCosts, cuts: Sequence[int], near: float) -> tuple[int, ...]:
+    """Those of some cuts beside which no leaner one of them lies.
+
+    Args:
+        measured: What the calls take.
+        cuts: The cuts, in ascending order.
+        near: What counts as beside, as a part of the work of all calls.
+    """
+    at, live = [0], measured.live_bytes
     for work in measured.work:
         at.append(at[-1] + work)
-    near = at[-1] * _NEAR
+    reach = at[-1] * near
     chosen = []
     for k, cut in enumerate(cuts):
         beaten = False
         for step in (-1, 1):
             j = k + step
-            while 0 <= j < len(cuts) and abs(at[cuts[j]] - at[cut]) <= near and not beaten:
+            while 0 <= j < len(cuts) and abs(at[cuts[j]] - at[cut]) <= reach and not beaten:
                 beaten = (live[cuts[j]], step) < (live[cut], 0)
                 j += step
         if not beaten:
@@ -281,4 +295,14 @@ def cuts_beside_whole(recording: Recording, measured: CallCosts) -> tuple[int, .
 
 def candidate_cuts(measured: CallCosts) -> tuple[tuple[int, ...], ...]:
     """The ways to cut of which one has the best plan, as far as known: each once, finest first."""
-    return tuple(dict.fromkeys((lean_cuts(measured), dear_cuts(measured))))
+    ways = (lean_cuts(measured), dear_cuts(measured))
+    return tuple(dict.fromkeys(_not_too_many(measured, cuts) for cuts in ways))
+
+
+def _not_too_many(measured: CallCosts, cuts: tuple[int, ...]) -> tuple[int, ...]:
+    """The leanest of some cuts, of which a deep network has more than are planned in seconds."""
+    near = _NEAR
+    while len(cuts) > _MOST_CUTS:
+        near *= _WIDER
+        cuts = _leanest(measured, cuts, near)
+    return cuts

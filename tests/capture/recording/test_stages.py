@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.capture.recording.cuts import CallCosts, every_cut, lean_cuts, smallest_cuts
+from ckptsched.capture.recording.cuts import (
+    CallCosts,
+    candidate_cuts,
+    every_cut,
+    lean_cuts,
+    smallest_cuts,
+)
 from tests.support.odd_modules import (
     ROWS,
     STRAIGHT,
@@ -182,13 +188,28 @@ def test_printed_it_shows_calls_and_cuts() -> None:
 
 def cuts_of(live: list[int]) -> CallCosts:
     count = len(live) - 1
-    return CallCosts((1,) * count, tuple(live), (False, *[True] * (count - 1)))
+    calls = (False,) * count
+    return CallCosts((1,) * count, tuple(live), (False, *[True] * (count - 1)), calls, calls)
 
 
 def test_the_smallest_cuts_are_local_minima() -> None:
     assert smallest_cuts(cuts_of([9, 5, 7, 3, 3, 8, 8, 2])) == (1, 3)
     assert smallest_cuts(cuts_of([9, 5, 4, 3, 2])) == (3,)
     assert smallest_cuts(cuts_of([1, 2, 3, 4, 5])) == (1,)
+
+
+@pytest.mark.parametrize("period", [1, 5, 7])
+def test_deep_networks_are_cut_where_they_are_leanest(period: int) -> None:
+    live = [100 - 60 * (k % period == 0) + k % 3 for k in range(4001)]
+    measured = cuts_of(live)
+    assert len(every_cut(measured)) == 3999
+    for cuts in candidate_cuts(measured):
+        assert 100 <= len(cuts) <= 300
+        assert {*cuts} <= {*every_cut(measured)}
+        mean = sum(live) / len(live)
+        assert sum(live[k] for k in cuts) / len(cuts) < mean
+    few = cuts_of(live[:200])
+    assert candidate_cuts(few)[0] == lean_cuts(few)
 
 
 def test_lean_cuts_leave_out_what_has_a_leaner_one_near() -> None:
