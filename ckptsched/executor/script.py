@@ -176,7 +176,7 @@ def _join_tapes(
     collects: Collects,
 ) -> None:
     """Mark runs with tape, and backwards, that go on what the operation before them began."""
-    codes, numbers = schedule.codes.tolist(), schedule.stages.data
+    codes, numbers, kinds = schedule.codes.tolist(), schedule.stages.data, schedule.kinds.data
     last_reads = liveness.frees_input
     made: dict[int, int] = {}  # position of the run that made a stage's tape
     known: set[int] = set()
@@ -190,7 +190,7 @@ def _join_tapes(
             continue
         tape = made.pop(numbers[q])
         # A lean tape makes values again in its backward, which others are not to pay for.
-        is_lean = schedule.kinds[tape] > 0
+        is_lean = kinds[tape] > 0 or kinds[max(before, 0)] > 0
         mine = collects(numbers[q])
         # What a first gradient is added to in the engine may share the storage of another
         # gradient; only a graph of its own makes it one to add to in place.

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ckptsched as cs
+from ckptsched.memory.meters import default_meter
+from ckptsched.profiler.profile import default_loss
 from ckptsched.recompute.tape_contents import SHOWS_WHAT_IS_SAVED
 from ckptsched.schedule.language import Forward
 from ckptsched.workload.chain import Chain
@@ -149,6 +151,26 @@ def test_steps_of_a_fitted_model(name: str) -> None:
         for net in (model, twin):
             torch.optim.SGD(net.parameters(), 0.1).step()
             net.zero_grad()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", MODELS)
+def test_later_steps_keep_the_budget_too(name: str, share: float) -> None:
+    """Stages that have been seen may share a tape with their neighbours: lean ones do not."""
+    torch.manual_seed(5)
+    build, shape = MODELS[name]
+    model, x = build(), torch.randn(shape)
+    captured = cs.captured(model, x, cuts="dear")
+    chain = preferring_lean_tapes(cs.profile(captured, captured.take(x)))
+    whole = cs.plan(chain, budget="100%")
+    least, most = whole.least_budget_bytes, whole.peak_bytes
+    plan = cs.plan(chain, budget=least + int(share * (most - least)))
+    trained, inputs = cs.checkpointed(captured, plan), captured.take(x)
+    for _ in range(4):
+        model.zero_grad()
+        with default_meter(torch.device("cpu")).window() as window:
+            default_loss(trained(inputs)).backward()
+        assert window.measurement.peak_bytes <= plan.peak_bytes
 
 
 def test_under_autocast() -> None:
