@@ -43,7 +43,7 @@ def torchrun(module: str, *arguments: str) -> str:
 @needs_gloo
 @pytest.mark.slow
 def test_two_processes_compute_what_they_would_without_a_plan() -> None:
-    assert "checked 36 cases" in torchrun("tests.support.distributed.checks")
+    assert "checked 38 cases" in torchrun("tests.support.distributed.checks")
 
 
 @needs_gloo

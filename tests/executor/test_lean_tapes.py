@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ import ckptsched as cs
 from ckptsched.memory.meters import default_meter
 from ckptsched.profiler.profile import default_loss
 from ckptsched.recompute.tape_contents import SHOWS_WHAT_IS_SAVED
-from ckptsched.schedule.language import Forward
-from ckptsched.workload.chain import Chain
+from tests.support.lean_tapes import lean_runs, preferring_lean_tapes
 
 pytestmark = pytest.mark.skipif(
     not SHOWS_WHAT_IS_SAVED, reason="this torch does not show what hooks have packed"
@@ -85,21 +83,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "gated": (Gated, (4, 6, 8)),
     "masked": (Masked, (4, 6, 8)),
 }
-
-
-def preferring_lean_tapes(chain: Chain) -> Chain:
-    """The chain as if lean tapes took no seconds, so that plans use them wherever they can."""
-    stages = [
-        replace(
-            stage, other_tapes=tuple(replace(x, backward_seconds=0.0) for x in stage.other_tapes)
-        )
-        for stage in chain.stages
-    ]
-    return replace(chain, stages=tuple(stages))
-
-
-def lean_runs(plan: cs.Plan) -> int:
-    return sum(isinstance(x, Forward) and x.option == 1 for x in plan.schedule)
 
 
 @pytest.mark.parametrize("cuts", ["dear", "lean", "smallest"])

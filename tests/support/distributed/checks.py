@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import ckptsched as cs
 from ckptsched.memory.meters import default_meter
 from tests.support.distributed.fsdp_checks import check_fsdp
+from tests.support.lean_tapes import lean_runs, preferring_lean_tapes
 from tests.support.networks import ode_net
 
 Events = list[tuple[Any, ...]]
@@ -227,10 +228,49 @@ def check_in_place() -> int:
     return count
 
 
+class Normed(nn.Module):
+    """Norms and activations between convolutions, which lean tapes leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.again = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.last = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(torch.nn.functional.gelu(self.norm(self.first(x))))
+        out: Tensor = self.last(torch.nn.functional.silu(self.again(y)).mean((2, 3)))
+        return out
+
+
+def check_lean_tapes() -> int:
+    """Stages that make values again in their backward, of a model that is wrapped."""
+    torch.manual_seed(0)
+    model, (x, labels) = Normed(), batch()
+    captured = cs.captured(model, x, cuts="dear")
+    chain = cs.profile(
+        captured,
+        captured.take(x),
+        loss=lambda y: cross_entropy(captured.give(y), labels),
+    )
+    plans = [cs.plan(preferring_lean_tapes(chain), budget="100%").to_json()]
+    dist.broadcast_object_list(plans)
+    plan = cs.Plan.from_json(plans[0])
+    assert lean_runs(plan) > 0
+    for wrap in (DistributedDataParallel, fully_shard):
+        plain = train(wrap(copy.deepcopy(model)))[0]
+        found, peaks = train(wrap(cs.checkpointed(copy.deepcopy(model), plan)))
+        assert same(found, plain), wrap
+        engine = sum(p.nbytes for p in model.parameters())
+        assert max(peaks[1:]) <= plan.peak_bytes + 4 * engine, (peaks, plan.peak_bytes)
+    return 2
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     count = check_ddp() + check_fsdp_of_the_whole() + check_fsdp() + check_in_place()
+    count += check_lean_tapes()
     if dist.get_rank() == 0:
         print(f"checked {count} cases")
     dist.destroy_process_group()
