@@ -56,7 +56,7 @@ class Variational(nn.Module):
 
 
 def of_variational_autoencoder() -> Training:
-    return Training(Variational(), (torch.rand(48, 36),))
+    return Training(Variational(), (torch.rand(48, 36),), cuts="smallest")
 
 
 class Coupling(nn.Module):

@@ -115,13 +115,12 @@ class Holders:
             frozenset.intersection(*map(frozenset, x)) if x else _NONE for x in self.saved
         ]
         """By stage those that each of its tapes keeps."""
-        # The caller holds the output from the loss on: counted once, and not with states or tapes,
-        # also what stages before the last make of it, as logits that are given beside their loss.
-        self.output = {x: known[x] for x in self.states[n] if self.first[x]}
-        """Bytes of the storages of the output that stages make, by number."""
+        # The caller holds the output from the loss on: counted once, and not as a state. Storages
+        # of the output that were made before the last stage count as those of their states.
+        self.output = {x: known[x] for x in self.states[n] if self.first[x] == n}
+        """Bytes of the storages that the last stage makes, by number."""
         self.size = [
-            0 if home == 0 or x in self.output else size
-            for x, (home, size) in enumerate(zip(self.first, known, strict=True))
+            0 if home in (0, n) else size for home, size in zip(self.first, known, strict=True)
         ]
         whole = sum(known[x] for x in self.states[n])
         whole += chain.input_bytes if 0 in self.states[n] else 0

@@ -4,7 +4,7 @@ For a chain without exact bytes they are the planning model's, and the recurrenc
 a chain with a ledger they are *relaxed*: each operation of a persistent schedule takes at most
 the bytes that the ledger charges for it, so that the recurrence bounds the ledger from below. It
 is exact but for snapshots of random states, clones of buffers, and outputs that have storages of
-earlier states, which count from the loss on. What states share counts once (`shared_storages`).
+earlier states. What states share counts once (`shared_storages`).
 """
 
 from __future__ import annotations
@@ -364,8 +364,8 @@ def _ledger_starts(chain: Chain, holders: Holders, later: Bytes) -> tuple[Starts
             own = ledger.tape_bytes + holders.bytes_of(made) + holders.bytes_of(also)
             then = holders.handed_on(s, lone, tape)
             early = holders.bytes_of(then & holders.always[s + 1]) if s < n else 0
-            # What is run again after Turn makes storages that are not the caller's.
-            again = sum(holders.output.get(x, 0) for x in made)
+            # The last stage, run again, has an output that is not the caller's.
+            again = sum(holders.output[x] for x in made) if s == n else 0
             backward = own + level[s]
             peak, peak_after_turn = holders.backward_peaks(stage, entry, tape)
             rows += (start, tape, own + early, ledger.taped_peak_bytes + handed[start])
