@@ -17,7 +17,13 @@ import torch
 from torch import nn
 
 from ..base.budget import format_bytes, parse_budget
-from ..base.errors import BudgetWarning, ExecutionError, PlanMismatchError, ProfileError
+from ..base.errors import (
+    BudgetWarning,
+    ExecutionError,
+    InvalidScheduleError,
+    PlanMismatchError,
+    ProfileError,
+)
 from ..capture.inspection import Inspection
 from ..capture.recording.opening import Opened, is_one_stage
 from ..capture.recording.recording import described
@@ -276,7 +282,10 @@ class Fitted(InPlace):
                 weighed = self._measure(Opened(again), calls.inspection, args, kwargs, chain)
             except ProfileError:  # it goes another way
                 continue
-            trace = simulate(weighed, calls.plan.schedule)
+            try:
+                trace = simulate(weighed, calls.plan.schedule)
+            except InvalidScheduleError:  # a stage does not offer a tape that it has there
+                continue
             if trace.peak_bytes <= calls.plan.budget_bytes:
                 plan = replace(calls.plan, chain=weighed, trace=trace)
                 return self._recorded(certified_again(plan, search=False), again, calls.inspection)

@@ -29,6 +29,7 @@ from ..torch_state.locks import Locked
 from ..torch_state.replay_context import Autocast, Generators, OneWay, RandomState, Recomputing
 from ..torch_state.surroundings import Ambient
 from ..workload.chain import Chain
+from ..workload.stage import Stage
 from .alike.twins import Alike
 from .chain_builder import assemble
 from .measured_bytes.lean_tapes import weigh_leanly
@@ -328,13 +329,26 @@ def _with_seconds_of(like: Chain, chain: Chain) -> Chain:
     """
     if len(like) != len(chain):
         raise ProfileError(f"the batch leads to {len(chain)} stages, and {len(like)} were measured")
-    stages = [
-        replace(x, forward_seconds=y.forward_seconds, backward_seconds=y.backward_seconds)
-        for x, y in zip(chain.stages, like.stages, strict=True)
-    ]
+    stages = [_timed_as(x, y) for x, y in zip(chain.stages, like.stages, strict=True)]
     spread = like.seconds_spread
     return replace(
         chain, stages=tuple(stages), loss_seconds=like.loss_seconds, seconds_spread=spread
+    )
+
+
+def _timed_as(stage: Stage, like: Stage) -> Stage:
+    """A stage with the seconds of another, and the tapes that the other offers, too."""
+    tapes = tuple(
+        [
+            replace(x, forward_seconds=y.forward_seconds, backward_seconds=y.backward_seconds)
+            for x, y in zip(stage.other_tapes, like.other_tapes, strict=False)
+        ]
+    )
+    return replace(
+        stage,
+        forward_seconds=like.forward_seconds,
+        backward_seconds=like.backward_seconds,
+        other_tapes=tapes,
     )
 
 
@@ -458,7 +472,7 @@ def _weigh_and_time(
             kind.ledger = alike.ledger(kind)
             if kind.ledger is None:
                 kind.ledger = weigh(kind, meter)
-                kind.lean = weigh_leanly(kind, kind.ledger, meter)
+                kind.lean = weigh_leanly(kind, kind.ledger, meter, always=not timed)
                 alike.note_ledger(kind, kind.ledger)
             told()
         return time_stages(kinds, loss, kinds[0].x.leaves[0].device, told) if timed else (0.0, 0.0)

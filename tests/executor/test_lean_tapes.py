@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ckptsched as cs
+from ckptsched.capture.inspection import Inspection
+from ckptsched.capture.recording.stages import capture_as_before
 from ckptsched.memory.meters import default_meter
-from ckptsched.profiler.profile import default_loss
+from ckptsched.profiler.profile import default_loss, measure
 from ckptsched.recompute.tape_contents import SHOWS_WHAT_IS_SAVED
+from ckptsched.simulator.simulator import simulate
+from ckptsched.tensors.pytree import State
 from tests.support.lean_tapes import lean_runs, preferring_lean_tapes
 
 pytestmark = pytest.mark.skipif(
@@ -207,3 +211,22 @@ def test_what_is_drawn_or_decided_is_never_made_again() -> None:
     drawing = cs.captured(Gated(), x)
     names = [call.name for call in drawing.recording.calls]
     assert not dict(zip(names, drawing.__dict__["_costs"].cheap, strict=True))["drop"]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_smaller_batch_is_weighed_with_the_tapes_of_the_larger(frozen: bool) -> None:
+    torch.manual_seed(6)
+    model, x = ConvNet(), torch.randn(4, 3, 16, 16)
+    captured = cs.captured(model, x, cuts="dear")
+    chain = preferring_lean_tapes(cs.profile(captured, captured.take(x)))
+    plan = cs.plan(chain, budget="100%")
+    if frozen:
+        model.second.requires_grad_(False)
+    inputs = State.of(((x[:2],), {}), opaque=True)
+    smaller = capture_as_before(Inspection.of(model), inputs, captured.cuts)
+    again = measure(Inspection.of(smaller), (smaller.take(x[:2]),), like=chain)
+    for stage, like in zip(again.stages, chain.stages, strict=True):
+        assert len(stage.other_tapes) == len(like.other_tapes)
+        assert [t.seconds for t in stage.other_tapes] == [t.seconds for t in like.other_tapes]
+    assert simulate(again, plan.schedule).peak_bytes <= plan.peak_bytes
+    assert lean_runs(plan)

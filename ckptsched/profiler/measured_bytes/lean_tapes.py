@@ -19,20 +19,23 @@ from .stage_memory import weigh
 _LEAST_SAVED = 1 / 16
 
 
-def weigh_leanly(kind: StageKind, own: StageLedger, meter: Meter) -> StageLedger | None:
+def weigh_leanly(
+    kind: StageKind, own: StageLedger, meter: Meter, *, always: bool = False
+) -> StageLedger | None:
     """Measure a stage with a lean tape.
 
     Args:
         kind: The stage, weighed with its own tape.
         own: Its ledger.
         meter: What counts bytes.
+        always: Whether a tape counts that saves little: for a schedule that was made with it.
 
     Returns:
         None where the stage offers no such tape, where it saves little, where hooks of the
         caller pack what is saved, or where its gradients are not those of the own tape to the bit.
     """
     leanly = kind.leanly()
-    if leanly is None or own.tape_bytes == 0 or hooks_now() is not None:
+    if leanly is None or hooks_now() is not None or (own.tape_bytes == 0 and not always):
         return None
     try:
         if not _same_gradients(kind, leanly):
@@ -40,7 +43,7 @@ def weigh_leanly(kind: StageKind, own: StageLedger, meter: Meter) -> StageLedger
         found = weigh(leanly, meter)
     except (ExecutionError, RuntimeError):  # torch.func, for one, allows no hooks
         return None
-    if found.tape_bytes > (1 - _LEAST_SAVED) * own.tape_bytes:
+    if found.tape_bytes > (1 - _LEAST_SAVED) * own.tape_bytes and not always:
         return None
     # A run without tape is the same.
     return replace(found, forward_peak_bytes=own.forward_peak_bytes)
