@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from threading import get_ident
 from typing import Any, cast, final
 
 import torch
@@ -75,6 +76,25 @@ class InPlace(abc.ABC):
         """Whether calls from this thread run the forward of before."""
         return self._retired or getattr(self._off, "depth", 0) > 0
 
+    @contextmanager
+    def innermost(self) -> Iterator[None]:
+        """Let this thread find the forward of before where others have wrapped this since.
+
+        What they do is around this already, and may not be entered twice: autocast as a decorator
+        then stays on for good.
+        """
+        held = vars(self.model)
+        outer = held.get("forward")
+        if outer is None or outer is self:
+            yield
+            return
+        below = held["forward"] = _Below(self, outer)
+        try:
+            yield
+        finally:
+            if held.get("forward") is below:
+                held["forward"] = outer
+
     def retire(self) -> None:
         """Let all calls run the forward of before: where others hold on to this, and call it."""
         self._retired = True
@@ -93,6 +113,19 @@ class InPlace(abc.ABC):
         if self.attribute is None:
             return getattr, (self.model, "forward")
         return functools.partial, (self.attribute,)
+
+
+@final
+class _Below:
+    """A forward without what others have wrapped around it, for one thread."""
+
+    def __init__(self, place: InPlace, outer: Any) -> None:
+        self._place, self.outer, self._thread = place, outer, get_ident()
+        functools.update_wrapper(self, place.before)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mine = get_ident() == self._thread
+        return self._place.before(*args, **kwargs) if mine else self.outer(*args, **kwargs)
 
 
 @final
@@ -195,6 +228,8 @@ def in_place_below(module: nn.Module) -> InPlace | None:
     """
     found = vars(module).get("forward")
     while found is not None:
+        if isinstance(found, _Below):
+            found = found.outer
         if isinstance(found, Unbound):
             found = found.place
         if isinstance(found, InPlace):
@@ -211,6 +246,8 @@ def in_place_below(module: nn.Module) -> InPlace | None:
 def forward_attribute(module: nn.Module) -> Any:
     """A forward that a module has as an attribute of its own, ours apart; None for its class's."""
     found = vars(module).get("forward")
+    if isinstance(found, _Below):
+        return found.outer
     return found.attribute if isinstance(found, InPlace) else found
 
 

@@ -218,7 +218,7 @@ class Fitted(InPlace):
                 f"{why}. A model that fully_shard has sharded cannot be measured: fit it on each "
                 "kind of batch before it is sharded, and shard a recorded model as a whole"
             )
-        with self._turn, self._first_context(), self.off():
+        with self._turn, self._first_context(), self.off(), self.innermost():
             again = self._from_larger(call) if why is not None else None
             inspection = inspection or Inspection.of(self.model)
             calls = again or self._planned(inspection, args, kwargs)

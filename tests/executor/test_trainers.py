@@ -375,6 +375,7 @@ def test_accelerate(precision: str, order: str, accumulate: int) -> None:
     peaks.keep(plan)
     assert plan.overhead > 0
     plain = trained(fits=False)[0]
+    assert not torch.is_autocast_enabled("cpu")  # its decorator was entered once at a time
     if order == "before":  # a copy of it trains, and is no other's
         twin, x = copy.deepcopy(model), torch.ones(256, 16)
         warns = (
