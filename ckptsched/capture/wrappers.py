@@ -85,7 +85,7 @@ class InPlace(abc.ABC):
         """
         held = vars(self.model)
         outer = held.get("forward")
-        if outer is None or outer is self:
+        if outer is self or in_place_below(self.model) is not self:
             yield
             return
         below = held["forward"] = _Below(self, outer)
