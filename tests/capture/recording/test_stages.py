@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ckptsched as cs
@@ -210,6 +213,24 @@ def test_deep_networks_are_cut_where_they_are_leanest(period: int) -> None:
         assert sum(live[k] for k in cuts) / len(cuts) < mean
     few = cuts_of(live[:200])
     assert candidate_cuts(few)[0] == lean_cuts(few)
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=40), st.integers(1, 50))
+def test_lean_cuts_are_apart_and_leave_no_leaner_one_out(live: list[int], scale: int) -> None:
+    work = tuple([(k * scale) % 7 for k in range(len(live) - 1)])
+    plain = (False,) * len(work)
+    measured = CallCosts(work, tuple(live), (False, *[True] * (len(work) - 1)), plain, plain)
+    chosen, at = lean_cuts(measured), [0, *itertools.accumulate(work)]
+    near = at[-1] / 400
+    assert all(at[b] - at[a] > near for a, b in itertools.pairwise(chosen))
+    for cut in every_cut(measured):
+        beside = [k for k in chosen if abs(at[k] - at[cut]) <= near]
+        assert beside
+        assert min(live[k] for k in beside) <= live[cut]
+
+
+def test_layers_that_are_all_alike_are_cut_at_a_distance() -> None:
+    assert 300 <= len(lean_cuts(cuts_of([5] * 2001))) <= 400
 
 
 def test_lean_cuts_leave_out_what_has_a_leaner_one_near() -> None:
