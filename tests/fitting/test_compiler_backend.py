@@ -312,17 +312,15 @@ def test_a_mode_of_the_compiler_is_refused() -> None:
         call(batch())
 
 
-def test_that_the_compiler_gives_up_is_announced(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+def test_that_the_compiler_gives_up_is_announced(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL)  # the compiler logs it, too
     call = compiled(Layers())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", cs.BudgetWarning)
-        call(batch(64))
-    with pytest.warns(cs.BudgetWarning, match="recompile_limit = 2"):
-        call(batch(96))
+    with torch._dynamo.config.patch(recompile_limit=2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", cs.BudgetWarning)
+            call(batch(64))
+        with pytest.warns(cs.BudgetWarning, match="recompile_limit = 2"):
+            call(batch(96))
 
 
 # -- its name
