@@ -21,6 +21,7 @@ from ckptsched.solvers.chain.sizes import chain_sizes
 from ckptsched.solvers.chain.tables import Table
 from ckptsched.solvers.runs.solver import takes
 from ckptsched.workload.chain import Chain
+from ckptsched.workload.stage import Stage, StageLedger, StageParts
 from tests.oracles.brute_force import cheapest_of, persistent_frontier
 from tests.support.strategies import parted_chains, parted_chains_with_tapes, parted_runs
 
@@ -149,6 +150,44 @@ def test_what_is_handed_on_takes_the_bytes_that_are_projected(name: str) -> None
         assert result.ok, str(result)
         assert result.max_gradient_difference == 0.0
         assert plan.peak_bytes - 128 <= result.measured_peak_bytes <= plan.peak_bytes
+
+
+def test_an_output_that_shares_storages_refuses_no_budget_that_works() -> None:
+    """Counted from the loss on and not before, 18 and 19 bytes were refused here."""
+    parts = StageParts(
+        inputs=2,
+        output_bytes=(0, 3),
+        output_sources=(1, -1),
+        saved_inputs=(1,),
+        saved_outputs=(),
+        backward_peak_bytes=(1, 2, 1, 2),
+    )
+    ledger = StageLedger(
+        state_bytes=3,
+        output_is_view=False,
+        tape_bytes=2,
+        input_saved=False,
+        output_saved=False,
+        forward_peak_bytes=3,
+        taped_peak_bytes=10,
+        backward_peak_bytes=(0,) * 8,
+        parts=parts,
+    )
+    stage = Stage(
+        forward_seconds=0.0,
+        backward_seconds=0.0,
+        state_bytes=6,
+        tape_bytes=8,
+        gradient_bytes=1,
+        forward_overhead_bytes=13,
+        backward_overhead_bytes=2,
+        ledger=ledger,
+    )
+    chain = Chain(stages=(stage,) * 3, input_gradient_bytes=1, held_bytes=6)
+    least = persistent_frontier(chain)[0][0]
+    for result in ChainDp().solve_each(chain, [least, least + 1]):
+        assert isinstance(result, Solution)
+        assert result.least_budget_bytes == least
 
 
 @settings(max_examples=40, deadline=None)
