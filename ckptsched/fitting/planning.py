@@ -43,7 +43,7 @@ def plan(
             dearer than a fitting baseline of those that `compare_baselines` lists. Where
             `chain_dp` is not tried or refuses, it also looks for a good k of `every_<k>`: the best
             for equal stages without a ledger, else one of a grid. A graph is given to
-            `graph_ilp`, or to `graph_cuts` where that is too much.
+            `graph_search`, up to 40 nodes to `graph_ilp`, which starts from what that finds.
         time_limit: Seconds that `graph_ilp` may take for each budget, roughly and all in all.
             It stops with the best it has, and the bound that it has proven.
         cache: Whether a plan that takes long is kept on disk, and taken from there the next

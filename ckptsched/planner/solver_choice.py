@@ -19,6 +19,7 @@ from ..base.errors import (
 from ..solvers import GraphIlp, baselines_for, get_solver
 from ..solvers.base import AbstractSolver, Solution, infeasible
 from ..solvers.baselines import Baseline, Guess, every_k_grid, fitting_every_k
+from ..solvers.graph.ilp_solver import PROVED_NODES
 from ..solvers.runs.solver import takes
 from ..workload.chain import Chain
 from ..workload.graph import Graph
@@ -37,7 +38,7 @@ PERSISTENT = "memory-persistent"
 NO_LIMIT = 2**62
 # Of a grid of every_<k>, so many that need least are tried for every budget.
 _LEAST_OF_GRID = 3
-_GRAPH_SOLVERS = ("graph_ilp", "graph_cuts")
+_GRAPH_SOLVERS = ("graph_ilp", "graph_search", "graph_cuts")
 _GRAPH_RULES = ("store_all",)
 
 
@@ -208,8 +209,8 @@ def _try_all(workload: Workload, sizes: Sequence[int], time_limit: float) -> lis
     """What "auto" tries, the widest class of schedules first."""
     solved: list[_Solved] = []
     for name in _names(workload):
-        if name in ("graph_cuts", "periodic") and solved:
-            continue  # graph_ilp starts from the one, and chain_dp is better than the other
+        if name in ("graph_search", "graph_cuts", "periodic") and solved:
+            continue  # what came before starts from it, or is better
         try:
             solved.append(_solve_each(workload, sizes, name, time_limit))
         except (SolverRefusalError, SolverTimeoutError):
@@ -227,7 +228,7 @@ def _try_all(workload: Workload, sizes: Sequence[int], time_limit: float) -> lis
 
 def _names(workload: Workload) -> Iterable[str]:
     if isinstance(workload, Graph):
-        yield from _GRAPH_SOLVERS
+        yield from _GRAPH_SOLVERS if len(workload) <= PROVED_NODES else _GRAPH_SOLVERS[1:]
         return
     if _in_runs(workload):
         yield "run_dp"

@@ -17,6 +17,7 @@ from .chain.solver import ChainDp as ChainDp
 from .graph.cuts_solver import GraphCuts as GraphCuts
 from .graph.ilp_solver import GraphIlp as GraphIlp
 from .graph.ilp_solver import solve_graph as solve_graph
+from .graph.search import GraphSearch as GraphSearch
 from .runs.solver import RunDp as RunDp
 
 SOLVERS: dict[str, Callable[[], AbstractSolver]] = {
@@ -26,6 +27,7 @@ SOLVERS: dict[str, Callable[[], AbstractSolver]] = {
     "periodic": Periodic,
     "graph_cuts": GraphCuts,
     "graph_ilp": GraphIlp,
+    "graph_search": GraphSearch,
 }
 """Makers of the solvers that search; `get_solver` knows the baselines as well."""
 

@@ -24,8 +24,9 @@ from ...simulator.simulator import simulate
 from ...workload.chain import Chain
 from ...workload.graph import Graph
 from ..base import AbstractSolver, Solution, infeasible
-from .cuts_solver import ALL_SCHEDULES, GraphCuts, Judged, plain_schedules
+from .cuts_solver import ALL_SCHEDULES, Judged, plain_schedules
 from .orders import Reordered, orders
+from .search import GraphSearch
 from .to_schedule import with_drops
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 # What is counted grows with nodes**3: with 150 nodes the program has 60,000 variables, takes ten
 # seconds to write and a gigabyte.
 MOST_NODES = 150
+# Up to so many it proves something in a minute, or betters what `graph_search` has found.
+PROVED_NODES = 40
 # Branches side by side can be counted in many ways; each is a program of its own.
 MOST_ORDERS = 24
 # Up to so many nodes two sweeps a phase are searched: that is some five times the work.
@@ -119,15 +122,15 @@ class GraphIlp(AbstractSolver):
         """
         if len(chain) > MOST_NODES:
             raise SolverRefusalError(
-                f"graph_ilp takes at most {MOST_NODES} nodes, found {len(chain)}; graph_cuts "
-                "takes graphs of any size, chain_dp longer chains"
+                f"graph_ilp takes at most {MOST_NODES} nodes, found {len(chain)}; graph_search "
+                "takes larger graphs, chain_dp longer chains"
             )
         graph = Graph.from_chain(chain) if isinstance(chain, Chain) else chain
         sweeps = self.sweeps or (2 if len(graph) <= _TWO_SWEEPS_NODES else 1)
         search = _GraphPlanning(chain, graph, self.time_limit_seconds, sweeps)
         # First, as from a plain schedule the solver finds more than from one that is nearly good.
         search.find_least()
-        for solution in GraphCuts().solve_each(graph, budgets):
+        for solution in GraphSearch().solve_each(graph, budgets):
             if isinstance(solution, Solution):
                 search.know(solution.schedule)
         # A larger budget chooses from what a smaller one found, too.
@@ -348,19 +351,19 @@ def _largest(graph: Graph) -> int:
 
 
 def solve_graph(graph: Graph, budget_bytes: int, *, time_limit_seconds: float = 60.0) -> Solution:
-    """Plan a graph by `graph_ilp`, or by `graph_cuts` where it is too large for that.
+    """Plan a graph by `graph_search`, and prove or better that by `graph_ilp` where that is small.
 
-    The program starts from what `graph_cuts` finds, so its answer is never worse.
+    The program starts from what the search finds, so its answer is never worse.
 
     Args:
         graph: The graph.
         budget_bytes: Bytes that the simulated peak may reach.
-        time_limit_seconds: Seconds that all of it may take, roughly, as in `GraphIlp`.
+        time_limit_seconds: Seconds that the program may take, roughly, as in `GraphIlp`.
 
     Raises:
         InfeasibleBudgetError: Nothing fits that could be found.
         SolverTimeoutError: The limit ended before a schedule was found.
     """
-    if len(graph) > MOST_NODES:
-        return GraphCuts().solve(graph, budget_bytes)
+    if len(graph) > PROVED_NODES:
+        return GraphSearch().solve(graph, budget_bytes)
     return GraphIlp(time_limit_seconds=time_limit_seconds).solve(graph, budget_bytes)

@@ -476,7 +476,7 @@ def test_what_it_does_not_take() -> None:
             GraphIlp(time_limit_seconds=limit)
 
 
-def test_large_graphs_go_by_their_cuts() -> None:
+def test_large_graphs_are_searched_alone() -> None:
     graph = residual(blocks=60)
     assert len(graph) > MOST_NODES
     top = simulate(graph, with_drops(graph, store_all_runs(graph))).peak_bytes
