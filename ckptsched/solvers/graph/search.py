@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
@@ -34,8 +34,9 @@ _MOVES_AT_ONCE = 20_000
 # Seconds that a change for the worse may cost at the start and at the end, in mean runs of a node.
 # Small graphs gain most where much may change, large ones by small changes to the chain's plan.
 _HEATS = ((0.5, 0.01), (0.1, 0.001))
-# The chain's plan is a start and no more: no long search for the best of its class.
-_CHAIN = ChainDp(effort=Effort(additions=1e11, looks=10_000_000))
+# The chain's plan is a start and no more: no long search for the best of its class, and of a long
+# chain a table of few slots.
+_EFFORT, _LONG, _LONG_EFFORT = Effort(additions=1e11, looks=10_000_000), 400, 7e10
 # What a budget that is missed by a hundredth counts as, in runs of all nodes.
 _PRICE = 0.1
 
@@ -111,11 +112,13 @@ def _known(graph: Graph, budgets: Sequence[int]) -> list[Judged]:
     by_cuts = GraphCuts().solve_each(graph, budgets)
     known = [(x.schedule, x.trace) for x in by_cuts if isinstance(x, Solution)]
     lined = live_sets(graph)
+    effort = replace(_EFFORT, additions=_LONG_EFFORT) if len(graph) > _LONG else _EFFORT
+    solver = ChainDp(effort=effort)
     with suppress(WorkloadError):  # too many nodes for its table
-        *planned, below = _CHAIN.solve_each(lined.chain, [*budgets, 0])
+        *planned, below = solver.solve_each(lined.chain, [*budgets, 0])
         least = below.least_budget_bytes if isinstance(below, InfeasibleBudgetError) else None
         if least is not None and min(budgets, default=least) < least:
-            planned += _CHAIN.solve_each(lined.chain, [least])
+            planned += solver.solve_each(lined.chain, [least])
         for solution in planned:
             if isinstance(solution, Solution):
                 schedule = lined.lower(solution.schedule)
