@@ -33,7 +33,7 @@ def backsolve(
     *,
     all_wanted: bool = True,
 ) -> Tensor:
-    """SolveForward, and let the backward solve the adjoint equation backwards.
+    """Solve forward, and let the backward solve the adjoint equation backwards.
 
     With a(t) = dL/dy(t) the adjoint equation is da/dt = -a df/dy, and dL/dp the integral of
     -a df/dp from the end to the start. State, adjoint and integral are solved together, from each
@@ -46,8 +46,7 @@ def backsolve(
         y0: Flat initial state.
         t: Output times.
         params: Tensors that func reads, and whose gradients are wanted.
-        all_wanted: Whether func must read and train no others; the backward then refuses it
-            where it does.
+        all_wanted: Whether the backward is to refuse a func that reads and trains others.
 
     Returns:
         The states at all times, stacked.

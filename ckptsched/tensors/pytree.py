@@ -63,7 +63,7 @@ _LEAF = _Leaf(0)
 
 @final
 class State:
-    """A value between two stages: its tensors, and how they make up the value.
+    """A value between two stages: its distinct tensors, and how they make up the value.
 
     A tensor that occurs twice is one leaf, so that its gradient is one sum, as in one graph. A
     plain class, as every run of a stage makes a few.
@@ -72,25 +72,15 @@ class State:
     __slots__ = ("leaves", "tree")
 
     def __init__(self, leaves: tuple[Tensor, ...], tree: _Node = _LEAF) -> None:
-        """Put together what `of` took apart.
-
-        Args:
-            leaves: The distinct tensors, in order.
-            tree: The value around them; equal for values of one structure.
-        """
         self.leaves = leaves
         self.tree = tree
 
     @classmethod
     def of(cls, value: Any, *, opaque: bool = False) -> State:
-        """Take a value apart.
+        """Take apart a tensor, or tuples, lists, dictionaries and dataclasses of them.
 
-        Args:
-            value: A tensor, or tuples, lists, dictionaries and dataclasses of them.
-            opaque: Whether objects of other types may pass; tensors inside are not seen.
-
-        Raises:
-            ExecutionError: An object that may hold tensors where they cannot be seen.
+        Objects of other types, in which tensors are not seen, may pass if `opaque`; else they are
+        refused by an ExecutionError.
         """
         if isinstance(value, Tensor):
             return cls((value,))
@@ -137,8 +127,7 @@ class State:
     def describe(self, leaf: Callable[[Tensor], str]) -> str:
         """The structure as text, such as "tuple(float32[2, 3], dict('mask': None))".
 
-        Args:
-            leaf: What to print of a tensor; one that occurs twice gets a number besides.
+        `leaf` prints a tensor; one that occurs twice gets a number besides.
         """
         counts = [0] * len(self.leaves)
         _count(self.tree, counts)
@@ -149,16 +138,11 @@ class State:
 
 @final
 class Filling:
-    """Puts tensors into the arguments of a call, again and again."""
+    """Puts tensors into the arguments of a call, `(args, kwargs)` taken apart, again and again."""
 
     __slots__ = ("_args", "_args_nested", "_args_plain", "_kwargs", "_kwargs_nested")
 
     def __init__(self, call: State) -> None:
-        """Take the arguments of a call.
-
-        Args:
-            call: Them, as `(args, kwargs)`, taken apart; its own tensors do not matter.
-        """
         assert isinstance(call.tree, _Branch)
         args, kwargs = call.tree.parts
         assert isinstance(args, _Branch)
@@ -170,11 +154,7 @@ class Filling:
         self._kwargs: dict[str, Any] = dict(zip(kwargs.keys, found, strict=True))
 
     def __call__(self, leaves: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments by position and by name.
-
-        Args:
-            leaves: The tensors, in order.
-        """
+        """The arguments by position and by name, with these tensors."""
         args, kwargs = self._args.copy(), self._kwargs.copy()
         for k, index in self._args_plain:
             args[k] = leaves[index]
@@ -236,12 +216,7 @@ def storages(leaves: Iterable[Tensor]) -> dict[int, list[Tensor]]:
 
 
 def copied(state: State, fixed: Container[int] = ()) -> State:
-    """A copy with storages of its own, and the same layout, gaps included.
-
-    Args:
-        state: What to copy.
-        fixed: Storages, by identity, that are not copied.
-    """
+    """A copy with the same layout, gaps included, in storages of its own, but for fixed ones."""
     fresh: dict[int, Tensor] = {}
     return state.replaced(
         rebuilt(leaf, iter([_copy_of(part, fixed, fresh) for part in dense_parts(leaf)]))

@@ -67,14 +67,7 @@ ContextFn: TypeAlias = Callable[[], tuple[AbstractContextManager[Any], AbstractC
 
 
 def contexts(context_fn: ContextFn) -> tuple[AbstractContextManager[Any], ...]:
-    """The two contexts that a user's function gives, made anew.
-
-    Args:
-        context_fn: The function.
-
-    Raises:
-        ExecutionError: It gives something else.
-    """
+    """The two contexts that a user's function gives, made anew; it may give nothing else."""
     found = context_fn()
     if (
         isinstance(found, tuple | list)
@@ -102,12 +95,7 @@ class RandomState:
 
     @classmethod
     def take(cls, device: torch.device, own: Iterable[torch.Generator] = ()) -> RandomState:
-        """Read the generators that a stage on this device may draw from.
-
-        Args:
-            device: Whose default generator to read besides the CPU's.
-            own: Further generators.
-        """
+        """Read the generators that a stage on this device may draw from, and further ones."""
         cuda: tuple[tuple[int, Tensor], ...] = ()
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
@@ -213,13 +201,10 @@ class Autocast:
         return any(enabled for _, enabled, _ in self.modes)
 
     def again(self, *, cached: bool = False) -> AbstractContextManager[None]:
-        """Run under the same modes, without the cache of cast weights.
+        """Run under the same modes, without the cache of cast weights but for plain autograd.
 
         The cache would tie the weights of one run of a stage to those of another, and a cached
         weight that was cast without gradients would lose them.
-
-        Args:
-            cached: Whether with the cache after all, for plain autograd.
         """
         for kind, enabled, _ in self.modes:
             if enabled or torch.is_autocast_enabled(kind):

@@ -92,11 +92,7 @@ class Chain(Saved):
     needs: ClassVar[str] = "the columns " + ", ".join(key for key, _, _ in COLUMNS[:4])
 
     def __post_init__(self) -> None:
-        """Check sizes, times and blocks.
-
-        Raises:
-            WorkloadError: With the stage and the value that is out of range.
-        """
+        """Refuse sizes, times and blocks that are out of range, by a WorkloadError."""
         if not self.stages:
             raise WorkloadError("a chain needs at least one stage, found none")
         for name in _CHAIN_SIZES:

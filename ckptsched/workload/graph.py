@@ -86,11 +86,7 @@ class Graph(Saved):
     """Closed forms for equal stages are for chains."""
 
     def __post_init__(self) -> None:
-        """Check names, edges, sizes and times.
-
-        Raises:
-            WorkloadError: With the node and the value that is out of range.
-        """
+        """Refuse names, edges, sizes and times that are out of range, by a WorkloadError."""
         if not self.stages:
             raise WorkloadError("a graph needs at least one node besides its input, found none")
         for figure in _FIGURES:

@@ -161,8 +161,7 @@ class Line:
     def __call__(self, size: int) -> Chain:
         """The chain at another size; figures that would be negative are 0.
 
-        Raises:
-            WorkloadError: The two chains differ in their number of stages.
+        A WorkloadError where the two chains differ in their number of stages.
         """
         if len(self.first) != len(self.second):
             raise WorkloadError(

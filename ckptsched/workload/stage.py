@@ -55,11 +55,9 @@ class StageParts:
         return sum(size for size, source in pairs if source < 0)
 
     def backward_peak(self, outlives: tuple[bool, ...], *, first: bool) -> int:
-        """The peak of the backward.
+        """The peak of the backward, by which of the saved inputs and outputs outlive the tape.
 
-        Args:
-            outlives: For each of the saved inputs and outputs whether it outlives the tape.
-            first: Whether the parameter gradients come into being in this backward.
+        `first` tells whether the parameter gradients come into being in this backward.
         """
         half = len(self.backward_peak_bytes) // 2
         mask = sum(held << k for k, held in enumerate(outlives))
@@ -115,15 +113,10 @@ class StageLedger:
 
 
 def backward_variant(*, input_held: bool, output_held: bool, first: bool) -> int:
-    """Index into `StageLedger.backward_peak_bytes`.
+    """Index into `StageLedger.backward_peak_bytes`, from 0 to 7.
 
-    Args:
-        input_held: Whether the input's storage outlives the tape.
-        output_held: Whether the output's storage outlives the tape.
-        first: Whether the stage's parameter gradients come into being in this backward.
-
-    Returns:
-        A number from 0 to 7.
+    Held are storages that outlive the tape; `first` tells whether the stage's parameter gradients
+    come into being in this backward.
     """
     return 4 * input_held + 2 * output_held + first
 
@@ -349,15 +342,7 @@ def _check_flags(what: str, holder: object, names: Sequence[str]) -> None:
 
 
 def check_name(what: str, name: object) -> None:
-    """Refuse a name that is no text.
-
-    Args:
-        what: What has it, for the message.
-        name: The name.
-
-    Raises:
-        WorkloadError: It is something else.
-    """
+    """Refuse a name that is no text."""
     if not isinstance(name, str):
         raise WorkloadError(f"the name of {what} must be a text, found {name!r}")
 

@@ -47,9 +47,7 @@ def _figures(holder: Stage | TapeOption, columns: Sequence[_Column]) -> dict[str
 def columns_of(stages: Sequence[Stage], inputs: Sequence[int]) -> dict[str, Any]:
     """Stages as columns, with the index of what is not of the planning model where there is some.
 
-    Args:
-        stages: The stages.
-        inputs: Bytes of the input and of its gradient.
+    `inputs` are the bytes of the input and of its gradient.
     """
     rows = [figures_of(stage) for stage in stages]
     data: dict[str, Any] = {key: [row[key] for row in rows] for key, _, _ in COLUMNS}
@@ -88,13 +86,8 @@ def stages_from(
 ) -> tuple[tuple[Stage, ...], list[Any]]:
     """Read `columns_of`'s data: the stages, and the bytes of the input and of its gradient.
 
-    Args:
-        data: The columns; those but the first four may be left out.
-        size: Bytes of one unit of size.
-        time: Seconds of one unit of time.
-
-    Raises:
-        WorkloadError: A column of another length, or a value that is no number.
+    Columns but the first four may be left out; `size` is the bytes, `time` the seconds of one unit.
+    A WorkloadError for a column of another length, or a value that is no number.
     """
     columns = _read_columns(data, size, time)
     inputs = [columns[key].pop(0) for key in _WITH_INPUT]

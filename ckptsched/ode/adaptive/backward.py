@@ -42,27 +42,17 @@ class Checkpoint:
 
 @final
 class AcceptedSteps:
-    """The accepted steps of a solve, run again without choosing their sizes."""
+    """The accepted steps of a solve, run again without choosing their sizes.
+
+    Where f draws or changes buffers, all slopes of the forward pass are evaluated again, those that
+    nothing needs included.
+    """
 
     def __init__(self, record: Record, f: RightHandSide, carried: RngAndBuffers) -> None:
-        """Take the steps.
-
-        Args:
-            record: Their times and sizes.
-            f: The right-hand side, which counts its evaluations.
-            carried: Random generators and buffers of f. Where f draws or changes some, all slopes
-                of the forward pass are evaluated again, those that nothing needs included.
-        """
         self.record, self.problem, self.f, self.carried = record, record.problem, f, carried
 
     def run(self, n: int, z0: Tensor, keep: frozenset[int] = frozenset()) -> Slopes:
-        """Run the step that comes after n others.
-
-        Args:
-            n: How many steps come before it.
-            z0: Flat state at its start.
-            keep: Indices of the slopes to return.
-        """
+        """Run the step after n others from flat state z0; returns the slopes `keep`, by index."""
         tableau = self.problem.tableau
         if self.carried.matters:
             keep |= forward_slopes(tableau, every=True)
@@ -71,16 +61,10 @@ class AcceptedSteps:
         return run_step(self.f, tableau, self.record[n], z0, keep=keep)
 
     def connected(self, first: int, z: Tensor, t: Tensor) -> list[Tensor]:
-        """Run all steps but the first ones again, as one graph.
+        """Run all steps but the first ones again from the flat state z after these, as one graph.
 
-        Args:
-            first: How many steps are left out.
-            z: Flat state after them.
-            t: Requested times, with their graph where their gradient is wanted.
-
-        Returns:
-            The states at the requested times that these steps reach; the initial state, too, if
-            no step is left out.
+        Returns the states at the requested times that they reach, and the initial state if none is
+        left out.
         """
         record, tableau, outputs = self.record, self.problem.tableau, [] if first else [z]
         for n in range(first, len(record)):
@@ -92,13 +76,8 @@ class AcceptedSteps:
     def add_rates(self, rates: Tensor, n: int, z0: Tensor, gradients: Sequence[Tensor]) -> None:
         """Write the gradients of the requested times that the step after n others reaches.
 
-        Each is the product of the output's gradient with the output's derivative in time.
-
-        Args:
-            rates: One entry for each requested time, float64 on the CPU.
-            n: How many steps come before the step.
-            z0: Flat state at its start.
-            gradients: With respect to the states at all requested times.
+        Each is the product of the output's gradient with the output's derivative in time. `rates`
+        has an entry for each requested time, float64 on the CPU.
         """
         record, tableau = self.record, self.problem.tableau
         if not record.outputs(n):
@@ -139,13 +118,9 @@ class TapedStep:
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Go back through the step.
 
-        Args:
-            gradient: With respect to the state at its end, as far as later steps need it.
-            outputs: With respect to the states at all requested times.
-            wanted: Tensors whose gradients are wanted.
-
-        Returns:
-            The gradient with respect to the state at its start, and those of the wanted tensors.
+        `gradient` is that of the state at its end as far as later steps need it, `outputs` are
+        those of the states at all requested times. Returns those of the state at its start, and of
+        `wanted`.
         """
         gradient = _added(gradient, outputs, self._at_end)
         weights = {j: inside_weights(self._tableau, share) for j, share in self._inside}
@@ -176,16 +151,12 @@ class TapedStep:
 
 @final
 class Reversal:
-    """The backward pass: the interpreter of the operations of `reversal`."""
+    """The backward pass: the interpreter of the operations of `reversal`.
+
+    The first `first` steps have tapes in the outer graph instead.
+    """
 
     def __init__(self, steps: AcceptedSteps, environment: Environment, first: int) -> None:
-        """Prepare to reverse.
-
-        Args:
-            steps: The accepted steps.
-            environment: Parameters, modes and settings of the forward pass, for runs again.
-            first: How many steps, the first ones, have tapes in the outer graph instead.
-        """
         self._steps, self._environment, self._first = steps, environment, first
         self.advances = 0
         """Steps run again without tape."""
@@ -199,13 +170,12 @@ class Reversal:
         *,
         last_input: bool,
     ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
-        """Reverse all steps but the first ones.
+        """Reverse all steps but the first ones, with `slots` checkpoints at most at once.
 
         Args:
             states: The checkpoints by how many steps come before them; it is emptied.
-            slots: How many checkpoints may be kept at once.
-            gradients: With respect to the states at all requested times; those that come before
-                the steps are not read.
+            slots: How many of them may be kept.
+            gradients: With respect to the states at all requested times.
             shift: The zero that shifts the time of f; None where no gradient of time is wanted.
             last_input: Whether `states` holds the input of the last step besides.
 
@@ -295,16 +265,9 @@ class Reversal:
 
 
 def checked(make: Callable[[], TapedStep], known: Sequence[Tensor]) -> TapedStep:
-    """A step, refused where it depends on a leaf whose gradient would be lost.
+    """Make a step; an ExecutionError where it depends on a leaf whose gradient would be lost.
 
     Leaves that f makes itself are gone with the step, which is then made once more.
-
-    Args:
-        make: Makes the step.
-        known: Tensors whose gradients are collected.
-
-    Raises:
-        ExecutionError: There is another leaf, which outlives the step.
     """
     tape = make()
     unknown = tape.unknown_leaves(known)

@@ -66,34 +66,16 @@ class CheckpointedSolve:
         locks: SolveLocks,
         statistics: Statistics,
     ) -> None:
-        """Prepare a solve.
-
-        Args:
-            problem: The problem.
-            closure: The modules and tensors that f reads.
-            wanted: Tensors of these whose gradients are wanted.
-            room: How many tapes and states may be kept.
-            locks: Held while f is evaluated.
-            statistics: Filled in as the solve goes on.
-        """
         self._problem, self._closure, self._wanted = problem, closure, wanted
         self._room, self._locks, self._statistics = room, locks, statistics
         self._states: dict[int, Checkpoint] = {}
         self._fresh = True
 
     def run(self, y0: Tensor, t: Tensor) -> Tensor:
-        """Solve, and keep the tapes and states that there is room for.
+        """Solve from a flat state, and keep the tapes and states that there is room for.
 
-        Args:
-            y0: Flat initial state.
-            t: Requested times.
-
-        Returns:
-            The states at the requested times, stacked, in the graph of y0, t and the tensors that
-            are wanted.
-
-        Raises:
-            ExecutionError: f moved random state or buffers that it did not at first.
+        Returns the states at the requested times, stacked, in the graph of y0, t and the wanted
+        tensors. An ExecutionError where f moved random state or buffers that it did not at first.
         """
         try:
             with self._locks.held():
@@ -150,15 +132,9 @@ class CheckpointedSolve:
     ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
         """Go back through the accepted steps without tapes.
 
-        Args:
-            gradients: With respect to the states at the requested times that they reach, stacked.
-            with_time: Whether the gradient of the times is wanted.
-
-        Returns:
-            The gradients of the state before these steps, of the wanted tensors, and of the times.
-
-        Raises:
-            ExecutionError: A parameter, a buffer or a state was changed in place meanwhile.
+        `gradients` are those of the outputs that they reach. Returns those of the state before
+        them, of the wanted tensors, and of the times. An ExecutionError where a parameter, a buffer
+        or a state was changed in place meanwhile.
         """
         self._environment.check()
         self._carried.check_buffers()
@@ -186,13 +162,8 @@ class CheckpointedSolve:
     def differentiable(self, head: Tensor, t: Tensor, gradients: Tensor) -> list[Tensor | None]:
         """Go back by plain autograd, so that the gradients can be differentiated again.
 
-        Args:
-            head: The state before the steps without tapes, with its graph.
-            t: Requested times, with their graph.
-            gradients: As for `backward`.
-
-        Returns:
-            The gradients of head, t and the wanted tensors, with their graphs.
+        `head` is the state before the steps without tapes; it and the times have their graphs.
+        Returns the gradients of head, t and the wanted tensors, with theirs.
         """
         self._environment.check()
         warnings.warn(

@@ -158,12 +158,7 @@ class Limits:
         beside_bytes: int = 0,
         loss: Loss | None = None,
     ) -> Limits:
-        """Read the arguments of `solve_adaptive`.
-
-        Raises:
-            WorkloadError: A budget and checkpoints, or no checkpoint.
-            BudgetSyntaxError: A budget that is not in bytes.
-        """
+        """Read arguments of `solve_adaptive`; raises as that does."""
         if checkpoints is not None and (budget is not None or checkpoints < 1):
             raise WorkloadError(
                 f"checkpoints={checkpoints!r} with budget={budget!r}; give one of them, and at "
@@ -191,13 +186,7 @@ def solve_flat(
 ) -> AdaptiveSolution:
     """Solve a problem; returns and raises as `solve_adaptive` does, but that states are flat.
 
-    Args:
-        problem: The problem.
-        y0: Flat initial state.
-        t: Requested times, as the problem has them, with their graph.
-        closure: The modules and tensors that the right-hand side reads.
-        limits: Most memory of the solve.
-        params: Tensors of the closure that are to get gradients; None for all.
+    `t` has its graph. `params` are the tensors of the closure that get gradients; None for all.
     """
     cache, function = cache_of(problem.func, closure)
     with Locked((cache.lock,)):  # else another thread may have stand-ins in their places
@@ -254,12 +243,7 @@ def make_problem(
     control: StepControl | None,
     meet_times: bool,
 ) -> Problem:
-    """The problem that the arguments of `solve_adaptive` describe, checked.
-
-    Raises:
-        WorkloadError: A method without an error estimate, or arguments that do not go together.
-        IntegrationError: Times that neither rise nor fall.
-    """
+    """The problem that the arguments of `solve_adaptive` describe; raises as that does."""
     read = read_tolerances(rtol, atol, y0, shapes)
     tableau = find_tableau(method)
     if tableau.b_error is None:

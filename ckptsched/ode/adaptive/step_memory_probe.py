@@ -67,15 +67,6 @@ class Trial:
         *,
         with_time: bool,
     ) -> None:
-        """Prepare a trial.
-
-        Args:
-            problem: The problem.
-            closure: The modules and tensors that f reads.
-            wanted: Tensors of these whose gradients are wanted.
-            y0: Flat initial state.
-            with_time: Whether the gradient of the times is wanted.
-        """
         self._problem, self._closure, self._wanted = problem, closure, wanted
         self._y0, self._z0, self._with_time = y0, y0.detach(), with_time
         self._carried = RngAndBuffers(closure, y0.device)
@@ -361,15 +352,8 @@ def measured(
 ) -> tuple[T, tuple[Measurement, ...]]:
     """Run a function under the best free meter; tensors of other threads do not count.
 
-    Args:
-        device: The device whose bytes count.
-        fn: The function; it calls its argument at the end of each phase.
-
-    Returns:
-        The function's result, and the figures of each phase in bytes.
-
-    Raises:
-        ProfileError: There is no meter; the message says what to do.
+    It calls its argument at the end of each phase. Returns its result, and each phase's bytes; a
+    ProfileError where there is no meter.
     """
     meter = default_meter(device, own_thread=True)
     try:

@@ -21,7 +21,7 @@ from .step_chain import Call, StepChain
 def solve_on_grid(
     call: Call, y0: Tensor, shapes: Shapes, times_dtype: torch.dtype, request: Request
 ) -> Tensor:
-    """Solve with the steps of a fixed grid.
+    """Solve with the steps of a fixed grid from a flat state.
 
     Args:
         call: The right-hand side, the grid and the integrator.

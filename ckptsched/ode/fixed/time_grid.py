@@ -53,9 +53,8 @@ class TimeGrid:
 def check_times(t: Any) -> None:
     """Refuse an argument `t` of `odeint` that is no sequence of times.
 
-    Raises:
-        WorkloadError: Not a one-dimensional floating-point tensor of at least two finite times
-            that all rise or all fall; the message says where.
+    That is a one-dimensional floating-point tensor of at least two finite times that all rise or
+    all fall; the message of the WorkloadError says where.
     """
     if not isinstance(t, Tensor) or not t.is_floating_point() or t.dim() != 1:
         found = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else repr(t)

@@ -69,15 +69,9 @@ def run_step(
 ) -> Slopes:
     """Take one step. Sums are `torch.add(..., alpha=)`, whose backward needs no operand.
 
-    Args:
-        f: Right-hand side.
-        tableau: The method.
-        step: Start, end and size.
-        z: Flat state at its start.
-        first: The first slope, where it is known.
-        keep: Indices of the slopes to return. Index `tableau.slopes` is the slope at the end,
-            of a method whose last slope is another. A slope that neither the new state nor
-            these need is not evaluated.
+    `first` is the first slope, where it is known. Returned are the slopes `keep`, by index;
+    `tableau.slopes` is the slope at the end, of a method whose last slope is another. A slope that
+    neither the new state nor these need is not evaluated.
     """
     wanted, last_use = _needs(tableau, keep)
     k: dict[int, Tensor] = {}
@@ -135,15 +129,10 @@ def inside_slopes(tableau: ButcherTableau) -> frozenset[int]:
 
 
 def inside_weights(tableau: ButcherTableau, x: float, order: int = 0) -> tuple[float, ...]:
-    """Weights w of the slopes in the state inside a step, z + h sum_i w_i k_i.
+    """Weights w of the slopes in the state at a share x of a step, z + h sum_i w_i k_i.
 
     With a state halfway (`tableau.mid`) it is the quartic through it and both ends with their
-    slopes; else the cubic through the ends.
-
-    Args:
-        tableau: The method.
-        x: Where, as a share of the step.
-        order: Order of the derivative with respect to x; 0 for the weights themselves.
+    slopes; else the cubic through the ends. `order` is that of a derivative with respect to x.
 
     Reference:
         Shampine, Some practical Runge-Kutta formulas, Math. Comp. 46, 1986.

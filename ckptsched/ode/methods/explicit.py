@@ -115,11 +115,7 @@ def slope_at(f: Slope, t: Time, z: Tensor) -> Tensor:
 
 
 def check_slope(slope: Tensor, z: Tensor, t: Time) -> None:
-    """Refuse a slope that does not fit the state z.
-
-    Raises:
-        ExecutionError: It is no tensor of the state's shape and dtype; the message has the time.
-    """
+    """Refuse, by an ExecutionError with the time, a slope that does not fit the state z."""
     if not isinstance(slope, Tensor):
         raise ExecutionError(
             f"at time {number(t):g} f returned a {type(slope).__name__}; the right-hand side of "

@@ -57,9 +57,8 @@ class ButcherTableau:
     def __post_init__(self) -> None:
         """Refuse coefficients that are not those of a method of the stated order.
 
-        Raises:
-            WorkloadError: Shapes that do not match, a coefficient that is not finite, a row sum
-                that is not c_i, or an order condition that is broken.
+        That are shapes that do not match, a coefficient that is not finite, a row sum that is not
+        c_i, or an order condition that is broken.
         """
         for fault in itertools.chain(self._wrong_shapes(), self._wrong_coefficients()):
             raise WorkloadError(f"tableau {self.name!r}: {fault}")
@@ -176,15 +175,10 @@ class _Conditions:
     def broken(
         self, weights: tuple[float, ...] | None, order: int, share: float = 1.0
     ) -> Iterator[tuple[int, float, float]]:
-        """The conditions up to an order that weights of the slopes break.
+        """The conditions up to an order that weights of the slopes break; none for None.
 
-        Args:
-            weights: Weights that make a state of the slopes; None breaks no condition.
-            order: Most vertices of a tree.
-            share: Where in the step the state is: 1 at its end; 0 for weights of an error.
-
-        Yields:
-            The vertices of the tree, its weight, and the weight that it must have.
+        `share` is where in the step the state is that they make: 1 at its end; 0 for weights of an
+        error. Yields the vertices of a tree, its weight, and the weight that it must have.
         """
         for vertices in range(1, order + 1) if weights else ():
             for tree in _trees(vertices):
