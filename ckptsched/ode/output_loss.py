@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -27,8 +26,7 @@ _OUTPUTS_OF_ONE_TIME = 5
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class LossNeeds:
+class LossNeeds(NamedTuple):
     """Bytes of tensors of a loss and its backward."""
 
     peak_bytes: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -114,29 +114,25 @@ class RandomState:
         """Whether both would give the same numbers."""
         return (
             isinstance(other, RandomState)
-            and torch.equal(self.cpu, other.cpu)
-            and _same_states(self.cuda, other.cuda)
-            and _same_states(self.own, other.own)
+            and [home for home, _ in self._others] == [home for home, _ in other._others]
+            and self.to_bytes() == other.to_bytes()
         )
 
     __hash__ = None  # type: ignore[assignment]
 
     def to_bytes(self) -> bytes:
         """The state as Python's bytes, to compare."""
-        states = (self.cpu, *(t for _, t in self.cuda), *(t for _, t in self.own))
+        states = (self.cpu, *(state for _, state in self._others))
         return b"".join(t.numpy().tobytes() for t in states)
+
+    @property
+    def _others(self) -> tuple[tuple[Any, Tensor], ...]:
+        return (*self.cuda, *self.own)
 
     @property
     def counted_bytes(self) -> int:
         """Bytes on the device that the meter sees: states lie on the CPU."""
         return 0 if self.cuda else self.cpu.nbytes + sum(state.nbytes for _, state in self.own)
-
-
-def _same_states(some: Sequence[tuple[Any, Tensor]], others: Sequence[tuple[Any, Tensor]]) -> bool:
-    return len(some) == len(others) and all(
-        mine[0] == theirs[0] and torch.equal(mine[1], theirs[1])
-        for mine, theirs in zip(some, others, strict=True)
-    )
 
 
 @final

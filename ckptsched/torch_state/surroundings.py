@@ -60,8 +60,8 @@ class Ambient:
             device,
             Autocast.take(device),
             read(settings_of(device)),
-            _function_modes(),
-            _operation_modes(),
+            _FUNCTIONS.now(),
+            _OPERATIONS.now(),
             _overrides(),
             hooks_now(),
             contextvars.copy_context(),
@@ -174,23 +174,6 @@ def _is_free(kind: type) -> bool:
 # -- modes: torch keeps a stack of them, which a guarded look into its private parts shows
 
 
-def _stack_of(look: str, home: Any) -> Callable[[], list[Any]]:
-    found: Callable[[], list[Any]] = getattr(home, look, list)
-    return found
-
-
-_functions_now = _stack_of("_get_current_function_mode_stack", torch.overrides)
-_operations_now = _stack_of("_get_current_dispatch_mode_stack", dispatch)
-
-
-def _function_modes() -> tuple[Any, ...]:
-    return tuple(_functions_now())
-
-
-def _operation_modes() -> tuple[Any, ...]:
-    return tuple(_operations_now())
-
-
 @final
 @dataclass(frozen=True, slots=True)
 class _ModeStack:
@@ -200,12 +183,19 @@ class _ModeStack:
     to zero, is not done again.
     """
 
-    now: Callable[[], tuple[Any, ...]]
+    look: Callable[[], list[Any]]
     base: Any
 
+    def now(self) -> tuple[Any, ...]:
+        return tuple(self.look())
 
-_FUNCTIONS = _ModeStack(_function_modes, TorchFunctionMode)
-_OPERATIONS = _ModeStack(_operation_modes, dispatch.TorchDispatchMode)
+
+_FUNCTIONS = _ModeStack(
+    getattr(torch.overrides, "_get_current_function_mode_stack", list), TorchFunctionMode
+)
+_OPERATIONS = _ModeStack(
+    getattr(dispatch, "_get_current_dispatch_mode_stack", list), dispatch.TorchDispatchMode
+)
 
 
 @contextmanager

@@ -5,8 +5,8 @@ Some names here are private to torch. Each has a way out where it is missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -146,8 +146,7 @@ def inside_backward() -> bool:
     return task is not None and task() != -1
 
 
-@contextmanager
-def hidden_from_torch_checkpoint() -> Iterator[None]:
+def hidden_from_torch_checkpoint() -> AbstractContextManager[None]:
     """Keep `torch.utils.checkpoint` from what is saved inside, if it is what is around.
 
     It would take away what is saved, a plan's tapes among it, and have all of it computed again
@@ -156,12 +155,8 @@ def hidden_from_torch_checkpoint() -> Iterator[None]:
     hooks = innermost_hooks()
     maker = "" if hooks is None else getattr(hooks[0], "__qualname__", "")
     if not maker.startswith(("_checkpoint_hook.", "_recomputation_hook.")):
-        yield
-        return
-    with (
-        no_hooks()
-    ):  # whatever lies under it does not see what is saved either, as in plain autograd
-        yield
+        return _AS_IT_IS
+    return no_hooks()  # what lies under it does not see what is saved either, as without a plan
 
 
 def module_tracker_at_work() -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -36,26 +37,11 @@ from .step_memory import Room
 
 
 @final
-class SolveLocks:
-    """The locks that a solve holds while it evaluates f: other threads replace parameters, too."""
-
-    def __init__(self, *locks: LendingLock) -> None:
-        """Note which of them the calling thread holds already.
-
-        Args:
-            locks: That of random numbers if f draws some, first, as everywhere; then that of f.
-        """
-        self._locks = locks
-        self._within = tuple([stay for lock in locks for stay in lock.mine()])
-
-    def held(self) -> Locked:
-        """A `with` block that waits for the locks, and holds them."""
-        return Locked(self._locks, self._within)
-
-
-@final
 class CheckpointedSolve:
-    """One solve: its forward pass, its tapes and checkpoints, and its backward."""
+    """One solve: its forward pass, its tapes and checkpoints, and its backward.
+
+    It holds `locks` while it evaluates f, as other threads replace parameters, too.
+    """
 
     def __init__(
         self,
@@ -63,11 +49,13 @@ class CheckpointedSolve:
         closure: Closure,
         wanted: Sequence[Tensor],
         room: Room,
-        locks: SolveLocks,
+        locks: Sequence[LendingLock],
         statistics: Statistics,
     ) -> None:
         self._problem, self._closure, self._wanted = problem, closure, wanted
-        self._room, self._locks, self._statistics = room, locks, statistics
+        self._room, self._statistics = room, statistics
+        within = tuple([stay for lock in locks for stay in lock.mine()])
+        self._locked = partial(Locked, locks, within)
         self._states: dict[int, Checkpoint] = {}
         self._fresh = True
 
@@ -78,7 +66,7 @@ class CheckpointedSolve:
         tensors. An ExecutionError where f moved random state or buffers that it did not at first.
         """
         try:
-            with self._locks.held():
+            with self._locked():
                 self._check_cached(y0.device)
                 with OneWay():
                     return self._run(y0, t)
@@ -151,7 +139,7 @@ class CheckpointedSolve:
         every = [*[gradients[0]] * self._before, *gradients.unbind()]
         try:
             slots = self._room.states(self._tapes)
-            with self._locks.held():
+            with self._locked():
                 found = reversal.run(self._states, slots, every, shift, last_input=fresh)
         finally:
             self._states.clear()
@@ -181,7 +169,7 @@ class CheckpointedSolve:
         starts = [x.view_as(x) if x.requires_grad else x for x in reals]
         stand_ins = {id(a): x for a, x in zip(environment.tensors, starts[2:], strict=True)}
         with (
-            self._locks.held(),
+            self._locked(),
             environment.again(self._carried, stand_ins),
             torch.enable_grad(),
         ):

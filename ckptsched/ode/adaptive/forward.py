@@ -95,12 +95,6 @@ class Integration:
         """Whether all requested times are reached."""
         return self.record.missing == 0
 
-    @property
-    def planned(self) -> Step:
-        """The step to attempt next, before `meet` shortens it."""
-        h = self.problem.direction * self._h
-        return Step(self._t, self._t + h, h)
-
     def cut(self) -> None:
         """Detach the state and the first slope from the tapes that led to them."""
         self.z = self.z.detach()
@@ -158,7 +152,8 @@ class Integration:
                 "allow more by max_num_steps, loosen rtol and atol, or use a method for stiff "
                 "problems",
             )
-        step = self.planned
+        h = self.problem.direction * self._h
+        step = Step(self._t, self._t + h, h)
         if self.problem.meet:
             target = times[-self.record.missing]
             if self.problem.direction * (step.t1 - target) >= 0:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -40,7 +41,7 @@ from ..function.tuple_state import Shapes, check_plain, flat_state, parts_of
 from ..methods.table import find_tableau
 from ..methods.tableau import ButcherTableau
 from ..output_loss import Loss, needs_of_loss
-from .checkpointed import CheckpointedSolve, SolveLocks
+from .checkpointed import CheckpointedSolve
 from .forward import Integration, time_shift
 from .problem import Problem, check_times
 from .statistics import Statistics
@@ -212,21 +213,19 @@ def solve_flat(
         return _solve_plainly(problem, closure, y0, t, tracked=True)
     _check_can_run_again(y0, wanted, closure)
     trial = Trial(problem, closure, wanted, y0, with_time=t.requires_grad)
-
-    def loss_needs() -> tuple[int, int]:
-        needs = needs_of_loss(limits.loss, y0, len(problem.times), problem.shapes, cache)
-        return needs.peak_bytes, needs.held_bytes
-
+    count, shapes = len(problem.times), problem.shapes
+    loss_needs = partial(needs_of_loss, limits.loss, y0, count, shapes, cache)
     # The parts of the state are the caller's; as one tensor it is one more.
     beside_bytes = limits.beside_bytes + problem.tolerances.nbytes
-    beside_bytes += 0 if problem.shapes is None else y0.nbytes
+    beside_bytes += 0 if shapes is None else y0.nbytes
     found = trial.findings(cache, function, limits.budget_bytes, beside_bytes, loss_needs)
     statistics = Statistics(measuring_evaluations=trial.evaluations)
     room = Room(slots=limits.checkpoints or 1)
     if limits.budget_bytes is not None and found.footprint is not None:
         statistics.footprint = found.footprint
         room = found.footprint.room(limits.budget_bytes)
-    locks = SolveLocks(*((Generators.lock,) if found.draws else ()), cache.lock)
+    # In the order in which all ask for them.
+    locks = (*((Generators.lock,) if found.draws else ()), cache.lock)
     states = CheckpointedSolve(problem, closure, wanted, room, locks, statistics).run(y0, t)
     return AdaptiveSolution(states, statistics)
 

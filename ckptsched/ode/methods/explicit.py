@@ -94,12 +94,12 @@ def as_time(t: Time, z: Tensor) -> Tensor:
 
 
 @functools.cache
-def last_uses(tableau: ButcherTableau) -> dict[int, int]:
+def last_uses(tableau: ButcherTableau, keep: frozenset[int] = frozenset()) -> dict[int, int]:
     """For each slope that a step needs the last row of a that reads it; itself where none does.
 
-    Cached, as it is asked for at every step.
+    So for those in `keep` and what they need. Cached, as it is asked for at every step.
     """
-    last = {i: i for i in tableau.needed}
+    last = {i: i for i in tableau.needed_for(keep)}
     for i in last:
         for j, a_ij in enumerate(tableau.a[i]):
             if a_ij != 0.0:

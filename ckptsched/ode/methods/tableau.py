@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -141,7 +141,11 @@ class ButcherTableau:
     @property
     def needed(self) -> tuple[int, ...]:
         """Indices of the slopes that z + h sum_i b_i k_i depends on, directly or through others."""
-        wanted = [b_i != 0.0 for b_i in self.b]
+        return self.needed_for(())
+
+    def needed_for(self, keep: Collection[int]) -> tuple[int, ...]:
+        """The same with those that slopes in `keep` depend on, these included."""
+        wanted = [b_i != 0.0 or i in keep for i, b_i in enumerate(self.b)]
         for i in reversed(range(self.slopes)):
             if wanted[i]:
                 for j, a_ij in enumerate(self.a[i]):
