@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import operator
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import EllipsisType, MappingProxyType, NoneType
@@ -117,7 +119,7 @@ class State:
 
     def constants(self) -> Iterator[Any]:
         """The values besides tensors, in order."""
-        return _constants(self.tree)
+        return (end.value for end in _ends(self.tree) if isinstance(end, _Constant))
 
     @property
     def is_tensor(self) -> bool:
@@ -129,8 +131,7 @@ class State:
 
         `leaf` prints a tensor; one that occurs twice gets a number besides.
         """
-        counts = [0] * len(self.leaves)
-        _count(self.tree, counts)
+        counts = Counter(end.index for end in _ends(self.tree) if isinstance(end, _Leaf))
         texts = [leaf(tensor) for tensor in self.leaves]
         numbered = [f"#{k} {text}" if counts[k] > 1 else text for k, text in enumerate(texts)]
         return _describe(self.tree, numbered)
@@ -167,13 +168,9 @@ class Filling:
 
 def _filled(nodes: Iterable[tuple[Any, _Node]]) -> tuple[list[Any], list[tuple[Any, _Node]]]:
     """Constants in their places, and what else is to be put where."""
-    values: list[Any] = []
-    rest = []
-    for key, node in nodes:
-        constant = isinstance(node, _Constant)
-        values.append(node.value if isinstance(node, _Constant) else None)
-        rest += [] if constant else [(key, node)]
-    return values, rest
+    pairs = list(nodes)
+    values = [node.value if isinstance(node, _Constant) else None for _, node in pairs]
+    return values, [(key, node) for key, node in pairs if not isinstance(node, _Constant)]
 
 
 @final
@@ -275,7 +272,7 @@ def _container(value: Any) -> _Container | None:
         keys = tuple(value)
         if kind is dict:
             return keys, list(value.values()), lambda parts: dict(zip(keys, parts, strict=True))
-        return keys, list(value.values()), _builder(value, keys, _set_item)
+        return keys, list(value.values()), _builder(value, keys, operator.setitem)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = dict.fromkeys(field.name for field in dataclasses.fields(value))
         names |= dict.fromkeys(getattr(value, "__dict__", ()))
@@ -286,10 +283,6 @@ def _container(value: Any) -> _Container | None:
             _builder(value, present, object.__setattr__),
         )
     return None
-
-
-def _set_item(container: Any, key: Any, part: Any) -> None:
-    container[key] = part
 
 
 def _builder(
@@ -317,20 +310,13 @@ def _put_together(node: _Node, leaves: Sequence[Tensor]) -> Any:
     return node.build([_put_together(part, leaves) for part in node.parts])
 
 
-def _constants(node: _Node) -> Iterator[Any]:
-    if isinstance(node, _Constant):
-        yield node.value
-    elif isinstance(node, _Branch):
+def _ends(node: _Node) -> Iterator[_Leaf | _Constant]:
+    """Tensors' places and other values, in order."""
+    if isinstance(node, _Branch):
         for part in node.parts:
-            yield from _constants(part)
-
-
-def _count(node: _Node, counts: list[int]) -> None:
-    if isinstance(node, _Leaf):
-        counts[node.index] += 1
-    elif isinstance(node, _Branch):
-        for part in node.parts:
-            _count(part, counts)
+            yield from _ends(part)
+    else:
+        yield node
 
 
 def _describe(node: _Node, leaves: Sequence[str]) -> str:

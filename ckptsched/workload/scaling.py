@@ -10,18 +10,10 @@ from typing import Any, final
 
 from ..base.errors import WorkloadError
 from .chain import Chain
-from .stage import Block, Stage, StageLedger, TapeOption
+from .stage import LEDGER_SIZES, TAPE_SIZES, Block, Stage, StageLedger, TapeOption
 
 _FEWEST_STEPS = 3  # a first, a last, and one between that is copied
-_SIZES = (
-    "state_bytes",
-    "tape_bytes",
-    "gradient_bytes",
-    "forward_overhead_bytes",
-    "backward_overhead_bytes",
-)
-_TAPE_SIZES = ("tape_bytes", "forward_overhead_bytes", "backward_overhead_bytes")
-_LEDGER_SIZES = ("state_bytes", "tape_bytes", "forward_peak_bytes", "taped_peak_bytes")
+_SIZES = ("state_bytes", "gradient_bytes", *TAPE_SIZES)
 _SECONDS = ("forward_seconds", "backward_seconds")
 _CHAIN_SIZES = ("input_bytes", "input_gradient_bytes", "loss_overhead_bytes", "held_bytes")
 
@@ -79,7 +71,7 @@ class _Law:
         return replace(made[0], ledger=None, **figures)
 
     def _tape(self, least: int, *made: TapeOption) -> TapeOption:
-        figures = self._figures(made, _TAPE_SIZES)
+        figures = self._figures(made, TAPE_SIZES)
         figures["tape_bytes"] = max(figures["tape_bytes"], least)
         return replace(made[0], ledger=None, **figures)
 
@@ -203,7 +195,7 @@ def _ledger_between(
     """Exact bytes along the line, where the two stages keep the same things."""
     if a is None or b is None:
         return None
-    figures: dict[str, Any] = {n: count(getattr(a, n), getattr(b, n)) for n in _LEDGER_SIZES}
+    figures: dict[str, Any] = {n: count(getattr(a, n), getattr(b, n)) for n in LEDGER_SIZES}
     peaks = zip(a.backward_peak_bytes, b.backward_peak_bytes, strict=True)
     figures["backward_peak_bytes"] = tuple(count(x, y) for x, y in peaks)
     ends = replace(a, **figures), replace(b, **figures)

@@ -21,9 +21,9 @@ _BACKWARD_VARIANTS = 8
 _MOST_BYTES = 2**50
 _MOST_SECONDS = 1e18
 _MOST_OTHER_TAPES = 255  # an option takes a byte of a packed operation
-_TAPE_SIZES = ("tape_bytes", "forward_overhead_bytes", "backward_overhead_bytes")
+TAPE_SIZES = ("tape_bytes", "forward_overhead_bytes", "backward_overhead_bytes")
 _OTHER_SIZES = ("gradient_bytes", "parameter_gradient_bytes")
-_LEDGER_SIZES = ("state_bytes", "tape_bytes", "forward_peak_bytes", "taped_peak_bytes")
+LEDGER_SIZES = ("state_bytes", "tape_bytes", "forward_peak_bytes", "taped_peak_bytes")
 _LEDGER_FLAGS = ("output_is_view", "input_saved", "output_saved", "shares_parameters_partly")
 
 
@@ -296,7 +296,7 @@ def check_time(what: str, value: object) -> None:
 
 def check_stage(what: str, stage: Stage) -> None:
     """Refuse a stage with impossible sizes or times."""
-    _check_figures(what, stage, (*_TAPE_SIZES, "state_bytes", *_OTHER_SIZES))
+    _check_figures(what, stage, (*TAPE_SIZES, "state_bytes", *_OTHER_SIZES))
     _check_tape(f"the tape of {what}", stage, stage.state_bytes)
     if len(stage.other_tapes) > _MOST_OTHER_TAPES:
         raise WorkloadError(
@@ -304,7 +304,7 @@ def check_stage(what: str, stage: Stage) -> None:
         )
     for k, option in enumerate(stage.other_tapes, 1):
         name = f"tape {k} of {what}"
-        _check_figures(name, option, _TAPE_SIZES)
+        _check_figures(name, option, TAPE_SIZES)
         _check_tape(name, option, stage.state_bytes)
         if option.ledger is not None:
             _check_ledger(f"the ledger of {name}", option.ledger)
@@ -363,7 +363,7 @@ def _states(ledger: StageLedger) -> tuple[object, ...]:
 
 
 def _check_ledger(what: str, ledger: StageLedger) -> None:
-    _check_sizes(what, ledger, _LEDGER_SIZES)
+    _check_sizes(what, ledger, LEDGER_SIZES)
     found = len(ledger.backward_peak_bytes)
     if found != _BACKWARD_VARIANTS:
         raise WorkloadError(

@@ -60,19 +60,11 @@ def columns_of(stages: Sequence[Stage], inputs: Sequence[int]) -> dict[str, Any]
     ]
     if any(kind != _PLAIN for kind in kinds):
         data["kind"] = index
-        data["kinds"] = [_kind_to_json(*kind) for kind in kinds]
-    return data
-
-
-def _kind_to_json(
-    name: str, ledger: StageLedger | None, tapes: tuple[TapeOption, ...]
-) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "name": name,
-        "ledger": None if ledger is None else asdict(ledger),
-    }
-    if tapes:
-        data["tapes"] = [_tape_to_json(tape) for tape in tapes]
+        data["kinds"] = [
+            {"name": name, "ledger": None if ledger is None else asdict(ledger)}
+            | ({"tapes": [_tape_to_json(tape) for tape in tapes]} if tapes else {})
+            for name, ledger, tapes in kinds
+        ]
     return data
 
 

@@ -91,7 +91,10 @@ class CheckpointedSolve:
         forward.with_tapes()
         forward.without_tapes()
         integration, outputs, tapes = forward.integration, forward.outputs, forward.tapes
-        self._count(integration, forward)
+        statistics = self._statistics
+        statistics.count(integration)
+        statistics.checkpoints, statistics.tapes = self._room.slots, tapes
+        statistics.positions = forward.positions
         if tapes == len(integration.record):
             return torch.stack(outputs)
         carried.check()
@@ -108,12 +111,6 @@ class CheckpointedSolve:
         if not own:
             return states
         return joined(take_over(states), *(z.unsqueeze(0) for z in own), states)
-
-    def _count(self, integration: Integration, forward: _Forward) -> None:
-        statistics = self._statistics
-        statistics.count(integration)
-        statistics.checkpoints, statistics.tapes = self._room.slots, forward.tapes
-        statistics.positions = forward.positions
 
     def backward(
         self, gradients: Tensor, *, with_time: bool
@@ -135,12 +132,12 @@ class CheckpointedSolve:
             shift = gradients.new_zeros((), dtype=real).requires_grad_()
         f = RightHandSide(self._problem, shift)
         steps = AcceptedSteps(self._record, f, self._carried)
-        reversal = Reversal(steps, self._environment, self._tapes)
         every = [*[gradients[0]] * self._before, *gradients.unbind()]
+        first = self._tapes
+        reversal = Reversal(steps, self._environment, first, self._states, every, shift)
         try:
-            slots = self._room.states(self._tapes)
             with self._locked():
-                found = reversal.run(self._states, slots, every, shift, last_input=fresh)
+                found = reversal.run(self._room.states(first), last_input=fresh)
         finally:
             self._states.clear()
         self._statistics.backward_evaluations = f.evaluations
