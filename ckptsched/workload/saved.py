@@ -107,15 +107,10 @@ class Saved(abc.ABC):
 
     @classmethod
     def from_saved(cls, data: Any, source: str) -> Self:
-        """Read the data of a file, and check that it was not changed.
+        """Read the data of a file, and check that it was not changed; `source` is for messages.
 
-        Args:
-            data: The data. Without a checksum they are figures of somebody's own, which no model
-                may be run by.
-            source: Where they are from, for messages.
-
-        Raises:
-            WorkloadError: They are something else, or were changed after they were saved.
+        Without a checksum they are figures of somebody's own, which no model may be run by. A
+        WorkloadError where they are something else, or were changed after they were saved.
         """
         if not isinstance(data, dict):
             raise WorkloadError(f"{source} holds {type(data).__name__}, not a {cls.kind}")

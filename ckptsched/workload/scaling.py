@@ -25,19 +25,12 @@ def batch_of(chain: Chain) -> int:
 
 
 def with_batch(chain: Chain, batch: int) -> Chain:
-    """An estimate of the chain for another batch.
+    """An estimate of the chain for another batch than that it was profiled with, `batch_of(chain)`.
 
-    States, tapes, gradients of states, overheads and seconds are scaled with the batch and
-    rounded up; parameter gradients stay. What an operation takes whatever the batch is scaled
-    as well, so that larger batches are charged too much rather than too little.
-
-    Args:
-        chain: The chain, profiled with a batch of `batch_of(chain)`.
-        batch: The other batch, at least 1.
-
-    Returns:
-        A chain for planning, without exact bytes or signature: profile the model with the
-        batch to run a plan.
+    States, tapes, gradients of states, overheads and seconds are scaled with the batch and rounded
+    up; parameter gradients stay. What an operation takes whatever the batch is scaled as well, so
+    that larger batches are charged too much rather than too little. Without exact bytes or
+    signature it is for planning: profile the model with the batch to run a plan.
     """
     factor = Fraction(batch, batch_of(chain))
     law = _Law(lambda size: math.ceil(size * factor), lambda seconds: seconds * float(factor))
@@ -84,19 +77,12 @@ class _Law:
 
 
 def with_steps(chain: Chain, steps: int) -> Chain:
-    """The chain with another number of steps in every block of equal steps.
+    """The chain with another number of steps, at least 1, in every block of equal steps.
 
     Such a block has three stages or more, all between the first and the last alike; in a chain
-    without blocks it is a row of equal stages. Stages are copied or left out between the first
-    and the last, so that figures and exact bytes are those of the stages that were measured.
-
-    Args:
-        chain: The chain.
-        steps: Steps of each such block, at least 1; 1 leaves the last.
-
-    Returns:
-        A chain for planning, without signature: profile the model with that many steps to run
-        a plan.
+    without blocks it is a row of equal stages. Stages are copied or left out between the first and
+    the last, so that figures and exact bytes are those of the stages that were measured; one step
+    leaves the last. Without signature it is for planning: profile a model of so many to run a plan.
 
     Raises:
         WorkloadError: The chain has no block of equal steps.

@@ -96,15 +96,11 @@ class Trial:
         beside_bytes: int,
         loss: Callable[[], tuple[int, int]],
     ) -> Findings:
-        """The findings for this solve; measured once for each key.
+        """The findings for this solve; measured once for each key, of which `function` is a part.
 
-        Args:
-            cache: Holds the findings of earlier calls.
-            function: The part of the cache's keys that names f.
-            budget_bytes: Budget of the solve; None where nothing is to be measured.
-            beside_bytes: Bytes of other tensors that live throughout.
-            loss: Measures the caller's loss, with a budget only and under the cache's lock:
-                bytes of its peak, and of the gradients that it leaves.
+        Without a budget no bytes are measured. `loss` measures the caller's under the cache's lock:
+        bytes of its peak, and of the gradients that it leaves; `beside_bytes` live throughout
+        besides.
 
         Raises:
             ExecutionError: f gives another slope when it is evaluated again.
