@@ -151,7 +151,13 @@ class TapedStep:
 
 @final
 class Reversal:
-    """The backward pass: the interpreter of the operations of `reversal`."""
+    """The backward pass: the interpreter of the operations of `reversal`.
+
+    The first `first` steps have tapes in the outer graph instead. `states` are the checkpoints by
+    how many steps come before them, and are emptied; `gradients` are those of the states at all
+    requested times; `shift` is the zero that shifts the time of f, None where no gradient of time
+    is wanted.
+    """
 
     def __init__(
         self,
@@ -162,16 +168,6 @@ class Reversal:
         gradients: Sequence[Tensor],
         shift: Tensor | None,
     ) -> None:
-        """Prepare to reverse.
-
-        Args:
-            steps: The accepted steps.
-            environment: Parameters, modes and settings of the forward pass, for runs again.
-            first: How many steps, the first ones, have tapes in the outer graph instead.
-            states: The checkpoints by how many steps come before them; it is emptied.
-            gradients: With respect to the states at all requested times.
-            shift: The zero that shifts the time of f; None where no gradient of time is wanted.
-        """
         self._steps, self._environment, self._first = steps, environment, first
         self._states, self._gradients = states, gradients
         self._wanted = [*environment.tensors, *([] if shift is None else [shift])]
@@ -186,15 +182,11 @@ class Reversal:
     def run(
         self, slots: int, *, last_input: bool
     ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
-        """Reverse all steps but the first ones.
+        """Reverse all steps but the first ones, with so many checkpoints at most at once.
 
-        Args:
-            slots: How many checkpoints may be kept at once.
-            last_input: Whether there is the input of the last step besides.
-
-        Returns:
-            The gradients of the state before the steps, of the environment's tensors and of the
-            times; the last float64 on the CPU.
+        With `last_input` there is the input of the last step besides. Returns the gradients of the
+        state before the steps, of the environment's tensors and of the times; the last float64 on
+        the CPU.
         """
         n, rates, sums = len(self._steps.record) - self._first, self._rates, self._sums.sums
         positions = [position - self._first for position in sorted(self._states)]
