@@ -36,11 +36,7 @@ _COMPILER_SECONDS = 120
 class CountingAllocator:
     """The installed allocator. Get it from `counting_allocator`; there is one in a process.
 
-    Args:
-        library: The loaded library, not yet installed.
-
-    Raises:
-        ProfileError: If it cannot be installed, or then does not count.
+    A ProfileError where the library cannot be installed, or then does not count.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -61,13 +57,9 @@ class CountingAllocator:
             raise ProfileError(f"it counted {live} bytes for a tensor of {block.numel()} bytes")
 
     def open(self, *, own_thread: bool = False) -> None:
-        """Start counting from zero.
+        """Start counting from zero, on request without blocks that other threads of Python's make.
 
-        Args:
-            own_thread: Whether blocks that other threads of Python's make do not count.
-
-        Raises:
-            ProfileError: If another allocator has been installed since.
+        A ProfileError where another allocator has been installed since.
         """
         if self._library.ckptsched_open(int(own_thread)):
             raise ProfileError(
@@ -98,11 +90,7 @@ in_forked_process(_renew)
 
 
 def counting_allocator() -> CountingAllocator:
-    """Build the allocator if need be, install it if need be, and return it.
-
-    Raises:
-        ProfileError: If that does not work here; the message is the reason.
-    """
+    """Build and install the allocator if need be; a ProfileError if that does not work here."""
     with _ONE_BUILDER:  # functools.cache alone lets two threads install it twice
         found = _installed()
     if isinstance(found, str):

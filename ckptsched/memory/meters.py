@@ -57,11 +57,7 @@ class Window:
         self._phases: tuple[Measurement, ...] | None = None
 
     def mark(self) -> None:
-        """End a phase and start the next.
-
-        Raises:
-            ProfileError: If the window is closed.
-        """
+        """End a phase and start the next; a ProfileError if the window is closed."""
         if self._phases is not None:
             raise ProfileError("a phase was to end in a window that is closed; mark inside `with`")
         self._mark()
@@ -108,26 +104,16 @@ class Meter(abc.ABC):
 
     @abc.abstractmethod
     def window(self) -> contextlib.AbstractContextManager[Window]:
-        """Count from the start of the `with` block to its end.
+        """Count from the start of the `with` block to its end, after which the figures are there.
 
-        Returns:
-            A context manager for the window, whose figures are there after the block.
-
-        Raises:
-            ProfileError: If a window of this kind of meter is already open.
+        A ProfileError if a window of this kind of meter is already open.
         """
 
     def measure(self, fn: Callable[[], T]) -> tuple[T, Measurement]:
         """Run a function inside a window; its exceptions are handed on.
 
-        Args:
-            fn: What to run. Its result is alive at the end of the window, and counts.
-
-        Returns:
-            What `fn` returned, and the bytes of its window.
-
-        Raises:
-            ProfileError: If a window of this kind of meter is already open.
+        Returns its result, which is alive at the end of the window, and counts, and the bytes.
+        Raises as `window` does.
         """
         with self.window() as window:
             result = fn()
@@ -330,16 +316,13 @@ class CudaMeter(Meter):
 def default_meter(device: torch.device | str, *, own_thread: bool = False) -> Meter:
     """The best meter for a device that is available here.
 
-    The environment variable CKPTSCHED_METER overrides it: "profiler" or "allocator".
+    On the CPU an `AllocatorMeter`, or a `ProfilerMeter` where there is no C++ compiler; on CUDA a
+    `CudaMeter`. The environment variable CKPTSCHED_METER overrides it: "profiler" or "allocator".
 
     Args:
         device: The device whose tensors count.
         own_thread: Whether what other threads of Python's allocate is not to count, where the meter
             can tell: on CUDA's it cannot.
-
-    Returns:
-        On the CPU an `AllocatorMeter`, or a `ProfilerMeter` where there is no C++ compiler; on
-        CUDA a `CudaMeter`.
 
     Raises:
         ProfileError: If there is no meter for the device, or not the one that was asked for.
@@ -365,18 +348,9 @@ def default_meter(device: torch.device | str, *, own_thread: bool = False) -> Me
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind some tensors, each counted once and whole.
+    """Bytes of the distinct storages behind dense tensors, each counted once and whole.
 
-    Works on fake and meta tensors too.
-
-    Args:
-        tensors: Dense tensors; views of one storage count once.
-
-    Returns:
-        The sum of the sizes of the storages, in bytes.
-
-    Raises:
-        ProfileError: If a tensor is not dense, and so has no one storage.
+    Works on fake and meta tensors too. A ProfileError where a tensor has no one storage.
     """
     # Keyed by identity, as storages without memory have no address. The references kept here make
     # PyTorch give the same object for the same storage.

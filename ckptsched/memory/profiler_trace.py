@@ -61,13 +61,9 @@ def _lost() -> ProfileError:
 
 @contextlib.contextmanager
 def recording(device: torch.device) -> Iterator[Readings]:
-    """Record the blocks of a device inside the `with` block.
+    """Record the blocks of a device, without an index of all of its type, inside the `with` block.
 
-    Args:
-        device: A device of a type in `DEVICE_TYPES`; without an index, all of that type.
-
-    Raises:
-        ProfileError: If a profiler runs already, around this block or inside it.
+    A ProfileError if a profiler runs already, around this block or inside it.
     """
     if _profiling(unknown=False):
         raise ProfileError(

@@ -29,11 +29,7 @@ class AdjointSettings:
     options: Mapping[str, Any] | None = None
 
     def check_unused(self) -> None:
-        """Refuse all of them where no adjoint equation is solved.
-
-        Raises:
-            WorkloadError: One was given.
-        """
+        """Refuse all of them where no adjoint equation is solved."""
         given = self._given("rtol", "atol", "method", "options")
         if given:
             raise WorkloadError(
@@ -51,17 +47,8 @@ class AdjointSettings:
     ) -> dict[str, Any]:  # fmt: skip
         """The arguments of the solve of the adjoint equation: rtol, atol, method and options.
 
-        Args:
-            rtol: That of the forward pass, for an adjoint without one of its own.
-            atol: The same.
-            method: The same.
-            options: The same; `norm` is of states.
-            norm: Norm of flat states.
-            shapes: Shapes of the parts of the state; None where it is one tensor.
-
-        Raises:
-            WorkloadError: An argument that makes no sense, or one of the forward pass that does
-                not fit the adjoint; raised in the forward pass, not when gradients are asked for.
+        Those of the forward pass are for an adjoint without its own; `norm` is of flat states. A
+        WorkloadError, already in the forward pass, where one makes no sense or does not fit.
         """
         if self.options is None and options and self.method not in (None, method):
             raise WorkloadError(
@@ -127,13 +114,10 @@ def _tolerance(name: str, own: Any, other: Any) -> float:
 
 
 def _norm(given: Any, norm: Norm, shapes: Shapes) -> Callable[[Any], Tensor]:
-    """The norm of state, adjoint and integrals, as torchdiffeq has it.
+    """The norm of state, adjoint and integrals, as torchdiffeq has it; `norm` is of flat states.
 
-    Args:
-        given: A function of (time, states, adjoints, integrals); "seminorm", which leaves out the
-            integrals; or None.
-        norm: Norm of flat states.
-        shapes: Shapes of the parts of the state; None where it is one tensor.
+    `given` is a function of (time, states, adjoints, integrals); "seminorm", which leaves out the
+    integrals; or None.
     """
     if given not in (None, "seminorm") and not callable(given):
         raise WorkloadError(

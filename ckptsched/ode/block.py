@@ -117,18 +117,7 @@ class ODEBlock(SteppedModule):
         return runge_kutta_step(slope, self.tableau, self._start(index), self.h, z)
 
     def step_part(self, index: int, part: int, state: Any, *args: Any, **kwargs: Any) -> Any:
-        """Do one slope of a time step.
-
-        Args:
-            index: 0 for the first step.
-            part: 0 for its first slope.
-            state: The state at the start of the step, or the output of the part before.
-            args: Arguments of f besides the state.
-            kwargs: The same by name.
-
-        Returns:
-            The input of the next part; from the last one the state at the end of the step.
-        """
+        """Do one slope of a time step, on states of `slope_step`; other arguments as for `step`."""
         slope = self._slope(args, kwargs)
         return slope_step(slope, self.tableau, self._start(index), self.h, part, state)
 
@@ -163,14 +152,7 @@ class ODEBlock(SteppedModule):
 
 
 def takes_time(f: Callable[..., Tensor]) -> bool:
-    """Tell f(t, z) from f(z) by the number of arguments that f must be given.
-
-    Args:
-        f: A module, whose `forward` counts, or a function.
-
-    Raises:
-        WorkloadError: The signature cannot be read, or fits neither.
-    """
+    """Tell f(t, z) from f(z) by the number of arguments that f must be given."""
     # What torch.compile makes of a module keeps it under this name, and takes any arguments.
     f = getattr(f, "_orig_mod", f)
     called = f.forward if isinstance(f, nn.Module) else f

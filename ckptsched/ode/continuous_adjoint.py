@@ -33,24 +33,14 @@ def backsolve(
     *,
     all_wanted: bool = True,
 ) -> Tensor:
-    """SolveForward, and let the backward solve the adjoint equation backwards.
+    """Solve forward, and let the backward solve the adjoint equation backwards.
 
-    With a(t) = dL/dy(t) the adjoint equation is da/dt = -a df/dy, and dL/dp the integral of
-    -a df/dp from the end to the start. State, adjoint and integral are solved together, from each
+    With a(t) = dL/dy(t) the adjoint equation is da/dt = -a df/dy, and dL/dp the integral of -a
+    df/dp from the end to the start. State, adjoint and integral are solved together, from each
     output time to the one before; there the state begins anew with the one that the forward gave.
 
-    Args:
-        solve: Solves without gradients, from flat states to flat states.
-        solve_adjoint: Solves the augmented problem.
-        func: Right-hand side on flat states.
-        y0: Flat initial state.
-        t: Output times.
-        params: Tensors that func reads, and whose gradients are wanted.
-        all_wanted: Whether func must read and train no others; the backward then refuses it
-            where it does.
-
-    Returns:
-        The states at all times, stacked.
+    States are flat; returned are those at all times, stacked. If `params` are `all_wanted`, the
+    backward refuses a func that reads and trains others.
 
     Reference:
         Chen et al., Neural Ordinary Differential Equations (arXiv 1806.07366), algorithm 1.

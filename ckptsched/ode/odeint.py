@@ -149,11 +149,9 @@ def odeint(
     refuse_events(event_fn)
     if params is not None and adjoint_params is not None:
         raise WorkloadError("params and adjoint_params are two names of one; give either")
-    given = (
-        read_tensors("params", params)
-        if adjoint_params is None
-        else read_tensors("adjoint_params", adjoint_params)
-    )
+    given = read_tensors("params", params)
+    if adjoint_params is not None:
+        given = read_tensors("adjoint_params", adjoint_params)
     own = None if adjoint_options is None else read_options("adjoint_options", adjoint_options)
     adjoint = AdjointSettings(adjoint_rtol, adjoint_atol, adjoint_method, own)
     asked = _Asked(func, y0, rtol, atol, method, read_options("options", options))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -27,8 +26,7 @@ _OUTPUTS_OF_ONE_TIME = 5
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class LossNeeds:
+class LossNeeds(NamedTuple):
     """Bytes of tensors of a loss and its backward."""
 
     peak_bytes: int
@@ -44,19 +42,11 @@ def needs_of_loss(
     shapes: Shapes,
     cache: FunctionCache,
 ) -> LossNeeds:
-    """The memory of a loss of all outputs, measured once for each kind of outputs.
+    """The memory of a loss of `count` outputs, measured once for each kind of outputs.
 
-    Args:
-        loss: From the states as the caller gets them to one number; None provides for a loss that
-            reads a single output.
-        y0: Flat initial state.
-        count: Number of output times.
-        shapes: Shapes of the parts of the state; None where it is one tensor.
-        cache: Cache of the right-hand side, whose lock is held.
-
-    Raises:
-        ProfileError: The loss does not depend on the outputs, is not one number, or there is no
-            meter.
+    None provides for a loss that reads a single output. The lock of the right-hand side's cache is
+    held. A ProfileError where the loss is not one number that depends on the outputs, or there is
+    no meter.
     """
     if loss is None:
         # The gradients of a tuple's parts are joined on the way back.
@@ -72,11 +62,7 @@ def needs_of_loss(
 
 
 def identity_of_loss(loss: Loss | None) -> Hashable:
-    """A key of a loss, the same where it is made anew for each solve; None without a loss.
-
-    Raises:
-        WorkloadError: It is no function.
-    """
+    """A key of a loss, the same where it is made anew for each solve; None without a loss."""
     if loss is not None and not callable(loss):
         raise WorkloadError(
             f"loss is {loss!r:.80}; give a function from what the solve returns to one number"

@@ -36,9 +36,6 @@ def tolerance_of(dtype: torch.dtype) -> float:
     """How far two results may be apart where additions come in another order, relative or absolute.
 
     At least four of the last bits, as bfloat16 has few; 0 for what is not rounded.
-
-    Args:
-        dtype: Of the results.
     """
     if not (dtype.is_floating_point or dtype.is_complex):
         return 0.0

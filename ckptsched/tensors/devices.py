@@ -25,11 +25,7 @@ def matters(tensor: Tensor) -> bool:
 
 
 def several_devices(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Where tensors are, in words, if they are on more than one device; else nothing.
-
-    Args:
-        named: The tensors, each with what it is.
-    """
+    """Where named tensors are, in words, if they are on more than one device; else nothing."""
     found: dict[torch.device, str] = {}
     for name, tensor in named:
         if matters(tensor):
@@ -41,10 +37,7 @@ def several_devices(named: Iterable[tuple[str, Tensor]]) -> str:
 def what_is_wrong(owned: Iterable[tuple[str, Tensor]], inputs: State, given: State) -> str:
     """Say why a model cannot be measured where it lies; empty if it can.
 
-    Args:
-        owned: The parameters and buffers of the model, each with what it is.
-        inputs: The first argument of its call, taken apart.
-        given: The further ones.
+    `owned` are its parameters and buffers, each with what it is.
     """
     owned = list(owned)
     sample = [
@@ -66,11 +59,7 @@ def what_is_wrong(owned: Iterable[tuple[str, Tensor]], inputs: State, given: Sta
 
 
 def drawn_elsewhere(device: torch.device) -> tuple[bytes, ...]:
-    """States of the random generators of GPUs other than a device, to compare.
-
-    Args:
-        device: Whose own generator is left out.
-    """
+    """States of the random generators of GPUs other than a device, to compare."""
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return ()
     own = device.index if device.type == "cuda" else None

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import operator
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import EllipsisType, MappingProxyType, NoneType
@@ -63,7 +65,7 @@ _LEAF = _Leaf(0)
 
 @final
 class State:
-    """A value between two stages: its tensors, and how they make up the value.
+    """A value between two stages: its distinct tensors, and how they make up the value.
 
     A tensor that occurs twice is one leaf, so that its gradient is one sum, as in one graph. A
     plain class, as every run of a stage makes a few.
@@ -72,25 +74,15 @@ class State:
     __slots__ = ("leaves", "tree")
 
     def __init__(self, leaves: tuple[Tensor, ...], tree: _Node = _LEAF) -> None:
-        """Put together what `of` took apart.
-
-        Args:
-            leaves: The distinct tensors, in order.
-            tree: The value around them; equal for values of one structure.
-        """
         self.leaves = leaves
         self.tree = tree
 
     @classmethod
     def of(cls, value: Any, *, opaque: bool = False) -> State:
-        """Take a value apart.
+        """Take apart a tensor, or tuples, lists, dictionaries and dataclasses of them.
 
-        Args:
-            value: A tensor, or tuples, lists, dictionaries and dataclasses of them.
-            opaque: Whether objects of other types may pass; tensors inside are not seen.
-
-        Raises:
-            ExecutionError: An object that may hold tensors where they cannot be seen.
+        Objects of other types, in which tensors are not seen, may pass if `opaque`; else they are
+        refused by an ExecutionError.
         """
         if isinstance(value, Tensor):
             return cls((value,))
@@ -127,7 +119,7 @@ class State:
 
     def constants(self) -> Iterator[Any]:
         """The values besides tensors, in order."""
-        return _constants(self.tree)
+        return (end.value for end in _ends(self.tree) if isinstance(end, _Constant))
 
     @property
     def is_tensor(self) -> bool:
@@ -137,11 +129,9 @@ class State:
     def describe(self, leaf: Callable[[Tensor], str]) -> str:
         """The structure as text, such as "tuple(float32[2, 3], dict('mask': None))".
 
-        Args:
-            leaf: What to print of a tensor; one that occurs twice gets a number besides.
+        `leaf` prints a tensor; one that occurs twice gets a number besides.
         """
-        counts = [0] * len(self.leaves)
-        _count(self.tree, counts)
+        counts = Counter(end.index for end in _ends(self.tree) if isinstance(end, _Leaf))
         texts = [leaf(tensor) for tensor in self.leaves]
         numbered = [f"#{k} {text}" if counts[k] > 1 else text for k, text in enumerate(texts)]
         return _describe(self.tree, numbered)
@@ -149,16 +139,11 @@ class State:
 
 @final
 class Filling:
-    """Puts tensors into the arguments of a call, again and again."""
+    """Puts tensors into the arguments of a call, `(args, kwargs)` taken apart, again and again."""
 
     __slots__ = ("_args", "_args_nested", "_args_plain", "_kwargs", "_kwargs_nested")
 
     def __init__(self, call: State) -> None:
-        """Take the arguments of a call.
-
-        Args:
-            call: Them, as `(args, kwargs)`, taken apart; its own tensors do not matter.
-        """
         assert isinstance(call.tree, _Branch)
         args, kwargs = call.tree.parts
         assert isinstance(args, _Branch)
@@ -170,11 +155,7 @@ class Filling:
         self._kwargs: dict[str, Any] = dict(zip(kwargs.keys, found, strict=True))
 
     def __call__(self, leaves: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments by position and by name.
-
-        Args:
-            leaves: The tensors, in order.
-        """
+        """The arguments by position and by name, with these tensors."""
         args, kwargs = self._args.copy(), self._kwargs.copy()
         for k, index in self._args_plain:
             args[k] = leaves[index]
@@ -187,13 +168,9 @@ class Filling:
 
 def _filled(nodes: Iterable[tuple[Any, _Node]]) -> tuple[list[Any], list[tuple[Any, _Node]]]:
     """Constants in their places, and what else is to be put where."""
-    values: list[Any] = []
-    rest = []
-    for key, node in nodes:
-        constant = isinstance(node, _Constant)
-        values.append(node.value if isinstance(node, _Constant) else None)
-        rest += [] if constant else [(key, node)]
-    return values, rest
+    pairs = list(nodes)
+    values = [node.value if isinstance(node, _Constant) else None for _, node in pairs]
+    return values, [(key, node) for key, node in pairs if not isinstance(node, _Constant)]
 
 
 @final
@@ -236,12 +213,7 @@ def storages(leaves: Iterable[Tensor]) -> dict[int, list[Tensor]]:
 
 
 def copied(state: State, fixed: Container[int] = ()) -> State:
-    """A copy with storages of its own, and the same layout, gaps included.
-
-    Args:
-        state: What to copy.
-        fixed: Storages, by identity, that are not copied.
-    """
+    """A copy with the same layout, gaps included, in storages of its own, but for fixed ones."""
     fresh: dict[int, Tensor] = {}
     return state.replaced(
         rebuilt(leaf, iter([_copy_of(part, fixed, fresh) for part in dense_parts(leaf)]))
@@ -300,7 +272,7 @@ def _container(value: Any) -> _Container | None:
         keys = tuple(value)
         if kind is dict:
             return keys, list(value.values()), lambda parts: dict(zip(keys, parts, strict=True))
-        return keys, list(value.values()), _builder(value, keys, _set_item)
+        return keys, list(value.values()), _builder(value, keys, operator.setitem)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = dict.fromkeys(field.name for field in dataclasses.fields(value))
         names |= dict.fromkeys(getattr(value, "__dict__", ()))
@@ -311,10 +283,6 @@ def _container(value: Any) -> _Container | None:
             _builder(value, present, object.__setattr__),
         )
     return None
-
-
-def _set_item(container: Any, key: Any, part: Any) -> None:
-    container[key] = part
 
 
 def _builder(
@@ -342,20 +310,13 @@ def _put_together(node: _Node, leaves: Sequence[Tensor]) -> Any:
     return node.build([_put_together(part, leaves) for part in node.parts])
 
 
-def _constants(node: _Node) -> Iterator[Any]:
-    if isinstance(node, _Constant):
-        yield node.value
-    elif isinstance(node, _Branch):
+def _ends(node: _Node) -> Iterator[_Leaf | _Constant]:
+    """Tensors' places and other values, in order."""
+    if isinstance(node, _Branch):
         for part in node.parts:
-            yield from _constants(part)
-
-
-def _count(node: _Node, counts: list[int]) -> None:
-    if isinstance(node, _Leaf):
-        counts[node.index] += 1
-    elif isinstance(node, _Branch):
-        for part in node.parts:
-            _count(part, counts)
+            yield from _ends(part)
+    else:
+        yield node
 
 
 def _describe(node: _Node, leaves: Sequence[str]) -> str:

@@ -34,12 +34,7 @@ def all_parts(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def rebuilt(tensor: Tensor, parts: Iterator[Tensor]) -> Tensor:
-    """A tensor of the same type around other parts.
-
-    Args:
-        tensor: What `dense_parts` took apart.
-        parts: In the same order; as many are taken as it has.
-    """
+    """A tensor of the same type around other parts; as many are taken as `dense_parts` gave."""
     if type(tensor) in _PLAIN:
         return next(parts)
     if not _flattens(tensor):
@@ -80,12 +75,8 @@ def lost_attributes(tensor: Tensor) -> str:
 def cannot_be_followed(tensor: Tensor, *, without_data: bool = False) -> str:
     """Why the bytes of a tensor cannot be counted, or a run from it not be repeated.
 
-    Args:
-        tensor: Any; its storage is not touched.
-        without_data: Whether tensors on the meta device will do.
-
-    Returns:
-        Such as "has layout torch.sparse_coo; ..."; empty where nothing stands in the way.
+    Such as "has layout torch.sparse_coo; ..."; empty where nothing stands in the way. Its storage
+    is not touched; on the meta device it may be if `without_data`.
     """
     if _of_transform(tensor):
         return "belongs to a transform of torch.func; call this outside of it"

@@ -16,14 +16,12 @@ import numpy as np
 
 @final
 class ForeignGenerators:
-    """The generators of Python and numpy that a program and its modules have, as they are now."""
+    """The generators of Python and numpy that a program and its modules have, as they are now.
+
+    Lists, tuples and dicts among the values that a program keeps are looked into.
+    """
 
     def __init__(self, values: Iterable[object]) -> None:
-        """Note their states.
-
-        Args:
-            values: What the program keeps; lists, tuples and dicts among it are looked into.
-        """
         values = [*values]
         inside: list[Any] = []
         for value in values:

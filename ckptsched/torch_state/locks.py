@@ -41,11 +41,7 @@ def in_engine() -> bool:
 
 
 def in_forked_process(renew: Callable[[], None]) -> None:
-    """Have something called in each process that is forked, in its one thread.
-
-    Args:
-        renew: Called there before anything else goes on.
-    """
+    """Have something called in each process that is forked, in its one thread, before all else."""
     if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
         os.register_at_fork(after_in_child=renew)
 
@@ -170,12 +166,7 @@ class LendingLock:
         return False
 
     def leave(self, stay: Stay, depth: int) -> None:
-        """End what `enter` has begun, if only just; once more does no harm.
-
-        Args:
-            stay: What `enter` gave.
-            depth: Likewise.
-        """
+        """End what `enter` has begun, if only just; once more does no harm."""
         stay.depth = depth
         if not depth:
             with stay.above:  # once those have left who came in on top
@@ -208,17 +199,11 @@ class LendingLock:
 
 @final
 class Locked:
-    """A `with` block in which the calling thread holds some locks."""
+    """A `with` block in which the calling thread holds some locks, in the order that all ask in."""
 
     __slots__ = ("_entered", "_locks", "_within")
 
     def __init__(self, locks: Sequence[LendingLock], within: Sequence[Stay] = ()) -> None:
-        """Say which.
-
-        Args:
-            locks: In the order in which everybody asks for them.
-            within: As for `LendingLock.enter`.
-        """
         self._locks, self._within = locks, within
         self._entered: list[tuple[LendingLock, Stay, int]] = []
 
@@ -246,11 +231,7 @@ def is_first() -> bool:
 
 
 def waits(thread: int) -> bool:
-    """Whether a thread is waiting for the engine, and has lent its locks.
-
-    Args:
-        thread: Its identity.
-    """
+    """Whether a thread, by its identity, is waiting for the engine, and has lent its locks."""
     return thread in _waiting
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -67,14 +67,7 @@ ContextFn: TypeAlias = Callable[[], tuple[AbstractContextManager[Any], AbstractC
 
 
 def contexts(context_fn: ContextFn) -> tuple[AbstractContextManager[Any], ...]:
-    """The two contexts that a user's function gives, made anew.
-
-    Args:
-        context_fn: The function.
-
-    Raises:
-        ExecutionError: It gives something else.
-    """
+    """The two contexts that a user's function gives, made anew; it may give nothing else."""
     found = context_fn()
     if (
         isinstance(found, tuple | list)
@@ -102,12 +95,7 @@ class RandomState:
 
     @classmethod
     def take(cls, device: torch.device, own: Iterable[torch.Generator] = ()) -> RandomState:
-        """Read the generators that a stage on this device may draw from.
-
-        Args:
-            device: Whose default generator to read besides the CPU's.
-            own: Further generators.
-        """
+        """Read the generators that a stage on this device may draw from, and further ones."""
         cuda: tuple[tuple[int, Tensor], ...] = ()
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
@@ -126,29 +114,25 @@ class RandomState:
         """Whether both would give the same numbers."""
         return (
             isinstance(other, RandomState)
-            and torch.equal(self.cpu, other.cpu)
-            and _same_states(self.cuda, other.cuda)
-            and _same_states(self.own, other.own)
+            and [home for home, _ in self._others] == [home for home, _ in other._others]
+            and self.to_bytes() == other.to_bytes()
         )
 
     __hash__ = None  # type: ignore[assignment]
 
     def to_bytes(self) -> bytes:
         """The state as Python's bytes, to compare."""
-        states = (self.cpu, *(t for _, t in self.cuda), *(t for _, t in self.own))
+        states = (self.cpu, *(state for _, state in self._others))
         return b"".join(t.numpy().tobytes() for t in states)
+
+    @property
+    def _others(self) -> tuple[tuple[Any, Tensor], ...]:
+        return (*self.cuda, *self.own)
 
     @property
     def counted_bytes(self) -> int:
         """Bytes on the device that the meter sees: states lie on the CPU."""
         return 0 if self.cuda else self.cpu.nbytes + sum(state.nbytes for _, state in self.own)
-
-
-def _same_states(some: Sequence[tuple[Any, Tensor]], others: Sequence[tuple[Any, Tensor]]) -> bool:
-    return len(some) == len(others) and all(
-        mine[0] == theirs[0] and torch.equal(mine[1], theirs[1])
-        for mine, theirs in zip(some, others, strict=True)
-    )
 
 
 @final
@@ -213,13 +197,10 @@ class Autocast:
         return any(enabled for _, enabled, _ in self.modes)
 
     def again(self, *, cached: bool = False) -> AbstractContextManager[None]:
-        """Run under the same modes, without the cache of cast weights.
+        """Run under the same modes, without the cache of cast weights but for plain autograd.
 
         The cache would tie the weights of one run of a stage to those of another, and a cached
         weight that was cast without gradients would lose them.
-
-        Args:
-            cached: Whether with the cache after all, for plain autograd.
         """
         for kind, enabled, _ in self.modes:
             if enabled or torch.is_autocast_enabled(kind):

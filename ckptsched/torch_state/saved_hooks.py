@@ -85,17 +85,12 @@ def _stop_others(frame: Any, event: str, argument: object) -> None:
 def unpacked(node: object, names: Sequence[str]) -> list[Any]:
     """Read attributes of an autograd node that unpack what it has saved, and call no hook for it.
 
-    A hook may compute, and may count on being called once in a backward: that of torch's
-    checkpoint runs its region again. Nothing of torch tells of a hook before it is called, so
-    Python's profiler stops it as it is entered, before its first line.
+    A hook may compute, and may count on being called once in a backward: that of torch's checkpoint
+    runs its region again. Nothing of torch tells of a hook before it is called, so Python's
+    profiler stops it as it is entered, before its first line.
 
-    Args:
-        node: The node.
-        names: Of the attributes.
-
-    Returns:
-        Their values; without those that hooks of others have packed, or that torch does not give.
-        None at all where another profiler is at work that would not be found again.
+    Returns the values, without those that hooks of others have packed, or that torch does not give.
+    None at all where another profiler is at work that would not be found again.
     """
     before = sys.getprofile()
     if before is not None and not callable(before):  # one in C, as cProfile on Python 3.11

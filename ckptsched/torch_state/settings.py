@@ -27,13 +27,9 @@ class Setting:
 
 
 def _quick(name: str, what: str, home: Any = None, attribute: str = "") -> list[Setting]:
-    """A setting by torch's private functions of two names, else by a public attribute.
+    """A setting by torch's private functions of two names, else by a public attribute of its home.
 
-    Args:
-        name: For people.
-        what: Part of the names of the private functions; an "@" stands for get and set.
-        home: What has the public attribute; None where there is none.
-        attribute: Its name.
+    An "@" in `what`, a part of the names of these functions, stands for get and set.
     """
     read, write = (getattr(torch._C, what.replace("@", verb), None) for verb in ("get", "set"))
     if read is not None and write is not None:
@@ -188,12 +184,7 @@ def _read(setting: Setting) -> Any:
 
 
 def write(settings: Iterable[Setting], values: Iterable[Any]) -> None:
-    """Set the settings that have other values now.
-
-    Args:
-        settings: The settings.
-        values: Of each; None leaves it as it is.
-    """
+    """Set the settings that have other values now; None leaves one as it is."""
     for setting, value in zip(settings, values, strict=True):
         if value is not None and _read(setting) != value:
             setting.write(value)
@@ -217,14 +208,9 @@ def described(settings: Iterable[Setting], values: Iterable[Any]) -> tuple[str, 
 
 
 def difference(expected: Iterable[str], found: Iterable[str]) -> tuple[str, str, str] | None:
-    """The first setting that differs, of those that both know.
+    """The first setting that differs between two results of `described`, of those that both know.
 
-    Args:
-        expected: What `described` gave when a model was profiled.
-        found: What it gives now.
-
-    Returns:
-        Its name, what was expected and what is found; None where none differs.
+    Returns its name, what was expected and what is found; None where none differs.
     """
     now = dict(text.split(": ", 1) for text in found)
     for text in expected:

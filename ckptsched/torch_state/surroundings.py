@@ -55,17 +55,13 @@ class Ambient:
 
     @classmethod
     def take(cls, device: torch.device) -> Ambient:
-        """Record everything.
-
-        Args:
-            device: Where stages run.
-        """
+        """Record everything, for stages on a device."""
         return cls(
             device,
             Autocast.take(device),
             read(settings_of(device)),
-            _function_modes(),
-            _operation_modes(),
+            _FUNCTIONS.now(),
+            _OPERATIONS.now(),
             _overrides(),
             hooks_now(),
             contextvars.copy_context(),
@@ -83,8 +79,7 @@ class Ambient:
     def costly_modes(self, *, in_backward: bool = False) -> tuple[str, ...]:
         """Classes of the modes that may compute or keep something of their own.
 
-        Args:
-            in_backward: Whether a backward is meant, which calls no function of torch's.
+        A backward calls no function of torch's, so that modes of these do not matter in one.
         """
         seen = self.operations if in_backward else (*self.functions, *self.operations)
         kinds = [type(mode) for mode in seen]
@@ -93,11 +88,7 @@ class Ambient:
         )
 
     def counts_flops_of(self, backward: Ambient) -> bool:
-        """Whether a `FlopCounterMode` is around this forward and a backward.
-
-        Args:
-            backward: What is around that.
-        """
+        """Whether a `FlopCounterMode` is around this forward and a backward."""
         both = (mode for mode in self.operations if mode in backward.operations)
         return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in both)
 
@@ -117,11 +108,7 @@ class Ambient:
     __hash__ = None  # type: ignore[assignment]
 
     def found_from(self, outer: Ambient) -> Ambient:
-        """The same, as a backward must restore it.
-
-        Args:
-            outer: What surrounds the backward.
-        """
+        """The same, as a backward that is surrounded by `outer` must restore it."""
         operations = [m for m in self.operations if m in outer.operations or not _passes(m)]
         hooks = self.hooks
         if hooks is not None and _passes(hooks[0]):
@@ -129,12 +116,10 @@ class Ambient:
         return replace(self, operations=tuple(operations), hooks=hooks)
 
     def again(self, now: Ambient) -> AbstractContextManager[None]:
-        """A context in which this is restored, where something else is around.
+        """A context in which this is restored, where something else than `now` is around.
 
-        Autocast runs without its cache, whatever is around: see `Autocast.again`.
-
-        Args:
-            now: What is around; this object itself where nothing differs.
+        Where nothing differs, that is this object itself. Autocast runs without its cache, whatever
+        is around: see `Autocast.again`.
         """
         return self.autocast.again() if now is self else self._entered(now)
 
@@ -189,23 +174,6 @@ def _is_free(kind: type) -> bool:
 # -- modes: torch keeps a stack of them, which a guarded look into its private parts shows
 
 
-def _stack_of(look: str, home: Any) -> Callable[[], list[Any]]:
-    found: Callable[[], list[Any]] = getattr(home, look, list)
-    return found
-
-
-_functions_now = _stack_of("_get_current_function_mode_stack", torch.overrides)
-_operations_now = _stack_of("_get_current_dispatch_mode_stack", dispatch)
-
-
-def _function_modes() -> tuple[Any, ...]:
-    return tuple(_functions_now())
-
-
-def _operation_modes() -> tuple[Any, ...]:
-    return tuple(_operations_now())
-
-
 @final
 @dataclass(frozen=True, slots=True)
 class _ModeStack:
@@ -215,12 +183,19 @@ class _ModeStack:
     to zero, is not done again.
     """
 
-    now: Callable[[], tuple[Any, ...]]
+    look: Callable[[], list[Any]]
     base: Any
 
+    def now(self) -> tuple[Any, ...]:
+        return tuple(self.look())
 
-_FUNCTIONS = _ModeStack(_function_modes, TorchFunctionMode)
-_OPERATIONS = _ModeStack(_operation_modes, dispatch.TorchDispatchMode)
+
+_FUNCTIONS = _ModeStack(
+    getattr(torch.overrides, "_get_current_function_mode_stack", list), TorchFunctionMode
+)
+_OPERATIONS = _ModeStack(
+    getattr(dispatch, "_get_current_dispatch_mode_stack", list), dispatch.TorchDispatchMode
+)
 
 
 @contextmanager

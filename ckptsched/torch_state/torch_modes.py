@@ -5,8 +5,8 @@ Some names here are private to torch. Each has a way out where it is missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -26,9 +26,6 @@ def outside_of_compiled_code(function: Callable[P, T]) -> Callable[P, T]:
     """Let code that `torch.compile` compiles leave its graph to call a function.
 
     What the function calls runs as it is; a part that was compiled by itself stays compiled.
-
-    Args:
-        function: The function, which the compiler is not to read.
     """
     # torch's own decorator for such cases, as the public one imports the compiler at once.
     disable: Any = getattr(torch, "_disable_dynamo", torch.compiler.disable)
@@ -37,13 +34,9 @@ def outside_of_compiled_code(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def transform_at_work(tensors: Iterable[Tensor]) -> str:
-    """Name a transform of torch that is at work, so that only plain autograd can run the model.
+    """Name a transform of torch, such as "torch.func", under which only plain autograd can run.
 
-    Args:
-        tensors: Inputs and parameters of the model.
-
-    Returns:
-        Such as "torch.func"; empty where nothing does.
+    Empty where none is at work; `tensors` are the inputs and parameters of the model.
     """
     if _functorch_level() is not None:
         return "a transform of torch.func"
@@ -71,23 +64,12 @@ def untransformed() -> AbstractContextManager[object]:
 
 
 def has_gradient(tensor: Tensor) -> bool:
-    """Whether a derivative with respect to a tensor may be asked for.
-
-    Args:
-        tensor: It; where a transform is at work, which hides what it follows, any may be.
-    """
+    """Whether a derivative may be asked for; a transform hides what it follows: any may be."""
     return (torch.is_grad_enabled() and tensor.requires_grad) or under_transform()
 
 
 def as_number(value: Tensor) -> float:
-    """Read a tensor of one entry.
-
-    Args:
-        value: It.
-
-    Raises:
-        WorkloadError: Under vmap it is a number a sample.
-    """
+    """Read a tensor of one entry; a WorkloadError where vmap makes it a number a sample."""
     try:
         return float(value.detach())
     except RuntimeError as error:
@@ -101,14 +83,7 @@ def as_number(value: Tensor) -> float:
 
 
 def as_numbers(values: Tensor) -> list[float]:
-    """Read a tensor of one dimension, also where a transform is at work.
-
-    Args:
-        values: It.
-
-    Raises:
-        WorkloadError: As `as_number`.
-    """
+    """Read a tensor of one dimension, also where a transform is at work; raises as `as_number`."""
     if _functorch_level() is None:
         found: list[float] = values.tolist()
         return found
@@ -116,14 +91,10 @@ def as_numbers(values: Tensor) -> list[float]:
 
 
 def refuse_batched_gradients(gradients: Iterable[Tensor | None]) -> None:
-    """Refuse several gradients at once, to be called where a backward begins.
+    """Refuse several gradients at once, by an ExecutionError where a backward begins.
 
-    Args:
-        gradients: What came to the node.
-
-    Raises:
-        ExecutionError: A transform of torch.func is at work around the backward, or the older one
-            of `is_grads_batched=True`.
+    They come from a transform of torch.func around it, or from the older one of
+    `is_grads_batched=True`.
     """
     functorch: Any = getattr(torch._C, "_functorch", None)
     # Where torch has no such function it refuses our operations itself, by an error of its own.
@@ -175,8 +146,7 @@ def inside_backward() -> bool:
     return task is not None and task() != -1
 
 
-@contextmanager
-def hidden_from_torch_checkpoint() -> Iterator[None]:
+def hidden_from_torch_checkpoint() -> AbstractContextManager[None]:
     """Keep `torch.utils.checkpoint` from what is saved inside, if it is what is around.
 
     It would take away what is saved, a plan's tapes among it, and have all of it computed again
@@ -185,12 +155,8 @@ def hidden_from_torch_checkpoint() -> Iterator[None]:
     hooks = innermost_hooks()
     maker = "" if hooks is None else getattr(hooks[0], "__qualname__", "")
     if not maker.startswith(("_checkpoint_hook.", "_recomputation_hook.")):
-        yield
-        return
-    with (
-        no_hooks()
-    ):  # whatever lies under it does not see what is saved either, as in plain autograd
-        yield
+        return _AS_IT_IS
+    return no_hooks()  # what lies under it does not see what is saved either, as without a plan
 
 
 def module_tracker_at_work() -> bool:

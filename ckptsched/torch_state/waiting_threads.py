@@ -22,11 +22,7 @@ _BLOCKING = {threading.__file__, queue.__file__}
 
 
 def waits_for_caller(waiting: int) -> bool:
-    """Whether a thread goes on only once the calling thread has done what it is doing.
-
-    Args:
-        waiting: The thread's identity.
-    """
+    """Whether a thread, by its identity, goes on only once the calling one has done its work."""
     here = {id(threading.current_thread())}
     own = getattr(_WORKS, "__code__", None)
     here |= {id(work.future) for code, work in _calls(sys._getframe()) if code is own}
@@ -35,11 +31,7 @@ def waits_for_caller(waiting: int) -> bool:
 
 
 def is_blocked(waiting: int) -> bool:
-    """Whether a thread waits for another one right now, whichever that is.
-
-    Args:
-        waiting: The thread's identity.
-    """
+    """Whether a thread, by its identity, waits for another one right now, whichever that is."""
     frame = _frames().get(waiting)
     return frame is not None and frame.f_code.co_filename in _BLOCKING
 

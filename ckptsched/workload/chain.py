@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any, ClassVar, Self, final
 
 import numpy as np
@@ -17,7 +18,6 @@ from .saved import Saved
 from .stage import (
     Block,
     Signature,
-    Stage,
     check_name,
     check_size,
     check_stage,
@@ -27,14 +27,8 @@ from .stage_json import COLUMNS, check_number, columns_of, stages_from
 
 _SIZE_UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
-_CHAIN_SIZES = (
-    "input_bytes",
-    "input_gradient_bytes",
-    "loss_overhead_bytes",
-    "held_bytes",
-    "random_state_bytes",
-    "kept_bytes",
-)
+# What equal stages have in common: all figures but the parameter gradients.
+_ALIKE = attrgetter(*(name for _, name, _ in COLUMNS[:-1]), "ledger")
 
 
 @final
@@ -57,21 +51,10 @@ class ChainArrays:
 class Chain(Saved):
     """A sequence of stages, an input and a loss.
 
-    Stages are counted from 1; state 0 is the input and state n what the loss sees.
+    Stages are counted from 1; state 0 is the input and state n what the loss sees. Repeated steps
+    refer to one object.
     """
 
-    stages: tuple[Stage, ...]
-    """The n stages; repeated steps refer to one object."""
-    input_bytes: int = 0
-    """Bytes of the input (w_a[0]); 0 where the caller holds it and it is reserved."""
-    input_gradient_bytes: int = 0
-    """Bytes of the gradient with respect to the input (w_g[0])."""
-    loss_seconds: float = 0.0
-    """Seconds of the loss (u_loss)."""
-    loss_overhead_bytes: int = 0
-    """Extra bytes while the loss runs (o_loss)."""
-    held_bytes: int = 0
-    """Bytes that the caller holds from the output to the end of the step (w_held)."""
     draws: bool = False
     """Whether a stage draws random numbers, so that random states must be put back."""
     random_state_bytes: int = 0
@@ -83,8 +66,6 @@ class Chain(Saved):
     """Blocks that cover the stages; none where the chain has no such structure."""
     seconds_spread: float = 0.0
     """By how much two halves of the rounds of timing differed, as a share of all seconds."""
-    name: str = ""
-    """Name for people."""
     signature: Signature | None = None
     """What a model and a batch must match to be run by a plan of this chain."""
 
@@ -92,17 +73,13 @@ class Chain(Saved):
     needs: ClassVar[str] = "the columns " + ", ".join(key for key, _, _ in COLUMNS[:4])
 
     def __post_init__(self) -> None:
-        """Check sizes, times and blocks.
-
-        Raises:
-            WorkloadError: With the stage and the value that is out of range.
-        """
+        """Refuse sizes, times and blocks that are out of range, by a WorkloadError."""
         if not self.stages:
             raise WorkloadError("a chain needs at least one stage, found none")
-        for name in _CHAIN_SIZES:
-            check_size(f"the chain's {name}", getattr(self, name))
+        self._check_whole()
+        check_size("the chain's random_state_bytes", self.random_state_bytes)
+        check_size("the chain's kept_bytes", self.kept_bytes)
         check_name("the chain", self.name)
-        check_time("the loss", self.loss_seconds)
         check_time("the chain's seconds_spread", self.seconds_spread)
         seen: set[int] = set()
         for i, stage in enumerate(self.stages, 1):
@@ -123,30 +100,16 @@ class Chain(Saved):
         if self.blocks and expected != len(self.stages) + 1:
             raise WorkloadError(f"blocks end at stage {expected - 1} of {len(self.stages)}")
 
-    def __len__(self) -> int:
-        """The number of stages n."""
-        return len(self.stages)
-
     @functools.cached_property
     def arrays(self) -> ChainArrays:
         """The planning model in columns."""
-
-        def column(head: float, values: Iterable[float], dtype: type) -> Any:
-            filled: npt.NDArray[Any] = np.fromiter((head, *values), dtype=dtype)
-            filled.flags.writeable = False
-            return filled
-
-        s, n_g = self.stages, self.input_gradient_bytes
-        return ChainArrays(
-            forward_seconds=column(0.0, (x.forward_seconds for x in s), np.float64),
-            backward_seconds=column(0.0, (x.backward_seconds for x in s), np.float64),
-            state_bytes=column(self.input_bytes, (x.state_bytes for x in s), np.int64),
-            tape_bytes=column(0, (x.tape_bytes for x in s), np.int64),
-            gradient_bytes=column(n_g, (x.gradient_bytes for x in s), np.int64),
-            forward_overhead_bytes=column(0, (x.forward_overhead_bytes for x in s), np.int64),
-            backward_overhead_bytes=column(0, (x.backward_overhead_bytes for x in s), np.int64),
-            parameter_gradient_bytes=column(0, (x.parameter_gradient_bytes for x in s), np.int64),
-        )
+        of_input = {"state_bytes": self.input_bytes, "gradient_bytes": self.input_gradient_bytes}
+        columns: dict[str, npt.NDArray[Any]] = {}
+        for _, name, is_time in COLUMNS:
+            figures = (of_input.get(name, 0), *(getattr(x, name) for x in self.stages))
+            columns[name] = np.fromiter(figures, dtype=np.float64 if is_time else np.int64)
+            columns[name].flags.writeable = False
+        return ChainArrays(**columns)
 
     @functools.cached_property
     def has_ledger(self) -> bool:
@@ -174,24 +137,11 @@ class Chain(Saved):
         Parameter gradients may appear with the backward of the last stage alone, as those of
         shared parameters do: then they are there, and alike, whatever is run again.
         """
-        first = self.stages[0]
-        same = all(
-            stage is first
-            or (
-                stage.forward_seconds == first.forward_seconds
-                and stage.backward_seconds == first.backward_seconds
-                and stage.state_bytes == first.state_bytes
-                and stage.tape_bytes == first.tape_bytes
-                and stage.gradient_bytes == first.gradient_bytes
-                and stage.forward_overhead_bytes == first.forward_overhead_bytes
-                and stage.backward_overhead_bytes == first.backward_overhead_bytes
-                and stage.ledger == first.ledger
-            )
-            for stage in self.stages
-        )
-        if self.offers_tapes:
+        if self.offers_tapes or any(stage.parameter_gradient_bytes for stage in self.stages[:-1]):
             return False
-        return same and not any(stage.parameter_gradient_bytes for stage in self.stages[:-1])
+        first = self.stages[0]
+        alike = _ALIKE(first)
+        return all(stage is first or _ALIKE(stage) == alike for stage in self.stages)
 
     def stage_name(self, i: int) -> str:
         """Name of stage i for people: its block, its name, its number among equals."""

@@ -17,8 +17,8 @@ from urllib.parse import quote, unquote
 from ..base.errors import InvalidScheduleError, WorkloadError
 from ..schedule.language import Operation, Schedule, format_operation, parse_operation
 from .chain import Chain, ChainArrays
-from .saved import Saved
-from .stage import Block, Stage, check_size, check_stage, check_time
+from .saved import FIGURES, Saved
+from .stage import Block, Stage, check_stage
 from .stage_json import COLUMNS, figures_of
 
 if TYPE_CHECKING:
@@ -29,14 +29,6 @@ if TYPE_CHECKING:
 INPUT = "input"
 """What the input is called where nothing else is said."""
 
-_FIGURES = (
-    "input_bytes",
-    "input_gradient_bytes",
-    "loss_seconds",
-    "loss_overhead_bytes",
-    "held_bytes",
-    "name",
-)
 _NUMBERED = re.compile(r"(-?[FTBxtg])([0-9]+)(.*)")
 _NAMED = re.compile(r"(-?[FTBxtg]):([^:@>]+)(.*)")
 
@@ -48,27 +40,13 @@ class Graph(Saved):
 
     Nodes are counted from 1 to n in topological order; 0 is the input. One input stands for all
     that a batch holds; the loss sees the state of node n, which alone is read by no other.
-    Nodes are called by the names of their stages.
+    Nodes are called by the names of their stages, which are distinct.
     """
 
-    stages: tuple[Stage, ...]
-    """The n nodes; their names are distinct."""
     reads: tuple[tuple[int, ...], ...]
     """The numbers of the states that each node reads, ascending, each below the node's own."""
     input_name: str = INPUT
     """What the input is called."""
-    input_bytes: int = 0
-    """Bytes of the input (w_a[0]); 0 where the caller holds it and it is reserved."""
-    input_gradient_bytes: int = 0
-    """Bytes of the gradient with respect to the input (w_g[0])."""
-    loss_seconds: float = 0.0
-    """Seconds of the loss (u_loss)."""
-    loss_overhead_bytes: int = 0
-    """Extra bytes while the loss runs (o_loss)."""
-    held_bytes: int = 0
-    """Bytes that the caller holds from the output to the end of the step (w_held)."""
-    name: str = ""
-    """Name for people."""
 
     kind: ClassVar[str] = "graph"
     needs: ClassVar[str] = "an input, and nodes with name, reads, " + ", ".join(
@@ -86,17 +64,10 @@ class Graph(Saved):
     """Closed forms for equal stages are for chains."""
 
     def __post_init__(self) -> None:
-        """Check names, edges, sizes and times.
-
-        Raises:
-            WorkloadError: With the node and the value that is out of range.
-        """
+        """Refuse names, edges, sizes and times that are out of range, by a WorkloadError."""
         if not self.stages:
             raise WorkloadError("a graph needs at least one node besides its input, found none")
-        for figure in _FIGURES:
-            if figure.endswith("_bytes"):
-                check_size(f"the graph's {figure}", getattr(self, figure))
-        check_time("the loss", self.loss_seconds)
+        self._check_whole()
         _check_names((self.input_name, *(stage.name for stage in self.stages)))
         for stage in self.stages:
             check_stage(f"node {stage.name!r}", stage)
@@ -108,10 +79,6 @@ class Graph(Saved):
                     "has one"
                 )
         _check_reads(self)
-
-    def __len__(self) -> int:
-        """The number of nodes n, the input not counted."""
-        return len(self.stages)
 
     @functools.cached_property
     def readers(self) -> tuple[tuple[int, ...], ...]:
@@ -150,7 +117,7 @@ class Graph(Saved):
     @functools.cached_property
     def in_a_row(self) -> Chain:
         """The same figures as a chain; what sums them up does not ask who reads what."""
-        figures: dict[str, Any] = {figure: getattr(self, figure) for figure in _FIGURES}
+        figures: dict[str, Any] = {figure: getattr(self, figure) for figure in FIGURES}
         return Chain(stages=self.stages, **figures)
 
     def stage_name(self, i: int) -> str:
@@ -181,7 +148,7 @@ class Graph(Saved):
         while entry in names:
             entry += "_"
         stages = zip(chain.stages, names, strict=True)
-        figures: dict[str, Any] = {figure: getattr(chain, figure) for figure in _FIGURES}
+        figures: dict[str, Any] = {figure: getattr(chain, figure) for figure in FIGURES}
         return cls(
             stages=tuple(replace(stage, name=name, ledger=None) for stage, name in stages),
             reads=tuple((i,) for i in range(len(chain))),
@@ -222,11 +189,11 @@ class Graph(Saved):
 
         if not isinstance(graph, nx.DiGraph) or graph.is_multigraph():
             raise WorkloadError(f"a networkx.DiGraph is needed, found {type(graph).__name__}")
-        unknown = sorted(set(graph.graph) - set(_FIGURES), key=str)
+        unknown = sorted(set(graph.graph) - set(FIGURES), key=str)
         if unknown:
             raise WorkloadError(
                 f"the graph has the attribute {unknown[0]!r}; those that count are "
-                + ", ".join(_FIGURES)
+                + ", ".join(FIGURES)
             )
         return cls(**_structure(graph), **graph.graph)
 
@@ -234,7 +201,7 @@ class Graph(Saved):
         """A graph of networkx that `from_networkx` reads back."""
         import networkx as nx
 
-        figures: dict[str, Any] = {figure: getattr(self, figure) for figure in _FIGURES}
+        figures: dict[str, Any] = {figure: getattr(self, figure) for figure in FIGURES}
         graph: nx.DiGraph[str] = nx.DiGraph(**figures)
         graph.add_node(self.input_name)
         for stage, sources in zip(self.stages, self.reads, strict=True):

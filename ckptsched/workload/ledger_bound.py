@@ -46,13 +46,11 @@ class Variant:
 
 
 def bound(variants: Sequence[Variant], inputs: int, *, reserve: bool = False) -> StageLedger:
-    """A ledger that charges no path less than it takes.
+    """A ledger that charges no path less than it takes; states are as the first variant has them.
 
-    Args:
-        variants: The stage on each path; states are as the first has them.
-        inputs: Number of storages of the input.
-        reserve: Whether there may be more paths than these. The peaks of runs and backwards, which
-            nothing shows while the stage runs, are then charged with a sixteenth more.
+    `inputs` is the number of storages of the input. With a `reserve`, where there may be more paths
+    than these, the peaks of runs and backwards, which nothing shows while the stage runs, are
+    charged with a sixteenth more.
     """
     first, *others = variants
     if all(other == first for other in others):

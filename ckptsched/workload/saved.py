@@ -8,22 +8,50 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 from ..base.errors import WorkloadError
 from ..base.json_files import fault_of_seal, read_json, sealed, write_atomically
+from .stage import Stage, check_size, check_time
 
 WRITES_ONE = "`ckptsched profile MODEL -o FILE` writes a chain, `ckptsched plan` a plan"
 """What to do where a file cannot be read."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Saved(abc.ABC):
-    """A chain or a graph as data."""
+    """A chain or a graph as data, and the figures that both have of the whole."""
+
+    stages: tuple[Stage, ...]
+    input_bytes: int = 0
+    """Bytes of the input (w_a[0]); 0 where the caller holds it and it is reserved."""
+    input_gradient_bytes: int = 0
+    """Bytes of the gradient with respect to the input (w_g[0])."""
+    loss_seconds: float = 0.0
+    """Seconds of the loss (u_loss)."""
+    loss_overhead_bytes: int = 0
+    """Extra bytes while the loss runs (o_loss)."""
+    held_bytes: int = 0
+    """Bytes that the caller holds from the output to the end of the step (w_held)."""
+    name: str = ""
+    """Name for people."""
 
     kind: ClassVar[str]
     """What it is called in messages."""
     needs: ClassVar[str]
     """What its data must have, for the message where they have not."""
+
+    def __len__(self) -> int:
+        """The number of stages n."""
+        return len(self.stages)
+
+    def _check_whole(self) -> None:
+        """Refuse figures of the whole that are out of range."""
+        for figure in FIGURES:
+            if figure.endswith("_bytes"):
+                check_size(f"the {self.kind}'s {figure}", getattr(self, figure))
+        check_time("the loss", self.loss_seconds)
 
     @abc.abstractmethod
     def to_json(self) -> dict[str, Any]:
@@ -79,15 +107,10 @@ class Saved(abc.ABC):
 
     @classmethod
     def from_saved(cls, data: Any, source: str) -> Self:
-        """Read the data of a file, and check that it was not changed.
+        """Read the data of a file, and check that it was not changed; `source` is for messages.
 
-        Args:
-            data: The data. Without a checksum they are figures of somebody's own, which no model
-                may be run by.
-            source: Where they are from, for messages.
-
-        Raises:
-            WorkloadError: They are something else, or were changed after they were saved.
+        Without a checksum they are figures of somebody's own, which no model may be run by. A
+        WorkloadError where they are something else, or were changed after they were saved.
         """
         if not isinstance(data, dict):
             raise WorkloadError(f"{source} holds {type(data).__name__}, not a {cls.kind}")
@@ -101,3 +124,7 @@ class Saved(abc.ABC):
             return cls.from_json(data)
         except WorkloadError as error:
             raise WorkloadError(f"{source}: {error}") from error
+
+
+FIGURES = tuple(field.name for field in fields(Saved) if field.name != "stages")
+"""What chains and graphs have of the whole."""

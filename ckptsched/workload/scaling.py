@@ -10,18 +10,10 @@ from typing import Any, final
 
 from ..base.errors import WorkloadError
 from .chain import Chain
-from .stage import Block, Stage, StageLedger, TapeOption
+from .stage import LEDGER_SIZES, TAPE_SIZES, Block, Stage, StageLedger, TapeOption
 
 _FEWEST_STEPS = 3  # a first, a last, and one between that is copied
-_SIZES = (
-    "state_bytes",
-    "tape_bytes",
-    "gradient_bytes",
-    "forward_overhead_bytes",
-    "backward_overhead_bytes",
-)
-_TAPE_SIZES = ("tape_bytes", "forward_overhead_bytes", "backward_overhead_bytes")
-_LEDGER_SIZES = ("state_bytes", "tape_bytes", "forward_peak_bytes", "taped_peak_bytes")
+_SIZES = ("state_bytes", "gradient_bytes", *TAPE_SIZES)
 _SECONDS = ("forward_seconds", "backward_seconds")
 _CHAIN_SIZES = ("input_bytes", "input_gradient_bytes", "loss_overhead_bytes", "held_bytes")
 
@@ -33,19 +25,12 @@ def batch_of(chain: Chain) -> int:
 
 
 def with_batch(chain: Chain, batch: int) -> Chain:
-    """An estimate of the chain for another batch.
+    """An estimate of the chain for another batch than that it was profiled with, `batch_of(chain)`.
 
-    States, tapes, gradients of states, overheads and seconds are scaled with the batch and
-    rounded up; parameter gradients stay. What an operation takes whatever the batch is scaled
-    as well, so that larger batches are charged too much rather than too little.
-
-    Args:
-        chain: The chain, profiled with a batch of `batch_of(chain)`.
-        batch: The other batch, at least 1.
-
-    Returns:
-        A chain for planning, without exact bytes or signature: profile the model with the
-        batch to run a plan.
+    States, tapes, gradients of states, overheads and seconds are scaled with the batch and rounded
+    up; parameter gradients stay. What an operation takes whatever the batch is scaled as well, so
+    that larger batches are charged too much rather than too little. Without exact bytes or
+    signature it is for planning: profile the model with the batch to run a plan.
     """
     factor = Fraction(batch, batch_of(chain))
     law = _Law(lambda size: math.ceil(size * factor), lambda seconds: seconds * float(factor))
@@ -79,7 +64,7 @@ class _Law:
         return replace(made[0], ledger=None, **figures)
 
     def _tape(self, least: int, *made: TapeOption) -> TapeOption:
-        figures = self._figures(made, _TAPE_SIZES)
+        figures = self._figures(made, TAPE_SIZES)
         figures["tape_bytes"] = max(figures["tape_bytes"], least)
         return replace(made[0], ledger=None, **figures)
 
@@ -92,19 +77,12 @@ class _Law:
 
 
 def with_steps(chain: Chain, steps: int) -> Chain:
-    """The chain with another number of steps in every block of equal steps.
+    """The chain with another number of steps, at least 1, in every block of equal steps.
 
     Such a block has three stages or more, all between the first and the last alike; in a chain
-    without blocks it is a row of equal stages. Stages are copied or left out between the first
-    and the last, so that figures and exact bytes are those of the stages that were measured.
-
-    Args:
-        chain: The chain.
-        steps: Steps of each such block, at least 1; 1 leaves the last.
-
-    Returns:
-        A chain for planning, without signature: profile the model with that many steps to run
-        a plan.
+    without blocks it is a row of equal stages. Stages are copied or left out between the first and
+    the last, so that figures and exact bytes are those of the stages that were measured; one step
+    leaves the last. Without signature it is for planning: profile a model of so many to run a plan.
 
     Raises:
         WorkloadError: The chain has no block of equal steps.
@@ -161,8 +139,7 @@ class Line:
     def __call__(self, size: int) -> Chain:
         """The chain at another size; figures that would be negative are 0.
 
-        Raises:
-            WorkloadError: The two chains differ in their number of stages.
+        A WorkloadError where the two chains differ in their number of stages.
         """
         if len(self.first) != len(self.second):
             raise WorkloadError(
@@ -204,7 +181,7 @@ def _ledger_between(
     """Exact bytes along the line, where the two stages keep the same things."""
     if a is None or b is None:
         return None
-    figures: dict[str, Any] = {n: count(getattr(a, n), getattr(b, n)) for n in _LEDGER_SIZES}
+    figures: dict[str, Any] = {n: count(getattr(a, n), getattr(b, n)) for n in LEDGER_SIZES}
     peaks = zip(a.backward_peak_bytes, b.backward_peak_bytes, strict=True)
     figures["backward_peak_bytes"] = tuple(count(x, y) for x, y in peaks)
     ends = replace(a, **figures), replace(b, **figures)

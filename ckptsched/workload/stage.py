@@ -21,9 +21,9 @@ _BACKWARD_VARIANTS = 8
 _MOST_BYTES = 2**50
 _MOST_SECONDS = 1e18
 _MOST_OTHER_TAPES = 255  # an option takes a byte of a packed operation
-_TAPE_SIZES = ("tape_bytes", "forward_overhead_bytes", "backward_overhead_bytes")
+TAPE_SIZES = ("tape_bytes", "forward_overhead_bytes", "backward_overhead_bytes")
 _OTHER_SIZES = ("gradient_bytes", "parameter_gradient_bytes")
-_LEDGER_SIZES = ("state_bytes", "tape_bytes", "forward_peak_bytes", "taped_peak_bytes")
+LEDGER_SIZES = ("state_bytes", "tape_bytes", "forward_peak_bytes", "taped_peak_bytes")
 _LEDGER_FLAGS = ("output_is_view", "input_saved", "output_saved", "shares_parameters_partly")
 
 
@@ -55,11 +55,9 @@ class StageParts:
         return sum(size for size, source in pairs if source < 0)
 
     def backward_peak(self, outlives: tuple[bool, ...], *, first: bool) -> int:
-        """The peak of the backward.
+        """The peak of the backward, by which of the saved inputs and outputs outlive the tape.
 
-        Args:
-            outlives: For each of the saved inputs and outputs whether it outlives the tape.
-            first: Whether the parameter gradients come into being in this backward.
+        `first` tells whether the parameter gradients come into being in this backward.
         """
         half = len(self.backward_peak_bytes) // 2
         mask = sum(held << k for k, held in enumerate(outlives))
@@ -115,15 +113,10 @@ class StageLedger:
 
 
 def backward_variant(*, input_held: bool, output_held: bool, first: bool) -> int:
-    """Index into `StageLedger.backward_peak_bytes`.
+    """Index into `StageLedger.backward_peak_bytes`, from 0 to 7.
 
-    Args:
-        input_held: Whether the input's storage outlives the tape.
-        output_held: Whether the output's storage outlives the tape.
-        first: Whether the stage's parameter gradients come into being in this backward.
-
-    Returns:
-        A number from 0 to 7.
+    Held are storages that outlive the tape; `first` tells whether the stage's parameter gradients
+    come into being in this backward.
     """
     return 4 * input_held + 2 * output_held + first
 
@@ -303,7 +296,7 @@ def check_time(what: str, value: object) -> None:
 
 def check_stage(what: str, stage: Stage) -> None:
     """Refuse a stage with impossible sizes or times."""
-    _check_figures(what, stage, (*_TAPE_SIZES, "state_bytes", *_OTHER_SIZES))
+    _check_figures(what, stage, (*TAPE_SIZES, "state_bytes", *_OTHER_SIZES))
     _check_tape(f"the tape of {what}", stage, stage.state_bytes)
     if len(stage.other_tapes) > _MOST_OTHER_TAPES:
         raise WorkloadError(
@@ -311,7 +304,7 @@ def check_stage(what: str, stage: Stage) -> None:
         )
     for k, option in enumerate(stage.other_tapes, 1):
         name = f"tape {k} of {what}"
-        _check_figures(name, option, _TAPE_SIZES)
+        _check_figures(name, option, TAPE_SIZES)
         _check_tape(name, option, stage.state_bytes)
         if option.ledger is not None:
             _check_ledger(f"the ledger of {name}", option.ledger)
@@ -349,15 +342,7 @@ def _check_flags(what: str, holder: object, names: Sequence[str]) -> None:
 
 
 def check_name(what: str, name: object) -> None:
-    """Refuse a name that is no text.
-
-    Args:
-        what: What has it, for the message.
-        name: The name.
-
-    Raises:
-        WorkloadError: It is something else.
-    """
+    """Refuse a name that is no text."""
     if not isinstance(name, str):
         raise WorkloadError(f"the name of {what} must be a text, found {name!r}")
 
@@ -378,7 +363,7 @@ def _states(ledger: StageLedger) -> tuple[object, ...]:
 
 
 def _check_ledger(what: str, ledger: StageLedger) -> None:
-    _check_sizes(what, ledger, _LEDGER_SIZES)
+    _check_sizes(what, ledger, LEDGER_SIZES)
     found = len(ledger.backward_peak_bytes)
     if found != _BACKWARD_VARIANTS:
         raise WorkloadError(

@@ -47,9 +47,7 @@ def _figures(holder: Stage | TapeOption, columns: Sequence[_Column]) -> dict[str
 def columns_of(stages: Sequence[Stage], inputs: Sequence[int]) -> dict[str, Any]:
     """Stages as columns, with the index of what is not of the planning model where there is some.
 
-    Args:
-        stages: The stages.
-        inputs: Bytes of the input and of its gradient.
+    `inputs` are the bytes of the input and of its gradient.
     """
     rows = [figures_of(stage) for stage in stages]
     data: dict[str, Any] = {key: [row[key] for row in rows] for key, _, _ in COLUMNS}
@@ -62,19 +60,11 @@ def columns_of(stages: Sequence[Stage], inputs: Sequence[int]) -> dict[str, Any]
     ]
     if any(kind != _PLAIN for kind in kinds):
         data["kind"] = index
-        data["kinds"] = [_kind_to_json(*kind) for kind in kinds]
-    return data
-
-
-def _kind_to_json(
-    name: str, ledger: StageLedger | None, tapes: tuple[TapeOption, ...]
-) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "name": name,
-        "ledger": None if ledger is None else asdict(ledger),
-    }
-    if tapes:
-        data["tapes"] = [_tape_to_json(tape) for tape in tapes]
+        data["kinds"] = [
+            {"name": name, "ledger": None if ledger is None else asdict(ledger)}
+            | ({"tapes": [_tape_to_json(tape) for tape in tapes]} if tapes else {})
+            for name, ledger, tapes in kinds
+        ]
     return data
 
 
@@ -88,13 +78,8 @@ def stages_from(
 ) -> tuple[tuple[Stage, ...], list[Any]]:
     """Read `columns_of`'s data: the stages, and the bytes of the input and of its gradient.
 
-    Args:
-        data: The columns; those but the first four may be left out.
-        size: Bytes of one unit of size.
-        time: Seconds of one unit of time.
-
-    Raises:
-        WorkloadError: A column of another length, or a value that is no number.
+    Columns but the first four may be left out; `size` is the bytes, `time` the seconds of one unit.
+    A WorkloadError for a column of another length, or a value that is no number.
     """
     columns = _read_columns(data, size, time)
     inputs = [columns[key].pop(0) for key in _WITH_INPUT]

@@ -42,27 +42,17 @@ class Checkpoint:
 
 @final
 class AcceptedSteps:
-    """The accepted steps of a solve, run again without choosing their sizes."""
+    """The accepted steps of a solve, run again without choosing their sizes.
+
+    Where f draws or changes buffers, all slopes of the forward pass are evaluated again, those that
+    nothing needs included.
+    """
 
     def __init__(self, record: Record, f: RightHandSide, carried: RngAndBuffers) -> None:
-        """Take the steps.
-
-        Args:
-            record: Their times and sizes.
-            f: The right-hand side, which counts its evaluations.
-            carried: Random generators and buffers of f. Where f draws or changes some, all slopes
-                of the forward pass are evaluated again, those that nothing needs included.
-        """
         self.record, self.problem, self.f, self.carried = record, record.problem, f, carried
 
     def run(self, n: int, z0: Tensor, keep: frozenset[int] = frozenset()) -> Slopes:
-        """Run the step that comes after n others.
-
-        Args:
-            n: How many steps come before it.
-            z0: Flat state at its start.
-            keep: Indices of the slopes to return.
-        """
+        """Run the step after n others from flat state z0; returns the slopes `keep`, by index."""
         tableau = self.problem.tableau
         if self.carried.matters:
             keep |= forward_slopes(tableau, every=True)
@@ -71,16 +61,10 @@ class AcceptedSteps:
         return run_step(self.f, tableau, self.record[n], z0, keep=keep)
 
     def connected(self, first: int, z: Tensor, t: Tensor) -> list[Tensor]:
-        """Run all steps but the first ones again, as one graph.
+        """Run all steps but the first ones again from the flat state z after these, as one graph.
 
-        Args:
-            first: How many steps are left out.
-            z: Flat state after them.
-            t: Requested times, with their graph where their gradient is wanted.
-
-        Returns:
-            The states at the requested times that these steps reach; the initial state, too, if
-            no step is left out.
+        Returns the states at the requested times that they reach, and the initial state if none is
+        left out.
         """
         record, tableau, outputs = self.record, self.problem.tableau, [] if first else [z]
         for n in range(first, len(record)):
@@ -92,13 +76,8 @@ class AcceptedSteps:
     def add_rates(self, rates: Tensor, n: int, z0: Tensor, gradients: Sequence[Tensor]) -> None:
         """Write the gradients of the requested times that the step after n others reaches.
 
-        Each is the product of the output's gradient with the output's derivative in time.
-
-        Args:
-            rates: One entry for each requested time, float64 on the CPU.
-            n: How many steps come before the step.
-            z0: Flat state at its start.
-            gradients: With respect to the states at all requested times.
+        Each is the product of the output's gradient with the output's derivative in time. `rates`
+        has an entry for each requested time, float64 on the CPU.
         """
         record, tableau = self.record, self.problem.tableau
         if not record.outputs(n):
@@ -139,13 +118,9 @@ class TapedStep:
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Go back through the step.
 
-        Args:
-            gradient: With respect to the state at its end, as far as later steps need it.
-            outputs: With respect to the states at all requested times.
-            wanted: Tensors whose gradients are wanted.
-
-        Returns:
-            The gradient with respect to the state at its start, and those of the wanted tensors.
+        `gradient` is that of the state at its end as far as later steps need it, `outputs` are
+        those of the states at all requested times. Returns those of the state at its start, and of
+        `wanted`.
         """
         gradient = _added(gradient, outputs, self._at_end)
         weights = {j: inside_weights(self._tableau, share) for j, share in self._inside}
@@ -176,75 +151,60 @@ class TapedStep:
 
 @final
 class Reversal:
-    """The backward pass: the interpreter of the operations of `reversal`."""
+    """The backward pass: the interpreter of the operations of `reversal`.
 
-    def __init__(self, steps: AcceptedSteps, environment: Environment, first: int) -> None:
-        """Prepare to reverse.
+    The first `first` steps have tapes in the outer graph instead. `states` are the checkpoints by
+    how many steps come before them, and are emptied; `gradients` are those of the states at all
+    requested times; `shift` is the zero that shifts the time of f, None where no gradient of time
+    is wanted.
+    """
 
-        Args:
-            steps: The accepted steps.
-            environment: Parameters, modes and settings of the forward pass, for runs again.
-            first: How many steps, the first ones, have tapes in the outer graph instead.
-        """
+    def __init__(
+        self,
+        steps: AcceptedSteps,
+        environment: Environment,
+        first: int,
+        states: dict[int, Checkpoint],
+        gradients: Sequence[Tensor],
+        shift: Tensor | None,
+    ) -> None:
         self._steps, self._environment, self._first = steps, environment, first
+        self._states, self._gradients = states, gradients
+        self._wanted = [*environment.tensors, *([] if shift is None else [shift])]
+        self._sums = Sums([None] * len(self._wanted))
+        self._rates: Tensor | None = None
+        if shift is not None:
+            times = len(steps.record.problem.times)
+            self._rates = torch.zeros(times, dtype=torch.float64, device="cpu")
         self.advances = 0
         """Steps run again without tape."""
 
     def run(
-        self,
-        states: dict[int, Checkpoint],
-        slots: int,
-        gradients: Sequence[Tensor],
-        shift: Tensor | None,
-        *,
-        last_input: bool,
+        self, slots: int, *, last_input: bool
     ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
-        """Reverse all steps but the first ones.
+        """Reverse all steps but the first ones, with so many checkpoints at most at once.
 
-        Args:
-            states: The checkpoints by how many steps come before them; it is emptied.
-            slots: How many checkpoints may be kept at once.
-            gradients: With respect to the states at all requested times; those that come before
-                the steps are not read.
-            shift: The zero that shifts the time of f; None where no gradient of time is wanted.
-            last_input: Whether `states` holds the input of the last step besides.
-
-        Returns:
-            The gradients of the state before the steps, of the environment's tensors and of the
-            times; the last float64 on the CPU.
+        With `last_input` there is the input of the last step besides. Returns the gradients of the
+        state before the steps, of the environment's tensors and of the times; the last float64 on
+        the CPU.
         """
-        record = self._steps.record
-        wanted = [*self._environment.tensors, *([] if shift is None else [shift])]
-        sums = Sums([None] * len(wanted))
-        rates = None
-        if shift is not None:
-            rates = torch.zeros(len(record.problem.times), dtype=torch.float64, device="cpu")
-        n = len(record) - self._first
-        positions = [position - self._first for position in sorted(states)]
+        n, rates, sums = len(self._steps.record) - self._first, self._rates, self._sums.sums
+        positions = [position - self._first for position in sorted(self._states)]
         if last_input and n > 1 and positions[-1] == n - 1:
             positions.pop()
-        operations = reversal(positions, n, slots, last_input=last_input)
         with self._environment.again(self._steps.carried):
-            back = self._interpret(operations, states, gradients, wanted, sums, rates)
+            back = self._interpret(reversal(positions, n, slots, last_input=last_input))
         if not self._first:
-            back = _added(back, gradients, [0])
+            back = _added(back, self._gradients, [0])
         assert back is not None
         if rates is not None:
-            shifted = sums.sums.pop()
+            shifted = sums.pop()
             rates[0] = -rates[1:].sum()
             if shifted is not None:
                 rates[0] += float(shifted)
-        return back, sums.sums, rates
+        return back, sums, rates
 
-    def _interpret(
-        self,
-        operations: Iterable[Operation],
-        states: dict[int, Checkpoint],
-        gradients: Sequence[Tensor],
-        wanted: Sequence[Tensor],
-        sums: Sums,
-        rates: Tensor | None,
-    ) -> Tensor | None:
+    def _interpret(self, operations: Iterable[Operation]) -> Tensor | None:
         """Follow the operations; returns the gradient of the state before the first step."""
         back: Tensor | None = None
         tape: TapedStep | None = None
@@ -252,30 +212,30 @@ class Reversal:
         for code, stage in operations:
             i = stage + self._first
             if code == Code.FORWARD:
-                self._advance(states, i)
+                self._advance(i)
             elif code == Code.TAPED_FORWARD:
-                if rates is not None:
-                    steps.add_rates(rates, i - 1, self._input(states, i), gradients)
+                if self._rates is not None:
+                    steps.add_rates(self._rates, i - 1, self._input(i), self._gradients)
 
                 def make(i: int = i) -> TapedStep:
-                    return TapedStep(steps, i - 1, self._input(states, i))
+                    return TapedStep(steps, i - 1, self._input(i))
 
-                known = [*self._environment.known, *wanted]
+                known = [*self._environment.known, *self._wanted]
                 tape = checked(make, known) if i == len(steps.record) else make()
             elif code == Code.BACKWARD:
                 assert tape is not None
                 with self._environment.going_back():
-                    back, found = tape.backward(back, gradients, wanted)
+                    back, found = tape.backward(back, self._gradients, self._wanted)
                 tape = None
-                sums.add(found)
+                self._sums.add(found)
                 del found
             else:
-                del states[i]
+                del self._states[i]
         return back
 
-    def _input(self, states: dict[int, Checkpoint], i: int) -> Tensor:
+    def _input(self, i: int) -> Tensor:
         """The state before step i, counted from 1; random state and buffers are put back to it."""
-        found, record = states[i - 1], self._steps.record
+        found, record = self._states[i - 1], self._steps.record
         if found.z._version != found.version:
             raise ExecutionError(
                 f"the state before step {i} of {len(record)}, at time {record[i - 1].t0:.6g}, was "
@@ -285,26 +245,19 @@ class Reversal:
             found.snapshot.restore()
         return found.z
 
-    def _advance(self, states: dict[int, Checkpoint], i: int) -> None:
+    def _advance(self, i: int) -> None:
         """Run step i without tape, and keep the state after it."""
-        z0 = self._input(states, i)
+        z0 = self._input(i)
         self.advances += 1
         with torch.no_grad():
             z1 = self._steps.run(i - 1, z0).z1
-        states[i] = Checkpoint(z1, z1._version, self._steps.carried.take())
+        self._states[i] = Checkpoint(z1, z1._version, self._steps.carried.take())
 
 
 def checked(make: Callable[[], TapedStep], known: Sequence[Tensor]) -> TapedStep:
-    """A step, refused where it depends on a leaf whose gradient would be lost.
+    """Make a step; an ExecutionError where it depends on a leaf whose gradient would be lost.
 
     Leaves that f makes itself are gone with the step, which is then made once more.
-
-    Args:
-        make: Makes the step.
-        known: Tensors whose gradients are collected.
-
-    Raises:
-        ExecutionError: There is another leaf, which outlives the step.
     """
     tape = make()
     unknown = tape.unknown_leaves(known)

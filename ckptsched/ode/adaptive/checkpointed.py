@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -36,26 +37,11 @@ from .step_memory import Room
 
 
 @final
-class SolveLocks:
-    """The locks that a solve holds while it evaluates f: other threads replace parameters, too."""
-
-    def __init__(self, *locks: LendingLock) -> None:
-        """Note which of them the calling thread holds already.
-
-        Args:
-            locks: That of random numbers if f draws some, first, as everywhere; then that of f.
-        """
-        self._locks = locks
-        self._within = tuple([stay for lock in locks for stay in lock.mine()])
-
-    def held(self) -> Locked:
-        """A `with` block that waits for the locks, and holds them."""
-        return Locked(self._locks, self._within)
-
-
-@final
 class CheckpointedSolve:
-    """One solve: its forward pass, its tapes and checkpoints, and its backward."""
+    """One solve: its forward pass, its tapes and checkpoints, and its backward.
+
+    It holds `locks` while it evaluates f, as other threads replace parameters, too.
+    """
 
     def __init__(
         self,
@@ -63,40 +49,24 @@ class CheckpointedSolve:
         closure: Closure,
         wanted: Sequence[Tensor],
         room: Room,
-        locks: SolveLocks,
+        locks: Sequence[LendingLock],
         statistics: Statistics,
     ) -> None:
-        """Prepare a solve.
-
-        Args:
-            problem: The problem.
-            closure: The modules and tensors that f reads.
-            wanted: Tensors of these whose gradients are wanted.
-            room: How many tapes and states may be kept.
-            locks: Held while f is evaluated.
-            statistics: Filled in as the solve goes on.
-        """
         self._problem, self._closure, self._wanted = problem, closure, wanted
-        self._room, self._locks, self._statistics = room, locks, statistics
+        self._room, self._statistics = room, statistics
+        within = tuple([stay for lock in locks for stay in lock.mine()])
+        self._locked = partial(Locked, locks, within)
         self._states: dict[int, Checkpoint] = {}
         self._fresh = True
 
     def run(self, y0: Tensor, t: Tensor) -> Tensor:
-        """Solve, and keep the tapes and states that there is room for.
+        """Solve from a flat state, and keep the tapes and states that there is room for.
 
-        Args:
-            y0: Flat initial state.
-            t: Requested times.
-
-        Returns:
-            The states at the requested times, stacked, in the graph of y0, t and the tensors that
-            are wanted.
-
-        Raises:
-            ExecutionError: f moved random state or buffers that it did not at first.
+        Returns the states at the requested times, stacked, in the graph of y0, t and the wanted
+        tensors. An ExecutionError where f moved random state or buffers that it did not at first.
         """
         try:
-            with self._locks.held():
+            with self._locked():
                 self._check_cached(y0.device)
                 with OneWay():
                     return self._run(y0, t)
@@ -121,7 +91,10 @@ class CheckpointedSolve:
         forward.with_tapes()
         forward.without_tapes()
         integration, outputs, tapes = forward.integration, forward.outputs, forward.tapes
-        self._count(integration, forward)
+        statistics = self._statistics
+        statistics.count(integration)
+        statistics.checkpoints, statistics.tapes = self._room.slots, tapes
+        statistics.positions = forward.positions
         if tapes == len(integration.record):
             return torch.stack(outputs)
         carried.check()
@@ -139,26 +112,14 @@ class CheckpointedSolve:
             return states
         return joined(take_over(states), *(z.unsqueeze(0) for z in own), states)
 
-    def _count(self, integration: Integration, forward: _Forward) -> None:
-        statistics = self._statistics
-        statistics.count(integration)
-        statistics.checkpoints, statistics.tapes = self._room.slots, forward.tapes
-        statistics.positions = forward.positions
-
     def backward(
         self, gradients: Tensor, *, with_time: bool
     ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
         """Go back through the accepted steps without tapes.
 
-        Args:
-            gradients: With respect to the states at the requested times that they reach, stacked.
-            with_time: Whether the gradient of the times is wanted.
-
-        Returns:
-            The gradients of the state before these steps, of the wanted tensors, and of the times.
-
-        Raises:
-            ExecutionError: A parameter, a buffer or a state was changed in place meanwhile.
+        `gradients` are those of the outputs that they reach. Returns those of the state before
+        them, of the wanted tensors, and of the times. An ExecutionError where a parameter, a buffer
+        or a state was changed in place meanwhile.
         """
         self._environment.check()
         self._carried.check_buffers()
@@ -171,12 +132,12 @@ class CheckpointedSolve:
             shift = gradients.new_zeros((), dtype=real).requires_grad_()
         f = RightHandSide(self._problem, shift)
         steps = AcceptedSteps(self._record, f, self._carried)
-        reversal = Reversal(steps, self._environment, self._tapes)
         every = [*[gradients[0]] * self._before, *gradients.unbind()]
+        first = self._tapes
+        reversal = Reversal(steps, self._environment, first, self._states, every, shift)
         try:
-            slots = self._room.states(self._tapes)
-            with self._locks.held():
-                found = reversal.run(self._states, slots, every, shift, last_input=fresh)
+            with self._locked():
+                found = reversal.run(self._room.states(first), last_input=fresh)
         finally:
             self._states.clear()
         self._statistics.backward_evaluations = f.evaluations
@@ -186,13 +147,8 @@ class CheckpointedSolve:
     def differentiable(self, head: Tensor, t: Tensor, gradients: Tensor) -> list[Tensor | None]:
         """Go back by plain autograd, so that the gradients can be differentiated again.
 
-        Args:
-            head: The state before the steps without tapes, with its graph.
-            t: Requested times, with their graph.
-            gradients: As for `backward`.
-
-        Returns:
-            The gradients of head, t and the wanted tensors, with their graphs.
+        `head` is the state before the steps without tapes; it and the times have their graphs.
+        Returns the gradients of head, t and the wanted tensors, with theirs.
         """
         self._environment.check()
         warnings.warn(
@@ -210,7 +166,7 @@ class CheckpointedSolve:
         starts = [x.view_as(x) if x.requires_grad else x for x in reals]
         stand_ins = {id(a): x for a, x in zip(environment.tensors, starts[2:], strict=True)}
         with (
-            self._locks.held(),
+            self._locked(),
             environment.again(self._carried, stand_ins),
             torch.enable_grad(),
         ):

@@ -46,22 +46,16 @@ class Accepted:
 
 @final
 class Integration:
-    """One forward pass, accepted step by accepted step."""
+    """One forward pass, accepted step by accepted step.
+
+    What f draws and changes (`carried`) is found out by its first evaluation. `shift` is a zero
+    whose gradient is that of a shift of time.
+    """
 
     def __init__(
         self, problem: Problem, z0: Tensor, carried: RngAndBuffers, shift: Tensor | None = None
     ) -> None:
-        """Evaluate the first slope, and choose the size of the first step.
-
-        Args:
-            problem: The problem.
-            z0: Flat initial state.
-            carried: Random generators and buffers of f; those it uses are found out here.
-            shift: A zero, whose gradient is that of a shift of time; None where none is wanted.
-
-        Raises:
-            IntegrationError: f gives no finite slope at the first time.
-        """
+        """Choose the first step's size; an IntegrationError where f gives no finite slope."""
         self.problem, self.tableau = problem, problem.tableau
         self.f = RightHandSide(problem, shift)
         self.carried = carried
@@ -101,12 +95,6 @@ class Integration:
         """Whether all requested times are reached."""
         return self.record.missing == 0
 
-    @property
-    def planned(self) -> Step:
-        """The step to attempt next, before `meet` shortens it."""
-        h = self.problem.direction * self._h
-        return Step(self._t, self._t + h, h)
-
     def cut(self) -> None:
         """Detach the state and the first slope from the tapes that led to them."""
         self.z = self.z.detach()
@@ -124,11 +112,7 @@ class Integration:
         return self._accept(step, slopes, 1.0, self.carried.take())
 
     def advance(self) -> Accepted:
-        """Attempt steps until one is accepted.
-
-        Raises:
-            IntegrationError: None is, however small, or there were too many attempts.
-        """
+        """Attempt steps until one is accepted; an IntegrationError where none is, however small."""
         after_rejection = False
         before = self.carried.take()
         while True:
@@ -168,7 +152,8 @@ class Integration:
                 "allow more by max_num_steps, loosen rtol and atol, or use a method for stiff "
                 "problems",
             )
-        step = self.planned
+        h = self.problem.direction * self._h
+        step = Step(self._t, self._t + h, h)
         if self.problem.meet:
             target = times[-self.record.missing]
             if self.problem.direction * (step.t1 - target) >= 0:
@@ -231,10 +216,7 @@ class Integration:
 def forward_slopes(tableau: ButcherTableau, *, every: bool) -> frozenset[int]:
     """Indices of the slopes that an attempt needs: for its error, states inside, the next step.
 
-    Args:
-        tableau: The method.
-        every: Whether all slopes are evaluated, so that each draws the same numbers when the step
-            is run again.
+    With `every` all, so that each draws the same numbers when the step is run again.
     """
     b_error = tableau.b_error or ()
     keep = {i for i, weight in enumerate(b_error) if weight != 0.0} | inside_slopes(tableau)
@@ -247,15 +229,7 @@ def forward_slopes(tableau: ButcherTableau, *, every: bool) -> frozenset[int]:
 def state_inside(
     tableau: ButcherTableau, step: Step, share: float, z0: Tensor, slopes: Slopes
 ) -> Tensor:
-    """The flat state at a requested time inside a step.
-
-    Args:
-        tableau: The method.
-        step: The step.
-        share: Where in the step the time lies: 0 at its start, 1 at its end.
-        z0: Flat state at the start.
-        slopes: Flat state at the end, and slopes.
-    """
+    """The flat state at a share of a step: that at its start (z0) for 0, at its end for 1."""
     if share == 1.0:
         return slopes.z1
     return weighted_sum(z0, step.h, inside_weights(tableau, share), slopes.k)
@@ -264,14 +238,9 @@ def state_inside(
 def reached_states(
     record: Record, n: int, z0: Tensor, slopes: Slopes, t: Tensor | None = None
 ) -> list[Tensor]:
-    """The flat states at the requested times that a step reaches.
+    """The flat states at the requested times that the step after n others, from z0, reaches.
 
-    Args:
-        record: The accepted steps.
-        n: Number of steps before the step.
-        z0: Flat state at its start.
-        slopes: Flat state at its end, and slopes.
-        t: Requested times with their graph; None where their gradient is not wanted.
+    `t` are the requested times with their graph; None where their gradient is not wanted.
     """
     tableau, step, found = record.problem.tableau, record[n], []
     for j in record.outputs(n):
@@ -345,10 +314,5 @@ def _product(gradient: Tensor, rate: Tensor) -> Tensor:
 
 
 def time_shift(t: Tensor, like: Tensor) -> Tensor:
-    """A zero without dimensions whose gradient is that of a shift of all times.
-
-    Args:
-        t: Requested times, with their graph.
-        like: A state, for the real dtype and the device.
-    """
+    """A zero like a state's reals whose gradient is that of a shift of all times."""
     return (t[0] - t[0].detach()).to(device=like.device, dtype=like.dtype.to_real())

@@ -52,12 +52,7 @@ class _NormOfParts:
 
 
 def norm_of_parts(norm: Callable[[Any], Tensor] | None, shapes: Shapes) -> Norm:
-    """The norm of flat errors, from a norm of errors that are shaped as the state is.
-
-    Args:
-        norm: None for the root of the mean square, of a tuple the largest of its parts'.
-        shapes: Shapes of the parts of the state; None where it is one tensor.
-    """
+    """The norm of flat errors, from one of errors shaped as the state is; None is `rms_norm`."""
     return (norm or rms_norm) if shapes is None else _NormOfParts(shapes, norm)
 
 

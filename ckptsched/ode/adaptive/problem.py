@@ -52,15 +52,12 @@ class Problem:
 
 @final
 class RightHandSide:
-    """f of a time as a number and a flat state; evaluations are counted, and slopes checked."""
+    """f of a time as a number and a flat state; evaluations are counted, and slopes checked.
+
+    `shift` is a zero without dimensions, added to each time for its gradient.
+    """
 
     def __init__(self, problem: Problem, shift: Tensor | None = None) -> None:
-        """Begin to count.
-
-        Args:
-            problem: The problem that f belongs to.
-            shift: A zero without dimensions, added to each time for its gradient; None for none.
-        """
         self._func, self._shapes, self._shift = problem.func, problem.shapes, shift
         self.evaluations = 0
 
@@ -69,11 +66,7 @@ class RightHandSide:
         self._shift = None
 
     def __call__(self, t: Time, z: Tensor) -> Tensor:
-        """Evaluate f at a time and a flat state.
-
-        Raises:
-            IntegrationError: It does not return a slope of the state's shape and dtype.
-        """
+        """Evaluate f; an IntegrationError where the slope has not the state's shape and dtype."""
         self.evaluations += 1
         time = as_time(float(t), z)
         if self._shift is not None:
@@ -92,7 +85,6 @@ class Record:
     """The accepted steps as numbers, 16 bytes each, and where the requested times lie."""
 
     def __init__(self, problem: Problem) -> None:
-        """Start without steps."""
         self.problem = problem
         self._times = array("d", [problem.times[0]])
         self._sizes = array("d")
@@ -137,15 +129,7 @@ class Record:
 
 
 def check_times(times: Sequence[float], dtype: torch.dtype = torch.float64) -> None:
-    """Refuse times that do not rise or fall strictly.
-
-    Args:
-        times: Requested times.
-        dtype: Dtype of the tensor that they come from.
-
-    Raises:
-        IntegrationError: Where they do not; it names the first fault.
-    """
+    """Raise an IntegrationError at the first fault of times that do not rise or fall strictly."""
     direction = 1.0 if len(times) < 2 or times[1] >= times[0] else -1.0
     for j, (a, b) in enumerate(itertools.pairwise(times), 1):
         if not direction * (b - a) > 0:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -40,7 +41,7 @@ from ..function.tuple_state import Shapes, check_plain, flat_state, parts_of
 from ..methods.table import find_tableau
 from ..methods.tableau import ButcherTableau
 from ..output_loss import Loss, needs_of_loss
-from .checkpointed import CheckpointedSolve, SolveLocks
+from .checkpointed import CheckpointedSolve
 from .forward import Integration, time_shift
 from .problem import Problem, check_times
 from .statistics import Statistics
@@ -158,12 +159,7 @@ class Limits:
         beside_bytes: int = 0,
         loss: Loss | None = None,
     ) -> Limits:
-        """Read the arguments of `solve_adaptive`.
-
-        Raises:
-            WorkloadError: A budget and checkpoints, or no checkpoint.
-            BudgetSyntaxError: A budget that is not in bytes.
-        """
+        """Read arguments of `solve_adaptive`; raises as that does."""
         if checkpoints is not None and (budget is not None or checkpoints < 1):
             raise WorkloadError(
                 f"checkpoints={checkpoints!r} with budget={budget!r}; give one of them, and at "
@@ -191,13 +187,7 @@ def solve_flat(
 ) -> AdaptiveSolution:
     """Solve a problem; returns and raises as `solve_adaptive` does, but that states are flat.
 
-    Args:
-        problem: The problem.
-        y0: Flat initial state.
-        t: Requested times, as the problem has them, with their graph.
-        closure: The modules and tensors that the right-hand side reads.
-        limits: Most memory of the solve.
-        params: Tensors of the closure that are to get gradients; None for all.
+    `t` has its graph. `params` are the tensors of the closure that get gradients; None for all.
     """
     cache, function = cache_of(problem.func, closure)
     with Locked((cache.lock,)):  # else another thread may have stand-ins in their places
@@ -223,21 +213,19 @@ def solve_flat(
         return _solve_plainly(problem, closure, y0, t, tracked=True)
     _check_can_run_again(y0, wanted, closure)
     trial = Trial(problem, closure, wanted, y0, with_time=t.requires_grad)
-
-    def loss_needs() -> tuple[int, int]:
-        needs = needs_of_loss(limits.loss, y0, len(problem.times), problem.shapes, cache)
-        return needs.peak_bytes, needs.held_bytes
-
+    count, shapes = len(problem.times), problem.shapes
+    loss_needs = partial(needs_of_loss, limits.loss, y0, count, shapes, cache)
     # The parts of the state are the caller's; as one tensor it is one more.
     beside_bytes = limits.beside_bytes + problem.tolerances.nbytes
-    beside_bytes += 0 if problem.shapes is None else y0.nbytes
+    beside_bytes += 0 if shapes is None else y0.nbytes
     found = trial.findings(cache, function, limits.budget_bytes, beside_bytes, loss_needs)
     statistics = Statistics(measuring_evaluations=trial.evaluations)
     room = Room(slots=limits.checkpoints or 1)
     if limits.budget_bytes is not None and found.footprint is not None:
         statistics.footprint = found.footprint
         room = found.footprint.room(limits.budget_bytes)
-    locks = SolveLocks(*((Generators.lock,) if found.draws else ()), cache.lock)
+    # In the order in which all ask for them.
+    locks = (*((Generators.lock,) if found.draws else ()), cache.lock)
     states = CheckpointedSolve(problem, closure, wanted, room, locks, statistics).run(y0, t)
     return AdaptiveSolution(states, statistics)
 
@@ -254,12 +242,7 @@ def make_problem(
     control: StepControl | None,
     meet_times: bool,
 ) -> Problem:
-    """The problem that the arguments of `solve_adaptive` describe, checked.
-
-    Raises:
-        WorkloadError: A method without an error estimate, or arguments that do not go together.
-        IntegrationError: Times that neither rise nor fall.
-    """
+    """The problem that the arguments of `solve_adaptive` describe; raises as that does."""
     read = read_tolerances(rtol, atol, y0, shapes)
     tableau = find_tableau(method)
     if tableau.b_error is None:

@@ -79,9 +79,6 @@ class Footprint:
     def room(self, budget_bytes: int) -> Room:
         """The tapes and states that may be kept within a budget.
 
-        Args:
-            budget_bytes: Most bytes of forward and backward together, at their peak.
-
         Raises:
             InfeasibleBudgetError: Not even the initial state.
         """

@@ -67,15 +67,6 @@ class Trial:
         *,
         with_time: bool,
     ) -> None:
-        """Prepare a trial.
-
-        Args:
-            problem: The problem.
-            closure: The modules and tensors that f reads.
-            wanted: Tensors of these whose gradients are wanted.
-            y0: Flat initial state.
-            with_time: Whether the gradient of the times is wanted.
-        """
         self._problem, self._closure, self._wanted = problem, closure, wanted
         self._y0, self._z0, self._with_time = y0, y0.detach(), with_time
         self._carried = RngAndBuffers(closure, y0.device)
@@ -105,15 +96,11 @@ class Trial:
         beside_bytes: int,
         loss: Callable[[], tuple[int, int]],
     ) -> Findings:
-        """The findings for this solve; measured once for each key.
+        """The findings for this solve; measured once for each key, of which `function` is a part.
 
-        Args:
-            cache: Holds the findings of earlier calls.
-            function: The part of the cache's keys that names f.
-            budget_bytes: Budget of the solve; None where nothing is to be measured.
-            beside_bytes: Bytes of other tensors that live throughout.
-            loss: Measures the caller's loss, with a budget only and under the cache's lock:
-                bytes of its peak, and of the gradients that it leaves.
+        Without a budget no bytes are measured. `loss` measures the caller's under the cache's lock:
+        bytes of its peak, and of the gradients that it leaves; `beside_bytes` live throughout
+        besides.
 
         Raises:
             ExecutionError: f gives another slope when it is evaluated again.
@@ -361,15 +348,8 @@ def measured(
 ) -> tuple[T, tuple[Measurement, ...]]:
     """Run a function under the best free meter; tensors of other threads do not count.
 
-    Args:
-        device: The device whose bytes count.
-        fn: The function; it calls its argument at the end of each phase.
-
-    Returns:
-        The function's result, and the figures of each phase in bytes.
-
-    Raises:
-        ProfileError: There is no meter; the message says what to do.
+    It calls its argument at the end of each phase. Returns its result, and each phase's bytes; a
+    ProfileError where there is no meter.
     """
     meter = default_meter(device, own_thread=True)
     try:

@@ -49,11 +49,7 @@ class StepControl:
     """Attempts from one requested time to the next."""
 
     def __post_init__(self) -> None:
-        """Check the figures.
-
-        Raises:
-            WorkloadError: A figure out of its range.
-        """
+        """Refuse a figure out of its range by a WorkloadError."""
         ranges = {
             "safety": 0 < self.safety <= 1,
             "ifactor": 1 <= self.ifactor < math.inf,
@@ -73,11 +69,7 @@ class StepControl:
                 )
 
     def check_order(self, order: int) -> None:
-        """Refuse so much of PI control that a larger error would ask for a larger step.
-
-        Raises:
-            WorkloadError: 3/4 beta is 1/order or more, for a method of this order.
-        """
+        """Refuse so much of PI control that a larger error would ask for a larger step."""
         if 0.75 * self.beta * order >= 1:
             raise WorkloadError(
                 f"step control with beta={self.beta!r} for a method of order {order}: a larger "
@@ -121,15 +113,9 @@ class Tolerances:
     norm: Norm = rms_norm
 
     def ratio(self, error: Tensor, z0: Tensor, z1: Tensor) -> float:
-        """The error of a step over the tolerated one; up to 1 the step is accepted.
+        """The error of a step from z0 to z1 over the tolerated one: up to 1 the step is accepted.
 
-        Args:
-            error: Estimate, of the state's shape.
-            z0: State before the step.
-            z1: State after it.
-
-        Returns:
-            The ratio; infinite where the error or the new state is not finite.
+        Infinite where the error or the new state is not finite.
         """
         scale = self.scale(torch.maximum(z0.abs(), z1.abs()))
         ratio = self.size(torch.div(error, scale))
@@ -143,11 +129,7 @@ class Tolerances:
         return size.mul_(self.rtol).add_(self.atol)
 
     def size(self, errors: Tensor) -> float:
-        """The norm of errors as a number.
-
-        Raises:
-            WorkloadError: The norm returned something else than one number.
-        """
+        """The norm of errors as a number; a WorkloadError where it returned something else."""
         found: Any = self.norm(errors)
         if isinstance(found, (int, float)):
             return float(found)
@@ -178,17 +160,8 @@ def first_step_size(
 ) -> float:
     """Size of a first step that is likely to be accepted; takes one evaluation of f.
 
-    Args:
-        f: Right-hand side.
-        t0: Time to start at.
-        z0: State there.
-        f0: Slope there.
-        order: Order of the method.
-        tolerances: For errors of steps.
-        direction: 1.0 where time rises, -1.0 where it falls.
-
-    Returns:
-        The size, positive, in units of time; NaN where f gives a slope that is not finite.
+    `f0` is the slope at time t0 and state z0, `direction` 1.0 where time rises, else -1.0. The size
+    is positive, in units of time; NaN where f gives a slope that is not finite.
 
     Reference:
         Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I: section II.4, the

@@ -45,16 +45,7 @@ class Request:
 
 
 def solve_planned(chain: StepChain, call: Call, y0: Tensor, request: Request) -> Tensor:
-    """Solve so that a backward keeps the budget.
-
-    Args:
-        chain: The steps.
-        call: The right-hand side, the grid and the integrator.
-        y0: Flat initial state.
-        request: With a budget.
-
-    Returns:
-        The flat states at all times, stacked.
+    """Solve so that a backward keeps the budget; returns the flat states at all times, stacked.
 
     Raises:
         InfeasibleBudgetError: Nothing fits; the message names the least budget that does.
@@ -154,14 +145,8 @@ def _identity(integrator: Integrator) -> Hashable:
 def _plan_beside(chain: Chain, budget: Budget, beside: int, solver: str) -> Plan:
     """Plan a chain beside other tensors of so many bytes, which live from the start to the end.
 
-    Args:
-        chain: The chain.
-        budget: For both; a share is one of the peak of storing all, both together.
-        beside: Bytes of the other tensors.
-        solver: Name of a solver, or "auto".
-
-    Raises:
-        InfeasibleBudgetError: With the least budget for both.
+    A share is one of the peak of storing all, both together; an infeasible budget's error has the
+    least for both.
     """
     everything = 2**50
     if budget.share is not None:

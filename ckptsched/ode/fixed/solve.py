@@ -21,17 +21,9 @@ from .step_chain import Call, StepChain
 def solve_on_grid(
     call: Call, y0: Tensor, shapes: Shapes, times_dtype: torch.dtype, request: Request
 ) -> Tensor:
-    """Solve with the steps of a fixed grid.
+    """Solve with the steps of a fixed grid; returns the flat states at all times, stacked.
 
-    Args:
-        call: The right-hand side, the grid and the integrator.
-        y0: Flat initial state.
-        shapes: Shapes of the parts of the state; None where it is one tensor.
-        times_dtype: Dtype in which callbacks are given times.
-        request: Without a budget everything is stored.
-
-    Returns:
-        The flat states at all times, stacked, with the gradient of the steps.
+    Without a budget everything is stored; callbacks are given times of `times_dtype`.
 
     Raises:
         WorkloadError: A granularity that does not fit the integrator.

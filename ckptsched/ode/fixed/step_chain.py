@@ -31,7 +31,12 @@ from .time_grid import TimeGrid
 
 @final
 class Call:
-    """One call of `odeint`, given to every step: function, times, integrator and outputs."""
+    """One call of `odeint`, given to every step: function, times, integrator and outputs.
+
+    Outputs are written into `result`, along the first dimension; None collects them with their
+    graphs, for plain autograd. `first` is the first whose gradient is asked for: 1 where y0 has
+    none.
+    """
 
     def __init__(
         self,
@@ -42,17 +47,6 @@ class Call:
         result: Tensor | None = None,
         first: int = 0,
     ) -> None:
-        """Begin a call.
-
-        Args:
-            func: The right-hand side, f(t, y).
-            grid: Times of the steps and outputs.
-            closure: The modules and tensors that the right-hand side reads.
-            integrator: The rule for one step.
-            result: Outputs are written here, along the first dimension. None collects them with
-                their graphs, for plain autograd.
-            first: The first output whose gradient is asked for: 1 where y0 has none.
-        """
         self.func, self.grid, self.closure, self.result = func, grid, closure, result
         self.integrator = integrator
         self.collects = result is None
@@ -81,15 +75,10 @@ class Call:
         return call
 
     def emit(self, j: int, z: Tensor, output: Tensor) -> Tensor:
-        """Let output j leave the chain; its gradient will join that of the state.
+        """Let output j, the state z at the end of a step or made from it, leave the chain.
 
-        Args:
-            j: Index of the output.
-            z: The state at the end of the step.
-            output: The output: the state itself, or made from it.
-
-        Returns:
-            The state to continue with: the same values.
+        Its gradient will join that of the state. Returns the state to continue with: the same
+        values.
         """
         if self.collects:
             self.kept.append(output)
@@ -226,14 +215,8 @@ class StepChain(SteppedModule):
     def step(self, index: int, z: Tensor, call: Call, *tensors: Tensor) -> Tensor:
         """Advance the flat state by one step, and let its outputs leave.
 
-        Args:
-            index: 0 for the first step.
-            z: Flat state at its start.
-            call: The call.
-            tensors: The clock where the call has one, then stand-ins for the closure's tensors.
-
-        Raises:
-            IntegrationError: The integrator cannot do the step; the error has time and step.
+        `tensors` are the clock where the call has one, then stand-ins for the closure's tensors. An
+        IntegrationError of the integrator gets the step.
         """
         times, tensors = self._times(call, tensors)
         start, end = times[index], times[index + 1]

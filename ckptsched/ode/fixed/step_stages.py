@@ -32,7 +32,7 @@ class SteppedModule(StagedModule, abc.ABC):
 
 @final
 class StepStage(StageCall):
-    """One time step of a module, or one slope of it."""
+    """Time step `index`, from 0, or slope `part` of it; so many outputs leave the chain there."""
 
     __slots__ = ("index", "module", "outputs", "part")
 
@@ -41,14 +41,6 @@ class StepStage(StageCall):
     def __init__(
         self, module: SteppedModule, index: int, part: int | None = None, outputs: int = 1
     ) -> None:
-        """Name a step.
-
-        Args:
-            module: The module that the step belongs to.
-            index: 0 for the first step.
-            part: Which of its slopes, from 0; None for the whole step.
-            outputs: Number of outputs that leave the chain in this step, at least 1.
-        """
         self.prefix = ""
         self.module, self.index, self.part, self.outputs = module, index, part, outputs
 
@@ -73,14 +65,11 @@ class StepStage(StageCall):
 def step_stages(
     module: SteppedModule, outputs: Iterable[int], slopes: int | None
 ) -> list[StageCall]:
-    """All stages of a module.
+    """All stages of a module whose steps are taken apart into so many slopes; None for whole steps.
 
-    Args:
-        module: The module.
-        outputs: For each step the number of outputs that leave in it. Steps with none count as
-            those with one, so that equal steps make one long run, whichever of them give outputs:
-            all are planned as if they did, which takes at most two states more than needed.
-        slopes: Number of slopes that a step is taken apart into; None for whole steps.
+    Steps from which no output leaves count as those with one, so that equal steps make one long
+    run, whichever of them give outputs: all are planned as if they did, which takes at most two
+    states more than needed.
     """
     parts = (None,) if slopes is None else range(slopes)
     return [
@@ -91,21 +80,10 @@ def step_stages(
 
 
 def slope_step(f: Slope, tableau: ButcherTableau, t: Time, h: Time, k: int, state: Any) -> Any:
-    """Do one part of a step; all parts in order make `runge_kutta_step`, in the same additions.
+    """Do part k of a step; all parts in order make `runge_kutta_step`, in the same additions.
 
-    Args:
-        f: Right-hand side.
-        tableau: The method; a step has `tableau.evaluations` parts.
-        t: Time at the start of the step.
-        h: Size of the step, in units of t.
-        k: Which part, counted from 0.
-        state: The state at time t for the first part, then the output of the part before.
-
-    Returns:
-        The input of the next part; from the last one the state at time t + h.
-
-    Raises:
-        ExecutionError: f returns something else than a slope of the state's shape and dtype.
+    The first is given the state at time t, each other one what the one before returned; the last
+    returns the state at time t + h. Raises as `runge_kutta_step` does.
     """
     last_use = last_uses(tableau)
     needed = list(last_use)

@@ -53,9 +53,8 @@ class TimeGrid:
 def check_times(t: Any) -> None:
     """Refuse an argument `t` of `odeint` that is no sequence of times.
 
-    Raises:
-        WorkloadError: Not a one-dimensional floating-point tensor of at least two finite times
-            that all rise or all fall; the message says where.
+    That is a one-dimensional floating-point tensor of at least two finite times that all rise or
+    all fall; the message of the WorkloadError says where.
     """
     if not isinstance(t, Tensor) or not t.is_floating_point() or t.dim() != 1:
         found = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else repr(t)
@@ -102,19 +101,11 @@ def _check_monotone(what: str, values: list[float], dtype: torch.dtype) -> None:
 def make_grid(
     func: Callable[..., Any], y0: Any, t: Tensor, options: Mapping[str, Any], *, timed: bool
 ) -> TimeGrid:
-    """Lay out the steps of a fixed grid.
+    """Lay out the steps of a fixed grid; without an option, one leads from each time to the next.
 
-    Args:
-        func: Right-hand side, handed to a grid constructor.
-        y0: Initial state as the caller has it, for the same.
-        t: Requested times, checked.
-        options: `step_size` or `grid_constructor`, as torchdiffeq has them; with neither, a step
-            from each time to the next.
-        timed: Whether the gradient of t is wanted.
-
-    Raises:
-        WorkloadError: Options that are unknown or make no sense, or a grid that does not lead
-            from the first time to the last.
+    A grid constructor gets func and the caller's y0; `timed` tells whether the gradient of t is
+    wanted. A WorkloadError for options that make no sense, or a grid that does not lead from the
+    first time to the last.
     """
     check_fixed_options(options)
     tensor = _lay(func, y0, t, options)

@@ -110,15 +110,13 @@ def _own(module: nn.Module) -> dict[Any, Any]:
 
 @final
 class ForwardAttributes:
-    """The attributes, items and globals of a function as its forward pass left them."""
+    """The attributes, items and globals of a function as its forward pass left them.
+
+    `begun` are the same before the forward pass.
+    """
 
     def __init__(self, func: Callable[..., Any], begun: ForwardAttributes | None = None) -> None:
-        """Note them by reference.
-
-        Args:
-            func: The function.
-            begun: The same before the forward pass.
-        """
+        """Note them by reference."""
         self._references: list[tuple[Reference, Any]] = []
         self._lists: list[tuple[MutableSequence[Any], list[Any]]] = []
         # What is held keeps its id.
@@ -155,10 +153,9 @@ class ForwardAttributes:
         self._held |= {id(x): (name, x, x._version) for name, x in kept}
 
     def look(self) -> None:
-        """Find those that changed since; called once before a backward.
+        """Find those that changed since, once before a backward.
 
-        Raises:
-            ExecutionError: A tensor that the forward pass left alone was changed in place.
+        An ExecutionError where a tensor that the forward pass left alone was changed in place.
         """
         for name, tensor, version in self._steady:
             if tensor._version != version:

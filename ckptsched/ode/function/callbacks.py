@@ -30,14 +30,7 @@ class Callbacks:
     """Dtype of times and sizes."""
 
     def tell(self, name: str, t: float, z: Tensor, h: float) -> None:
-        """Call one callback, if the function has it.
-
-        Args:
-            name: Name of the callback.
-            t: Time at the start of the step.
-            z: Flat state there.
-            h: Size of the step; given without its sign, as torchdiffeq does.
-        """
+        """Call one callback, if the function has it; sizes lose their sign, as torchdiffeq's do."""
         function = self.found.get(name)
         if function is not None:
             time, size = (torch.tensor(x, dtype=self.dtype, device=z.device) for x in (t, abs(h)))
@@ -63,14 +56,8 @@ def callbacks_of(func: Callable[..., Any], names: tuple[str, ...]) -> dict[str, 
 def check_callbacks(func: Callable[..., Any], *, budget: bool, adjoint: bool, fixed: bool) -> None:
     """Refuse callbacks that this solve would not call as torchdiffeq does.
 
-    Args:
-        func: The right-hand side.
-        budget: Whether steps may run again.
-        adjoint: Whether the adjoint equation is solved.
-        fixed: Whether steps lie on a grid, where none is rejected: that is only a warning.
-
-    Raises:
-        WorkloadError: Callbacks within a budget, or of an adjoint equation that is not solved.
+    A WorkloadError for callbacks within a budget, or of an adjoint equation that is not solved; a
+    warning for those that a fixed grid, where no step is rejected, does not call.
     """
     has = callbacks_of(func, NAMES)
     if has and budget:

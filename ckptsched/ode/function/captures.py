@@ -50,11 +50,7 @@ class Closure:
         return tuple(p for p in found.values() if p.requires_grad)
 
     def check_compiled(self) -> None:
-        """Refuse a module of TorchScript, whose parameters and buffers cannot be replaced.
-
-        Raises:
-            WorkloadError: A module of TorchScript that has any.
-        """
+        """Refuse a module of TorchScript, whose parameters and buffers cannot be replaced."""
         for module in self.parts:
             if is_scripted(module) and len((*module.parameters(), *module.buffers())):
                 raise WorkloadError(
@@ -67,11 +63,7 @@ class Closure:
 
     @contextmanager
     def replaced(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Let the function read other tensors meanwhile.
-
-        Args:
-            tensors: One for each of `tensors`, in order; none to leave all as it is.
-        """
+        """Let the function read other tensors meanwhile, one for each of `tensors`, if any."""
         if not tensors:
             yield
             return
@@ -88,16 +80,13 @@ class Closure:
 
 
 def find_closure(func: Callable[..., Any]) -> Closure:
-    """Find the modules and trained tensors that a function reads.
+    """Find the modules and trained tensors that a function, method, module or partial reads.
 
     Looked at are cells, globals, defaults, attributes, lists and dicts. Of a module these are its
     parameters and, among its other attributes, tensors that are leaves: one with a graph may be
-    left from a call before, and that graph be gone. Tensors hidden otherwise, in a C extension
-    say, are not found; the backward refuses them, because their gradient would be lost
+    left from a call before, and that graph be gone. Tensors hidden otherwise, in a C extension say,
+    are not found; the backward refuses them, because their gradient would be lost
     (`unknown_leaves`).
-
-    Args:
-        func: A module, a function, a method, a partial, or an object that can be called.
     """
     modules: dict[int, nn.Module] = {}
     references: list[Reference] = []
@@ -125,12 +114,7 @@ def is_scripted(module: nn.Module) -> bool:
 
 
 def unknown_leaves(outputs: Iterable[Node | None], known: Iterable[Tensor]) -> list[Tensor]:
-    """Leaves that a graph leads to, and that are not among those whose gradients are taken.
-
-    Args:
-        outputs: Where the graph ends.
-        known: Tensors whose gradients are taken; the graph behind them is not followed.
-    """
+    """Leaves that a graph leads to; those in `known` are left out, and not followed."""
     known = list(known)
     stops = {id(t) for t in known}
     seen = {t.grad_fn for t in known if t.grad_fn is not None}
@@ -151,8 +135,7 @@ def unknown_leaves(outputs: Iterable[Node | None], known: Iterable[Tensor]) -> l
 def outlive(leaves: list[Tensor]) -> list[Tensor]:
     """Those of some leaves that others hold, too: a function that makes leaves lets go of them.
 
-    Args:
-        leaves: All that is known of them here, graphs that lead to them included; emptied.
+    The list, with graphs that lead to them all that is known of them here, is emptied.
     """
     references = [weakref.ref(leaf) for leaf in leaves]
     leaves.clear()

@@ -30,11 +30,7 @@ class Identity:
     __slots__ = ("_id", "_reference")
 
     def __init__(self, value: Any) -> None:
-        """Refer to an object.
-
-        Raises:
-            TypeError: It is of a kind that cannot be referred to weakly.
-        """
+        """Refer to an object; a TypeError where its kind cannot be referred to weakly."""
         self._reference = weakref.ref(value)
         self._id = id(value)
 
@@ -49,16 +45,11 @@ class Identity:
 def fingerprint(func: Callable[..., Any]) -> Hashable | None:
     """The key of a function: its code, and the objects in its closure, defaults and globals.
 
-    Equal are tensors of one layout, numbers and texts of one value, and containers and functions
-    of equal parts; modules and all other objects only where they are the same. Globals count where
-    the function, or one of its file that it calls, looks them up. Names that a function assigns
-    itself, as `nonlocal` or `global`, are counters of its own and do not count.
-
-    Args:
-        func: A function, or a partial of one.
-
-    Returns:
-        None where there is no key, as with a list of more than 1,000 items.
+    Equal are tensors of one layout, numbers and texts of one value, and containers and functions of
+    equal parts; modules and all other objects only where they are the same. Globals count where the
+    function, or one of its file that it calls, looks them up. Names that a function assigns itself,
+    as `nonlocal` or `global`, are counters of its own and do not count. None where there is no key,
+    as with a list of more than 1,000 items.
     """
     try:
         return _Description().of(func)

@@ -42,15 +42,8 @@ def read_number(
 ) -> float:
     """An argument that is a number, or a tensor of one.
 
-    Args:
-        name: Name of the argument, for the message.
-        value: The argument.
-        wanted: What the message asks for, such as "a positive number".
-        kind: `float` or `int`.
-        accepts: Whether a number is in the argument's range.
-
-    Raises:
-        WorkloadError: It is no number, or out of range.
+    A WorkloadError that asks for what is `wanted`, such as "a positive number", where it is none or
+    out of the range that `accepts` tells. `kind` is `float` or `int`.
     """
     cause = None
     try:
@@ -63,11 +56,7 @@ def read_number(
 
 
 def read_options(name: str, given: Any) -> dict[str, Any]:
-    """A copy of the options in argument `name`; empty where None is given.
-
-    Raises:
-        WorkloadError: Not a mapping.
-    """
+    """A copy of the options in argument `name`; empty where None is given."""
     if given is None:
         return {}
     if not isinstance(given, Mapping):
@@ -80,8 +69,7 @@ def read_options(name: str, given: Any) -> dict[str, Any]:
 def read_tensors(name: str, given: Any) -> tuple[torch.Tensor, ...] | None:
     """The tensors in argument `name`, whose gradients are wanted; None where None is given.
 
-    Raises:
-        WorkloadError: Not several tensors; one tensor would be taken for its rows.
+    One tensor would be taken for its rows, and is refused.
     """
     if given is None:
         return None
@@ -99,11 +87,7 @@ def read_tensors(name: str, given: Any) -> tuple[torch.Tensor, ...] | None:
 def read_control(given: Mapping[str, Any]) -> StepControl:
     """The step control that the options of an adaptive method ask for.
 
-    Args:
-        given: All options; those of `StepControl` are numbers, or tensors of one.
-
-    Raises:
-        WorkloadError: An option that is unknown, or is no such number.
+    Those of `StepControl` are numbers, or tensors of one; a WorkloadError for what else there is.
     """
     given = {name: value for name, value in given.items() if name not in _BESIDE_CONTROL}
     if given.get("dtype") in (None, torch.float64):
@@ -121,14 +105,7 @@ def read_control(given: Mapping[str, Any]) -> StepControl:
 
 
 def check_fixed_options(options: Mapping[str, Any]) -> None:
-    """Refuse options that a fixed grid does not take.
-
-    Args:
-        options: All options.
-
-    Raises:
-        WorkloadError: An option that is unknown, has no value of its kind, or is not supported.
-    """
+    """Refuse options that a fixed grid does not take, or that have no value of their kind."""
     _check_known(options, _FIXED, "a fixed grid", _FIXED[:3])
     if options.get("interp", "linear") != "linear" or options.get("perturb"):
         given = {name: options[name] for name in ("interp", "perturb") if name in options}
@@ -156,11 +133,7 @@ def _check_known(
 
 
 def read_function(options: Mapping[str, Any], name: str) -> Callable[..., Any] | None:
-    """The option `name`, which is a function; None where it is not given.
-
-    Raises:
-        WorkloadError: It is no function.
-    """
+    """The option `name`, which is a function; None where it is not given."""
     value = options.get(name)
     if value is not None and not callable(value):
         raise WorkloadError(f"option {name} is {value!r:.80}; give a function")
@@ -169,21 +142,13 @@ def read_function(options: Mapping[str, Any], name: str) -> Callable[..., Any] |
 
 
 def read_step_size(value: Any) -> float:
-    """The size of a fixed grid's steps, in units of time.
-
-    Raises:
-        WorkloadError: It is no positive number.
-    """
+    """The size of a fixed grid's steps, in units of time."""
     wanted = "a positive number, whichever way time runs"
     return read_number("step_size", value, wanted, accepts=lambda size: 0 < size < math.inf)
 
 
 def refuse_events(event_fn: Any) -> None:
-    """Refuse the argument `event_fn`, by which torchdiffeq ends a solve.
-
-    Raises:
-        WorkloadError: It was given.
-    """
+    """Refuse the argument `event_fn`, by which torchdiffeq ends a solve."""
     if event_fn is not None:
         raise WorkloadError(
             "event_fn is given, and odeint solves to times that are given: it looks for no events. "

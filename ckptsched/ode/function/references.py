@@ -42,11 +42,7 @@ class Reference:
     key: Any
 
     def get(self) -> Any:
-        """The object referred to now.
-
-        Raises:
-            ValueError, LookupError, AttributeError: The cell is empty, or there is no such item.
-        """
+        """The object referred to now; an error of Python's where there is none."""
         container = self.container
         if isinstance(container, types.CellType):
             return container.cell_contents
@@ -116,11 +112,7 @@ class Holder:
 
 
 def walk(func: Callable[..., Any]) -> Iterator[Holder]:
-    """Yield every object that a function may read, each once.
-
-    Args:
-        func: A module, a function, a method, a partial, or an object that can be called.
-    """
+    """Yield every object that a function, method, module or partial may read, each once."""
     seen: set[int] = set()
     ahead: list[tuple[Any, Owned, Reference | None]] = [(func, None, None)]
     while ahead:
@@ -200,11 +192,9 @@ def _of_module(parts: list[nn.Module]) -> tuple[list[Reference], list[Any]]:
 
 
 def _inside(value: Any, here: Reference | None) -> tuple[list[Reference], list[Any]]:
-    """The references of an object that can be changed, and the objects that it holds otherwise.
+    """What an object that is no module refers to: what can be changed, and what not.
 
-    Args:
-        value: No module; of these see `_of_module`.
-        here: The reference that leads to the object, where it is known.
+    `here` is the reference that leads to it, where it is known.
     """
     if isinstance(value, types.FunctionType):
         names = global_names(value.__code__)

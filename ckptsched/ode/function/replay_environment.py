@@ -19,7 +19,11 @@ from .rng_and_buffers import RngAndBuffers
 
 @final
 class Environment:
-    """Records parameters, buffers, modes and settings; restores or checks them for runs again."""
+    """Records parameters, buffers, modes and settings; restores or checks them for runs again.
+
+    `tensors` are those whose gradients are wanted, of the closure or not; `found` are f's
+    attributes as the forward pass left them.
+    """
 
     def __init__(
         self,
@@ -28,14 +32,6 @@ class Environment:
         like: Tensor,
         found: ForwardAttributes | None = None,
     ) -> None:
-        """Record all of them.
-
-        Args:
-            closure: The modules and tensors that f reads.
-            tensors: Tensors whose gradients are wanted, of these or not.
-            like: The state, for its device.
-            found: Attributes of f as the forward pass left them; None before it.
-        """
         self._found = found
         self._closure, self._slots = closure, Slots(closure.modules)
         self._modes = [(m, m.training) for m in closure.parts]
@@ -63,11 +59,7 @@ class Environment:
         return {id(b): b for b in self._buffers if b is not None}
 
     def check(self) -> None:
-        """Refuse to run f again with other values of parameters.
-
-        Raises:
-            ExecutionError: A parameter was changed in place.
-        """
+        """Refuse to run f again where a parameter was changed in place, by an ExecutionError."""
         if self._found is not None:
             self._found.look()
         for tensor, version in zip(self._watched, self._versions, strict=True):
@@ -83,9 +75,7 @@ class Environment:
     ) -> Iterator[None]:
         """Around a run again, which leaves no trace.
 
-        Args:
-            carried: Random generators and buffers of f.
-            stand_ins: Tensors that f reads in place of some of `known`, by the ids of these.
+        `stand_ins` are read in place of some of `known`, by the ids of these.
         """
         outer = Generators(self._device, carried.own) if carried.draws else None
         around = Ambient.take(self._device)

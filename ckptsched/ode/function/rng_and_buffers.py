@@ -94,11 +94,7 @@ class RngAndBuffers:
         return StepSnapshot(random, self._hidden, self._hidden.take(0))
 
     def check(self) -> None:
-        """Refuse to run f again where it moved more than in its first evaluation.
-
-        Raises:
-            ExecutionError: It drew random numbers, or changed a buffer, and did not at first.
-        """
+        """Refuse to run f again where it moved more than in its first evaluation."""
         random, buffers = self._unmoved
         if random and self._random() != random:
             raise ExecutionError(
@@ -116,11 +112,7 @@ class RngAndBuffers:
                 )
 
     def check_buffers(self) -> None:
-        """Refuse to run f again where a buffer that it only reads has other values.
-
-        Raises:
-            ExecutionError: One was changed in place since the forward pass.
-        """
+        """Refuse to run f again where a buffer that it only reads was changed in place."""
         for place, then, version in self._unmoved[1]:
             if then is not None and then._version != version:
                 raise ExecutionError(

@@ -20,12 +20,8 @@ def read_tolerances(
 ) -> tuple[Tolerance, Tolerance]:
     """The relative and the absolute tolerance, as torchdiffeq reads them.
 
-    Args:
-        rtol: Relative: a number, or a tensor that broadcasts to the state; where the state is a
-            tuple, a number, or a sequence of such, one a part.
-        atol: The same, absolute.
-        y0: Flat initial state.
-        shapes: Shapes of its parts; None where it is one tensor.
+    Each is a number, or a tensor that broadcasts to the state; where that is a tuple, a number, or
+    a sequence of such, one a part.
 
     Raises:
         WorkloadError: One that cannot be read, does not fit the state, is negative or not finite,

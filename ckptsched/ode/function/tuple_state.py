@@ -19,11 +19,8 @@ Shapes: TypeAlias = tuple[torch.Size, ...] | None
 def flat_state(y0: Any) -> tuple[Tensor, Shapes]:
     """The initial state as one tensor, and the shapes of its parts where it is a tuple.
 
-    Args:
-        y0: A floating-point or complex tensor, or a tuple of such of one dtype on one device.
-
-    Raises:
-        WorkloadError: It is something else, or its tensors do not go together.
+    A WorkloadError where it is no floating-point or complex tensor, nor a tuple of such of one
+    dtype on one device.
     """
     parts = y0 if isinstance(y0, tuple) else (y0,)
     for k, part in enumerate(parts):
@@ -56,13 +53,7 @@ def join(y: Any, shapes: Shapes) -> Any:
 
 
 def split(y: Tensor, shapes: Shapes, leading: int = 0) -> Any:
-    """A flat tensor as a tuple of views; for one tensor, y itself.
-
-    Args:
-        y: A flat tensor, or several of them along leading dimensions.
-        shapes: Shapes of the parts.
-        leading: Number of leading dimensions, which each part keeps.
-    """
+    """A flat tensor, or several along leading dimensions, as a tuple of views; one as it is."""
     if shapes is None:
         return y
     parts = torch.split(y, [shape.numel() for shape in shapes], dim=-1)
@@ -80,11 +71,7 @@ def parts_of(y: Tensor, shapes: Shapes) -> Any:
 
 
 def check_plain(y0: Tensor) -> None:
-    """Refuse a flat state of another type: outputs within a budget go into a plain tensor.
-
-    Raises:
-        WorkloadError: It is a wrapper, of another layout, or of a type of its own.
-    """
+    """Refuse a flat state of another type: outputs within a budget go into a plain tensor."""
     reason = cannot_be_followed(y0)
     if not reason and type_name(y0):
         reason = (
@@ -98,14 +85,8 @@ def check_plain(y0: Tensor) -> None:
 def joined_slope(found: Any, shapes: Shapes, t: Time) -> Any:
     """The slope of a tuple of tensors as one flat tensor; any other slope is handed back.
 
-    Args:
-        found: What the right-hand side returned for a state of these shapes.
-        shapes: Shapes of the parts of the state; None where it is one tensor.
-        t: The time, for the message.
-
-    Raises:
-        ExecutionError: Not a tuple or list of tensors of these shapes. Flat, a part that is too
-            long could make up for another that is too short.
+    An ExecutionError where it is no tuple or list of tensors of these shapes. Flat, a part that is
+    too long could make up for another that is too short.
     """
     if shapes is None:
         return found

@@ -11,7 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .explicit import Slope, weighted_sum
+from .explicit import Slope, last_uses, weighted_sum
 from .tableau import ButcherTableau
 
 # Polynomials in the share x of the step, by power from 0: the part of the state at an end of the
@@ -69,20 +69,14 @@ def run_step(
 ) -> Slopes:
     """Take one step. Sums are `torch.add(..., alpha=)`, whose backward needs no operand.
 
-    Args:
-        f: Right-hand side.
-        tableau: The method.
-        step: Start, end and size.
-        z: Flat state at its start.
-        first: The first slope, where it is known.
-        keep: Indices of the slopes to return. Index `tableau.slopes` is the slope at the end,
-            of a method whose last slope is another. A slope that neither the new state nor
-            these need is not evaluated.
+    `first` is the first slope, where it is known. Returned are the slopes `keep`, by index;
+    `tableau.slopes` is the slope at the end, of a method whose last slope is another. A slope that
+    neither the new state nor these need is not evaluated.
     """
-    wanted, last_use = _needs(tableau, keep)
+    last_use = _needs(tableau, keep)
     k: dict[int, Tensor] = {}
     z1 = None
-    for i in wanted:
+    for i in last_use:
         argument = weighted_sum(z, step.h, tableau.a[i], k)
         if tableau.is_fsal and i == tableau.slopes - 1:
             z1 = argument
@@ -105,21 +99,12 @@ def difference(h: float, weights: Sequence[float], k: Mapping[int, Tensor]) -> T
 
 
 @functools.cache
-def _needs(tableau: ButcherTableau, keep: frozenset[int]) -> tuple[tuple[int, ...], dict[int, int]]:
-    """The slopes to evaluate, and for each the slope after which nothing needs it any more."""
-    wanted = set(tableau.needed) | {i for i in keep if i < tableau.slopes}
-    for i in sorted(wanted, reverse=True):
-        wanted |= {j for j, a_ij in enumerate(tableau.a[i]) if a_ij != 0.0}
-    order = tuple(sorted(wanted))
-    never = tableau.slopes
-    last = dict.fromkeys(order, -1)
-    for i in order:
-        last |= {j: i for j, a_ij in enumerate(tableau.a[i]) if a_ij != 0.0}
-    by_argument = tableau.is_fsal and tableau.slopes - 1 in wanted
-    if not by_argument:
-        last |= {j: never for j, b_j in enumerate(tableau.b) if b_j != 0.0}
-    last |= {j: never for j in keep if j < tableau.slopes}
-    return order, last
+def _needs(tableau: ButcherTableau, keep: frozenset[int]) -> dict[int, int]:
+    """The slopes to evaluate, each with that after which nothing needs it any more."""
+    last, never = last_uses(tableau, keep), tableau.slopes
+    by_argument = tableau.is_fsal and tableau.slopes - 1 in last
+    by_sum = {j for j, b_j in enumerate(tableau.b) if b_j != 0.0 and not by_argument}
+    return {i: never if i in keep or i in by_sum else last[i] for i in last}
 
 
 def end_slope(tableau: ButcherTableau) -> int:
@@ -135,15 +120,10 @@ def inside_slopes(tableau: ButcherTableau) -> frozenset[int]:
 
 
 def inside_weights(tableau: ButcherTableau, x: float, order: int = 0) -> tuple[float, ...]:
-    """Weights w of the slopes in the state inside a step, z + h sum_i w_i k_i.
+    """Weights w of the slopes in the state at a share x of a step, z + h sum_i w_i k_i.
 
     With a state halfway (`tableau.mid`) it is the quartic through it and both ends with their
-    slopes; else the cubic through the ends.
-
-    Args:
-        tableau: The method.
-        x: Where, as a share of the step.
-        order: Order of the derivative with respect to x; 0 for the weights themselves.
+    slopes; else the cubic through the ends. `order` is that of a derivative with respect to x.
 
     Reference:
         Shampine, Some practical Runge-Kutta formulas, Math. Comp. 46, 1986.

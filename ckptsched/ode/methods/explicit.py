@@ -94,12 +94,12 @@ def as_time(t: Time, z: Tensor) -> Tensor:
 
 
 @functools.cache
-def last_uses(tableau: ButcherTableau) -> dict[int, int]:
+def last_uses(tableau: ButcherTableau, keep: frozenset[int] = frozenset()) -> dict[int, int]:
     """For each slope that a step needs the last row of a that reads it; itself where none does.
 
-    Cached, as it is asked for at every step.
+    So for those in `keep` and what they need. Cached, as it is asked for at every step.
     """
-    last = {i: i for i in tableau.needed}
+    last = {i: i for i in tableau.needed_for(keep)}
     for i in last:
         for j, a_ij in enumerate(tableau.a[i]):
             if a_ij != 0.0:
@@ -115,11 +115,7 @@ def slope_at(f: Slope, t: Time, z: Tensor) -> Tensor:
 
 
 def check_slope(slope: Tensor, z: Tensor, t: Time) -> None:
-    """Refuse a slope that does not fit the state z.
-
-    Raises:
-        ExecutionError: It is no tensor of the state's shape and dtype; the message has the time.
-    """
+    """Refuse, by an ExecutionError with the time, a slope that does not fit the state z."""
     if not isinstance(slope, Tensor):
         raise ExecutionError(
             f"at time {number(t):g} f returned a {type(slope).__name__}; the right-hand side of "

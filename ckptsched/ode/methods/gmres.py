@@ -16,19 +16,11 @@ _MOST_CYCLES = 10
 def gmres(
     multiply: Callable[[Tensor], Tensor], b: Tensor, *, tolerance: float
 ) -> tuple[Tensor, float]:
-    """Find x with A x = b to a relative residual, starting from zero.
+    """Find x with A x = b to a relative residual, starting from zero; A and b are real.
 
-    With more than 128 unknowns it starts again every 20 vectors, at most ten times. The
-    vectors lie in one buffer
-    of fixed size, so that the bytes do not depend on how many are needed.
-
-    Args:
-        multiply: The product of A with a tensor of b's shape.
-        b: Right-hand side, real, of any shape.
-        tolerance: The norm of A x - b over that of b that is good enough.
-
-    Returns:
-        x, and the relative residual that was reached; infinite where something overflowed.
+    With more than 128 unknowns it starts again every 20 vectors, at most ten times. The vectors lie
+    in one buffer of fixed size, so that the bytes do not depend on how many are needed. Returns x,
+    and the relative residual that was reached; infinite where something overflowed.
 
     Reference:
         Saad and Schultz, GMRES (SIAM J. Sci. Stat. Comput. 7, 1986), by modified Gram-Schmidt,

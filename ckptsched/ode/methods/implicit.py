@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,10 +90,7 @@ class _Inverse(torch.autograd.Function):
             z = solution.detach().requires_grad_()
             slope = ctx.f(ctx.end, z)
 
-        def multiply(w: Tensor) -> Tensor:
-            found = _product(slope, z, w)
-            return w if found is None else torch.add(w, found, alpha=-ctx.weight)
-
+        multiply = partial(_product, slope, z, ctx.weight)
         solved, residual = gmres(multiply, grads[0], tolerance=_ROUNDING * _eps(z))
         if residual > _STAGNANT * _eps(z):
             raise IntegrationError(
@@ -103,12 +101,12 @@ class _Inverse(torch.autograd.Function):
         return solved, None, None, None, None
 
 
-def _product(slope: Tensor, z: Tensor, w: Tensor) -> Tensor | None:
-    """The product of w with the Jacobian from the left; None where f does not depend on z."""
-    if not slope.requires_grad:
-        return None
-    (found,) = torch.autograd.grad(slope, z, w, retain_graph=True, allow_unused=True)
-    return found
+def _product(of: Tensor | None, at: Tensor, weight: float, w: Tensor) -> Tensor:
+    """The tensor w less its weighted product from the left with a Jacobian, where there is one."""
+    if of is None or not of.requires_grad:
+        return w
+    (found,) = torch.autograd.grad(of, at, w, retain_graph=True, allow_unused=True)
+    return w if found is None else torch.add(w, found, alpha=-weight)
 
 
 def _eps(z: Tensor) -> float:
@@ -181,11 +179,5 @@ def _linearise(
             (left,) = torch.autograd.grad(slope, at, w, create_graph=True, allow_unused=True)
     value = slope.detach()
     residual = torch.add(z - known, value, alpha=-weight)
-
-    def multiply(v: Tensor) -> Tensor:
-        if left is None or not left.requires_grad:
-            return v
-        (found,) = torch.autograd.grad(left, w, v, retain_graph=True, allow_unused=True)
-        return v if found is None else torch.add(v, found, alpha=-weight)
-
+    multiply = partial(_product, left, w, weight)
     return residual, multiply, _norm(z) + _norm(known) + abs(weight) * _norm(value)

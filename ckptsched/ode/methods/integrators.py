@@ -29,24 +29,10 @@ class Integrator(abc.ABC):
 
     @abc.abstractmethod
     def step(self, f: Slope, t: Time, h: Time, z: Tensor) -> Tensor:
-        """Advance a state.
-
-        Args:
-            f: Right-hand side.
-            t: Time at the start of the step.
-            h: Its size; may be negative.
-            z: State at time t.
-
-        Returns:
-            The state at time t + h; same shape and dtype.
-        """
+        """Advance state z from time t to t + h, where h may be negative; same shape and dtype."""
 
     def check(self, shapes: Shapes) -> None:  # noqa: B027
-        """Refuse a state that the rule cannot advance; any will do unless a rule says otherwise.
-
-        Args:
-            shapes: Shapes of the parts of the state; None where it is one tensor.
-        """
+        """Refuse a state that the rule cannot advance; any will do unless a rule says otherwise."""
 
 
 @final
@@ -161,12 +147,7 @@ def find_integrator(
 ) -> RungeKutta | Implicit | Leapfrog | UserStep:
     """The integrator that argument `method` of `odeint` stands for.
 
-    Args:
-        method: A name, a `ButcherTableau`, or a step function.
-        shapes: Shapes of the parts of the state; None where it is one tensor.
-
-    Raises:
-        WorkloadError: There is no such name, or the state is none that it can advance.
+    A WorkloadError where there is no such name, or the state is none that it can advance.
     """
     found: Any
     if isinstance(method, ButcherTableau):

@@ -20,20 +20,14 @@ _ROUNDING = 64.0
 
 @final
 class SeparableSlope:
-    """A right-hand side that is watched through one step of leapfrog.
+    """A right-hand side of flat pairs (q, p) that is watched through one step of leapfrog.
 
-    The step evaluates it at (q0, p0), (q0, p1) and (q1, p1), so that each dependence that is not
-    to be shows between two slopes that are there anyway. Only where it does, and time may be the
+    The step evaluates it at (q0, p0), (q0, p1) and (q1, p1), so that each dependence that is not to
+    be shows between two slopes that are there anyway. Only where it does, and time may be the
     cause, is the right-hand side evaluated again, at one time.
     """
 
     def __init__(self, slope: Slope, closure: Closure) -> None:
-        """Watch a right-hand side.
-
-        Args:
-            slope: The right-hand side, of flat pairs (q, p).
-            closure: The modules and tensors that it reads, to evaluate it without trace.
-        """
         self._slope, self._closure = slope, closure
         self._seen = 0
         self.moved = True
@@ -43,11 +37,7 @@ class SeparableSlope:
         """The part of the latest slope that is to be the same in the next."""
 
     def __call__(self, t: Time, z: Tensor) -> Tensor:
-        """Evaluate it, and compare the slope with the one before.
-
-        Raises:
-            WorkloadError: dq/dt depends on q, or dp/dt on p.
-        """
+        """Evaluate it; a WorkloadError where dq/dt depends on q, or dp/dt on p."""
         found: Any = self._slope(t, z)
         if isinstance(found, Tensor) and found.shape == z.shape:
             self._look(t, z.detach(), found.detach())

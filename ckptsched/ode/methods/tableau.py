@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -57,9 +57,8 @@ class ButcherTableau:
     def __post_init__(self) -> None:
         """Refuse coefficients that are not those of a method of the stated order.
 
-        Raises:
-            WorkloadError: Shapes that do not match, a coefficient that is not finite, a row sum
-                that is not c_i, or an order condition that is broken.
+        That are shapes that do not match, a coefficient that is not finite, a row sum that is not
+        c_i, or an order condition that is broken.
         """
         for fault in itertools.chain(self._wrong_shapes(), self._wrong_coefficients()):
             raise WorkloadError(f"tableau {self.name!r}: {fault}")
@@ -142,7 +141,11 @@ class ButcherTableau:
     @property
     def needed(self) -> tuple[int, ...]:
         """Indices of the slopes that z + h sum_i b_i k_i depends on, directly or through others."""
-        wanted = [b_i != 0.0 for b_i in self.b]
+        return self.needed_for(())
+
+    def needed_for(self, keep: Collection[int]) -> tuple[int, ...]:
+        """The same with those that slopes in `keep` depend on, these included."""
+        wanted = [b_i != 0.0 or i in keep for i, b_i in enumerate(self.b)]
         for i in reversed(range(self.slopes)):
             if wanted[i]:
                 for j, a_ij in enumerate(self.a[i]):
@@ -176,15 +179,10 @@ class _Conditions:
     def broken(
         self, weights: tuple[float, ...] | None, order: int, share: float = 1.0
     ) -> Iterator[tuple[int, float, float]]:
-        """The conditions up to an order that weights of the slopes break.
+        """The conditions up to an order that weights of the slopes break; none for None.
 
-        Args:
-            weights: Weights that make a state of the slopes; None breaks no condition.
-            order: Most vertices of a tree.
-            share: Where in the step the state is: 1 at its end; 0 for weights of an error.
-
-        Yields:
-            The vertices of the tree, its weight, and the weight that it must have.
+        `share` is where in the step the state is that they make: 1 at its end; 0 for weights of an
+        error. Yields the vertices of a tree, its weight, and the weight that it must have.
         """
         for vertices in range(1, order + 1) if weights else ():
             for tree in _trees(vertices):

@@ -25,6 +25,7 @@ from ckptsched.ode.adaptive.solve import AdaptiveSolution, solve_adaptive
 from ckptsched.ode.adaptive.step_size import StepControl
 from ckptsched.ode.methods.embedded import inside_weights
 from ckptsched.ode.methods.table import METHODS, find_tableau
+from ckptsched.ode.methods.tableau import ButcherTableau
 from ckptsched.ode.odeint import odeint
 
 ADAPTIVE = sorted(name for name, tableau in METHODS.items() if tableau.b_error is not None)
@@ -93,6 +94,31 @@ def test_gradient_is_that_of_plain_autograd_through_the_same_steps(
         assert_near(gradients(solution, tensors), expected)
         assert solution.statistics.accepted == plain.statistics.accepted
         assert len(solution.statistics.positions) <= checkpoints
+
+
+@pytest.mark.parametrize("between", [0, 1, 2, 3])
+def test_slopes_that_only_the_slopes_of_the_error_are_made_of_are_evaluated(between: int) -> None:
+    # The midpoint rule, and in a row after it slopes at the end that read the one before each:
+    # Euler's method by the last of them is embedded.
+    row = range(1, between + 3)
+    tableau = ButcherTableau(
+        name="far",
+        order=2,
+        a=((), (0.5,), *((*[0.0] * i, 1.0) for i in row[:-1])),
+        b=(0.0, 1.0, *[0.0] * (between + 1)),
+        c=(0.0, 0.5, *[1.0] * (between + 1)),
+        b_error=(0.0, 1.0, *[0.0] * between, -1.0),
+        embedded_order=1,
+    )
+    torch.manual_seed(0)
+    f, z0, t = Field(), start(), times(0.0, 0.4, 1.0)
+    plain = solve_adaptive(f, z0, t, tableau, rtol=1e-2, atol=1e-3)
+    finer = solve_adaptive(f, z0, t, "dopri5", rtol=1e-8, atol=1e-8).states
+    assert float((plain.states - finer).abs().max().detach()) <= 0.1
+    expected = gradients(plain, [z0, *f.parameters()])
+    solution = solve_adaptive(f, z0, t, tableau, rtol=1e-2, atol=1e-3, checkpoints=2)
+    assert torch.equal(solution.states, plain.states)
+    assert_near(gradients(solution, [z0, *f.parameters()]), expected)
 
 
 @settings(max_examples=8)
