@@ -95,16 +95,18 @@ def search(least: LeastMemory, table: Table, size: int, extra_seconds: float, lo
     low, high = known, extra_seconds
     for step in range(1, _STEPS + 1):
         goal = low + (high - low) * step / _STEPS if step < _STEPS else high
+        if known >= goal:
+            continue  # what a lower goal has proven
         report(f"exact search of {n} stages", (step - 1) / _STEPS)
         value, looks = _solve_in_parts(model, size, goal * scale, looks)
         if looks <= 0:
             return Found(None, known)
-        if value < math.inf:
+        if value < goal * scale:
             events = np.empty((4 * n + 2, 3), dtype=np.int64)
             written = suited(follow, n**2)(model, size, events)
             found = table.unscaled(value)
             return Found(Outline(events[:written], found), found * (1 - _DIGITS))
-        known = goal * (1 - _DIGITS)
+        known = min(max(goal, table.unscaled(value)), high) * (1 - _DIGITS)
     return Found(None, known)
 
 
@@ -191,79 +193,106 @@ def solve(model: _Model, start: int, t: int, m: int, goal: float) -> float:
     """The least extra seconds of a segment in m bytes where they are below a goal.
 
     Returns:
-        Infinity where they are not, or where the looks ran out, which the state says.
+        Else what they are not below, the goal or more. Where the looks ran out, which the state
+        says, it means nothing.
     """
-    if m < model.least[start, t] or goal <= 0.0:
+    if m < model.least[start, t]:
         return np.inf
-    if m >= model.enough[start, t]:
+    if goal <= 0.0 or m >= model.enough[start, t]:
         return 0.0
     at = _entry(model.keys, start, t, m)
     bound = _bound(model, start, t, m)
     if model.keys[at, 0]:
         if model.bounds[at, 1]:
-            return model.bounds[at, 0] if model.bounds[at, 0] < goal else np.inf
+            return model.bounds[at, 0]
         bound = max(bound, model.bounds[at, 0])
     if bound >= goal:
-        return np.inf
+        return bound
     s = model.exact.stage[start]
     model.state[_LEFT] -= t - s + 8
     if model.state[_LEFT] < 0 or model.state[_USED] >= _most(model.keys):
         model.state[_STOPPED] = 1
         return np.inf
-    costs, choices = _choices(model, start, s, t, m, goal)
+    costs, choices, rest = _choices(model, start, s, t, m, goal)
     best, way, split = goal, -1, 0
     for k in np.argsort(costs, kind="mergesort"):  # stable, so that ties go one way everywhere
         if costs[k] >= best:
+            rest = min(rest, costs[k])
             break
         i, j = choices[k, 0], choices[k, 1]
-        if j == 0:
-            cost = model.extra[i]
-            if s < t:
-                size = m - model.exact.tape[i]
-                cost += solve(model, model.exact.after[i], t, size, best - cost)
-        else:
-            cost = model.seconds[j - 1] - model.seconds[s - 1]
-            other = _bound(model, start, j - 1, m)
-            cost += solve(model, j, t, m - model.exact.takes[start, j], best - cost - other)
-            if cost < best:
-                cost += solve(model, start, j - 1, m, best - cost)
+        after, size, cost, other = _begun(model, start, s, m, i, j)
+        part, found = best - cost - other, 0.0
+        if s < t:  # what follows the taping or the sweep
+            found = solve(model, after, t, size, part)
+        is_known, cost = found < part, cost + found
+        if j and is_known:  # and what was swept
+            part = best - cost
+            found = solve(model, start, j - 1, m, part)
+            is_known, cost = found < part, cost + found
+        elif j:
+            cost += other
         if model.state[_STOPPED]:
             return np.inf
-        if cost < best:
+        if is_known and cost < best:
             best, way, split = cost, i, j
+        else:
+            rest = min(rest, cost)
     at = _entry(model.keys, start, t, m)
     if not model.keys[at, 0]:
         model.keys[at, 0], model.keys[at, 1], model.keys[at, 2] = start, t, m
         model.state[_USED] += 1
-    model.bounds[at, 0], model.bounds[at, 1] = best, way >= 0
+    model.bounds[at, 0], model.bounds[at, 1] = best if way >= 0 else max(goal, rest), way >= 0
     model.choices[at, 0], model.choices[at, 1] = way, split
-    return best if way >= 0 else np.inf
+    return float(model.bounds[at, 0])
+
+
+@compiled
+def _begun(
+    model: _Model, start: int, s: int, m: int, way: int, j: int
+) -> tuple[int, int, float, float]:
+    """What follows a taping, or a sweep to a split where j is no 0.
+
+    Returns:
+        The start of what follows and its bytes, seconds so far, and a bound of what was swept.
+    """
+    exact = model.exact
+    if j == 0:
+        return exact.after[way], m - exact.tape[way], model.extra[way], 0.0
+    swept = model.seconds[j - 1] - model.seconds[s - 1]
+    return j, m - exact.takes[start, j], swept, _bound(model, start, j - 1, m)
 
 
 @compiled
 def _choices(
     model: _Model, start: int, s: int, t: int, m: int, goal: float
-) -> tuple[Numbers, Integers]:
-    """How a segment may begin with less than the goal: bounds, and taping or split of each."""
+) -> tuple[Numbers, Integers, float]:
+    """How a segment may begin with less than the goal.
+
+    Returns:
+        Bounds, taping or split of each, and the least bound of those left out.
+    """
     exact, last = model.exact, model.least.shape[1] - 1
-    count, most = 0, exact.first[start + 1] - exact.first[start] + t - s
+    count, most, rest = 0, exact.first[start + 1] - exact.first[start] + t - s, np.inf
     costs, choices = np.empty(most), np.empty((most, 2), np.int64)
     for way in range(exact.first[start], exact.first[start + 1]):
         if m < taped_need(exact, way, start, t, last):
             continue
         cost = model.extra[way]
         if s < t:
-            rest, size = exact.after[way], m - exact.tape[way]
-            if size < model.least[rest, t]:
+            after, size = exact.after[way], m - exact.tape[way]
+            if size < model.least[after, t]:
                 continue
-            cost += _bound(model, rest, t, size)
+            cost += _bound(model, after, t, size)
         if cost < goal:
             costs[count], choices[count, 0], choices[count, 1] = cost, way, 0
             count += 1
+        else:
+            rest = min(rest, cost)
     more = exact.level[t] + exact.handed[start]
     for j in range(s + 1, t + 1):
         cost = model.seconds[j - 1] - model.seconds[s - 1]
         if cost >= goal or exact.sweep[s, j] + more > m:
+            rest = min(rest, cost)
             break  # both rise with j
         size = m - exact.takes[start, j]
         if size < model.least[j, t] or m < model.least[start, j - 1]:
@@ -274,7 +303,9 @@ def _choices(
         if cost < goal:
             costs[count], choices[count, 0], choices[count, 1] = cost, 0, j
             count += 1
-    return costs[:count], choices[:count]
+        else:
+            rest = min(rest, cost)
+    return costs[:count], choices[:count], rest
 
 
 @compiled
