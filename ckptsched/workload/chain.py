@@ -35,6 +35,8 @@ _CHAIN_SIZES = (
     "random_state_bytes",
     "kept_bytes",
 )
+_OF_POLICY = ("never", "always", "policy")
+_TUPLES = ("hidden", "settings", "modes", "cuts", "never", "always")  # of a signature
 
 
 @final
@@ -220,6 +222,9 @@ class Chain(Saved):
             data["seconds_spread"] = float(self.seconds_spread)
         data["blocks"] = [asdict(block) for block in self.blocks]
         data["signature"] = None if self.signature is None else asdict(self.signature)
+        for key in _OF_POLICY if self.signature else ():
+            if not data["signature"][key]:
+                del data["signature"][key]  # so that chains without one are what they were
         return data
 
     @classmethod
@@ -257,5 +262,5 @@ def _read_signature(data: Mapping[str, Any] | None) -> Signature | None:
     if data is None:
         return None
     tuples = {key: tuple(data[key]) for key in ("input_shape", "input_stride")}
-    tuples |= {key: tuple(data.get(key, ())) for key in ("hidden", "settings", "modes", "cuts")}
+    tuples |= {key: tuple(data.get(key, ())) for key in _TUPLES}
     return Signature(**{**data, **tuples})
