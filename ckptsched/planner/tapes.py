@@ -36,9 +36,9 @@ class StageTape:
     runs: int
     """How often the stage runs, with and without tape."""
     own_bytes: int
-    """Bytes of the stage's own tape, its states apart where exact bytes are known."""
+    """Bytes of the stage's own tape with what it makes of its output."""
     kept_bytes: int
-    """Those of this one."""
+    """The same with this one."""
     again: tuple[str, ...]
     """What the backward makes again first, by the names of its calls."""
     again_seconds: float
@@ -80,7 +80,13 @@ def _tape(i: int, stage: Stage, option: int, is_kept: bool, runs: int) -> StageT
 
 
 def _bytes(tape: TapeOption) -> int:
-    return tape.tape_bytes if tape.ledger is None else tape.ledger.tape_bytes
+    """A tape contains the state; what a stage passes on of its input is none of its own."""
+    ledger = tape.ledger
+    if ledger is None:
+        return tape.tape_bytes
+    if ledger.parts is not None:
+        return ledger.tape_bytes + ledger.parts.new_bytes
+    return ledger.tape_bytes + (0 if ledger.output_is_view else ledger.state_bytes)
 
 
 def counts_of(tapes: Iterable[StageTape]) -> dict[str, int]:

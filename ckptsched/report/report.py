@@ -207,7 +207,7 @@ def chain_grid(chain: Workload) -> Grid:
     """A row a block; a row a stage where the chain has no blocks."""
     spans = [(block.name, block.first, block.last) for block in chain.blocks]
     spans = spans or [(chain.stage_name(i), i, i) for i in range(1, len(chain) + 1)]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, first, last in spans:
         stages = chain.stages[first - 1 : last]
         rows.append(
@@ -221,7 +221,15 @@ def chain_grid(chain: Workload) -> Grid:
                 format_seconds(sum(stage.backward_seconds for stage in stages)),
             )
         )
-    headings = ("block", "stages", "states", "tapes", "lean", "forward", "backward")
+    headings: tuple[str, ...] = (
+        "block",
+        "stages",
+        "states",
+        "tapes",
+        "lean",
+        "forward",
+        "backward",
+    )
     if not chain.blocks:
         headings = ("stage", *headings[1:])
     if not any(stage.other_tapes for stage in chain.stages):

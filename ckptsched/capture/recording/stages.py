@@ -494,7 +494,7 @@ def _stage(
         tuple(n for n, at in last.items() if at == k and n not in leaves)
         for k in range(start, stop)
     ]
-    first, end = calls[0].name, calls[-1].name
+    first, end = said(calls[0]), said(calls[-1])
     label = f"{start}:{first}" + (f" to {end}" if len(calls) > 1 else "")
     parts = Parts(list(dict.fromkeys(whole.values())), alone)
     cheap, named = list[bool](), list[str]()
