@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # for type checkers; when it runs, `__getattr__` finds the sa
     from .base.errors import StorageError as StorageError
     from .base.errors import TimingWarning as TimingWarning
     from .base.errors import WorkloadError as WorkloadError
+    from .capture.policies.keep import keep as keep
     from .capture.recording.stages import captured as captured
     from .capture.stage_discovery import ModuleStage as ModuleStage
     from .capture.stage_discovery import StageCall as StageCall
@@ -95,6 +96,7 @@ _HOMES = {
     "InfeasibleBudgetError": "base.errors",
     "InvalidScheduleError": "base.errors",
     "is_recomputing": "torch_state.replay_context",
+    "keep": "capture.policies.keep",
     "Largest": "fitting.largest_that_fits",
     "largest": "fitting.largest_that_fits",
     "largest_batch": "fitting.largest_that_fits",

@@ -223,6 +223,11 @@ class CompiledStage(StageCall):
         return tuple([values[number] for number in self._leaves])
 
     @property
+    def once(self) -> bool:
+        """Whether the stage as it is is to run once."""
+        return self._plain.once
+
+    @property
     def label(self) -> str:
         """That of the stage as it is."""
         return self._plain.label

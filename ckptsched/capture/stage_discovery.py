@@ -66,6 +66,24 @@ class StageCall(abc.ABC):
         """
         return None
 
+    @property
+    def made_again(self) -> tuple[int, ...]:
+        """Of one with a lean tape, the calls that the last tape is to make again, from 0 on."""
+        return ()
+
+    def names_of(self, calls: Sequence[int]) -> tuple[str, ...]:
+        """What people call some of its calls, each once.
+
+        Args:
+            calls: Which, counted from 0 in this stage.
+        """
+        return ()
+
+    @property
+    def once(self) -> bool:
+        """Whether it is to run once in a step, so that its tape is kept until its backward."""
+        return False
+
     @abc.abstractmethod
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute the next state from this one.
@@ -172,6 +190,11 @@ class FusedStage(StageCall):
         for stage in self.stages:
             x = stage(x, *args, **kwargs)
         return x
+
+    @property
+    def once(self) -> bool:
+        """Whether a part is to run once."""
+        return any(stage.once for stage in self.stages)
 
     @property
     def label(self) -> str:

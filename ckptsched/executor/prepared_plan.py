@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..base.errors import PlanMismatchError
 from ..capture.inspection import Inspection
+from ..capture.policies.policy import ruled_by
+from ..capture.recording.stages import Captured
 from ..capture.signature import StageFacts, structure_digest
 from ..capture.signature_check import Expected, refuse_tensors
 from ..capture.stage_discovery import StageCall, TracedBlock, trace
@@ -67,6 +69,7 @@ class PreparedPlan:
         self.has_sides = any(self.facts.sides)
         """Whether any stage has side outputs."""
         # -- the model
+        _check_policy(inspection.model, self.signature)
         self.blocks = trace(inspection.model, frozen=self.signature.frozen)
         self.stages: list[StageCall] = [stage for block in self.blocks for stage in block.stages]
         computed_in = _dtype_of_stages(self.chain, self.signature, self.blocks)
@@ -318,6 +321,19 @@ def _changeable(blocks: Sequence[Slots], hidden: Sequence[Slot]) -> list[list[bo
         [(id(p[0]), p[1]) in known or is_write_only(p) for p in slots.buffer_places()]
         for slots in blocks
     ]
+
+
+def _check_policy(model: nn.Module, signature: Signature) -> None:
+    """Refuse a plan for a recording in which other calls may or may not be made again."""
+    if not isinstance(model, Captured):
+        return
+    found, planned = model.ruled, ruled_by(signature)
+    if (found.never, found.always) != (planned.never, planned.always):
+        words = [x.words or "no policy" for x in (planned, found)]
+        raise PlanMismatchError(
+            f"the plan is for the model with {words[0]}, and it was recorded with {words[1]}: give "
+            "captured() what the plan was made with, or plan for this recording"
+        )
 
 
 def _check_tapes(script: Script, stages: Sequence[StageCall]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from ..base.errors import PlanMismatchError, ProfileError
 from ..capture.inspection import Inspection
+from ..capture.policies.policy import ruled_by
 from ..capture.recording.recording import Bound, Recording, layouts_of
 from ..capture.recording.stages import Captured, capture_as_before
 from ..capture.signature_check import Expected
@@ -123,7 +124,9 @@ class RecordedCalls:
         expected = Expected(signature, self.plan.peak_bytes)
         expected.check_call(State.of(inputs.leaves), NO_EXTRAS.apart())
         try:
-            captured = capture_as_before(self.inspection, inputs, signature.cuts)
+            captured = capture_as_before(
+                self.inspection, inputs, signature.cuts, ruled_by(signature)
+            )
         except ProfileError as error:
             raise PlanMismatchError(
                 f"the plan is for a recording of the model, and on this call it cannot be made: "

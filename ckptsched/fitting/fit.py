@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from ..base.budget import Budget, parse_budget
 from ..base.errors import PlanMismatchError, ProfileError
 from ..capture.inspection import inspect_model
+from ..capture.policies.policy import Named, Policy
 from ..capture.wrappers import in_place, in_place_below, plain_forward, unwrapped
 from ..executor.checkpointed import Checkpointed, check_options
 from ..planner.plan import Plan
@@ -30,6 +31,8 @@ def fit(
     context_fn: ContextFn | None = None,
     capture: bool | None = None,
     on_new_input: OnNewInput = "plan",
+    never_recompute: Named | Iterable[Named] = (),
+    always_recompute: Named | Iterable[Named] = (),
 ) -> M:
     """Fit the training of a model into a budget: from now on its calls follow a plan.
 
@@ -60,6 +63,9 @@ def fit(
         capture: Whether to record the model, see `profile`.
         on_new_input: What happens to a call that no plan is for: "plan" plans for it, "refuse"
             ends in an error, "plain" runs it by plain autograd, with a `BudgetWarning`.
+        never_recompute: Calls of the model that a step makes once, see `captured`. Each name must
+            be that of a call with the first batch; with others some may not be called.
+        always_recompute: Calls that lean tapes may make again whatever they cost, see `captured`.
 
     Returns:
         The model that was given. `plan_of` gives its plan, `unfit` takes the plans off.
@@ -68,8 +74,9 @@ def fit(
         BudgetSyntaxError: The budget cannot be read.
         InfeasibleBudgetError: Nothing fits; the message names the least budget that works. The
             model is as it was. Without a batch, the first call raises this and what follows.
-        ProfileError: The model cannot be measured.
+        ProfileError: The model cannot be measured, or a policy is not for its calls.
     """
+    policy = Policy.of(never_recompute, always_recompute)
     check_options("glance", context_fn)
     parse_budget(budget)
     if context_fn is None and isinstance(model, Checkpointed):
@@ -84,6 +91,7 @@ def fit(
             context_fn=context_fn,
             capture=capture,
             on_new_input=on_new_input,
+            policy=policy,
         ),
     )
     wrapped = None if in_place(inspection.model) else in_place_below(inspection.model)

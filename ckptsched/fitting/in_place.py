@@ -25,6 +25,7 @@ from ..base.errors import (
     ProfileError,
 )
 from ..capture.inspection import Inspection
+from ..capture.policies.policy import NO_POLICY, Policy
 from ..capture.recording.opening import Opened, is_one_stage
 from ..capture.recording.recording import described
 from ..capture.recording.stages import Captured, capture_as_before
@@ -72,6 +73,7 @@ class Options:
     context_fn: ContextFn | None
     capture: bool | None
     on_new_input: OnNewInput
+    policy: Policy = NO_POLICY
 
     def __post_init__(self) -> None:
         if self.on_new_input not in get_args(OnNewInput):
@@ -238,7 +240,9 @@ class Fitted(InPlace):
     ) -> Calls:
         """Measure the model on a call, and plan it."""
         options = self._options
-        opened = open_for_measuring(inspection, args, kwargs, options.loss, options.capture)
+        opened = open_for_measuring(
+            inspection, args, kwargs, options.loss, options.capture, self._policy()
+        )
         if opened.captured is None and is_one_stage(inspection):
             inspection = Inspection.of(PlainForward(self))
         alike = Alike(outlives=True)
@@ -252,6 +256,10 @@ class Fitted(InPlace):
             return self._recorded(plan, captured, inspection)
         prepared = PreparedPlan(inspection, plan, "glance", options.context_fn)
         return PlannedCalls(prepared, before=self.before)
+
+    def _policy(self) -> Policy:
+        """What is never or always made again; a second kind of batch need not call all of it."""
+        return replace(self._options.policy, strict=not self._plans)
 
     def _budget(self) -> Any:
         """What every plan must keep: a share is one of the first."""
@@ -278,7 +286,8 @@ class Fitted(InPlace):
             assert isinstance(calls, RecordedCalls)
             assert isinstance(chain, Chain)
             try:
-                again = capture_as_before(calls.inspection, inputs, captured.cuts)
+                cuts, policy = captured.cuts, self._policy()
+                again = capture_as_before(calls.inspection, inputs, cuts, policy)
                 weighed = self._measure(Opened(again), calls.inspection, args, kwargs, chain)
             except ProfileError:  # it goes another way
                 continue

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Unpack
 
 from ..base.budget import Budget, parse_budget
 from ..base.errors import InfeasibleBudgetError, ProfileError, WorkloadError
 from ..capture.inspection import inspect_model
+from ..capture.policies.policy import Named, Policy
 from ..capture.recording.opening import Opened
 from ..capture.recording.stages import Captured
 from ..planner import TIME_LIMIT
@@ -30,6 +31,8 @@ def plan(
     progress: bool | None = None,
     kwargs: Mapping[str, Any] | None = None,
     capture: bool | None = None,
+    never_recompute: Named | Iterable[Named] = (),
+    always_recompute: Named | Iterable[Named] = (),
 ) -> Plan:
     """Find the schedule that takes least time within a budget.
 
@@ -52,24 +55,33 @@ def plan(
             second; None shows it if stderr is a terminal.
         kwargs: Arguments of the model's call by name.
         capture: Whether to record the model, see `profile`.
+        never_recompute: Calls of the model that a step makes once, see `captured`.
+        always_recompute: Calls that lean tapes may make again whatever they cost, see `captured`.
 
     Returns:
         A plan that keeps the budget by simulation, with its certificate.
 
     Raises:
         BudgetSyntaxError: The budget cannot be read.
-        InfeasibleBudgetError: Nothing fits; the message names the least budget that works.
+        InfeasibleBudgetError: Nothing fits; the message names the least budget that works, with
+            never_recompute and without.
         WorkloadError: The solver is unknown or does not take the chain.
         SolverTimeoutError: The time limit ended before anything was found.
-        ProfileError: The model cannot be measured.
+        ProfileError: The model cannot be measured, or a policy is not for its calls.
     """
     parse_budget(budget)  # before the model is measured, which takes a while
+    policy = Policy.of(never_recompute, always_recompute)
     options: PlanOptions = {"solver": solver, "time_limit": time_limit, "cache": cache}
-    if isinstance(workload, Chain | Graph) or capture is False:
+    if isinstance(workload, Chain | Graph) and policy:
+        raise WorkloadError(
+            f"{policy} is for a model that is to be measured, and was given with a "
+            f"{type(workload).__name__}; give it to profile"
+        )
+    if isinstance(workload, Chain | Graph) or (capture is False and not policy):
         chain = chain_of(workload, sample, kwargs, capture)
         return plan_measured(chain, budget, progress=progress, **options)
     inspection, alike = inspect_model(workload, "plan", ProfileError), Alike(outlives=True)
-    opened = open_for_measuring(inspection, sample, kwargs, None, capture)
+    opened = open_for_measuring(inspection, sample, kwargs, None, capture, policy)
 
     def measured(way: Opened) -> Chain:
         return measure_opened(way, inspection, sample, kwargs, progress=progress, alike=alike)

@@ -11,8 +11,10 @@ from ..base.budget import format_bytes, format_seconds
 from ..base.progress_bar import bar_of_solvers
 from ..base.text_table import Grid
 from ..schedule.trace import Live
+from ..workload.chain import Chain
 from .plan import Plan, excess, label_of, note_on_bound, words_of_class, words_of_peak
 from .planner import BaselineFigures, PlanOptions, compare_baselines, plan_each
+from .tapes import lines_of, tape_grid, tapes_of
 
 _FACTORS = (Fraction(90, 100), Fraction(1), Fraction(101, 100), Fraction(110, 100))
 _SHOWN = 12
@@ -61,7 +63,8 @@ class Explanation:
 
     def __str__(self) -> str:
         """For people."""
-        parts = [_certificate(self.plan), _peak(self), *_alternatives(self), _baselines(self)]
+        parts = [_certificate(self.plan), _peak(self), _tapes(self.plan)]
+        parts += [*_alternatives(self), _baselines(self)]
         return "\n\n".join(parts)
 
 
@@ -144,6 +147,17 @@ def _peak(explanation: Explanation) -> str:
         size = sum(item.bytes for item in rest)
         rows.append((f"and {len(rest)} more", format_bytes(size), f"{size / total:.1%}"))
     return f"{title}\n{_grid(('what', 'bytes', 'share'), rows)}"
+
+
+def _tapes(plan: Plan) -> str:
+    tapes = tapes_of(plan.chain, plan.schedule)
+    lines = [f"{line[0].upper()}{line[1:]}." for line in lines_of(tapes)]
+    once = sum(stage.once for stage in plan.chain.stages)
+    if once:
+        signature = plan.chain.signature if isinstance(plan.chain, Chain) else None
+        policy = signature and signature.policy
+        lines.append(f"By {policy or 'what they say'}, {once} may run once only.")
+    return "\n".join([f"Of {len(plan.chain)} stages:", *lines, str(tape_grid(plan.chain, tapes))])
 
 
 def _alternatives(explanation: Explanation) -> list[str]:

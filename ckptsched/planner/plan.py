@@ -12,14 +12,11 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
-import numpy as np
-
 from ..base.budget import COUNTED, exact_bytes, format_bytes, format_seconds
 from ..base.errors import CkptschedError, InvalidScheduleError, PlanMismatchError, WorkloadError
 from ..base.json_files import fault_of_seal, read_json, render_json, sealed, write_atomically
 from ..schedule.language import (
     Backward,
-    Code,
     Forward,
     Schedule,
     Turn,
@@ -30,6 +27,8 @@ from ..schedule.trace import Live, Trace
 from ..simulator.simulator import simulate
 from ..workload.chain import Chain
 from ..workload.graph import Graph
+from .run_once import run_again
+from .tapes import lines_of, tapes_of
 
 if TYPE_CHECKING:
     from .explanation import Explanation
@@ -283,6 +282,8 @@ def _fault(plan: Plan) -> str:
         return f"the peak of {plan.peak_bytes} bytes exceeds the budget of {plan.budget_bytes}"
     if plan.rounding_unit_bytes < 1:
         return f"rounding_unit_bytes is {plan.rounding_unit_bytes}, it must be 1 or more"
+    if again := run_again(plan.chain, plan.schedule):
+        return f"the schedule runs stage {again[0]} again, which is to run once"
     bound = plan.lower_bound_seconds
     if not math.isfinite(bound) or bound > plan.seconds * (1 + 1e-9):
         return f"the lower bound is {bound} s, the schedule takes {plan.seconds} s"
@@ -354,7 +355,7 @@ def _table(plan: Plan) -> str:
         ),
         ("overhead", f"{plan.overhead:+.2%} of store-all"),
         ("forward runs", f"{plan.forwards} of {len(chain)} stages: {again} again"),
-        *_lean_row(plan),
+        *zip(("tapes", "", ""), lines_of(tapes_of(chain, plan.schedule)), strict=False),
         ("least budget", exact_bytes(plan.least_budget_bytes)),
         (
             "lower bound",
@@ -369,17 +370,6 @@ def _table(plan: Plan) -> str:
     width = max(len(label) for label, _ in rows)
     lines = [f"  {label:<{width}}  {text}" for label, text in rows]
     return "\n".join([f"plan of {name} {len(chain)} stages", *lines])
-
-
-def _lean_row(plan: Plan) -> list[tuple[str, str]]:
-    """How many runs keep another tape than the stage's own, if any."""
-    schedule = plan.schedule
-    taped = schedule.codes == Code.TAPED_FORWARD
-    count = int(np.count_nonzero(schedule.kinds[taped]))
-    if not count:
-        return []
-    made = "and make again in the backward what was cheap to make"
-    return [("tapes", f"{count} keep a lean tape, {made}")]
 
 
 def _spread(plan: Plan) -> str:

@@ -32,6 +32,14 @@ from ..workload.chain import Chain
 from . import TIME_LIMIT
 from .disk_cache import PlanCache, is_worth_keeping, open_cache, source_digest
 from .plan import Plan, Workload, excess
+from .run_once import (
+    because_of_rule,
+    has_stages_run_once,
+    never_alone,
+    run_again,
+    with_own_tapes,
+    without_rule,
+)
 from .solver_choice import ALL_SCHEDULES, AUTO, NO_LIMIT, Answer, Portfolio, rules_for
 
 _FAR_FROM_BOUND = 0.025  # of the bound: as a rule plans are nearer
@@ -182,7 +190,10 @@ def compare_baselines(chain: Workload) -> tuple[BaselineFigures, ...]:
     """Every baseline that is worth comparing on a chain, with what it needs and takes."""
     figures = []
     for baseline in rules_for(chain):
-        trace = baseline.solve(cast(Chain, chain), NO_LIMIT).trace  # or a graph
+        solution = baseline.solve(cast(Chain, chain), NO_LIMIT)  # or a graph
+        trace = solution.trace
+        if run_again(chain, solution.schedule):
+            continue
         figures.append(
             BaselineFigures(
                 name=baseline.name,
@@ -298,6 +309,7 @@ def _solve(task: _Task, shelf: PlanCache | None) -> list[_Result]:
     results = _solve_for(task, usable)
     if isinstance(task.chain, Chain):
         results = _falling(task, [_with_smaller(task, result) for result in results])
+        results = _with_rule(task, results)
     taken = time.perf_counter() - begun
     plans = [result for result in results if isinstance(result, Plan)]
     operations = sum(len(plan.schedule) for plan in plans)
@@ -308,11 +320,23 @@ def _solve(task: _Task, shelf: PlanCache | None) -> list[_Result]:
 
 
 def _solve_for(task: _Task, sizes: Sequence[int]) -> list[_Result]:
-    found = Portfolio(task.chain, sizes, task.solver, task.time_limit).answers()
+    found = Portfolio(never_alone(task.chain), sizes, task.solver, task.time_limit).answers()
     return [
         _plan(task, answer, size) if isinstance(answer, Answer) else answer
         for answer, size in zip(found, sizes, strict=True)
     ]
+
+
+def _with_rule(task: _Task, results: list[_Result]) -> list[_Result]:
+    """The same, with what stages that run once cost said where nothing fits."""
+    errors = [x for x in results if isinstance(x, InfeasibleBudgetError)]
+    if not errors or not has_stages_run_once(task.chain):
+        return results
+    sizes, free = [x.budget_bytes for x in errors], without_rule(task.chain)
+    answers = Portfolio(free, sizes, task.solver, task.time_limit).answers()
+    pairs = zip(errors, answers, strict=True)
+    said = {id(x): because_of_rule(task.chain, x, y.least_budget_bytes) for x, y in pairs}
+    return [said.get(id(x), x) for x in results]
 
 
 def _with_smaller(task: _Task, result: _Result) -> _Result:
@@ -360,7 +384,13 @@ def _following(plan: Plan, better: Plan) -> Plan:
 def _plan(task: _Task, answer: Answer, size: int) -> Plan:
     """Simulate once more, and put the certificate together."""
     solution = answer.best.solution
-    trace = simulate(task.chain, solution.schedule)
+    schedule = with_own_tapes(task.chain, solution.schedule)
+    trace = simulate(task.chain, schedule)
+    if again := run_again(task.chain, schedule):
+        raise CkptschedError(
+            f"the solver {answer.best.solver} gave a schedule that runs stage {again[0]} again, "
+            "which is to run once; this is a fault of ckptsched, please report it"
+        )
     if trace.peak_bytes > size:
         raise CkptschedError(
             f"the solver {answer.best.solver} gave a schedule of {trace.peak_bytes} bytes for a "
@@ -368,7 +398,7 @@ def _plan(task: _Task, answer: Answer, size: int) -> Plan:
         )
     return Plan(
         chain=task.chain,
-        schedule=solution.schedule,
+        schedule=schedule,
         trace=trace,
         solver=answer.best.solver,
         schedule_class=answer.schedule_class,

@@ -16,6 +16,7 @@ from ..base.progress_bar import bar_of_solvers
 from ..base.text_table import Grid
 from .plan import Plan, Workload, excess, words_of_class
 from .planner import BaselineFigures, PlanOptions, compare_baselines, plan_each
+from .tapes import counts_of, tapes_of
 
 FORMAT = "ckptsched tradeoff"
 VERSION = 1
@@ -224,6 +225,7 @@ def _row_to_json(tradeoff: Tradeoff, row: Row) -> dict[str, Any]:
         "seconds": plan.seconds,
         "overhead": plan.overhead,
         "forwards": plan.forwards,
+        "tapes": counts_of(tapes_of(plan.chain, plan.schedule)),
         "schedule_class": plan.schedule_class,
         "lower_bound_seconds": plan.lower_bound_seconds,
         "gap": plan.gap,
@@ -258,6 +260,9 @@ def plan_grid(tradeoff: Tradeoff) -> Grid:
         "projected\ntime",
         "overhead",
     ]
+    lean = [counts_of(tapes_of(row.plan.chain, row.plan.schedule))["lean"] for row in tradeoff.rows]
+    if any(lean):
+        headings.append("lean\ntapes")
     knee = tradeoff.knee
     if knee:
         headings.append("")
@@ -265,7 +270,7 @@ def plan_grid(tradeoff: Tradeoff) -> Grid:
     if measuring:
         headings += ["measured\npeak", "of the\nbudget", "measured\ntime", "measured\noverhead"]
     rows = []
-    for row in tradeoff.rows:
+    for row, count in zip(tradeoff.rows, lean, strict=True):
         plan, measured = row.plan, row.measured
         cells = [
             format_bytes(plan.budget_bytes, budget=True),
@@ -277,6 +282,8 @@ def plan_grid(tradeoff: Tradeoff) -> Grid:
             format_seconds(plan.seconds),
             f"{plan.overhead:+.1%}",
         ]
+        if any(lean):
+            cells.append(str(count))
         if knee:
             cells.append(_KNEE if row is knee else "")
         if measured is not None:

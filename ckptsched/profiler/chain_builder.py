@@ -199,7 +199,8 @@ def _stage(kind: StageKind, setting: _Setting) -> Stage:
     if kind.lean is not None:
         other = replace(kind.lean, shares_parameters_partly=partly)
         tape = _tape(kind, setting, other, state, kind.lean_backward_seconds)
-        lean = (replace(tape, name="lean"),)
+        again = kind.call.lean.names_of(kind.made_again) if kind.call.lean else ()
+        lean = (replace(tape, name="lean", again=tuple(map(printable, again))),)
     return Stage(
         name=printable(kind.name),
         forward_seconds=kind.forward_seconds,
@@ -212,6 +213,7 @@ def _stage(kind: StageKind, setting: _Setting) -> Stage:
         parameter_gradient_bytes=setting.fresh,
         ledger=ledger,
         other_tapes=lean,
+        once=kind.call.once,
     )
 
 

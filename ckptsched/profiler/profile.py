@@ -5,7 +5,7 @@ Stages that repeat, such as the steps of an ODE block, are measured once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -18,6 +18,7 @@ from ..base.json_files import printable
 from ..base.progress_bar import progress_bar
 from ..capture.inspection import Inspection, inspect_model
 from ..capture.model_state import ModelState, left_as_it_was
+from ..capture.policies.policy import NO_POLICY, Named, Policy
 from ..capture.recording.opening import Opened, is_to_be_recorded, open_model
 from ..capture.recording.stages import Captured
 from ..capture.signature import sign
@@ -117,6 +118,8 @@ def profile(
     progress: bool | None = None,
     fake: bool = False,
     capture: bool | None = None,
+    never_recompute: Named | Iterable[Named] = (),
+    always_recompute: Named | Iterable[Named] = (),
 ) -> Chain:
     """Measure a model as a chain of stages.
 
@@ -144,18 +147,23 @@ def profile(
         capture: None to record a model that would be one stage, and to leave it one stage where it
             cannot be recorded (`chain.signature.whole` says why); True to record in any case,
             False not to.
+        never_recompute: Calls that a step makes once, see `captured`; the model is recorded.
+        always_recompute: Calls that lean tapes may make again whatever they cost, see `captured`.
 
     Returns:
         The chain, with a ledger of exact bytes (none if fake), and the input's bytes reserved.
 
     Raises:
         ProfileError: A stage that cannot be measured, or not be run again with the same
-            result; the message names it.
+            result; the message names it. Or a policy that is not for the model's calls.
     """
+    policy = Policy.of(never_recompute, always_recompute)
     inspection = inspect_model(model, "profile", ProfileError)
+    if fake and policy:
+        raise ProfileError(f"{policy} is for recorded models, and fake=True records none")
     if fake:
         return measure(inspection, sample, kwargs, loss, meter, progress=progress, fake=True)
-    opened = open_for_measuring(inspection, sample, kwargs, loss, capture)
+    opened = open_for_measuring(inspection, sample, kwargs, loss, capture, policy)
     return measure_opened(opened, inspection, sample, kwargs, loss, meter, progress=progress)
 
 
@@ -173,20 +181,22 @@ def open_for_measuring(
     kwargs: Mapping[str, Any] | None,
     loss: Loss | None,
     capture: bool | None,
+    policy: Policy = NO_POLICY,
 ) -> Opened:
     """Record a model that is not a chain, after a look whether it can be measured at all.
 
-    Arguments and errors are those of `profile`.
+    Arguments and errors are those of `profile`; `policy` is what calls are never or always made
+    again.
     """
     _refuse_loss(loss)
     take_out_what_was_left()
-    if not is_to_be_recorded(inspection, capture):
+    if not is_to_be_recorded(inspection, capture, policy):
         return Opened(None)
     inputs = State.of((sample, dict(kwargs or {})), opaque=True)
     if not inputs.leaves:
         return Opened(None)  # what measures it says what is missing
     refuse_unmeasurable(inspection, inputs, NO_EXTRAS.apart(), fake=False)
-    return open_model(inspection, inputs, must=bool(capture))
+    return open_model(inspection, inputs, must=bool(capture), policy=policy)
 
 
 def measure_opened(
@@ -359,7 +369,15 @@ def _of_recording(model: nn.Module) -> dict[str, Any]:
     recording = model.recording
     said = [f"{path!r}, as {why}" for path, why in recording.whole.items()]
     whole = "; ".join(said[:_MOST_SAID])
-    return {"recorded": len(recording.calls), "cuts": model.cuts, "whole": printable(whole)}
+    ruled = model.ruled
+    return {
+        "recorded": len(recording.calls),
+        "cuts": model.cuts,
+        "whole": printable(whole),
+        "never": tuple(sorted(ruled.never)),
+        "always": tuple(sorted(ruled.always)),
+        "policy": printable(ruled.words),
+    }
 
 
 @contextmanager

@@ -123,6 +123,8 @@ class StageKind:
     """Its exact bytes, once weighed."""
     lean: StageLedger | None = None
     """The same with a lean tape; None where that would save little, or is not to be had."""
+    made_again: tuple[int, ...] = ()
+    """The calls that a backward from the lean tape makes again, counted from 0 in the stage."""
     left_bytes: int = 0
     """What a run leaves in its modules, as attributes that each run replaces; a replaced buffer
     counts twice, since the clone that it replaces in a repeated run stays for a while."""

@@ -140,12 +140,15 @@ class LeanTape:
         if len(there) < len(self._known):
             self._known = {name: home for name, home in self._known.items() if home in there}
 
-    def settle(self, inputs: Iterable[int], outputs: Iterable[int]) -> None:
+    def settle(self, inputs: Iterable[int], outputs: Iterable[int]) -> tuple[int, ...]:
         """Decide, after the last call, what is kept, and let the rest go.
 
         Args:
             inputs: Numbers of the values of the state before.
             outputs: Numbers of those of the state after.
+
+        Returns:
+            The calls that a backward will make again, in order, by index.
         """
         found = [slot for slot in (ref() for ref in self._slots) if slot is not None]
         needed = frozenset(slot.home for slot in found if slot.home >= 0)
@@ -159,6 +162,7 @@ class LeanTape:
         self._held = {n: self._held[n] for n in self._chosen.roots}
         self._slots.clear()
         self._known.clear()
+        return self._chosen.calls
 
     def _pack(self, tensor: Tensor) -> Slot | Tensor:
         name = _storage_of(tensor)

@@ -33,6 +33,7 @@ from ..planner.tradeoff import (
     tradeoff,
 )
 from ..schedule.language import Code
+from ..workload.chain import Chain
 
 if TYPE_CHECKING:
     from ..executor.verify import Verification
@@ -193,6 +194,10 @@ def print_chain(chain: Workload, console: Console, plan: Plan) -> None:
         f"  least budget  {exact_bytes(plan.least_budget_bytes)}",
         f"  fingerprint   {chain.fingerprint[:16]}",
     ]
+    once = sum(stage.once for stage in chain.stages)
+    if once:
+        policy = chain.signature.policy if isinstance(chain, Chain) and chain.signature else ""
+        lines.append(f"  run once      {once} stages, by {policy or 'what they say'}")
     console.print(Text("\n".join(lines)), soft_wrap=True)
     console.print()
     print_grid(chain_grid(chain), console)
@@ -202,7 +207,7 @@ def chain_grid(chain: Workload) -> Grid:
     """A row a block; a row a stage where the chain has no blocks."""
     spans = [(block.name, block.first, block.last) for block in chain.blocks]
     spans = spans or [(chain.stage_name(i), i, i) for i in range(1, len(chain) + 1)]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, first, last in spans:
         stages = chain.stages[first - 1 : last]
         rows.append(
@@ -211,13 +216,25 @@ def chain_grid(chain: Workload) -> Grid:
                 str(len(stages)),
                 format_bytes(sum(stage.state_bytes for stage in stages)),
                 format_bytes(sum(stage.tape_bytes for stage in stages)),
+                format_bytes(sum(min(t.tape_bytes for t in stage.tapes) for stage in stages)),
                 format_seconds(sum(stage.forward_seconds for stage in stages)),
                 format_seconds(sum(stage.backward_seconds for stage in stages)),
             )
         )
-    headings = ("block", "stages", "states", "tapes", "forward", "backward")
+    headings: tuple[str, ...] = (
+        "block",
+        "stages",
+        "states",
+        "tapes",
+        "lean",
+        "forward",
+        "backward",
+    )
     if not chain.blocks:
         headings = ("stage", *headings[1:])
+    if not any(stage.other_tapes for stage in chain.stages):
+        lean = headings.index("lean")
+        headings, *rows = [(*row[:lean], *row[lean + 1 :]) for row in (headings, *rows)]
     title = "Blocks" if chain.blocks else "Stages"
     return Grid(title=title, headings=headings, rows=tuple(rows), names_first=True)
 

@@ -29,6 +29,8 @@ _SIZE_UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 # What equal stages have in common: all figures but the parameter gradients.
 _ALIKE = attrgetter(*(name for _, name, _ in COLUMNS[:-1]), "ledger")
+_OF_POLICY = ("never", "always", "policy")
+_TUPLES = ("hidden", "settings", "modes", "cuts", "never", "always")  # of a signature
 
 
 @final
@@ -170,6 +172,9 @@ class Chain(Saved):
             data["seconds_spread"] = float(self.seconds_spread)
         data["blocks"] = [asdict(block) for block in self.blocks]
         data["signature"] = None if self.signature is None else asdict(self.signature)
+        for key in _OF_POLICY if self.signature else ():
+            if not data["signature"][key]:
+                del data["signature"][key]  # so that chains without one are what they were
         return data
 
     @classmethod
@@ -207,5 +212,5 @@ def _read_signature(data: Mapping[str, Any] | None) -> Signature | None:
     if data is None:
         return None
     tuples = {key: tuple(data[key]) for key in ("input_shape", "input_stride")}
-    tuples |= {key: tuple(data.get(key, ())) for key in ("hidden", "settings", "modes", "cuts")}
+    tuples |= {key: tuple(data.get(key, ())) for key in _TUPLES}
     return Signature(**{**data, **tuples})

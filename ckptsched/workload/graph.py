@@ -78,6 +78,10 @@ class Graph(Saved):
                     f"node {stage.name!r} offers {len(stage.tapes)} tapes: in a graph each node "
                     "has one"
                 )
+            if stage.once:
+                raise WorkloadError(
+                    f"node {stage.name!r} is to run once: in a graph any node may run again"
+                )
         _check_reads(self)
 
     @functools.cached_property

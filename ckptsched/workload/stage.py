@@ -140,6 +140,8 @@ class TapeOption:
     """Extra bytes while the backward runs (o_b)."""
     ledger: StageLedger | None = None
     """Exact bytes of the stage with this tape; None where only the planning model is known."""
+    again: tuple[str, ...] = ()
+    """What the backward makes again first, by the names of its calls, where that is known."""
 
     @property
     def seconds(self) -> float:
@@ -175,6 +177,8 @@ class Stage:
     other_tapes: tuple[TapeOption, ...] = ()
     """Tapes that can be kept instead of the stage's own: options 1, 2 and so on of a run with
     tape. Option 0 is the stage's own tape."""
+    once: bool = False
+    """Whether a plan may run it once only, with a tape that is kept until its backward."""
 
     @property
     def tapes(self) -> tuple[TapeOption, ...]:
@@ -276,6 +280,12 @@ class Signature:
     whole: str = ""
     """Why the model is one stage though it was to be recorded, or which parts of a recorded one are
     called whole, and why; empty where none is."""
+    never: tuple[int, ...] = ()
+    """Of a recorded model, which calls run once a step, by index."""
+    always: tuple[int, ...] = ()
+    """Which calls lean tapes may make again whatever they cost, by index."""
+    policy: str = ""
+    """What has asked for these, such as "never_recompute=[Attention]"; empty where nothing has."""
 
 
 def check_size(what: str, value: object) -> None:
@@ -298,6 +308,7 @@ def check_stage(what: str, stage: Stage) -> None:
     """Refuse a stage with impossible sizes or times."""
     _check_figures(what, stage, (*TAPE_SIZES, "state_bytes", *_OTHER_SIZES))
     _check_tape(f"the tape of {what}", stage, stage.state_bytes)
+    _check_flags(what, stage, ("once",))
     if len(stage.other_tapes) > _MOST_OTHER_TAPES:
         raise WorkloadError(
             f"{what} offers {len(stage.other_tapes)} other tapes; {_MOST_OTHER_TAPES} at most"
@@ -306,6 +317,8 @@ def check_stage(what: str, stage: Stage) -> None:
         name = f"tape {k} of {what}"
         _check_figures(name, option, TAPE_SIZES)
         _check_tape(name, option, stage.state_bytes)
+        for call in option.again:
+            check_name(f"what {name} makes again", call)
         if option.ledger is not None:
             _check_ledger(f"the ledger of {name}", option.ledger)
             _check_same_states(name, stage.ledger, option.ledger)

@@ -24,9 +24,9 @@ COLUMNS: tuple[_Column, ...] = (
 _WITH_INPUT = ("w_a", "w_g")  # these begin with a figure of the input
 # Those of a further tape of a stage.
 _TAPE_COLUMNS = tuple(row for row in COLUMNS if row[0] in ("u_f", "u_b", "w_t", "o_f", "o_b"))
-# What distinct stages have besides columns: a name, exact bytes, other tapes.
-_Kind: TypeAlias = tuple[str, StageLedger | None, tuple[TapeOption, ...]]
-_PLAIN: _Kind = ("", None, ())
+# Of distinct stages besides columns: a name, exact bytes, other tapes, whether they run once.
+_Kind: TypeAlias = tuple[str, StageLedger | None, tuple[TapeOption, ...], bool]
+_PLAIN: _Kind = ("", None, (), False)
 
 
 def figures_of(stage: Stage) -> dict[str, float]:
@@ -55,21 +55,33 @@ def columns_of(stages: Sequence[Stage], inputs: Sequence[int]) -> dict[str, Any]
         data[key].insert(0, size)
     kinds: dict[_Kind, int] = {}
     index = [
-        kinds.setdefault((stage.name, stage.ledger, stage.other_tapes), len(kinds))
+        kinds.setdefault((stage.name, stage.ledger, stage.other_tapes, stage.once), len(kinds))
         for stage in stages
     ]
     if any(kind != _PLAIN for kind in kinds):
         data["kind"] = index
-        data["kinds"] = [
-            {"name": name, "ledger": None if ledger is None else asdict(ledger)}
-            | ({"tapes": [_tape_to_json(tape) for tape in tapes]} if tapes else {})
-            for name, ledger, tapes in kinds
-        ]
+        data["kinds"] = [_kind_to_json(*kind) for kind in kinds]
+    return data
+
+
+def _kind_to_json(
+    name: str, ledger: StageLedger | None, tapes: tuple[TapeOption, ...], once: bool
+) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "name": name,
+        "ledger": None if ledger is None else asdict(ledger),
+    }
+    if tapes:
+        data["tapes"] = [_tape_to_json(tape) for tape in tapes]
+    if once:
+        data["once"] = True
     return data
 
 
 def _tape_to_json(tape: TapeOption) -> dict[str, Any]:
     data: dict[str, Any] = {"name": tape.name} | _figures(tape, _TAPE_COLUMNS)
+    if tape.again:
+        data["again"] = list(tape.again)
     return data if tape.ledger is None else data | {"ledger": asdict(tape.ledger)}
 
 
@@ -118,7 +130,7 @@ def _read_columns(data: Mapping[str, Any], size: int, time: float) -> dict[str, 
 def _read_kinds(
     data: Mapping[str, Any], n: int, size: int, time: float
 ) -> tuple[list[_Kind], Sequence[int]]:
-    """Names, exact bytes and other tapes of distinct stages, and which of them each has."""
+    """What distinct stages have besides columns, and which of them each is."""
     kinds: list[_Kind] = [_PLAIN]
     if "kinds" in data:
         kinds = [
@@ -126,6 +138,7 @@ def _read_kinds(
                 kind["name"],
                 _read_ledger(kind["ledger"]),
                 tuple(_read_tape(tape, size, time) for tape in kind.get("tapes", ())),
+                kind.get("once", False),
             )
             for kind in data["kinds"]
         ]
@@ -148,7 +161,12 @@ def _read_tape(data: Mapping[str, Any], size: int, time: float) -> TapeOption:
         value = data[key] if key in ("u_f", "u_b", "w_t") else data.get(key, 0)
         check_number(f"{key} of a tape", value)
         values[attribute] = value * (time if is_time else size)
-    return TapeOption(name=data.get("name", ""), ledger=_read_ledger(data.get("ledger")), **values)
+    return TapeOption(
+        name=data.get("name", ""),
+        ledger=_read_ledger(data.get("ledger")),
+        again=tuple(data.get("again", ())),
+        **values,
+    )
 
 
 def _read_ledger(data: Mapping[str, Any] | None) -> StageLedger | None:
@@ -179,11 +197,11 @@ def _build_stages(
         values = tuple(columns[key][i] for key, _, _ in COLUMNS)
         stage = cache.get((kind, *values))
         if stage is None:
-            name, ledger, tapes = kinds[kind]
+            name, ledger, tapes, once = kinds[kind]
             fields: dict[str, Any] = {
                 attribute: value for (_, attribute, _), value in zip(COLUMNS, values, strict=True)
             }
-            stage = Stage(name=name, ledger=ledger, other_tapes=tapes, **fields)
+            stage = Stage(name=name, ledger=ledger, other_tapes=tapes, once=once, **fields)
             cache[(kind, *values)] = stage
         stages.append(stage)
     return tuple(stages)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -16,9 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...tensors.pytree import State, storages
+from ...torch_state.replay_context import RandomState
+from ..policies import keep
 from ..stage_discovery import has_hooks
 from .calls import Fixed, Numbered, RecordedCall, StagePath
 from .functions import EFFECTS
@@ -50,36 +54,57 @@ class CallCosts:
     no products, draws nothing, decides nothing, and changes nothing but what it is given."""
     makes_bytes: tuple[bool, ...] = ()
     """For each call whether it makes storages of its own; views make none."""
+    why_not: tuple[str, ...] = ()
+    """For each call why a backward may not make it again, whatever it costs; empty where it may."""
+    called: tuple[frozenset[Any], ...] = ()
+    """For each call the operators that it has run, and the functions of torch that it has called;
+    of a module's only where they were asked for."""
+    kept: frozenset[int] = frozenset()
+    """The calls that have made, or written to, what the model keeps."""
+    floats: tuple[bool, ...] = ()
+    """For each call whether all that it makes are floating point numbers."""
 
 
-def measure(recording: Recording, model: nn.Module, tensors: Sequence[Tensor]) -> CallCosts:
+def measure(
+    recording: Recording, model: nn.Module, tensors: Sequence[Tensor], *, closely: bool = False
+) -> CallCosts:
     """Run a recording call by call; who calls this puts the model back.
 
     Args:
         recording: The recording.
         model: The model that it is of.
         tensors: The tensors of the arguments.
+        closely: Whether to see which functions modules call, and whether operators that may draw
+            random numbers do.
     """
     bound, last = Bound(recording, model), recording.last_read
     values = dict(zip(recording.given, tensors, strict=True))
     homes, work, cheap, makes_bytes = _Homes(), list[int](), list[bool](), list[bool]()
+    why_not, called, kept = list[str](), list[frozenset[Any]](), set[int]()
+    floats = list[bool]()
     homes.note(values, values, -1)
     with saved_tensors_hooks(lambda tensor: None, lambda nothing: torch.empty(0)):
         for k, call in enumerate(recording.calls):
             given = [bound.tensor(source, values) for source in call.reads]
             before = [tensor._version for tensor in given]
-            with _Work() as counted:
+            random = RandomState.take(tensors[0].device) if closely else None
+            with _Functions() if closely else nullcontext() as functions, _Work() as counted:
                 bound.run(k, values)
+            if random is not None and counted.draws:
+                counted.draws = random != RandomState.take(tensors[0].device)
             work.append(counted.total)
             made = len(homes.made)
             homes.note(values, [n for n in call.makes if n >= 0], k)
             makes_bytes.append(len(homes.made) > made)
             changed = [t._version != v for t, v in zip(given, before, strict=True)]
-            cheap.append(
-                counted.is_plain
-                and _may_run_again(call, bound.callee(k), changed)
-                and all(values[n].is_floating_point() for n in call.makes if n >= 0)
-            )
+            why_not.append(_why_not_again(call, bound.callee(k), changed, counted))
+            floats.append(all(values[n].is_floating_point() for n in call.makes if n >= 0))
+            plain = not (counted.multiplies or counted.may_draw or why_not[-1])
+            cheap.append(plain and floats[-1])
+            more = () if functions is None else functions.seen
+            called.append(frozenset((call.target, *counted.operators, *more)))
+            if call.target is keep.kept:
+                kept.update(homes.made_by(given))
             for tensor, version in zip(given, before, strict=True):
                 if tensor._version != version or call.target in EFFECTS:
                     homes.note_write(tensor, k)
@@ -95,32 +120,61 @@ def measure(recording: Recording, model: nn.Module, tensors: Sequence[Tensor]) -
         for k in range(homes.made[home] + 1, end + 1):
             legal[k] = False
     live = [homes.bytes_of(recording.live(k)) for k in range(calls + 1)]
-    return CallCosts(tuple(work), tuple(live), tuple(legal), tuple(cheap), tuple(makes_bytes))
+    return CallCosts(
+        work=tuple(work),
+        live_bytes=tuple(live),
+        legal=tuple(legal),
+        cheap=tuple(cheap),
+        makes_bytes=tuple(makes_bytes),
+        why_not=tuple(why_not),
+        called=tuple(called),
+        kept=frozenset(kept),
+        floats=tuple(floats),
+    )
 
 
-def _may_run_again(call: RecordedCall, callee: Any, changed: Sequence[bool]) -> bool:
-    """Whether a call can be made again in the backward without a trace, as far as it shows.
+def _why_not_again(call: RecordedCall, callee: Any, changed: Sequence[bool], counted: _Work) -> str:
+    """Why a call cannot be made again in the backward without a trace; empty where it can.
 
     Args:
         call: The call.
         callee: The module or function that it calls.
         changed: For each tensor that it is given whether it has changed that in place.
+        counted: What it has run.
     """
-    if isinstance(call.target, StagePath) or call.why_whole or call.target in EFFECTS:
-        return False
+    if call.target is keep.kept:
+        return ""
+    if counted.draws:
+        return "draws random numbers"
+    if counted.foreign:
+        return f"runs {counted.foreign}, an operator of others than torch"
+    if isinstance(call.target, StagePath) or call.why_whole:
+        return f"is called whole, as {call.why_whole or 'it is a stage of its module'}"
+    if call.target in EFFECTS:
+        return "does something to a tensor and gives none"
     if isinstance(callee, nn.Module):
-        ours = type(callee).__module__.startswith("torch.nn.modules.")
-        if not ours or has_hooks(callee) or is_parametrized(callee):
-            return False
-    elif isinstance(call.target, type) or not _is_of_torch(callee):
-        return False  # a custom Function: it may do anything
+        if not type(callee).__module__.startswith("torch.nn.modules."):
+            return f"runs a {type(callee).__name__}, which is no module of torch.nn"
+        if has_hooks(callee) or is_parametrized(callee):
+            return "has hooks or parametrizations"
+    elif isinstance(call.target, type):
+        return "is a custom autograd Function, which may do anything"
+    elif not is_of_torch(callee):
+        return "is no function of torch"
     if any(isinstance(source, Fixed) for source in call.reads):
-        return False
+        return "reads a tensor that is neither the model's nor made in its forward"
     written = [s for s, is_new in zip(call.reads, changed, strict=True) if is_new]
-    return all(isinstance(s, Numbered) and s.number in call.writes for s in written)
+    if all(isinstance(s, Numbered) and s.number in call.writes for s in written):
+        return ""
+    return "changes a tensor of the model's in place"
 
 
-def _is_of_torch(function: Any) -> bool:
+def is_of_torch(function: Any) -> bool:
+    """Whether torch has defined a function.
+
+    Args:
+        function: The function.
+    """
     home = getattr(function, "__module__", None) or getattr(
         getattr(function, "__objclass__", None), "__module__", ""
     )
@@ -134,8 +188,14 @@ class _Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
-        self.is_plain = True
-        """Whether no operator has computed products, drawn numbers, or come from elsewhere."""
+        self.operators: set[Any] = set()
+        """Those that have run, each as itself and as what torch calls it by."""
+        self.multiplies = False
+        """Whether one has computed products."""
+        self.may_draw = self.draws = False
+        """Whether one is said to draw random numbers, and whether it has, as far as is known."""
+        self.foreign = ""
+        """One that is not torch's."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -146,14 +206,31 @@ class _Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
             r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
         ):
             return result  # a view moves nothing
+        self.operators.update((func, func._overloadpacket))
         formula = _formulas().get(func._overloadpacket)
-        plain = formula is None and func.namespace in ("aten", "prims")
-        self.is_plain &= plain and torch.Tag.nondeterministic_seeded not in func.tags
+        if func.namespace not in ("aten", "prims"):
+            self.foreign = str(func)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.may_draw = self.draws = True
         if formula is not None:
+            self.multiplies = True
             self.total += int(formula(*args, **kwargs, out_val=result))
         moved = State.of((args, kwargs, result), opaque=True).leaves
         self.total += _OPERATIONS_A_BYTE * sum(t.nbytes for t in moved if t.layout == torch.strided)
         return result
+
+
+@final
+class _Functions(TorchFunctionMode):
+    """Sees which functions of torch are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[Any] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func)
+        return func(*args, **(kwargs or {}))
 
 
 def _formulas() -> dict[Any, Any]:
@@ -177,6 +254,7 @@ class _Homes:
         """For each storage the call that has made it."""
         self.written: dict[int, int] = {}
         """For some the last call that has written to them."""
+        self._by: dict[int, list[int]] = {}  # the calls that have made each, or written to it
         self._sizes: list[int] = []
         self._of_value: dict[int, int] = {}
         self._known: dict[int, int] = {}  # those that are there, by what torch calls them
@@ -194,6 +272,7 @@ class _Homes:
                 home = self._known.setdefault(name, len(self.made))
                 if home == len(self.made):
                     self.made.append(k)
+                    self._by[home] = [k]
                     self._sizes.append(parts[0].untyped_storage().nbytes())
                 self._of_value[number] = home
 
@@ -201,6 +280,12 @@ class _Homes:
         """Note that a call has written to a tensor; one of the model's own does not matter."""
         for name in storages([tensor]).keys() & self._known.keys():
             self.written[self._known[name]] = k
+            self._by[self._known[name]].append(k)
+
+    def made_by(self, tensors: Iterable[Tensor]) -> set[int]:
+        """The calls that have made the storages of some tensors, or written to them."""
+        known = storages(tensors).keys() & self._known.keys()
+        return {k for name in known for k in self._by[self._known[name]] if k >= 0}
 
     def forget_all_but(self, values: Iterable[Tensor]) -> None:
         """Give the names of storages free that are gone."""
@@ -289,6 +374,19 @@ def cuts_beside_whole(recording: Recording, measured: CallCosts) -> tuple[int, .
     whole = [k for k, call in enumerate(recording.calls) if call.why_whole]
     beside = sorted({edge for k in whole for edge in (k, k + 1)})
     return tuple(k for k in beside if k < len(recording.calls) and measured.legal[k])
+
+
+def cuts_beside_once(measured: CallCosts, once: Sequence[bool]) -> tuple[int, ...]:
+    """Those of all cuts that lie right before or after a stretch of calls that run once a step.
+
+    A plan keeps the tape of a stage with such a call, so that it had better have little besides.
+
+    Args:
+        measured: What the calls take.
+        once: For each whether it is one of those.
+    """
+    edges = [k for k in range(1, len(once)) if once[k] != once[k - 1]]
+    return tuple(k for k in edges if measured.legal[k])
 
 
 def candidate_cuts(measured: CallCosts) -> tuple[tuple[int, ...], ...]:

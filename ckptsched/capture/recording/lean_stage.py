@@ -20,7 +20,10 @@ from .recording import Bound
 class LeanStage(StageCall):
     """The calls between two cuts, with a tape that leaves out what cheap calls made."""
 
-    __slots__ = ("_bound", "_calls", "_enters", "_lean_calls", "_leaves", "_plain", "_spent")
+    __slots__ = (
+        *("_again", "_bound", "_calls", "_enters", "_lean_calls", "_leaves", "_named"),
+        *("_plain", "_spent"),
+    )
 
     def __init__(
         self,
@@ -31,6 +34,7 @@ class LeanStage(StageCall):
         states: tuple[tuple[int, ...], tuple[int, ...]],
         recorded: Sequence[RecordedCall],
         cheap: Sequence[bool],
+        named: Sequence[str] = (),
     ) -> None:
         """Take the calls of a stage.
 
@@ -42,7 +46,10 @@ class LeanStage(StageCall):
             states: Numbers of the values that make up the state before, and the one after.
             recorded: The calls.
             cheap: For each whether a backward may make it again.
+            named: For each what people call it; empty for one that computes nothing.
         """
+        self._again: tuple[int, ...] = ()
+        self._named = tuple(named)
         self.prefix, self._plain = "", plain
         self._bound, self._calls, self._spent = bound, calls, tuple(spent)
         self._enters, self._leaves = states
@@ -97,8 +104,21 @@ class LeanStage(StageCall):
                 for number in spent:
                     values.pop(number, None)
                 tape.forget_all_but(values)
-        tape.settle(self._enters, self._leaves)
+        self._again = tape.settle(self._enters, self._leaves)
         return tuple([values[number] for number in self._leaves])
+
+    @property
+    def made_again(self) -> tuple[int, ...]:
+        """The calls that the last tape is to make again."""
+        return self._again
+
+    def names_of(self, calls: Sequence[int]) -> tuple[str, ...]:
+        """What people call some calls, each once; those that compute nothing have no name.
+
+        Args:
+            calls: Which, counted from 0 in this stage.
+        """
+        return tuple(dict.fromkeys(self._named[k] for k in calls if self._named[k]))
 
     def make_again(
         self, calls: Sequence[int], spent: Sequence[Sequence[int]], values: dict[int, Tensor]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, cast, final
 
@@ -20,12 +20,14 @@ from ..compiled_stages import CompiledStage, Compiler, code_of
 from ..inspection import Inspection, inspect_model
 from ..likeness import InDoubtError, Likeness
 from ..model_state import left_as_it_was
+from ..policies.policy import NO_POLICY, NOTHING_RULED, Named, Policy, Ruled, said
 from ..stage_discovery import StageCall, StagedModule, has_hooks
 from ..wrappers import plain_forward, share
 from .calls import RecordedCall, StagePath
 from .cuts import (
     CallCosts,
     candidate_cuts,
+    cuts_beside_once,
     cuts_beside_whole,
     dear_cuts,
     every_cut,
@@ -76,7 +78,7 @@ class CapturedStage(StageCall):
 
     __slots__ = (
         *("_bound", "_calls", "_enters", "_label", "_leaves", "_recorded", "_spent", "_whole"),
-        *("_cheap", "_lean", "module"),
+        *("_cheap", "_lean", "_once", "module"),
     )
 
     module: nn.Module
@@ -93,6 +95,8 @@ class CapturedStage(StageCall):
         recorded: Sequence[RecordedCall] = (),
         whole: Mapping[str, nn.Module] = MappingProxyType({}),
         cheap: Sequence[bool] = (),
+        named: Sequence[str] = (),
+        once: bool = False,
     ) -> None:
         """Take some calls of a recording.
 
@@ -108,15 +112,18 @@ class CapturedStage(StageCall):
             whole: The modules that they call, by path.
             cheap: For each whether a lean tape may leave what it makes out; empty for a stage
                 that has no such tape.
+            named: For each what people call it; empty for one that computes nothing.
+            once: Whether it has a call that is to run once a step.
         """
-        self.prefix = ""
-        self.module = module
+        self.prefix, self.module, self._once = "", module, once
         self._bound, self._calls, self._spent = bound, calls, tuple(spent)
         self._enters, self._leaves, self._label = enters, leaves, label
         self._recorded, self._whole = tuple(recorded), whole
         self._cheap = tuple(cheap)
         self._lean = (
-            LeanStage(self, bound, calls, self._spent, (enters, leaves), self._recorded, cheap)
+            LeanStage(
+                self, bound, calls, self._spent, (enters, leaves), self._recorded, cheap, named
+            )
             if cheap
             else None
         )
@@ -144,6 +151,11 @@ class CapturedStage(StageCall):
     def lean(self) -> LeanStage | None:
         """The same calls with a lean tape; None where none of them is cheap."""
         return self._lean
+
+    @property
+    def once(self) -> bool:
+        """Whether it is to run once a step."""
+        return self._once
 
     @property
     def label(self) -> str:
@@ -194,6 +206,7 @@ class Captured(StagedModule):
         live_bytes: Sequence[int],
         compiler: Compiler | None = None,
         costs: CallCosts | None = None,
+        ruled: Ruled = NOTHING_RULED,
     ) -> None:
         """Cut a recording.
 
@@ -204,6 +217,7 @@ class Captured(StagedModule):
             live_bytes: For each cut the bytes of the tensors that are alive there.
             compiler: Compiles the stages; None where they run as they are.
             costs: What its calls take; None for stages without lean tapes.
+            ruled: The calls that run once a step, and those that lean tapes may make again.
         """
         super().__init__()
         share(model, self)
@@ -214,6 +228,7 @@ class Captured(StagedModule):
         self.__dict__["live_bytes"] = tuple(live_bytes)
         self.__dict__["compiler"] = compiler
         self.__dict__["_costs"] = costs
+        self.__dict__["ruled"] = ruled
 
     @property
     def model(self) -> nn.Module:
@@ -224,6 +239,11 @@ class Captured(StagedModule):
     def cuts(self) -> tuple[int, ...]:
         """Before which calls a stage begins, the first apart."""
         return cast(tuple[int, ...], self.__dict__["cuts"])
+
+    @property
+    def ruled(self) -> Ruled:
+        """The calls that run once a step, and those that lean tapes may make again."""
+        return cast(Ruled, self.__dict__["ruled"])
 
     @property
     def recording(self) -> Recording:
@@ -291,8 +311,9 @@ class Captured(StagedModule):
         recording = self.recording
         bound = Bound(recording, self, self.model)
         edges = [0, *self.__dict__["cuts"], len(recording.calls)]
+        costs = self.__dict__["_costs"]
         return [
-            _stage(recording, bound, self, start, stop, self.compiler, self.__dict__["_costs"])
+            _stage(recording, bound, self, start, stop, self.compiler, costs, self.ruled)
             for start, stop in itertools.pairwise(edges)
         ]
 
@@ -308,6 +329,8 @@ def captured(
     kwargs: Mapping[str, Any] | None = None,
     cuts: Literal["lean", "dear", "smallest", "every"] = "lean",
     compile: bool | str = False,
+    never_recompute: Named | Iterable[Named] = (),
+    always_recompute: Named | Iterable[Named] = (),
 ) -> Captured:
     """Record what a model does with a batch, and cut it into stages: any module becomes a chain.
 
@@ -324,6 +347,14 @@ def captured(
             compiled code and gradients differ by its rounding; a text names a backend. Stages that
             are equal share what is compiled; what cannot be compiled runs as it is. Random numbers
             are drawn as without it.
+        never_recompute: Calls that a step makes once: those in modules of these classes, or with
+            these paths (`"blocks.*.attention"`, say, as in `named_modules`), those of these
+            functions of torch (`torch.nn.functional.scaled_dot_product_attention`, also where a
+            module of torch.nn calls it), custom autograd Functions or operators
+            (`torch.ops.aten.mm`); one or several. No lean tape makes them again, and a plan keeps
+            the tape of the stages that have them until their backward. See also `keep`.
+        always_recompute: Calls, named likewise, that lean tapes may make again in the backward
+            whatever they cost, so that stages offer leaner tapes. Plans choose, as ever.
 
     Returns:
         A module that shares all that the model owns, for `profile`, `plan`, `checkpointed` and
@@ -333,11 +364,13 @@ def captured(
 
     Raises:
         ProfileError: The model cannot be taken apart, or there is no compiler; the message says
-            what is in the way.
+            what is in the way. Or a name is that of no call, one call is named by both, or a call
+            that is always to be made again draws random numbers, has effects, or may have.
 
     Example:
         >>> print(captured(model, ids, kwargs={"labels": ids}))
     """
+    policy = Policy.of(never_recompute, always_recompute)
     inspection = inspect_model(model, "captured", ProfileError)
     inputs = State.of((sample, dict(kwargs or {})), opaque=True)
     if not inputs.leaves:
@@ -351,31 +384,44 @@ def captured(
     if cuts not in ways:
         raise ProfileError(f"cuts is {cuts!r}; give one of {', '.join(map(repr, ways))}")
     compiler = Compiler("inductor" if compile is True else compile) if compile else None
-    recording, costs = _recorded(inspection, inputs)
-    return _cut(inspection.model, recording, costs, ways[cuts](costs), compiler)
+    recording, costs = _recorded(inspection, inputs, policy)
+    ruled = policy.ruled(inspection.model, recording.calls, costs)
+    return _cut(inspection.model, recording, costs, ways[cuts](costs), ruled, compiler)
 
 
-def capture_as_before(inspection: Inspection, inputs: State, cuts: Sequence[int]) -> Captured:
+def capture_as_before(
+    inspection: Inspection,
+    inputs: State,
+    cuts: Sequence[int],
+    policy: Policy | Ruled = NO_POLICY,
+) -> Captured:
     """Record the forward of a model, its own hooks apart, and cut it where it was cut before.
 
     Args:
         inspection: The model.
         inputs: What it is called with, as `(args, kwargs)`, taken apart, with some tensor.
         cuts: Before which calls to cut, in ascending order.
+        policy: What is never or always made again, by name, or as it was found before.
 
     Raises:
         ProfileError: The model cannot be taken apart, or not there.
     """
-    recording, costs = _recorded(inspection, inputs)
+    recording, costs = _recorded(inspection, inputs, policy)
+    if isinstance(policy, Policy):
+        ruled = policy.ruled(inspection.model, recording.calls, costs)
+    else:
+        ruled = policy.checked(recording.calls, costs)
     if not set(cuts) <= set(every_cut(costs)):
         raise ProfileError(
             f"the model makes {len(recording.calls)} calls on this batch, which cannot be cut "
             f"before calls {', '.join(map(str, cuts))}"
         )
-    return _cut(inspection.model, recording, costs, cuts)
+    return _cut(inspection.model, recording, costs, cuts, ruled)
 
 
-def candidates(inspection: Inspection, inputs: State) -> tuple[Captured, ...]:
+def candidates(
+    inspection: Inspection, inputs: State, policy: Policy = NO_POLICY
+) -> tuple[Captured, ...]:
     """Record the forward of a model, its own hooks apart, with each cut that may be the best.
 
     Which is depends on the budget: finer stages have more to choose from, and cost more.
@@ -383,6 +429,7 @@ def candidates(inspection: Inspection, inputs: State) -> tuple[Captured, ...]:
     Args:
         inspection: The model.
         inputs: What it is called with, as `(args, kwargs)`, taken apart, with some tensor.
+        policy: What is never or always made again.
 
     Returns:
         Lean cuts, and those between dear calls where they are others.
@@ -390,19 +437,24 @@ def candidates(inspection: Inspection, inputs: State) -> tuple[Captured, ...]:
     Raises:
         ProfileError: The model cannot be taken apart.
     """
-    recording, costs = _recorded(inspection, inputs)
-    found = [_cut(inspection.model, recording, costs, cuts) for cuts in candidate_cuts(costs)]
+    recording, costs = _recorded(inspection, inputs, policy)
+    ruled = policy.ruled(inspection.model, recording.calls, costs)
+    ways = candidate_cuts(costs)
+    found = [_cut(inspection.model, recording, costs, cuts, ruled) for cuts in ways]
     return tuple({captured.cuts: captured for captured in reversed(found)}.values())[::-1]
 
 
-def _recorded(inspection: Inspection, inputs: State) -> tuple[Recording, CallCosts]:
+def _recorded(
+    inspection: Inspection, inputs: State, policy: Policy | Ruled
+) -> tuple[Recording, CallCosts]:
     device = inputs.leaves[0].device
     with plain_forward(inspection.model):
         recording = record(inspection, inputs, device)
     left = left_as_it_was(inspection, RandomState.take(device), lazily=True)
     with left, OneWay(), Recomputing(), torch.enable_grad():
         tensors = [leaf.detach() for leaf in inputs.leaves]
-        return recording, measure(recording, inspection.model, tensors)
+        closely = bool(policy if isinstance(policy, Policy) else policy.always)
+        return recording, measure(recording, inspection.model, tensors, closely=closely)
 
 
 def _cut(
@@ -410,11 +462,13 @@ def _cut(
     recording: Recording,
     costs: CallCosts,
     cuts: Sequence[int],
+    ruled: Ruled,
     compiler: Compiler | None = None,
 ) -> Captured:
-    cuts = sorted({*cuts, *cuts_beside_whole(recording, costs)})
+    once = [k in ruled.never for k in range(len(recording.calls))]
+    cuts = sorted({*cuts, *cuts_beside_whole(recording, costs), *cuts_beside_once(costs, once)})
     live = [costs.live_bytes[k] for k in cuts]
-    return Captured(model, recording, cuts, live, compiler, costs)
+    return Captured(model, recording, cuts, live, compiler, costs, ruled)
 
 
 def _stage(
@@ -425,6 +479,7 @@ def _stage(
     stop: int,
     compiler: Compiler | None,
     costs: CallCosts | None,
+    ruled: Ruled,
 ) -> StageCall:
     calls = recording.calls[start:stop]
     whole = {c.target: module_of(model, c.target) for c in calls if isinstance(c.target, str)}
@@ -439,17 +494,24 @@ def _stage(
         tuple(n for n, at in last.items() if at == k and n not in leaves)
         for k in range(start, stop)
     ]
-    first, end = calls[0].name, calls[-1].name
+    first, end = said(calls[0]), said(calls[-1])
     label = f"{start}:{first}" + (f" to {end}" if len(calls) > 1 else "")
     parts = Parts(list(dict.fromkeys(whole.values())), alone)
-    cheap: Sequence[bool] = ()
+    cheap, named = list[bool](), list[str]()
     # A tape of torch 2.9 does not show what hooks have packed.
     if costs is not None and compiler is None and SHOWS_WHAT_IS_SAVED:
-        cheap = costs.cheap[start:stop]
-        if not any(map(operator.and_, cheap, costs.makes_bytes[start:stop])):
-            cheap = ()
+        makes = costs.makes_bytes[start:stop]
+        cheap = [ruled.may_be_made_again(k, costs.cheap[k]) for k in range(start, stop)]
+        named = [
+            said(call) if made or call.writes else ""
+            for call, made in zip(calls, makes, strict=True)
+        ]
+        if not any(map(operator.and_, cheap, makes)):
+            cheap = []
     stage = CapturedStage(
-        bound, range(start, stop), spent, enters, leaves, parts, label, calls, whole, cheap
+        *(bound, range(start, stop), spent, enters, leaves, parts, label, calls, whole, cheap),
+        named=named,
+        once=not ruled.never.isdisjoint(range(start, stop)),
     )
     if compiler is None:
         return stage

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 from torch import Tensor
 
@@ -120,6 +120,10 @@ class _Facts:
     alone: Alone = Alone.PLAIN
 
 
+_Weight: TypeAlias = tuple[StageLedger, StageLedger | None, tuple[int, ...], int]
+"""A stage's ledger, that with a lean tape, the calls that this makes again, what a run leaves."""
+
+
 @final
 class Alike:
     """What was found out about stages, by what they are like."""
@@ -136,7 +140,7 @@ class Alike:
         # Of stages that look alike beforehand: those that a run has told apart, each by a number.
         self._facts: dict[int, list[tuple[int, _Facts]]] = {}
         self._looks = 0
-        self._weighed: dict[Hashable, tuple[StageLedger, StageLedger | None, int]] = {}
+        self._weighed: dict[Hashable, _Weight] = {}
 
     def expect(self, calls: Iterable[StageCall]) -> None:
         """Find out which stages of a model may have twins; what has none is looked at as ever.
@@ -227,7 +231,7 @@ class Alike:
         known = self._weighed.get(_weight_of(kind)) if kind.look is not None else None
         if known is None:
             return None
-        ledger, kind.lean, kind.left_bytes = known
+        ledger, kind.lean, kind.made_again, kind.left_bytes = known
         return ledger
 
     def note_ledger(self, kind: StageKind, ledger: StageLedger) -> None:
@@ -238,7 +242,8 @@ class Alike:
             ledger: What was weighed.
         """
         if kind.look is not None:
-            self._weighed[_weight_of(kind)] = ledger, kind.lean, kind.left_bytes
+            known = ledger, kind.lean, kind.made_again, kind.left_bytes
+            self._weighed[_weight_of(kind)] = known
 
 
 def _weight_of(kind: StageKind) -> Hashable:

@@ -1,8 +1,8 @@
 """Lets someone look on while a model runs as it is written.
 
-Four things are told of: what is called of torch, by a `TorchFunctionMode`; calls of modules and
-applications of custom Functions, which are replaced for the thread; and every operator that runs,
-by a `TorchDispatchMode`, so that nothing happens unseen.
+Five things are told of: what is called of torch, by a `TorchFunctionMode`; calls of modules and
+applications of custom Functions, which are replaced for the thread; what the model keeps; and every
+operator that runs, by a `TorchDispatchMode`, so that nothing happens unseen.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
+
+from ...policies.keep import kept, told_of_kept
 
 # One recording at a time: what is replaced is replaced for all threads, and passes others by.
 _LOCK = threading.RLock()
@@ -125,6 +127,10 @@ def told_of_calls(onlooker: Onlooker) -> Iterator[None]:
             return onlooker.function(cls, apply.__get__(None, cls), args, kwargs)
         return apply.__get__(None, cls)(*args, **kwargs)
 
+    def keeps(tensor: torch.Tensor) -> None:
+        if onlooker.is_concerned:
+            onlooker.torch_function(kept, (tensor,), {})
+
     def removed(handle: RemovableHandle) -> None:
         if onlooker.is_concerned:
             onlooker.hook_removed()
@@ -132,6 +138,7 @@ def told_of_calls(onlooker: Onlooker) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(_LOCK)
+        stack.enter_context(told_of_kept(keeps))
         stack.enter_context(_Watch(onlooker))
         stack.enter_context(_Notes(onlooker))
         setattr(nn.Module, "__call__", called)  # noqa: B010 - as a method it has another type

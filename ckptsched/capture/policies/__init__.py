@@ -1,0 +1,1 @@
+"""What users say about recomputation: kept values, calls never or always made again."""
