@@ -315,6 +315,7 @@ def _measured(
         hidden=survey.hidden(),
         frozen=survey.frozen,
         unfit=printable(state.unfit),
+        foreign=any(kind.foreign for kind in survey.order),
     )
     signature = replace(signature, mode_bytes=sum(left), **_of_recording(inspection.model))
     chain = replace(chain, signature=signature, seconds_spread=spread)

@@ -283,6 +283,8 @@ class Signature:
     whole: str = ""
     """Why the model is one stage though it was to be recorded, or which parts of a recorded one are
     called whole, and why; empty where none is."""
+    foreign: bool = False
+    """Whether stages draw from random generators that are not torch's: Python's or numpy's."""
 
 
 def check_size(what: str, value: object) -> None:
