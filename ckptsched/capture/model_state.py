@@ -266,9 +266,9 @@ class ModelState:
         if written and not self.unfit:
             self.unfit = (
                 f"{stage} changes {written} in its forward, so it would be changed once more each "
-                "time that the stage runs again; keep it in a buffer: register_buffer (or, if a "
-                "first run sets it up, run the model once, under torch.no_grad, before it is "
-                "profiled)"
+                "time that the stage runs again; change it outside of the forward, as after "
+                "optimizer.step(), or keep it in a buffer: register_buffer (or, if a first run "
+                "sets it up, run the model once, under torch.no_grad, before it is profiled)"
             )
         return bool(written)
 

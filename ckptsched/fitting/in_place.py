@@ -209,9 +209,12 @@ class Fitted(InPlace):
             What runs such calls.
 
         Raises:
+            TypeError: The forward has no such arguments.
             InfeasibleBudgetError: Nothing fits; the message names the least budget that works.
             ProfileError: The model cannot be measured on such a call.
         """
+        if not self._names.takes(args, kwargs):
+            self.before(*args, **kwargs)
         call = self._names.call(args, kwargs)
         if why is not None and any(map(is_sharded, self.model.modules())):
             raise PlanMismatchError(
@@ -242,9 +245,16 @@ class Fitted(InPlace):
         if opened.captured is None and is_one_stage(inspection):
             inspection = Inspection.of(PlainForward(self))
         alike = Alike(outlives=True)
+
+        def measured(way: Opened) -> Chain:
+            chain = self._measure(way, inspection, args, kwargs, alike=alike)
+            if chain.signature is not None and chain.signature.unfit:
+                raise ProfileError(chain.signature.unfit)
+            return chain
+
         plan, captured = plan_opened(
             opened,
-            lambda way: self._measure(way, inspection, args, kwargs, alike=alike),
+            measured,
             self._budget(),
             solver=options.solver,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+from collections import UserDict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import EllipsisType, MappingProxyType, NoneType
@@ -90,12 +91,20 @@ class State:
             opaque: Whether objects of other types may pass; tensors inside are not seen.
 
         Raises:
-            ExecutionError: An object that may hold tensors where they cannot be seen.
+            ExecutionError: An object that may hold tensors where they cannot be seen, or a
+                container that holds itself.
         """
         if isinstance(value, Tensor):
             return cls((value,))
         leaves: dict[int, tuple[int, Tensor]] = {}
-        tree = _take_apart(value, leaves, opaque)
+        try:
+            tree = _take_apart(value, leaves, opaque)
+        except RecursionError:
+            raise ExecutionError(
+                f"a {type(value).__name__} that holds itself, or holds others at an endless depth, "
+                "was given where tensors are looked for; give tuples, lists, dicts and dataclasses "
+                "that end"
+            ) from None
         return cls(tuple(tensor for _, tensor in leaves.values()), tree)
 
     def value(self) -> Any:
@@ -301,6 +310,9 @@ def _container(value: Any) -> _Container | None:
         if kind is dict:
             return keys, list(value.values()), lambda parts: dict(zip(keys, parts, strict=True))
         return keys, list(value.values()), _builder(value, keys, _set_item)
+    if isinstance(value, UserDict):  # as the batches of transformers are
+        keys = tuple(value.data)
+        return keys, list(value.data.values()), _builder(value, keys, _set_data)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = dict.fromkeys(field.name for field in dataclasses.fields(value))
         names |= dict.fromkeys(getattr(value, "__dict__", ()))
@@ -315,6 +327,10 @@ def _container(value: Any) -> _Container | None:
 
 def _set_item(container: Any, key: Any, part: Any) -> None:
     container[key] = part
+
+
+def _set_data(container: Any, key: Any, part: Any) -> None:
+    container.data[key] = part
 
 
 def _builder(

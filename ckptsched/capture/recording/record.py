@@ -15,6 +15,7 @@ from ..inspection import Inspection
 from ..model_state import left_as_it_was
 from .attributes import attributes_of
 from .calls import Fixed, Place, RecordedCall, Source
+from .carried import with_carried
 from .one_pass.recorder import Recorder
 from .one_pass.saved import GoesBackError
 from .preparation import caches_off, fails, refuse_unready, set_up, without_cache
@@ -52,7 +53,7 @@ def _recording(
     output: State,
     whole: Mapping[str, str],
 ) -> Recording:
-    return Recording(
+    recording = Recording(
         calls=tuple(recorder.calls),
         given=recorder.given,
         inputs=State((), inputs.tree),
@@ -63,7 +64,9 @@ def _recording(
         attributes=attributes_of(inspection.model),
         kept=dict(recorder.kept),
         whole=whole,
+        unset=recorder.unset,
     )
+    return with_carried(recording, inspection.model)
 
 
 def _passes(
@@ -88,9 +91,15 @@ def _passes(
         marked = recorder.marks.marked
         if not marked and before is not None:
             unlike = _difference(before, recorder)
+            if unlike is not None and left:
+                # It goes by what the pass before has left, as a network that makes its first state
+                # itself: this is the way that it takes as long as there is nothing.
+                recorder, output = _one_pass(inspection, inputs, device, whole, {})
+                marked, recorder.unset = recorder.marks.marked, tuple(left)
+                unlike = "" if marked else _difference(before, recorder)
             if unlike is None:
                 return recorder, output, whole
-            marked = {unlike: "two passes over the same batch took different ways"}
+            marked = marked or {unlike: "two passes over the same batch took different ways"}
         before = None if marked else recorder
         _widen(whole, marked)
     raise ProfileError(
@@ -175,10 +184,15 @@ def _mark_what_moves_on(
     A place in a queue that goes on with every batch is no decision that a recording can hold.
     """
     bound = Bound(recording, inspection.model)
-    values = dict(zip(recording.given, inputs.leaves, strict=True))
+    # What is carried is another each time: what hangs on it cannot be asked.
+    values = dict(zip(recording.given, inputs.leaves, strict=False))
     with torch.no_grad():
         for guard in recording.guards:
-            if bound.ask(guard, values) != guard.found:
+            try:
+                moves = bound.ask(guard, values) != guard.found
+            except KeyError:
+                moves = True
+            if moves:
                 why = f"{guard.read.name} reads a value that each forward changes"
                 recorder.marks.mark(why, guard.read.scope)
 

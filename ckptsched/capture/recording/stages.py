@@ -248,7 +248,7 @@ class Captured(StagedModule):
         """
         inputs = State.of((args, kwargs), opaque=True)
         self.check(inputs)
-        return inputs.leaves
+        return self.recording.tensors(self.model, inputs)
 
     def check(self, inputs: State) -> None:
         """See that a call of the model would go the way that was recorded.
@@ -401,7 +401,7 @@ def _recorded(inspection: Inspection, inputs: State) -> tuple[Recording, CallCos
         recording = record(inspection, inputs, device)
     left = left_as_it_was(inspection, RandomState.take(device), lazily=True)
     with left, OneWay(), Recomputing(), torch.enable_grad():
-        tensors = [leaf.detach() for leaf in inputs.leaves]
+        tensors = [leaf.detach() for leaf in recording.tensors(inspection.model, inputs)]
         return recording, measure(recording, inspection.model, tensors)
 
 

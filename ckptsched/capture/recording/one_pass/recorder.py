@@ -92,6 +92,8 @@ class Recorder(Onlooker):
         """Where the tensors of the result come from."""
         self.changed: dict[str, str] = {}
         """Other attributes that were changed, each with the path of the module that it is of."""
+        self.unset: tuple[Place, ...] = ()
+        """Attributes that steer the pass by holding nothing when it begins."""
         self.leaves_elsewhere = False
         """Whether a value is held elsewhere than in attributes and the result."""
         self._refusal = ""
