@@ -288,7 +288,9 @@ class Fitted(InPlace):
             assert isinstance(calls, RecordedCalls)
             assert isinstance(chain, Chain)
             try:
-                again = capture_as_before(calls.inspection, inputs, captured.cuts)
+                again = capture_as_before(
+                    calls.inspection, inputs, captured.cuts, captured.recording
+                )
                 weighed = self._measure(Opened(again), calls.inspection, args, kwargs, chain)
             except ProfileError:  # it goes another way
                 continue

@@ -355,18 +355,21 @@ def captured(
     return _cut(inspection.model, recording, costs, ways[cuts](costs), compiler)
 
 
-def capture_as_before(inspection: Inspection, inputs: State, cuts: Sequence[int]) -> Captured:
+def capture_as_before(
+    inspection: Inspection, inputs: State, cuts: Sequence[int], like: Recording | None = None
+) -> Captured:
     """Record the forward of a model, its own hooks apart, and cut it where it was cut before.
 
     Args:
         inspection: The model.
         inputs: What it is called with, as `(args, kwargs)`, taken apart, with some tensor.
         cuts: Before which calls to cut, in ascending order.
+        like: A recording of the model for a batch of other sizes; see `record`.
 
     Raises:
         ProfileError: The model cannot be taken apart, or not there.
     """
-    recording, costs = _recorded(inspection, inputs)
+    recording, costs = _recorded(inspection, inputs, like)
     if not set(cuts) <= set(every_cut(costs)):
         raise ProfileError(
             f"the model makes {len(recording.calls)} calls on this batch, which cannot be cut "
@@ -395,10 +398,12 @@ def candidates(inspection: Inspection, inputs: State) -> tuple[Captured, ...]:
     return tuple({captured.cuts: captured for captured in reversed(found)}.values())[::-1]
 
 
-def _recorded(inspection: Inspection, inputs: State) -> tuple[Recording, CallCosts]:
+def _recorded(
+    inspection: Inspection, inputs: State, like: Recording | None = None
+) -> tuple[Recording, CallCosts]:
     device = inputs.leaves[0].device
     with plain_forward(inspection.model):
-        recording = record(inspection, inputs, device)
+        recording = record(inspection, inputs, device, like)
     left = left_as_it_was(inspection, RandomState.take(device), lazily=True)
     with left, OneWay(), Recomputing(), torch.enable_grad():
         tensors = [leaf.detach() for leaf in recording.tensors(inspection.model, inputs)]
