@@ -15,7 +15,7 @@ from ..inspection import Inspection
 from ..model_state import left_as_it_was
 from .attributes import attributes_of
 from .calls import Fixed, Place, RecordedCall, Source
-from .carried import with_carried
+from .one_pass.carried import with_carried
 from .one_pass.recorder import Recorder
 from .one_pass.saved import GoesBackError
 from .preparation import caches_off, fails, refuse_unready, set_up, without_cache

@@ -13,9 +13,9 @@ from itertools import chain
 
 from torch import nn
 
-from ...tensors.pytree import State
-from .calls import Numbered, Place, RecordedCall, Source
-from .recording import Recording, layouts_of, part_of
+from ....tensors.pytree import State
+from ..calls import Numbered, Place, RecordedCall, Source
+from ..recording import Recording, layouts_of, part_of
 
 
 def with_carried(recording: Recording, model: nn.Module) -> Recording:
