@@ -9,7 +9,7 @@ of bits, and said: it cannot be put back.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias, final
 
@@ -54,18 +54,23 @@ def sum_of_bits(tensor: Tensor) -> int:
 
 
 @contextmanager
-def told_of_writes(keep: Keep) -> Iterator[None]:
-    """Call a function with each tensor that is about to be written to in a `with` block.
+def told_of_writes(homes: Container[int | None], keep: Keep) -> Iterator[None]:
+    """Call a function with tensors that are about to be written to in a `with` block.
 
     Args:
+        homes: Storages, by identity; other tensors are passed by.
         keep: The function. It is called where no mode looks on, in a thread of its own.
     """
-    with _Operators(keep), _Functions(keep):
+    with _Operators(homes, keep), _Functions(homes, keep):
         yield
 
 
-def _told(keep: Keep, values: Iterable[Any]) -> None:
-    tensors = State.of(tuple(values), opaque=True).leaves
+def _told(homes: Container[int | None], keep: Keep, values: Iterable[Any]) -> None:
+    given = State.of(tuple(values), opaque=True).leaves
+    # A thread takes as long as many operators: most of what is written to is none of the model's.
+    tensors = [tensor for tensor in given if storage_of(tensor) in homes]
+    if not tensors:
+        return
 
     def tell() -> None:
         for tensor in tensors:
@@ -81,9 +86,9 @@ def _told(keep: Keep, values: Iterable[Any]) -> None:
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tells of operators that write to what they are given."""
 
-    def __init__(self, keep: Keep) -> None:
+    def __init__(self, homes: Container[int | None], keep: Keep) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._keep = keep
+        self._homes, self._keep = homes, keep
         self._writes: dict[Any, bool] = {}
 
     @classmethod
@@ -99,7 +104,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             unsaid = any(part in str(func) for part in _WRITE_UNSAID)
             writes = self._writes[func] = said or unsaid
         if writes:
-            _told(self._keep, (args, kwargs))
+            _told(self._homes, self._keep, (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -107,11 +112,11 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _Functions(TorchFunctionMode):
     """Tells of functions that hand out memory, for others to write to."""
 
-    def __init__(self, keep: Keep) -> None:
+    def __init__(self, homes: Container[int | None], keep: Keep) -> None:
         super().__init__()
-        self._keep = keep
+        self._homes, self._keep = homes, keep
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _HAND_OUT:
-            _told(self._keep, (args, kwargs or {}))
+            _told(self._homes, self._keep, (args, kwargs or {}))
         return func(*args, **(kwargs or {}))

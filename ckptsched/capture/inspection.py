@@ -21,7 +21,8 @@ from ..base.errors import CkptschedError, PlanMismatchError
 from ..base.json_files import printable
 from ..recompute.fsdp import class_before, own_hooks
 from ..recompute.parameter_swap import Slot, Slots
-from ..recompute.stateful_buffers import own_generators
+from ..recompute.stateful_buffers import every_generator, own_generators
+from ..torch_state.replay_context import AnyGenerator
 from .stage_discovery import HOOKS, StagedModule, has_hooks, taken_apart
 from .wrappers import forward_attribute, refuse_wrapped, unwrapped
 
@@ -148,12 +149,17 @@ class Inspection:
             )
         return [places[full] for full in sorted(wanted)]
 
-    def generators(self, given: Iterable[object] = ()) -> tuple[torch.Generator, ...]:
-        """The random generators that stages may draw from besides torch's own.
+    def generators(
+        self, given: Iterable[object] = (), *, foreign: bool = False
+    ) -> tuple[AnyGenerator, ...]:
+        """The random generators that stages may draw from besides torch's default ones.
 
         Args:
             given: What a call of the model is given besides tensors.
+            foreign: Whether those are among them that are not torch's.
         """
+        if foreign:
+            return every_generator(self.modules, given)
         return own_generators(self.modules if self.has_generators else (), given)
 
     # -- what changes from step to step

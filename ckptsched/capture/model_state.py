@@ -147,6 +147,8 @@ class ModelState:
         self._lazily = lazily
         self._homes: dict[int, list[_Noted]] = {}
         self._sums: dict[int, int] = {}
+        self.to_copy: set[int | None] = set()
+        """Storages, by identity, that are copied once something writes to them."""
         self._inside = None if whole is None else {id(module) for module in modules}
         self._copied = copied
         self._tensors: dict[int, _Noted] = {}
@@ -200,6 +202,7 @@ class ModelState:
         self._tensors[id(tensor)] = noted
         if home is not None:
             self._homes.setdefault(home, []).append(noted)
+            self.to_copy.add(home)
             if home not in self._sums:
                 self._sums[home] = sum_of_bits(noted.data)
 
@@ -224,8 +227,10 @@ class ModelState:
         Args:
             tensor: Any; nothing happens if its storage is none of the model's.
         """
-        for noted in self._homes.get(storage_of(tensor) or 0, ()):
+        home = storage_of(tensor)
+        for noted in self._homes.get(home or 0, ()):
             noted.keep()
+        self.to_copy.discard(home)
 
     # -- comparing
 
@@ -266,9 +271,9 @@ class ModelState:
         if written and not self.unfit:
             self.unfit = (
                 f"{stage} changes {written} in its forward, so it would be changed once more each "
-                "time that the stage runs again; keep it in a buffer: register_buffer (or, if a "
-                "first run sets it up, run the model once, under torch.no_grad, before it is "
-                "profiled)"
+                "time that the stage runs again; change it outside of the forward, as after "
+                "optimizer.step(), or keep it in a buffer: register_buffer (or, if a first run "
+                "sets it up, run the model once, under torch.no_grad, before it is profiled)"
             )
         return bool(written)
 
@@ -400,7 +405,7 @@ def left_as_it_was(
 
     try:
         try:
-            with told_of_writes(state.keep) if lazily else nullcontext():
+            with told_of_writes(state.to_copy, state.keep) if lazily else nullcontext():
                 yield state, put_back
         finally:
             put_back()

@@ -251,6 +251,7 @@ def sign(
     hidden: Iterable[Slot] = (),
     frozen: int = 0,
     unfit: str = "",
+    foreign: bool = False,
 ) -> Signature:
     """The signature of a model and one batch.
 
@@ -263,6 +264,7 @@ def sign(
         hidden: Buffers that stages read and change.
         frozen: How many leading stages are run as one.
         unfit: Why the model cannot follow a plan; empty if it can.
+        foreign: Whether stages draw from generators that are not torch's.
 
     Raises:
         PlanMismatchError: A hidden buffer belongs to a module that is none of the model's.
@@ -284,6 +286,7 @@ def sign(
         hidden=_names(inspection, hidden),
         frozen=frozen,
         unfit=unfit,
+        foreign=foreign,
         settings=ambient.described(),
         hooks=describe_hooks(ambient.hooks),
         modes=ambient.costly_modes(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
+from contextlib import nullcontext
 from typing import Any, final
 
 import torch
@@ -17,6 +18,8 @@ from ..torch_state.replay_context import RandomState
 from ..torch_state.saved_hooks import innermost_hooks
 from ..torch_state.settings import EVERYWHERE
 
+# Modes that look on would see each look at the generators, which is most of what there is to see.
+_without_functions: Any = getattr(torch._C, "DisableTorchFunction", nullcontext)
 # torch's checkpoint gives what there is without it.
 _HARMLESS = ("torch.utils.checkpoint",)
 
@@ -43,13 +46,17 @@ class Unseen:
 
     def pass_over_torch(self) -> None:
         """The same of torch's own generators, which most calls leave alone."""
-        self._torch = RandomState.take(self._device).to_bytes()
+        self._torch = self._random()
+
+    def _random(self) -> bytes:
+        with _without_functions():
+            return RandomState.take(self._device).to_bytes()
 
     def between_calls(self) -> str:
         """What has been done since the last call; empty for nothing."""
         if _settings() != self._settings:
             return "it changes settings of torch in its forward"
-        if RandomState.take(self._device).to_bytes() != self._torch:
+        if self._random() != self._torch:
             return "it seeds torch's random generator, or sets it"
         mode, hooks = _mode(), innermost_hooks()
         if mode is not self._modes and not _is_harmless(type(mode)):

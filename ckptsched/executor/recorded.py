@@ -11,7 +11,7 @@ import torch
 from ..base.errors import PlanMismatchError, ProfileError
 from ..capture.inspection import Inspection
 from ..capture.policies.policy import ruled_by
-from ..capture.recording.recording import Bound, Recording, layouts_of
+from ..capture.recording.recording import Bound, layouts_of
 from ..capture.recording.stages import Captured, capture_as_before
 from ..capture.signature_check import Expected
 from ..planner.plan import Plan
@@ -122,11 +122,12 @@ class RecordedCalls:
         signature = self.plan.chain.signature
         assert signature is not None
         expected = Expected(signature, self.plan.peak_bytes)
-        expected.check_call(State.of(inputs.leaves), NO_EXTRAS.apart())
         try:
             captured = capture_as_before(
                 self.inspection, inputs, signature.cuts, ruled_by(signature)
             )
+            tensors = captured.recording.tensors(self.inspection.model, inputs)
+            expected.check_call(State.of(tensors), NO_EXTRAS.apart())
         except ProfileError as error:
             raise PlanMismatchError(
                 f"the plan is for a recording of the model, and on this call it cannot be made: "
@@ -164,7 +165,7 @@ class _BoundRecording:
         """Run the model; see `RecordedCalls.run`."""
         inputs = State.of((args, kwargs), opaque=True)
         bound, recording = self._checked(inputs), self.captured.recording
-        tensors = self.calls.run((inputs.leaves,), {})
+        tensors = self.calls.run((recording.tensors(self.captured.model, inputs),), {})
         numbers = recording.live(len(recording.calls))
         return bound.result(dict(zip(numbers, tensors, strict=True)))
 
@@ -178,7 +179,7 @@ class _BoundRecording:
         if (
             seen is not None
             and seen[0].sees_nothing_new()
-            and _goes_the_way(captured.recording, seen[1], inputs)
+            and _goes_the_way(captured, seen[1], inputs)
         ):
             return seen[1]
         # Looked at before it is checked: what changes in between shows in the next step.
@@ -188,12 +189,17 @@ class _BoundRecording:
         return self._seen[1]
 
 
-def _goes_the_way(recording: Recording, bound: Bound, inputs: State) -> bool:
+def _goes_the_way(captured: Captured, bound: Bound, inputs: State) -> bool:
     """Whether a call has the structure and layouts that were recorded, and all guards hold."""
+    recording = captured.recording
     if State((), inputs.tree).tree != recording.inputs.tree:
         return False
     if layouts_of(inputs) != recording.layouts:
         return False
-    values = dict(zip(recording.given, inputs.leaves, strict=True))
+    try:
+        tensors = recording.tensors(captured.model, inputs)
+    except PlanMismatchError:  # whoever looks closer says so
+        return False
+    values = dict(zip(recording.given, tensors, strict=True))
     with torch.no_grad():
         return all(bound.ask(guard, values) == guard.found for guard in recording.guards)

@@ -24,10 +24,10 @@ from ..memory.meters import Meter, default_meter
 from ..planner.plan import Plan
 from ..profiler.profile import default_loss
 from ..profiler.stage_kind import Loss
-from ..recompute.stateful_buffers import own_generators
+from ..recompute.stateful_buffers import every_generator
 from ..tensors.comparison import same_values
 from ..tensors.pytree import State
-from ..torch_state.replay_context import Autocast, RandomState, now
+from ..torch_state.replay_context import AnyGenerator, Autocast, RandomState, now
 from .checkpointed import Checkpointed, follow
 from .recorded import RecordedCalls
 
@@ -286,9 +286,9 @@ class _Call:
     def __call__(self, model: Callable[..., Any]) -> Any:
         return model(*self._sample, **self._kwargs)
 
-    def generators(self) -> tuple[torch.Generator, ...]:
-        """Random generators that the model may draw from besides torch's own."""
-        return own_generators(self._inspection.modules, self._constants)
+    def generators(self) -> tuple[AnyGenerator, ...]:
+        """Random generators that the model may draw from besides torch's default ones."""
+        return every_generator(self._inspection.modules, self._constants)
 
     def gradients(self) -> dict[str, Tensor | None]:
         """By name: "input", or with a number where there are several tensors."""

@@ -87,9 +87,10 @@ class ArgumentNames:
             forward: A forward; of one without a signature, calls are taken as they are.
         """
         try:
-            parameters = inspect.signature(forward).parameters
+            self._signature: inspect.Signature | None = inspect.signature(forward)
+            parameters: Mapping[str, inspect.Parameter] = self._signature.parameters
         except (TypeError, ValueError):
-            parameters = {}  # type: ignore[assignment]
+            self._signature, parameters = None, {}
         named = {name: p for name, p in parameters.items() if p.kind in _NAMED}
         self._order = tuple(named)
         positional = [n for n, p in named.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -115,6 +116,20 @@ class ArgumentNames:
         ]
         values = {name: given[name] for name in names if not self._is_default(name, given[name])}
         return Call((args, kwargs), Form(by_position, tuple(kwargs)), values, self._defaults)
+
+    def takes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the forward can be called so: where not, Python says what is wrong.
+
+        Args:
+            args: By position.
+            kwargs: By name.
+        """
+        try:
+            if self._signature is not None:
+                self._signature.bind(*args, **kwargs)
+        except TypeError:
+            return False
+        return True
 
     def _is_default(self, name: str, value: Any) -> bool:
         if name not in self._defaults:

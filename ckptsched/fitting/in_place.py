@@ -211,9 +211,12 @@ class Fitted(InPlace):
             What runs such calls.
 
         Raises:
+            TypeError: The forward has no such arguments.
             InfeasibleBudgetError: Nothing fits; the message names the least budget that works.
             ProfileError: The model cannot be measured on such a call.
         """
+        if not self._names.takes(args, kwargs):
+            self.before(*args, **kwargs)
         call = self._names.call(args, kwargs)
         if why is not None and any(map(is_sharded, self.model.modules())):
             raise PlanMismatchError(
@@ -246,9 +249,16 @@ class Fitted(InPlace):
         if opened.captured is None and is_one_stage(inspection):
             inspection = Inspection.of(PlainForward(self))
         alike = Alike(outlives=True)
+
+        def measured(way: Opened) -> Chain:
+            chain = self._measure(way, inspection, args, kwargs, alike=alike)
+            if chain.signature is not None and chain.signature.unfit:
+                raise ProfileError(chain.signature.unfit)
+            return chain
+
         plan, captured = plan_opened(
             opened,
-            lambda way: self._measure(way, inspection, args, kwargs, alike=alike),
+            measured,
             self._budget(),
             solver=options.solver,
         )
@@ -286,8 +296,8 @@ class Fitted(InPlace):
             assert isinstance(calls, RecordedCalls)
             assert isinstance(chain, Chain)
             try:
-                cuts, policy = captured.cuts, self._policy()
-                again = capture_as_before(calls.inspection, inputs, cuts, policy)
+                cuts, policy, like = captured.cuts, self._policy(), captured.recording
+                again = capture_as_before(calls.inspection, inputs, cuts, policy, like)
                 weighed = self._measure(Opened(again), calls.inspection, args, kwargs, chain)
             except ProfileError:  # it goes another way
                 continue

@@ -15,7 +15,7 @@ from ..recompute.parameter_swap import Slots
 from ..recompute.stateful_buffers import HiddenBuffers
 from ..simulator.liveness import snapshot_bytes
 from ..tensors.pytree import storages
-from ..torch_state.replay_context import RandomState
+from ..torch_state.replay_context import AnyGenerator, RandomState
 from ..workload.chain import Chain
 from ..workload.stage import Block, Stage, StageLedger, TapeOption, backward_variant
 from .stage_kind import LossWeight, StageKind
@@ -27,7 +27,7 @@ def assemble(
     lost: LossWeight,
     device: torch.device,
     inputs: Sequence[Tensor] = (),
-    generators: Sequence[torch.Generator] = (),
+    generators: Sequence[AnyGenerator] = (),
 ) -> Chain:
     """Make a chain of stages that have been weighed and timed.
 

@@ -219,7 +219,8 @@ def measure_opened(
         assert chain.signature is not None
         signature = replace(chain.signature, whole=printable(opened.whole))
         return replace(chain, signature=signature) if opened.whole else chain
-    tensors = State.of((sample, dict(kwargs or {})), opaque=True).leaves
+    inputs = State.of((sample, dict(kwargs or {})), opaque=True)
+    tensors = captured.recording.tensors(captured.model, inputs)
     of_tensors = loss_of_tensors(captured, loss)
     recorded = Inspection.of(captured)
     return measure(
@@ -325,6 +326,7 @@ def _measured(
         hidden=survey.hidden(),
         frozen=survey.frozen,
         unfit=printable(state.unfit),
+        foreign=any(kind.foreign for kind in survey.order),
     )
     signature = replace(signature, mode_bytes=sum(left), **_of_recording(inspection.model))
     chain = replace(chain, signature=signature, seconds_spread=spread)

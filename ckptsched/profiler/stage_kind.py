@@ -92,6 +92,8 @@ class StageKind:
     """Storages that are there before it runs and after."""
     alone: Alone = Alone.PLAIN
     """How it runs where no tape is kept."""
+    foreign: bool = False
+    """Whether it draws from generators that are not torch's."""
     own_leaves: bool = False
     """Whether it makes leaves that require gradients, which nobody else is to see."""
     hidden: tuple[Slot, ...] = ()

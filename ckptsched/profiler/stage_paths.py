@@ -29,11 +29,12 @@ from ..capture.wrappers import is_compiled
 from ..memory.meters import storage_bytes
 from ..recompute.parameter_swap import Slots
 from ..recompute.side_outputs import Look, cut_all
-from ..recompute.stateful_buffers import BufferWatch, is_write_only, own_generators
+from ..recompute.stateful_buffers import BufferWatch, every_generator, is_write_only
 from ..recompute.tape import Carries, Tape, record
 from ..tensors.pytree import Extras, State, copied, storages
 from ..tensors.wrapper_tensors import is_plain
-from ..torch_state.replay_context import RandomState, uncompiled
+from ..torch_state.foreign_generators import foreign_generators
+from ..torch_state.replay_context import AnyGenerator, RandomState, uncompiled
 from .side_output_search import find_side_outputs
 from .stage_kind import (
     StageKind,
@@ -161,7 +162,7 @@ class Variations:
             calls: The stages that run this computation, in order.
         """
         device = kind.x.leaves[0].device
-        own = own_generators(kind.call.module.modules(), kind.extras.apart().constants())
+        own = every_generator(kind.call.module.modules(), kind.extras.apart().constants())
         watch = BufferWatch(Slots([kind.call.module]))
         before = RandomState.take(device, own)
 
@@ -170,7 +171,8 @@ class Variations:
             watch.put_back(kind.hidden)
 
         try:
-            kind.varies, count = _reads_values(kind)
+            reads, count = _reads_values(kind)
+            kind.varies = reads or kind.foreign  # what Python draws it may decide by, unseen
             again()
             apart = [] if isinstance(kind.call, ModuleStage) else _spread(calls[1:])
             candidates: Iterable[StageKind] = (replace(kind, call=call) for call in apart)
@@ -183,7 +185,7 @@ class Variations:
                 paths.look(candidate)
                 changed = [place for place in watch.changed() if not is_write_only(place)]
                 kind.hidden = tuple(dict.fromkeys((*kind.hidden, *changed)))
-            kind.draws = paths.draws
+            kind.draws, kind.foreign = paths.draws, paths.foreign
             if paths.looks:
                 paths.let_look(kind)
             if len(paths.found) > 1:
@@ -236,7 +238,7 @@ class _Paths:
         self.sample = replace(kind, begins_with=begins_with)
         self.found: dict[Path, StageKind] = {}
         self.carries = list(kind.carries)
-        self.draws = kind.draws
+        self.draws, self.foreign = kind.draws, kind.foreign
         self.looks = self._looked = kind.looks
         self._piles_up = kind.piles_up
         self._again, self._most = again, most
@@ -273,10 +275,13 @@ class _Paths:
     def _run(self, kind: StageKind) -> tuple[Tape, State, list[Tensor]]:
         self._begin(kind)
         device = kind.x.leaves[0].device
-        before = RandomState.take(device)
+        foreign = foreign_generators(kind.call.module.modules())
+        before = RandomState.take(device, foreign)
         with nullcontext() if _holds_compiled(kind) else _Operations(self._most):
             found = kind.recorded(kind.x)
-        self.draws = self.draws or before != RandomState.take(device)
+        after = RandomState.take(device, foreign)
+        self.draws = self.draws or before != after
+        self.foreign = self.foreign or before.foreign != after.foreign
         return found
 
     def _leaves(self, kind: StageKind) -> bool:
@@ -400,7 +405,7 @@ def _spread(calls: Sequence[StageCall]) -> list[StageCall]:
     return [calls[(k + 1) * len(calls) // count - 1] for k in range(count)]
 
 
-def _candidates(kind: StageKind, own: Sequence[torch.Generator]) -> Iterator[StageKind]:
+def _candidates(kind: StageKind, own: Sequence[AnyGenerator]) -> Iterator[StageKind]:
     """The stage with other draws, and on other inputs."""
     device = kind.x.leaves[0].device
     states = _seeded(device, own)
@@ -422,7 +427,7 @@ def _candidates(kind: StageKind, own: Sequence[torch.Generator]) -> Iterator[Sta
         )
 
 
-def _seeded(device: torch.device, own: Sequence[torch.Generator]) -> Iterator[RandomState]:
+def _seeded(device: torch.device, own: Sequence[AnyGenerator]) -> Iterator[RandomState]:
     """Random states, the same ones each time."""
     seed = 0
     while True:

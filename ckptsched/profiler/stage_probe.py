@@ -13,12 +13,11 @@ from ..capture.signature import stage_label
 from ..capture.stage_discovery import StageCall, TracedBlock
 from ..recompute.parameter_swap import Slot, Slots
 from ..recompute.side_outputs import Look, cut_all
-from ..recompute.stateful_buffers import BufferWatch, is_write_only, own_generators
+from ..recompute.stateful_buffers import BufferWatch, every_generator, is_write_only
 from ..recompute.tape import Alone, Carries, Tape, record, run_alone, run_under, sources_of
 from ..tensors.comparison import agree
 from ..tensors.devices import drawn_elsewhere
 from ..tensors.pytree import Extras, State, storages
-from ..torch_state.foreign_generators import ForeignGenerators
 from ..torch_state.replay_context import RandomState
 from .refusals import failures_named, refuse_tensors, shape_text
 from .side_output_search import Found, find_side_outputs, rewritten_weights
@@ -82,6 +81,7 @@ def examine(
         aliases=aliases,
         repeated=[alias for alias in aliases if id(alias) in leaves],
         draws=probe.draws,
+        foreign=probe.foreign,
         standing=standing,
         alone=alone,
         own_leaves=own_leaves,
@@ -172,13 +172,15 @@ class _Probe:
         """Places of buffers that it changes, and may read."""
         self.draws = False
         """Whether it draws random numbers."""
+        self.foreign = False
+        """Whether it draws from generators that are not torch's."""
         self.replaced_bytes = 0
         """Bytes of buffers that it puts in the place of others."""
         self.cached_bytes = 0
         """Bytes of plain tensors that it makes once and keeps."""
         self._buffers = storages(slots.buffers())
         self._watch = BufferWatch(slots)
-        self._own = own_generators(slots.modules, extras.apart().constants())
+        self._own = every_generator(slots.modules, extras.apart().constants())
         self._random = self._random_now()
 
     def _parts(self) -> list[nn.Module]:
@@ -368,13 +370,14 @@ class _Probe:
         return output
 
     def _run_first(self) -> State:
-        given, others = self.extras.apart(), ForeignGenerators.of(self._parts())
+        given = self.extras.apart()
         elsewhere = drawn_elsewhere(self.x.leaves[0].device)
         versions = self.x.versions(), given.versions()
         output = self._run()
         # Where it lies is looked at later.
         refuse_tensors(f"the output of stage {self.name!r}", output.leaves, without_data=True)
-        self.draws = self._random_now() != self._random
+        now = self._random_now()
+        self.draws, self.foreign = now != self._random, now.foreign != self._random.foreign
         self._sets_up = self._whole.note_set_up(self._found)
         self.look()
         if (self.x.versions(), given.versions()) != versions:
@@ -387,11 +390,6 @@ class _Probe:
             raise ProfileError(
                 f"stage {self.name!r} draws random numbers on another device than its input is on, "
                 "whose random state is not put back when it runs again; draw where the input is"
-            )
-        if others.moved():
-            raise ProfileError(
-                f"stage {self.name!r} draws from the generator of Python or numpy, which is not "
-                "put back when it runs again; draw from torch's"
             )
         return output
 

@@ -26,6 +26,7 @@ from ..recompute.tape import Carries
 from ..tensors.comparison import agree
 from ..tensors.devices import matters
 from ..tensors.pytree import Extras, State, storages
+from ..torch_state.foreign_generators import foreign_generators
 from ..torch_state.replay_context import RandomState
 from .alike.twins import Alike, Backwards, Candidate, layout_of_gradients
 from .refusals import failures_named, refuse_tensors
@@ -238,7 +239,8 @@ def _find_readers(kinds: Iterable[StageKind], watch: BufferWatch) -> None:
 
 def _ignores(kind: StageKind, places: set[Slot], watch: BufferWatch) -> bool:
     """Whether a stage gives the same with the buffers as they were before any stage ran."""
-    random = RandomState.take(kind.x.leaves[0].device)
+    foreign = foreign_generators(kind.call.module.modules())
+    random = RandomState.take(kind.x.leaves[0].device, foreign)
     now = [leaf.clone() for leaf in kind.run().leaves]
     watch.put_back(places)
     random.restore()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..tensors.comparison import same_values
-from ..torch_state.replay_context import Generators, RandomState
+from ..torch_state.foreign_generators import foreign_generators
+from ..torch_state.replay_context import AnyGenerator, Generators, RandomState
 from .fsdp import class_before
 from .parameter_swap import Slot, Slots
 
@@ -197,6 +198,19 @@ def own_generators(
             inside = value.values() if isinstance(value, dict) else value
             found |= {id(part): part for part in inside if isinstance(part, torch.Generator)}
     return tuple(g for g in found.values() if g is not torch.default_generator)
+
+
+def every_generator(
+    modules: Iterable[nn.Module], given: Iterable[object] = ()
+) -> tuple[AnyGenerator, ...]:
+    """All that modules may draw from besides torch's default generators, also what is not torch's.
+
+    Args:
+        modules: Looked through without their submodules.
+        given: What else to look at.
+    """
+    modules = [*modules]
+    return *own_generators(modules, given), *foreign_generators(modules)
 
 
 def unsteady_weight(modules: Iterable[nn.Module], device: torch.device) -> str:

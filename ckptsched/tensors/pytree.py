@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import enum
 import operator
-from collections import Counter
+from collections import Counter, UserDict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import EllipsisType, MappingProxyType, NoneType
@@ -82,12 +82,19 @@ class State:
         """Take apart a tensor, or tuples, lists, dictionaries and dataclasses of them.
 
         Objects of other types, in which tensors are not seen, may pass if `opaque`; else they are
-        refused by an ExecutionError.
+        refused by an ExecutionError, as is a container that holds itself.
         """
         if isinstance(value, Tensor):
             return cls((value,))
         leaves: dict[int, tuple[int, Tensor]] = {}
-        tree = _take_apart(value, leaves, opaque)
+        try:
+            tree = _take_apart(value, leaves, opaque)
+        except RecursionError:
+            raise ExecutionError(
+                f"a {type(value).__name__} that holds itself, or holds others at an endless depth, "
+                "was given where tensors are looked for; give tuples, lists, dicts and dataclasses "
+                "that end"
+            ) from None
         return cls(tuple(tensor for _, tensor in leaves.values()), tree)
 
     def value(self) -> Any:
@@ -273,6 +280,9 @@ def _container(value: Any) -> _Container | None:
         if kind is dict:
             return keys, list(value.values()), lambda parts: dict(zip(keys, parts, strict=True))
         return keys, list(value.values()), _builder(value, keys, operator.setitem)
+    if isinstance(value, UserDict):  # as the batches of transformers are
+        keys = tuple(value.data)
+        return keys, list(value.data.values()), _builder(value, keys, _set_data)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = dict.fromkeys(field.name for field in dataclasses.fields(value))
         names |= dict.fromkeys(getattr(value, "__dict__", ()))
@@ -283,6 +293,10 @@ def _container(value: Any) -> _Container | None:
             _builder(value, present, object.__setattr__),
         )
     return None
+
+
+def _set_data(container: Any, key: Any, part: Any) -> None:
+    container.data[key] = part
 
 
 def _builder(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from ..base.errors import ExecutionError
+from .foreign_generators import Foreign
 from .locks import LendingLock, in_forked_process
 
 _AS_IT_IS = nullcontext()
@@ -92,15 +93,23 @@ class RandomState:
     """State of CUDA generators by device index; small tensors on the CPU."""
     own: tuple[tuple[torch.Generator, Tensor], ...] = ()
     """Generators of the model or the caller, each with its state, a tensor on the CPU."""
+    foreign: tuple[tuple[Foreign, bytes], ...] = ()
+    """Generators that are not torch's, each with its state."""
 
     @classmethod
-    def take(cls, device: torch.device, own: Iterable[torch.Generator] = ()) -> RandomState:
+    def take(cls, device: torch.device, own: Iterable[AnyGenerator] = ()) -> RandomState:
         """Read the generators that a stage on this device may draw from, and further ones."""
         cuda: tuple[tuple[int, Tensor], ...] = ()
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             cuda = ((index, torch.cuda.get_rng_state(index)),)
-        return cls(torch.get_rng_state(), cuda, tuple((g, g.get_state()) for g in own))
+        mine, foreign = _apart(own)
+        return cls(
+            torch.get_rng_state(),
+            cuda,
+            tuple([(g, g.get_state()) for g in mine]),
+            tuple([(g, g.get_state()) for g in foreign]),
+        )
 
     def restore(self) -> None:
         """Put the generators back to where they were."""
@@ -109,12 +118,14 @@ class RandomState:
             torch.cuda.set_rng_state(state, index)
         for generator, state in self.own:
             generator.set_state(state)
+        for foreign, values in self.foreign:
+            foreign.set_state(values)
 
     def __eq__(self, other: object) -> bool:
         """Whether both would give the same numbers."""
         return (
             isinstance(other, RandomState)
-            and [home for home, _ in self._others] == [home for home, _ in other._others]
+            and self._homes == other._homes
             and self.to_bytes() == other.to_bytes()
         )
 
@@ -122,8 +133,12 @@ class RandomState:
 
     def to_bytes(self) -> bytes:
         """The state as Python's bytes, to compare."""
-        states = (self.cpu, *(state for _, state in self._others))
-        return b"".join(t.numpy().tobytes() for t in states)
+        states = [t.numpy().tobytes() for t in (self.cpu, *(state for _, state in self._others))]
+        return b"".join([*states, *(state for _, state in self.foreign)])
+
+    @property
+    def _homes(self) -> list[Any]:
+        return [home for home, _ in (*self._others, *self.foreign)]
 
     @property
     def _others(self) -> tuple[tuple[Any, Tensor], ...]:
@@ -135,6 +150,22 @@ class RandomState:
         return 0 if self.cuda else self.cpu.nbytes + sum(state.nbytes for _, state in self.own)
 
 
+AnyGenerator: TypeAlias = torch.Generator | Foreign
+"""A random generator besides torch's default ones."""
+
+
+def _apart(own: Iterable[AnyGenerator]) -> tuple[list[torch.Generator], list[Foreign]]:
+    """Those of torch's kind, and others."""
+    mine: list[torch.Generator] = []
+    foreign: list[Foreign] = []
+    for generator in own:
+        if isinstance(generator, Foreign):
+            foreign.append(generator)
+        else:
+            mine.append(generator)
+    return mine, foreign
+
+
 @final
 class Generators:
     """Copies of random generators: a state that is kept without a tensor."""
@@ -142,9 +173,11 @@ class Generators:
     lock: ClassVar[LendingLock] = LendingLock()
     """Held by who draws random numbers that must come again: all threads share a generator."""
 
-    def __init__(self, device: torch.device, own: Iterable[torch.Generator] = ()) -> None:
+    def __init__(self, device: torch.device, own: Iterable[AnyGenerator] = ()) -> None:
         """Copy the generators that a stage on this device may draw from, and further ones."""
-        self._own = [(generator, generator.clone_state()) for generator in own]
+        mine, foreign = _apart(own)
+        self._own = [(generator, generator.clone_state()) for generator in mine]
+        self._foreign = [(generator, generator.get_state()) for generator in foreign]
         self._cpu = torch.default_generator.clone_state()
         self._cuda: torch.Generator | None = None
         if device.type == "cuda":
@@ -158,6 +191,8 @@ class Generators:
             torch.cuda.set_rng_state(self._cuda.get_state(), self._index)
         for generator, copied in self._own:
             generator.set_state(copied.get_state())
+        for other, state in self._foreign:
+            other.set_state(state)
 
 
 @final

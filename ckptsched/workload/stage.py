@@ -286,6 +286,8 @@ class Signature:
     """Which calls lean tapes may make again whatever they cost, by index."""
     policy: str = ""
     """What has asked for these, such as "never_recompute=[Attention]"; empty where nothing has."""
+    foreign: bool = False
+    """Whether stages draw from random generators that are not torch's: Python's or numpy's."""
 
 
 def check_size(what: str, value: object) -> None:

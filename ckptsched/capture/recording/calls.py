@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from inspect import ismodule, isroutine
 from typing import Any, TypeAlias, cast, final
@@ -53,6 +53,16 @@ class Place:
         for how, key in self.steps:
             found = found[key] if how == "item" else getattr(found, key)
         return cast(Tensor, found)
+
+    def holds_tensors(self, owner: nn.Module) -> bool:
+        """Whether there are any now, also in a container.
+
+        Args:
+            owner: The module that keeps them.
+        """
+        with suppress(LookupError, AttributeError, TypeError):  # there is nothing of the kind
+            return bool(tensors_of(self.look_up(owner)))
+        return False
 
     def put(self, owner: nn.Module, value: Any) -> None:
         """Let the place hold another value.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from inspect import isfunction
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..inspection import Inspection
 from ..model_state import left_as_it_was
 from .attributes import attributes_of
 from .calls import Fixed, Place, RecordedCall, Source
+from .one_pass.carried import with_carried
 from .one_pass.recorder import Recorder
 from .one_pass.saved import GoesBackError
 from .preparation import caches_off, fails, refuse_unready, set_up, without_cache
@@ -24,16 +25,20 @@ from .recording import Bound, Recording, layouts_of, part_of
 _MOST_PASSES = 12
 
 
-def record(inspection: Inspection, inputs: State, device: torch.device) -> Recording:
+def record(
+    inspection: Inspection, inputs: State, device: torch.device, like: Recording | None = None
+) -> Recording:
     """Record what a model does with a batch; the model is left as it was.
 
     It runs until two passes in a row agree. Between them Python's generators go on, so that what
-    hangs on those is found.
+    hangs on those is found. Where a recording for other sizes was made so, one pass that agrees
+    with it but for sizes will do.
 
     Args:
         inspection: Any module; its `forward` is recorded, its own hooks are not.
         inputs: What it is called with, as `(args, kwargs)`, taken apart.
         device: Where it lies.
+        like: A recording of the same model for a batch of other sizes.
 
     Raises:
         ProfileError: All of the model would have to be called whole, its forward changes
@@ -41,7 +46,7 @@ def record(inspection: Inspection, inputs: State, device: torch.device) -> Recor
     """
     refuse_unready(inspection.model)
     with caches_off(inspection.model, inputs):
-        recorder, output, whole = _passes(inspection, without_cache(inputs), device)
+        recorder, output, whole = _passes(inspection, without_cache(inputs), device, like)
     return _recording(recorder, inspection, inputs, output, whole)
 
 
@@ -52,7 +57,7 @@ def _recording(
     output: State,
     whole: Mapping[str, str],
 ) -> Recording:
-    return Recording(
+    recording = Recording(
         calls=tuple(recorder.calls),
         given=recorder.given,
         inputs=State((), inputs.tree),
@@ -63,14 +68,16 @@ def _recording(
         attributes=attributes_of(inspection.model),
         kept=dict(recorder.kept),
         whole=whole,
+        unset=recorder.unset,
     )
+    return with_carried(recording, inspection.model)
 
 
 def _passes(
-    inspection: Inspection, inputs: State, device: torch.device
+    inspection: Inspection, inputs: State, device: torch.device, like: Recording | None
 ) -> tuple[Recorder, State, dict[str, str]]:
     """Passes until two agree: the last one, its result, and what is called whole and why."""
-    whole: dict[str, str] = {}
+    whole: dict[str, str] = {} if like is None else dict(like.whole)
     before: Recorder | None = None
     asked = False  # whether the model sets itself up
     for _ in range(_MOST_PASSES):
@@ -86,11 +93,21 @@ def _passes(
         for name, path in recorder.changed.items():
             recorder.marks.mark(f"attribute {name!r} changes in a forward pass", path)
         marked = recorder.marks.marked
+        if like is not None and not marked and not recorder.left:
+            if is_same_but_for_sizes(like, _recording(recorder, inspection, inputs, output, whole)):
+                return recorder, output, whole
+            like = None
         if not marked and before is not None:
             unlike = _difference(before, recorder)
+            if unlike is not None and left:
+                # It goes by what the pass before has left, as a network that makes its first state
+                # itself: this is the way that it takes as long as there is nothing.
+                recorder, output = _one_pass(inspection, inputs, device, whole, {})
+                marked, recorder.unset = recorder.marks.marked, tuple(left)
+                unlike = "" if marked else _difference(before, recorder)
             if unlike is None:
                 return recorder, output, whole
-            marked = {unlike: "two passes over the same batch took different ways"}
+            marked = marked or {unlike: "two passes over the same batch took different ways"}
         before = None if marked else recorder
         _widen(whole, marked)
     raise ProfileError(
@@ -175,10 +192,15 @@ def _mark_what_moves_on(
     A place in a queue that goes on with every batch is no decision that a recording can hold.
     """
     bound = Bound(recording, inspection.model)
-    values = dict(zip(recording.given, inputs.leaves, strict=True))
+    # What is carried is another each time: what hangs on it cannot be asked.
+    values = dict(zip(recording.given, inputs.leaves, strict=False))
     with torch.no_grad():
         for guard in recording.guards:
-            if bound.ask(guard, values) != guard.found:
+            try:
+                moves = bound.ask(guard, values) != guard.found
+            except KeyError:
+                moves = True
+            if moves:
                 why = f"{guard.read.name} reads a value that each forward changes"
                 recorder.marks.mark(why, guard.read.scope)
 
@@ -195,6 +217,42 @@ def _owner(inspection: Inspection, name: str) -> str:
     return path
 
 
+def is_same_but_for_sizes(one: Recording, other: Recording) -> bool:
+    """Whether two recordings make the same calls, with other whole numbers where sizes are others.
+
+    Whole numbers may differ as sizes of the arguments do: in the same ratio, or by as much.
+
+    Args:
+        one: For one batch.
+        other: For another of the same structure.
+    """
+    if one.whole != other.whole or one.inputs.tree != other.inputs.tree:
+        return False
+    if (one.carried, one.unset) != (other.carried, other.unset):
+        return False
+    pairs = {
+        pair
+        for a, b in zip(one.layouts, other.layouts, strict=True)
+        for pair in zip(a[0], b[0], strict=False)
+        if pair[0] != pair[1]
+    }
+    guards = zip(one.guards, other.guards, strict=False)
+    return (
+        len(one.calls) == len(other.calls)
+        and len(one.guards) == len(other.guards)
+        and all(_alike(a, b, pairs) for a, b in zip(one.calls, other.calls, strict=True))
+        and all(_alike(a.read, b.read, pairs) and a.after == b.after for a, b in guards)
+        and len(one.returned) == len(other.returned)
+        and all(map(_same_source, one.returned, other.returned))
+    )
+
+
+def _follows_from_sizes(one: Any, other: Any, pairs: Collection[tuple[int, int]]) -> bool:
+    if type(one) is not int or type(other) is not int:
+        return False
+    return any(one * b == other * a or one - other == a - b for a, b in pairs)
+
+
 def _difference(one: Recorder, other: Recorder) -> str | None:
     """The path of the module in which two passes differ first; None where they are alike."""
     for a, b in zip(one.calls, other.calls, strict=False):
@@ -209,23 +267,37 @@ def _difference(one: Recorder, other: Recorder) -> str | None:
     return None if same else ""
 
 
-def _alike(one: RecordedCall, other: RecordedCall) -> bool:
+def _alike(one: RecordedCall, other: RecordedCall, sizes: Collection[tuple[int, int]] = ()) -> bool:
     return (
         one.target == other.target
-        and _same_constants(one.given, other.given)
+        and _same_constants(one.given, other.given, sizes)
         and len(one.reads) == len(other.reads)
         and all(map(_same_source, one.reads, other.reads))
         and (one.makes, one.around, one.writes) == (other.makes, other.around, other.writes)
     )
 
 
-def _same_constants(one: State, other: State) -> bool:
-    """Whether two calls were given the same besides tensors; functions count by their code."""
+def _same_constants(one: State, other: State, sizes: Collection[tuple[int, int]] = ()) -> bool:
+    """Whether two calls were given the same besides tensors; functions count by their code.
+
+    Args:
+        one: What one call was given.
+        other: What the other was given.
+        sizes: Pairs of sizes of which whole numbers may follow; none for the same.
+    """
     if one.tree == other.tree:
         return True
     mine, theirs = [*one.constants()], [*other.constants()]
     return len(mine) == len(theirs) and all(
-        a == b or (isfunction(a) and isfunction(b) and _same_code(a, b))
+        a == b
+        or (isfunction(a) and isfunction(b) and _same_code(a, b))
+        or _follows_from_sizes(a, b, sizes)
+        or (
+            isinstance(a, torch.Size)
+            and isinstance(b, torch.Size)
+            and len(a) == len(b)
+            and all(x == y or _follows_from_sizes(x, y, sizes) for x, y in zip(a, b, strict=True))
+        )
         for a, b in zip(mine, theirs, strict=True)
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypeAlias, final
@@ -27,7 +28,7 @@ class Recording:
 
     calls: tuple[RecordedCall, ...]
     given: tuple[int, ...]
-    """Numbers of the tensors of the arguments, in order."""
+    """Numbers of the tensors of the arguments, in order, and then of what is carried."""
     inputs: State
     """The arguments, as `(args, kwargs)`, without their tensors."""
     layouts: tuple[Layout, ...]
@@ -44,6 +45,13 @@ class Recording:
     """Attributes and buffers that hold values when the pass is over."""
     whole: Mapping[str, str] = field(default_factory=dict)
     """Modules that are called whole where they could have been opened, by path, and why."""
+    carried: tuple[Place, ...] = ()
+    """Where the model keeps tensors that it reads and puts others in the place of, as the state of
+    a recurrent network: those that lie there when it is called are given to it as well."""
+    carried_layouts: tuple[Layout, ...] = ()
+    """The layouts of these."""
+    unset: tuple[Place, ...] = ()
+    """Attributes that hold tensors when the pass is over, and steer it by holding none before."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recording:
         """Itself: it names modules by path, so that it is that of a copy of the model, too."""
@@ -87,6 +95,34 @@ class Recording:
             if k < len(self.calls):
                 there.update(dict.fromkeys(self.calls[k].makes))
         return tuple(found)
+
+    def tensors(self, model: nn.Module, inputs: State) -> tuple[Tensor, ...]:
+        """The tensors that a call begins with, in the order of `given`.
+
+        Args:
+            model: The model that was recorded, or a copy of it.
+            inputs: What it is called with, as `(args, kwargs)`, taken apart.
+
+        Raises:
+            PlanMismatchError: What it carries from call to call is not as it was recorded.
+        """
+        for place in self.unset:
+            if place.holds_tensors(part_of(model, place.path)):
+                raise PlanMismatchError(
+                    f"{place} of the model holds tensors, and did not when the model was recorded, "
+                    "so that it may go another way; record it again"
+                )
+        if not self.carried:
+            return inputs.leaves
+        with suppress(LookupError, AttributeError, TypeError):  # there is something else
+            found = [place.look_up(part_of(model, place.path)) for place in self.carried]
+            if layouts_of(State(tuple(found))) == self.carried_layouts:
+                return *inputs.leaves, *found
+        names = ", ".join(map(str, self.carried))
+        raise PlanMismatchError(
+            f"{names} of the model, which its forward reads and replaces, is not what it was when "
+            f"the model was recorded ({described(self.carried_layouts)}); record it again"
+        )
 
     def replay(self, model: nn.Module, tensors: Sequence[Tensor]) -> Any:
         """Make all calls again.
@@ -143,7 +179,8 @@ class Recording:
                     f"{name} of the model is another than when the model was recorded ({then} "
                     f"then, {found} now), so that it may go another way; record it again"
                 )
-        bound, values = Bound(self, model), dict(zip(self.given, inputs.leaves, strict=True))
+        tensors = self.tensors(model, inputs)
+        bound, values = Bound(self, model), dict(zip(self.given, tensors, strict=True))
         with torch.no_grad():
             for guard in self.guards:
                 found = bound.ask(guard, values)

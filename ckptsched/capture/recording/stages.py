@@ -268,7 +268,7 @@ class Captured(StagedModule):
         """
         inputs = State.of((args, kwargs), opaque=True)
         self.check(inputs)
-        return inputs.leaves
+        return self.recording.tensors(self.model, inputs)
 
     def check(self, inputs: State) -> None:
         """See that a call of the model would go the way that was recorded.
@@ -394,6 +394,7 @@ def capture_as_before(
     inputs: State,
     cuts: Sequence[int],
     policy: Policy | Ruled = NO_POLICY,
+    like: Recording | None = None,
 ) -> Captured:
     """Record the forward of a model, its own hooks apart, and cut it where it was cut before.
 
@@ -402,11 +403,12 @@ def capture_as_before(
         inputs: What it is called with, as `(args, kwargs)`, taken apart, with some tensor.
         cuts: Before which calls to cut, in ascending order.
         policy: What is never or always made again, by name, or as it was found before.
+        like: A recording of the model for a batch of other sizes; see `record`.
 
     Raises:
         ProfileError: The model cannot be taken apart, or not there.
     """
-    recording, costs = _recorded(inspection, inputs, policy)
+    recording, costs = _recorded(inspection, inputs, policy, like)
     if isinstance(policy, Policy):
         ruled = policy.ruled(inspection.model, recording.calls, costs)
     else:
@@ -445,14 +447,17 @@ def candidates(
 
 
 def _recorded(
-    inspection: Inspection, inputs: State, policy: Policy | Ruled
+    inspection: Inspection,
+    inputs: State,
+    policy: Policy | Ruled,
+    like: Recording | None = None,
 ) -> tuple[Recording, CallCosts]:
     device = inputs.leaves[0].device
     with plain_forward(inspection.model):
-        recording = record(inspection, inputs, device)
+        recording = record(inspection, inputs, device, like)
     left = left_as_it_was(inspection, RandomState.take(device), lazily=True)
     with left, OneWay(), Recomputing(), torch.enable_grad():
-        tensors = [leaf.detach() for leaf in inputs.leaves]
+        tensors = [leaf.detach() for leaf in recording.tensors(inspection.model, inputs)]
         closely = bool(policy if isinstance(policy, Policy) else policy.always)
         return recording, measure(recording, inspection.model, tensors, closely=closely)
 

@@ -69,7 +69,9 @@ class ForwardSnapshot:
         self._versions = [p._version for p in self.parameters]
         self._buffers = [slots.buffers_in_place() for slots in prepared.slots]
         self._buffer_versions = self._versions_of_buffers()
-        self._generators_found = prepared.inspection.generators(given.constants())
+        self._generators_found = prepared.inspection.generators(
+            given.constants(), foreign=prepared.signature.foreign
+        )
         self._unchanged: list[bool] = []
         self._modes = [[m.training for m in slots.modules] for slots in prepared.slots]
         # For one more backward; neither of the two is a tensor, whose bytes would count.

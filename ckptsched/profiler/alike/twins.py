@@ -23,7 +23,7 @@ from ...capture.likeness import InDoubtError, Likeness
 from ...capture.signature import stage_label
 from ...capture.stage_discovery import FusedStage, ModuleStage, StageCall, TracedBlock
 from ...recompute.parameter_swap import Slots
-from ...recompute.stateful_buffers import BufferWatch, is_write_only, own_generators
+from ...recompute.stateful_buffers import BufferWatch, every_generator, is_write_only
 from ...recompute.tape import Alone, Carries
 from ...tensors.pytree import Extras, State, storages
 from ...torch_state.replay_context import RandomState
@@ -174,7 +174,7 @@ class Alike:
             candidate: The stage.
             kind: What was found out about it.
         """
-        hangs = kind.varies or kind.hidden or kind.others or kind.begins_with is not None
+        hangs = kind.varies or kind.hidden or kind.foreign or kind.others or kind.begins_with
         leaves = kind.looks or kind.sides or kind.left or kind.left_bytes or kind.own_leaves
         if hangs or leaves or kind.alone is Alone.DIFFERENTIATES:
             return
@@ -322,7 +322,7 @@ def _observed(kind: StageKind) -> _Facts | None:
     Where it can, its output becomes that of this run.
     """
     given = kind.extras.apart()
-    own = own_generators(kind.call.module.modules(), given.constants())
+    own = every_generator(kind.call.module.modules(), given.constants())
     before = RandomState.take(kind.x.leaves[0].device, own)
     watch = BufferWatch(Slots([kind.call.module]))
     versions = kind.x.versions(), given.versions(), [a._version for a in kind.aliases]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...base.errors import ExecutionError
 from ...memory.meters import Meter
+from ...torch_state.foreign_generators import foreign_generators
 from ...torch_state.replay_context import RandomState
 from ...torch_state.saved_hooks import hooks_now
 from ...workload.stage import StageLedger
@@ -51,7 +52,8 @@ def weigh_leanly(
 
 
 def _same_gradients(kind: StageKind, leanly: StageKind) -> bool:
-    random = RandomState.take(kind.x.leaves[0].device)
+    foreign = foreign_generators(kind.call.module.modules())
+    random = RandomState.take(kind.x.leaves[0].device, foreign)
     found: list[list[Tensor | None]] = []
     try:
         for way in (kind, leanly):

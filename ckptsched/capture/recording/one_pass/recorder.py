@@ -92,6 +92,8 @@ class Recorder(Onlooker):
         """Where the tensors of the result come from."""
         self.changed: dict[str, str] = {}
         """Other attributes that were changed, each with the path of the module that it is of."""
+        self.unset: tuple[Place, ...] = ()
+        """Attributes that steer the pass by holding nothing when it begins."""
         self.leaves_elsewhere = False
         """Whether a value is held elsewhere than in attributes and the result."""
         self._refusal = ""
@@ -178,8 +180,8 @@ class Recorder(Onlooker):
         path = self._paths.get(id(module))
         if path is None:  # made on the way, so that it is part of what made it
             return call(module, *args, **kwargs)
+        self._look_at_random()  # what was drawn until now, the module around has drawn
         if self._is_whole(module, path):
-            self._look_at_random()
             result = self._note(path, partial(call, module), args, kwargs)
             with self.aside():
                 self._unseen.pass_over()
