@@ -129,6 +129,8 @@ class RecordedCalls:
             tensors = captured.recording.tensors(self.inspection.model, inputs)
             expected.check_call(State.of(tensors), NO_EXTRAS.apart())
         except ProfileError as error:
+            # Where the batch itself is not as planned, that says more.
+            expected.check_call(State.of(inputs.leaves), NO_EXTRAS.apart())
             raise PlanMismatchError(
                 f"the plan is for a recording of the model, and on this call it cannot be made: "
                 f"{error}"
