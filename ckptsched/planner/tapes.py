@@ -36,7 +36,7 @@ class StageTape:
     runs: int
     """How often the stage runs, with and without tape."""
     own_bytes: int
-    """Bytes of the stage's own tape with what it makes of its output."""
+    """Bytes that the stage's own tape keeps, what the stage was given apart."""
     kept_bytes: int
     """The same with this one."""
     again: tuple[str, ...]
@@ -80,13 +80,16 @@ def _tape(i: int, stage: Stage, option: int, is_kept: bool, runs: int) -> StageT
 
 
 def _bytes(tape: TapeOption) -> int:
-    """A tape contains the state; what a stage passes on of its input is none of its own."""
+    """What it keeps of the output counts, and of the input nothing: that is the stage before's."""
     ledger = tape.ledger
     if ledger is None:
         return tape.tape_bytes
     if ledger.parts is not None:
-        return ledger.tape_bytes + ledger.parts.new_bytes
-    return ledger.tape_bytes + (0 if ledger.output_is_view else ledger.state_bytes)
+        return ledger.tape_bytes + sum(
+            ledger.parts.output_bytes[k] for k in ledger.parts.saved_outputs
+        )
+    is_own = ledger.output_saved and not ledger.output_is_view
+    return ledger.tape_bytes + is_own * ledger.state_bytes
 
 
 def counts_of(tapes: Iterable[StageTape]) -> dict[str, int]:

@@ -150,3 +150,14 @@ def test_a_stage_runs_once_or_not(value: object) -> None:
     data["kinds"][0]["once"] = value
     with pytest.raises(cs.WorkloadError, match="once of stage 1 must be true or false"):
         cs.Chain.from_json(data)
+
+
+def test_what_tapes_keep_is_within_the_peak() -> None:
+    import torch
+    from torch import nn
+
+    layers = [nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.GELU()) for _ in range(3)]
+    plan = cs.plan(nn.Sequential(*layers), torch.randn(16, 32), budget="100%", cache=False)
+    tapes = tapes_of(plan.chain, plan.schedule)
+    assert all(tape.is_kept for tape in tapes)
+    assert 0 < sum(tape.kept_bytes for tape in tapes) <= plan.peak_bytes
