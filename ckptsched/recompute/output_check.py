@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import string_at
 from typing import final
 
@@ -32,33 +32,41 @@ class SeenOutputs:
         self._whole = whole
         self._first: dict[tuple[int, int], object] = {}
 
-    def see(self, i: int, name: str, output: Iterable[Tensor]) -> None:
+    def see(
+        self,
+        i: int,
+        name: Callable[[int], str],
+        given: Sequence[Tensor],
+        output: Sequence[Tensor],
+    ) -> None:
         """Note the output of a stage's first run, and compare that of every later one.
 
-        Of outputs that are compared by a few bytes only those of one size are.
+        Of outputs that are compared by a few bytes only those of one size are, and of each what the
+        stage was not given itself: a state carries tensors past many stages.
 
         Args:
             i: The stage, counted from 1.
-            name: Its name, for the message.
+            name: Tells its name, for the message.
+            given: The tensors that it was given.
             output: The tensors that it returned.
 
         Raises:
             ExecutionError: It returned something else before.
         """
-        size, found = (0, checksum(output)) if self._whole else glance(output)
+        size, found = (0, checksum(output)) if self._whole else glance(output, given)
         if self._first.setdefault((i, size), found) != found:
             raise ExecutionError(
-                f"stage {name!r} gave another result when it ran again on the same input: it has a "
-                "state of its own, depends on something that changed since (a number, a mode, a "
-                "generator that is not torch's default), or its kernels differ from run to run "
-                "(torch.use_deterministic_algorithms(True) helps) or with and without gradients; "
-                "let it depend on its input, parameters and buffers only, give what a library "
-                "keeps for itself by checkpointed(..., context_fn=), or plan with "
+                f"stage {name(i)!r} gave another result when it ran again on the same input: it "
+                "has a state of its own, depends on something that changed since (a number, a "
+                "mode, a generator that is not torch's default), or its kernels differ from run to "
+                "run (torch.use_deterministic_algorithms(True) helps) or with and without "
+                "gradients; let it depend on its input, parameters and buffers only, give what a "
+                "library keeps for itself by checkpointed(..., context_fn=), or plan with "
                 "solver='store_all', which runs nothing again"
             )
 
 
-def glance(tensors: Iterable[Tensor]) -> tuple[int, int]:
+def glance(tensors: Iterable[Tensor], given: Iterable[Tensor] = ()) -> tuple[int, int]:
     """How many bytes there are, and a number that depends on a few of them.
 
     They are read at the start, in the middle and at the end of each tensor.
@@ -66,13 +74,15 @@ def glance(tensors: Iterable[Tensor]) -> tuple[int, int]:
     Args:
         tensors: Those that are not dense tensors on the CPU are passed over, and of those with gaps
             in their memory only the first element is read.
+        given: Tensors that were there before: what begins where one of them does is passed over.
     """
     seen, total = [], 0
+    passed_on = {tensor.data_ptr() for tensor in given if _is_dense(tensor)}
     for tensor in tensors:
-        if type(tensor) is not Tensor or not (tensor.is_cpu and tensor.layout is _STRIDED):
+        if not _is_dense(tensor):
             continue
         start, size = tensor.data_ptr(), tensor.nbytes
-        if not start or not size:
+        if not start or not size or start in passed_on:
             continue
         total += size
         if not tensor.is_contiguous():
@@ -85,6 +95,10 @@ def glance(tensors: Iterable[Tensor]) -> tuple[int, int]:
         seen.append(string_at(start + half, min(size - half, _GLANCE)))
         seen.append(string_at(start + size - _GLANCE, _GLANCE))
     return total, hash(tuple(seen))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.is_cpu and tensor.layout is _STRIDED
 
 
 def checksum(tensors: Iterable[Tensor]) -> bytes:

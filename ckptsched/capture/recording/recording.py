@@ -245,6 +245,10 @@ class Bound:
             return source.look_up(self._owners[source])
         return source.tensor
 
+    def owner(self, place: Place) -> nn.Module:
+        """The module that keeps what lies in a place."""
+        return self._owners[place]
+
     def callee(self, k: int) -> Any:
         """What a call calls, by its index."""
         return self._callees[k]

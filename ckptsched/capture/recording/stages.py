@@ -38,6 +38,7 @@ from .cuts import (
 from .lean_stage import LeanStage
 from .record import record
 from .recording import Bound, Recording, module_of, part_of
+from .replay.written_stage import Written, write
 
 
 @final
@@ -78,7 +79,7 @@ class CapturedStage(StageCall):
 
     __slots__ = (
         *("_bound", "_calls", "_enters", "_label", "_leaves", "_recorded", "_spent", "_whole"),
-        *("_cheap", "_lean", "_once", "module"),
+        *("_cheap", "_lean", "_once", "_written", "module"),
     )
 
     module: nn.Module
@@ -120,6 +121,7 @@ class CapturedStage(StageCall):
         self._enters, self._leaves, self._label = enters, leaves, label
         self._recorded, self._whole = tuple(recorded), whole
         self._cheap = tuple(cheap)
+        self._written = Written()
         self._lean = (
             LeanStage(
                 self, bound, calls, self._spent, (enters, leaves), self._recorded, cheap, named
@@ -139,13 +141,12 @@ class CapturedStage(StageCall):
         Returns:
             The values that are alive after, a tuple of tensors.
         """
-        values = dict(zip(self._enters, x, strict=True))
-        del x
-        for k, spent in zip(self._calls, self._spent, strict=True):
-            self._bound.run(k, values)
-            for number in spent:
-                values.pop(number, None)
-        return tuple([values[number] for number in self._leaves])
+        run = self._written.run
+        if run is None:
+            states = self._enters, self._leaves
+            run = write(self._bound, self._calls, self._recorded, self._spent, states)
+            self._written.run = run
+        return run(x)
 
     @property
     def lean(self) -> LeanStage | None:

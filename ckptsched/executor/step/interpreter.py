@@ -268,7 +268,7 @@ class Interpreter:
         else:
             output = run_stage(stage, stored.state, extras).without_graph()
         self._check_input(stored.state, stored.versions, i)
-        self._check_output(i, output)
+        self._check_output(i, stored.state, output)
         snapshot = self._snapshot(i, prepared.script.facts[p] & SNAPSHOTS)
         self.states[i] = _Checkpoint(output, snapshot)
 
@@ -284,7 +284,7 @@ class Interpreter:
             made = run_under(look, stage, source, self.seen.extras)
             nodes = _count() - nodes
         self._check_input(stored.state, stored.versions, i)
-        self._check_output(i, made)
+        self._check_output(i, source, made)
         tape = Tape(boxes, made.leaves)
         path = nodes, tape.shapes
         if look is not None:
@@ -313,12 +313,15 @@ class Interpreter:
             del stored
             marks = [_count()]
             for i in range(first, last + 1):
-                with self._looking(i) as look, aliases_kept(look is None and sided):
-                    made = run_under(look, stages[i - 1], state, extras)
-                if look is not None:
-                    looks.append((i, look))
+                if sided:
+                    with self._looking(i) as look, aliases_kept(look is None):
+                        made = run_under(look, stages[i - 1], state, extras)
+                    if look is not None:
+                        looks.append((i, look))
+                else:
+                    made = run_stage(stages[i - 1], state, extras)
                 self._check_input(state, versions, i)
-                self._check_output(i, made)
+                self._check_output(i, state, made)
                 state, versions = made, made.versions()
                 marks.append(_count())
             del made
@@ -380,7 +383,7 @@ class Interpreter:
                 "with the stage before it"
             )
 
-    def _check_output(self, i: int, output: State) -> None:
+    def _check_output(self, i: int, x: State, output: State) -> None:
         """Refuse an output that is not made up as the profile saw it."""
         carries, leaves = self.prepared.facts.carries[i], output.leaves
         if len(leaves) != len(carries):
@@ -397,7 +400,7 @@ class Interpreter:
                     "profiled, so its gradient would be lost; profile and plan again"
                 )
         if self._outputs is not None and self.prepared.compared[i - 1]:
-            self._outputs.see(i, self._name(i), leaves)
+            self._outputs.see(i, self._name, x.leaves, leaves)
 
     def _backwards(self, last: int, first: int) -> None:
         """Backwards of stages that follow each other, by the tapes that there are."""

@@ -1,0 +1,1 @@
+"""Stages of a recording as code that makes its calls."""
