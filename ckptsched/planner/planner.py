@@ -99,7 +99,10 @@ def plan_each(
         options: Of `plan`: solver, time_limit, cache.
 
     Returns:
-        A plan, or why there is none, for each budget. A larger budget never takes longer.
+        A plan, or why there is none, for each budget. Of those of one call a larger budget never
+        takes longer. Of a chain that is planned in several calls, a plan takes longer than one of
+        a smaller budget by no more than its own gap: what that one takes is no less than the
+        bound of the larger budget. So where the gap is 0 it never takes longer.
     """
     wanted = [parse_budget(budget) for budget in budgets]
     store_all = _store_all_bytes(chain)

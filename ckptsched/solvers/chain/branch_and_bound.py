@@ -204,7 +204,7 @@ def solve(model: _Model, start: int, t: int, m: int, goal: float) -> float:
     bound = _bound(model, start, t, m)
     if model.keys[at, 0]:
         if model.bounds[at, 1]:
-            return model.bounds[at, 0]
+            return float(model.bounds[at, 0])
         bound = max(bound, model.bounds[at, 0])
     if bound >= goal:
         return bound

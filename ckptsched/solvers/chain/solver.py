@@ -45,7 +45,7 @@ _DRAWN = (12, 60)
 _DRAWN_STAGES = 6_000
 _LESS = (0.0002, 0.04)
 _MORE = (0.0002, 0.01)
-_LOOKS_STAGES = 200  # of more the search in exact bytes comes to no end, and is cut short
+_LOOKS_STAGES = 250  # of more the search in exact bytes comes to no end, and is cut short
 # No more are drawn where one is as near to the bound as this.
 _CLOSE = 1e-4
 # Where the ledger charges more than its relaxation: how often schedules of fewer bytes are drawn,
@@ -66,8 +66,9 @@ class Effort:
     """Numbers of 4 bytes in a table."""
     additions: float = 3.5e11
     """Additions for a table of few slots: about half a minute of one core."""
-    looks: int = 200_000_000
-    """Looks at choices by the search in exact bytes, for one budget alone: some seconds."""
+    looks: int = 64_000_000
+    """Looks at choices by the search in exact bytes, for one budget alone: 16 million take
+    one second, or five where the table is large."""
     least_looks: int = 1_500_000
     """The same for each of several budgets, at least."""
     poor: float = 0.006

@@ -102,21 +102,24 @@ class GraphModel:
         self.problem = pulp.LpProblem("rematerialisation", pulp.LpMinimize)
         self._variables = 0
         self._declare()
-        self.limit: pulp.LpVariable | float
-        if budget_bytes is None:
-            self.limit = self.problem.add_variable("peak", 0)
-            self.problem.setObjective(pulp.lpSum([self.limit]))
-        else:
-            self.limit = budget_bytes // self.byte_unit
-            seconds = [x / self.second_unit for x in columns.forward_seconds.tolist()]
-            runs = (item for sweep in self.sweeps for item in sweep.run.items())
-            self.problem.setObjective(pulp.lpSum(seconds[v] * run for v, run in runs))
+        self.limit = self._aim()
         for p, sweep in enumerate(self.sweeps):
             before_sweep()
             self._link(p, sweep)
             self._pin(p, sweep)
             self._bound_bytes(p, sweep)
         self._reach_the_loss()
+
+    def _aim(self) -> pulp.LpVariable | float:
+        """Set what is minimised, and give the units that the peak may reach."""
+        if self.budget_bytes is None:
+            peak = self.problem.add_variable("peak", 0)
+            self.problem.setObjective(pulp.lpSum([peak]))
+            return peak
+        seconds = self.graph.arrays.forward_seconds / self.second_unit
+        runs = (item for sweep in self.sweeps for item in sweep.run.items())
+        self.problem.setObjective(pulp.lpSum(float(seconds[v]) * run for v, run in runs))
+        return self.budget_bytes // self.byte_unit
 
     def _units(self, size: int) -> int:
         """Whole units of a size."""
