@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import EllipsisType, MappingProxyType, NoneType
 from typing import Any, TypeAlias, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,11 +52,22 @@ class _Branch:
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Constant:
     """A value that is no tensor and contains none."""
 
     value: Any
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the values are equal; arrays, which compare their elements, if all of them are."""
+        if not isinstance(other, _Constant):
+            return NotImplemented
+        one, two = self.value, other.value
+        return one is two or equal_constants(one, two)
+
+    def __hash__(self) -> int:
+        """That of the value."""
+        return hash(self.value)
 
 
 _Node: TypeAlias = _Leaf | _Branch | _Constant
@@ -272,6 +284,22 @@ def _copy_of(tensor: Tensor, fixed: Container[int], fresh: dict[int, Tensor]) ->
     made = made.conj() if tensor.is_conj() else made
     negated = getattr(made, "_neg_view", None) if tensor.is_neg() else None
     return made if negated is None else negated()
+
+
+def equal_constants(one: Any, two: Any) -> bool:
+    """Whether two values that are no tensors are equal; what cannot be compared is not.
+
+    Args:
+        one: Any value.
+        two: Another.
+    """
+    if isinstance(one, np.ndarray) or isinstance(two, np.ndarray):
+        same = type(one) is type(two) and one.dtype == two.dtype and one.shape == two.shape
+        return same and one.tobytes() == two.tobytes()
+    try:
+        return bool(one == two)
+    except Exception:  # others compare as they like
+        return False
 
 
 def _take_apart(value: Any, leaves: dict[int, tuple[int, Tensor]], opaque: bool) -> _Node:

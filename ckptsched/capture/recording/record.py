@@ -6,11 +6,10 @@ from collections.abc import Collection, Mapping
 from inspect import isfunction
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...base.errors import ProfileError
-from ...tensors.pytree import State
+from ...tensors.pytree import State, equal_constants
 from ...torch_state.replay_context import Autocast, OneWay, RandomState, Recomputing
 from ..inspection import Inspection
 from ..model_state import left_as_it_was
@@ -290,7 +289,7 @@ def _same_constants(one: State, other: State, sizes: Collection[tuple[int, int]]
         return True
     mine, theirs = [*one.constants()], [*other.constants()]
     return len(mine) == len(theirs) and all(
-        _equal(a, b)
+        equal_constants(a, b)
         or (isfunction(a) and isfunction(b) and _same_code(a, b))
         or _follows_from_sizes(a, b, sizes)
         or (
@@ -301,13 +300,6 @@ def _same_constants(one: State, other: State, sizes: Collection[tuple[int, int]]
         )
         for a, b in zip(mine, theirs, strict=True)
     )
-
-
-def _equal(one: Any, other: Any) -> bool:
-    try:
-        return bool(one == other)
-    except Exception:  # an array compares its elements, and others what they like
-        return isinstance(one, np.ndarray) and np.array_equal(one, other)
 
 
 def _same_code(one: Any, other: Any) -> bool:
