@@ -59,7 +59,7 @@ class _Constant:
     value: Any
 
     def __eq__(self, other: object) -> bool:
-        """Whether the values are equal; arrays, which compare their elements, if all of them are."""
+        """Whether the values are equal; for arrays, all elements of them."""
         if not isinstance(other, _Constant):
             return NotImplemented
         one, two = self.value, other.value
@@ -145,6 +145,10 @@ class State:
     def versions(self) -> tuple[int, ...]:
         """How often each tensor has been changed in place."""
         return tuple([leaf._version for leaf in self.leaves])
+
+    def with_own_arrays(self) -> State:
+        """The same with copies of the arrays of numpy among its constants, which others change."""
+        return State(self.leaves, _with_own_arrays(self.tree))
 
     def constants(self) -> Iterator[Any]:
         """The values besides tensors, in order."""
@@ -392,6 +396,14 @@ def _constants(node: _Node) -> Iterator[Any]:
     elif isinstance(node, _Branch):
         for part in node.parts:
             yield from _constants(part)
+
+
+def _with_own_arrays(node: _Node) -> _Node:
+    if isinstance(node, _Constant) and isinstance(node.value, np.ndarray):
+        return _Constant(node.value.copy())
+    if isinstance(node, _Branch):
+        return dataclasses.replace(node, parts=tuple(map(_with_own_arrays, node.parts)))
+    return node
 
 
 def _count(node: _Node, counts: list[int]) -> None:

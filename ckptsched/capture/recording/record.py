@@ -45,6 +45,7 @@ def record(
             parameters, or no two passes agree.
     """
     refuse_unready(inspection.model)
+    inputs = inputs.with_own_arrays()
     with caches_off(inspection.model, inputs):
         recorder, output, whole = _passes(inspection, without_cache(inputs), device, like)
     return _recording(recorder, inspection, inputs, output, whole)
