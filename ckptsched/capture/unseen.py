@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, final
 
 import torch
+from torch import nn
 from torch.utils import _python_dispatch
 
+from ..torch_state.foreign_generators import generators_of
 from ..torch_state.replay_context import RandomState
 from ..torch_state.saved_hooks import innermost_hooks
 from ..torch_state.settings import EVERYWHERE
@@ -28,20 +31,21 @@ _HARMLESS = ("torch.utils.checkpoint",)
 class Unseen:
     """Tells what has changed outside of calls."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, modules: Iterable[nn.Module] = ()) -> None:
         """Look at how all is before a forward pass.
 
         Args:
             device: Where the model lies.
+            modules: Its modules, of which some may have generators that are not torch's.
         """
-        self._device = device
+        self._device, self._own = device, generators_of(modules)
         self._modes, self._hooks = _mode(), innermost_hooks()
         self._settings = _settings()
         self.pass_over()
 
     def pass_over(self) -> None:
         """What has changed until now, a call has done."""
-        self._python = _python_random()
+        self._python = self._python_random()
         self.pass_over_torch()
 
     def pass_over_torch(self) -> None:
@@ -66,10 +70,13 @@ class Unseen:
         return ""
 
     def has_drawn(self) -> bool:
-        """Whether anyone has drawn from Python's or numpy's own generator since the last time."""
-        now = _python_random()
+        """Whether anyone has drawn from a generator that is not torch's since the last time."""
+        now = self._python_random()
         drawn, self._python = now != self._python, now
         return drawn
+
+    def _python_random(self) -> int:
+        return hash((_python_random(), *[generator.get_state() for generator in self._own]))
 
 
 def _is_harmless(found: Any) -> bool:

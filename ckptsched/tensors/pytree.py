@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from types import EllipsisType, MappingProxyType, NoneType
 from typing import Any, TypeAlias, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,11 +53,22 @@ class _Branch:
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Constant:
     """A value that is no tensor and contains none."""
 
     value: Any
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the values are equal; for arrays, all elements of them."""
+        if not isinstance(other, _Constant):
+            return NotImplemented
+        one, two = self.value, other.value
+        return one is two or equal_constants(one, two)
+
+    def __hash__(self) -> int:
+        """That of the value."""
+        return hash(self.value)
 
 
 _Node: TypeAlias = _Leaf | _Branch | _Constant
@@ -123,6 +135,10 @@ class State:
     def versions(self) -> tuple[int, ...]:
         """How often each tensor has been changed in place."""
         return tuple([leaf._version for leaf in self.leaves])
+
+    def with_own_arrays(self) -> State:
+        """The same with copies of the arrays of numpy among its constants, which others change."""
+        return State(self.leaves, _with_own_arrays(self.tree))
 
     def constants(self) -> Iterator[Any]:
         """The values besides tensors, in order."""
@@ -244,6 +260,22 @@ def _copy_of(tensor: Tensor, fixed: Container[int], fresh: dict[int, Tensor]) ->
     return made if negated is None else negated()
 
 
+def equal_constants(one: Any, two: Any) -> bool:
+    """Whether two values that are no tensors are equal; what cannot be compared is not.
+
+    Args:
+        one: Any value.
+        two: Another.
+    """
+    if isinstance(one, np.ndarray) or isinstance(two, np.ndarray):
+        same = type(one) is type(two) and one.dtype == two.dtype and one.shape == two.shape
+        return same and one.tobytes() == two.tobytes()
+    try:
+        return bool(one == two)
+    except Exception:  # others compare as they like
+        return False
+
+
 def _take_apart(value: Any, leaves: dict[int, tuple[int, Tensor]], opaque: bool) -> _Node:
     if isinstance(value, Tensor):
         return _Leaf(leaves.setdefault(id(value), (len(leaves), value))[0])
@@ -331,6 +363,14 @@ def _ends(node: _Node) -> Iterator[_Leaf | _Constant]:
             yield from _ends(part)
     else:
         yield node
+
+
+def _with_own_arrays(node: _Node) -> _Node:
+    if isinstance(node, _Constant) and isinstance(node.value, np.ndarray):
+        return _Constant(node.value.copy())
+    if isinstance(node, _Branch):
+        return dataclasses.replace(node, parts=tuple(map(_with_own_arrays, node.parts)))
+    return node
 
 
 def _describe(node: _Node, leaves: Sequence[str]) -> str:

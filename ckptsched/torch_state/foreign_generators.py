@@ -82,7 +82,16 @@ def foreign_generators(holders: Iterable[object] = ()) -> tuple[Foreign, ...]:
         holders: Objects such as modules, whose attributes are looked at; lists, tuples and dicts
             among these are looked into.
     """
-    return (*_EVERYBODYS, *_among(v for holder in holders for v in vars(holder).values()))
+    return *_EVERYBODYS, *generators_of(holders)
+
+
+def generators_of(holders: Iterable[object]) -> tuple[Foreign, ...]:
+    """The generators that are attributes, without those of the process.
+
+    Args:
+        holders: As for `foreign_generators`.
+    """
+    return tuple(_among(value for holder in holders for value in vars(holder).values()))
 
 
 def _among(values: Iterable[object]) -> Iterable[Foreign]:

@@ -18,15 +18,23 @@ from ckptsched.memory.meters import default_meter
 
 
 def _rows(kind: str) -> nn.Module:
+    own: dict[str, Any] = {
+        "own of python": random.Random(3),
+        "own of numpy": np.random.default_rng(3),
+        "own and old": np.random.RandomState(3),
+    }
+
     class Noise(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = nn.Linear(8, 8)
+            self.inner, self.own = nn.Linear(8, 8), own.get(kind)
 
         def forward(self, x: Tensor) -> Tensor:
             x = torch.tanh(self.inner(x))
             if kind == "python":
                 return x * random.uniform(0.5, 1.5)
+            if self.own is not None:
+                return x * float(self.own.uniform(0.5, 1.5))
             if kind == "numpy":
                 return x + torch.from_numpy(np.random.randn(8)).float()
             order = list(range(len(x)))
@@ -104,6 +112,9 @@ def _put(states: bytes) -> None:
 _MODELS: dict[str, Callable[[], nn.Module]] = {
     "python": lambda: Noisy("python"),
     "numpy": lambda: Noisy("numpy"),
+    "own of python": lambda: Noisy("own of python"),
+    "own of numpy": lambda: Noisy("own of numpy"),
+    "own and old": lambda: Noisy("own and old"),
     "shuffled": lambda: Noisy("shuffled"),
     "skipping by python": lambda: Skips("python"),
     "skipping by numpy": lambda: Skips("numpy"),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...base.errors import ProfileError
-from ...tensors.pytree import State
+from ...tensors.pytree import State, equal_constants
 from ...torch_state.replay_context import Autocast, OneWay, RandomState, Recomputing
 from ..inspection import Inspection
 from ..model_state import left_as_it_was
@@ -45,6 +45,7 @@ def record(
             parameters, or no two passes agree.
     """
     refuse_unready(inspection.model)
+    inputs = inputs.with_own_arrays()
     with caches_off(inspection.model, inputs):
         recorder, output, whole = _passes(inspection, without_cache(inputs), device, like)
     return _recording(recorder, inspection, inputs, output, whole)
@@ -289,7 +290,7 @@ def _same_constants(one: State, other: State, sizes: Collection[tuple[int, int]]
         return True
     mine, theirs = [*one.constants()], [*other.constants()]
     return len(mine) == len(theirs) and all(
-        a == b
+        equal_constants(a, b)
         or (isfunction(a) and isfunction(b) and _same_code(a, b))
         or _follows_from_sizes(a, b, sizes)
         or (

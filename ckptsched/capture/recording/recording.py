@@ -129,13 +129,13 @@ class Recording:
 
         Args:
             model: The model that was recorded, or a copy of it.
-            tensors: The tensors of the arguments, in the order of `given`.
+            tensors: The tensors of the arguments, in order.
 
         Returns:
             What the model would give.
         """
-        bound = Bound(self, model)
-        values = dict(zip(self.given, tensors, strict=True))
+        bound, given = Bound(self, model), self.tensors(model, State(tuple(tensors)))
+        values = dict(zip(self.given, given, strict=True))
         for k in range(len(self.calls)):
             bound.run(k, values)
         return bound.result(values)

@@ -364,6 +364,24 @@ class Remembers(Two):
         return self.b(y)
 
 
+def test_a_model_that_begins_without_a_state_takes_another_way_once_it_has_one() -> None:
+    model, inputs = Remembers(), State.of(((batch(),), {}))
+    first = recorded(model, batch())
+    assert model.last is None
+    first.check(model, inputs)
+    plain = copy.deepcopy(model)
+    assert torch.equal(first.replay(model, (batch(),)), plain(batch()))
+    with pytest.raises(cs.PlanMismatchError, match="last of the model holds tensors"):
+        first.check(model, inputs)
+    later = recorded(model, batch())
+    for _ in range(2):
+        later.check(model, inputs)
+        assert torch.equal(later.replay(model, (batch(),)), plain(batch()))
+    model.last = None
+    with pytest.raises(cs.PlanMismatchError, match="last of the model, which its forward reads"):
+        later.check(model, inputs)
+
+
 class HooksParameter(Two):
     def forward(self, x: Tensor) -> Tensor:
         self.a.weight.register_hook(lambda grad: grad / 2)
@@ -383,7 +401,6 @@ class Fails(Two):
 @pytest.mark.parametrize(
     ("model", "args", "error", "said"),
     [
-        (Remembers, (), cs.ProfileError, "took different ways"),
         (HooksParameter, (), cs.ProfileError, r"a hook on a\.weight.* line \d+"),
         (lambda: nn.Sequential(nn.LazyLinear(3)), (), cs.ProfileError, r"0\.weight .*no shape yet"),
         (TakesBox, (Box(torch.ones(WIDTH)),), cs.ProfileError, "a Box, in which tensors are not"),

@@ -165,7 +165,7 @@ class Recorder(Onlooker):
     def _looking_on(self) -> Iterator[None]:
         with self._saved.forgotten(), told_of_calls(self):
             with self.aside():
-                self._unseen = Unseen(self._device)
+                self._unseen = Unseen(self._device, self.model.modules())
             yield
 
     # -- what is called
