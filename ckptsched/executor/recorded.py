@@ -122,15 +122,22 @@ class RecordedCalls:
         signature = self.plan.chain.signature
         assert signature is not None
         expected = Expected(signature, self.plan.peak_bytes)
+        unlike: PlanMismatchError | None = None
+        try:
+            expected.check_call(State.of(inputs.leaves), NO_EXTRAS.apart())
+        except PlanMismatchError as error:
+            unlike = error  # unless the model itself has the rest of what the plan is for
         try:
             captured = capture_as_before(
                 self.inspection, inputs, signature.cuts, ruled_by(signature)
             )
+            if unlike is not None and not captured.recording.carried:
+                raise unlike
             tensors = captured.recording.tensors(self.inspection.model, inputs)
             expected.check_call(State.of(tensors), NO_EXTRAS.apart())
         except ProfileError as error:
-            # Where the batch itself is not as planned, that says more.
-            expected.check_call(State.of(inputs.leaves), NO_EXTRAS.apart())
+            if unlike is not None:
+                raise unlike from error
             raise PlanMismatchError(
                 f"the plan is for a recording of the model, and on this call it cannot be made: "
                 f"{error}"
