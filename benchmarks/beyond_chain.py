@@ -3,11 +3,11 @@
     python -m benchmarks.beyond_chain
     python -m benchmarks.beyond_chain --models densenet121 --rounds 5 --json beyond_chain.json
 
-For each model of `benchmarks.any_model` and each way to cut it a row shows, at 30 to 80 % of what
-storing everything takes, the overhead that is projected where every stage keeps its own tape and
-where it may keep a lean one, and of the better plan the measured peak and overhead: processor
-seconds of a step over those by plain autograd, in turn, in one process and on one thread. Then
-the planner is given the measured peaks of selective checkpointing that saves products and of
+For each model of `benchmarks.recorded.any_model` and each way to cut it a row shows, at 30 to 80 %
+of what storing everything takes, the overhead that is projected where every stage keeps its own
+tape and where it may keep a lean one, and of the better plan the measured peak and overhead:
+processor seconds of a step over those by plain autograd, in turn, in one process and on one thread.
+Then the planner is given the measured peaks of selective checkpointing that saves products and of
 torchvision's `memory_efficient`. Each plan that is run is verified first: gradients, buffers and
 random state to the bit, and the peak within the projection.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import ckptsched as cs
-from benchmarks.any_model import CASES, Case, peak_of, peers, seconds_of
+from benchmarks.recorded.any_model import CASES, Case, peak_of, peers, seconds_of
 from ckptsched.capture.recording.stages import Captured
 from ckptsched.profiler.profile import loss_of_tensors
 from ckptsched.schedule.language import Forward

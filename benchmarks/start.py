@@ -3,11 +3,13 @@
     python -m benchmarks.start
     python -m benchmarks.start --document
 
-Each row is a process of its own. *Cold* has empty caches: no plans and no machine code of numba;
-Python's bytecode is there, as pip leaves it. *Warm* is the least of three runs after it. Seconds
-are of the processor, of all threads, so that waiting does not count, but threads of OpenMP that
-wait for each other on a busy machine count as working. *Beyond* leaves out what a process takes
-that does nothing, or that imports torch alone where a network is fitted.
+Each row is a process of its own. *Cold* has empty caches: no plans, no machine code of numba, no
+counting allocator, and no bytecode of this package; that of others is there, as pip leaves it.
+*Warm* is the least of three runs after it. Seconds are of the processor, of all threads and of
+what they start, so that waiting does not count; threads of OpenMP sleep while they wait for each
+other, as on a busy machine they would count as working for as long as others have the cores.
+*Beyond* leaves out what a process takes that does nothing, or that imports torch alone where a
+network is fitted.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,19 +26,22 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import ckptsched
 from benchmarks.document import Section
 
 _NETWORK = """
 import torch
 from torch import nn
 import ckptsched
-layers = [module for _ in range(24) for module in (nn.Linear(64, 64), nn.Tanh())]
+layers = [module for _ in range({pairs}) for module in (nn.Linear(64, 64), nn.Tanh())]
 """
 _FIT = _NETWORK + 'ckptsched.fit(nn.Sequential(*layers), torch.randn(4096, 64), budget="60%")'
 _SAVE = _NETWORK + (
     "import sys\nckptsched.profile(nn.Sequential(*layers), torch.randn(4096, 64)).save(sys.argv[1])"
 )
+_STAGES = (24, 48)
 _WARM_RUNS = 3
+_PACKAGE = Path(ckptsched.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,14 @@ def cases(chain: Path) -> tuple[Case, ...]:
         Case("import ckptsched", ("-c", "import ckptsched")),
         Case("ckptsched --help", (*command, "--help")),
         Case("ckptsched plan chain.json", (*command, "plan", str(chain), "--budget", "60%")),
-        Case("the first fit of 24 layers", ("-W", "ignore", "-c", _FIT), "import torch"),
+        *(
+            Case(
+                f"the first fit of {stages} stages",
+                ("-W", "ignore", "-c", _FIT.format(pairs=stages // 2)),
+                "import torch",
+            )
+            for stages in _STAGES
+        ),
     )
 
 
@@ -94,7 +107,14 @@ def in_folder(folder: Path) -> dict[str, str]:
         "CKPTSCHED_CACHE": str(folder / "plans"),
         "NUMBA_CACHE_DIR": str(folder / "machine code"),
         "PYTHONPYCACHEPREFIX": str(folder.parent / "bytecode"),
+        "OMP_WAIT_POLICY": "passive",
     }
+
+
+def without_own_bytecode(environment: Mapping[str, str]) -> None:
+    """Remove what Python has compiled of this package."""
+    kept = Path(environment["PYTHONPYCACHEPREFIX"]) / str(_PACKAGE).lstrip(os.sep)
+    shutil.rmtree(kept, ignore_errors=True)
 
 
 def rows() -> list[tuple[str, float, float, float, float]]:
@@ -104,13 +124,14 @@ def rows() -> list[tuple[str, float, float, float, float]]:
     with tempfile.TemporaryDirectory() as root:
         chain = Path(root) / "chain.json"
         subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", _SAVE, str(chain)],
+            [sys.executable, "-W", "ignore", "-c", _SAVE.format(pairs=24), str(chain)],
             env=in_folder(Path(root) / "saving"),
             check=True,
         )
         for number, case in enumerate(cases(chain)):
             environment = in_folder(Path(root) / str(number))
             processor_seconds(case.arguments, in_folder(Path(root) / f"bytecode of {number}"))
+            without_own_bytecode(environment)
             cold = processor_seconds(case.arguments, environment)
             warm = min(processor_seconds(case.arguments, environment) for _ in range(_WARM_RUNS))
             found[case.name], beyond[case.name] = (cold, warm), case.beyond

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 import ckptsched as cs
-from benchmarks.any_model import CASES, Case, gpt2, step
+from benchmarks.recorded.any_model import CASES, Case, gpt2, step
 from ckptsched.executor.step import interpreter
 from ckptsched.recompute.tape import Tape
 

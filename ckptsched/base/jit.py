@@ -44,12 +44,18 @@ _linking = threading.RLock()
 _namespaces: dict[tuple[int, bool], tuple[dict[str, Any], dict[str, Any]]] = {}
 
 
-def compiled(function: _Function) -> _Function:
+def compiled(function: _Function, *, interpreted: _Function | None = None) -> _Function:
     """Have a function of plain numbers and arrays compiled when it is first called.
 
     The compiler is imported no earlier. What it calls must be compiled functions, too.
+
+    Args:
+        function: The function.
+        interpreted: What does the same, to the same bits, in the interpreter: by whole arrays,
+            where it is a loop over elements that few calls would make long. It is the function
+            itself unless given.
     """
-    return cast(_Function, _Kernel(function))
+    return cast(_Function, _Kernel(function, interpreted or function))
 
 
 def suited(kernel: _Function, steps: float) -> _Function:
@@ -90,9 +96,9 @@ def count_steps(kernel: Callable[..., Any], steps: float) -> None:
 class _Kernel:
     """A function in two variants: as it is, and compiled when it is first called so."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], interpreted: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
-        self._function = function
+        self._plain = {True: function, False: interpreted}
         self._variants: dict[bool, Callable[..., Any]] = {}
         self.interpreted_steps = 0.0
 
@@ -108,7 +114,7 @@ class _Kernel:
         """The function that calls the same variant of other kernels."""
         with _linking:
             if machine not in self._variants:
-                plain = self._function
+                plain = self._plain[machine]
                 names = _namespace(plain.__globals__, machine)
                 # The namespace has made it by now if this is the first of its module.
                 if machine not in self._variants:

@@ -158,6 +158,38 @@ def test_few_steps_are_interpreted_and_many_compiled(monkeypatch: pytest.MonkeyP
     assert not is_interpreted(_four_times, 11)
 
 
+def _sum_by_elements(x: np.ndarray) -> float:
+    total = 0.0
+    for k in range(len(x)):
+        total += x[k]
+    return total
+
+
+def _sum_by_numpy(x: np.ndarray) -> float:
+    return float(np.cumsum(x)[-1])
+
+
+_sum = compiled(_sum_by_elements, interpreted=_sum_by_numpy)
+
+
+@compiled
+def _mean(x: np.ndarray) -> float:
+    return _sum(x) / len(x)
+
+
+def test_a_loop_may_be_another_function_in_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where another kernel calls it."""
+    monkeypatch.setattr(module, "INTERPRETED_STEPS", 10)
+    x = np.arange(5.0)
+    assert suited(_sum, 5).__code__ is _sum_by_numpy.__code__
+    assert suited(_mean, 5).__globals__["_sum"].__code__ is _sum_by_numpy.__code__
+    machine = suited(_mean, 11)
+    assert machine.py_func.__globals__["_sum"].py_func.__code__ is _sum_by_elements.__code__
+    assert suited(_mean, 5)(x) == machine(x) == 2.0
+
+
 def _solved(
     chain: Chain, budgets: list[int], steps: float
 ) -> list[Solution | InfeasibleBudgetError]:

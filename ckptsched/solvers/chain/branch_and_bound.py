@@ -18,8 +18,7 @@ import numpy as np
 
 from ...base.jit import compiled, count_steps, is_interpreted, suited
 from ...base.progress import report
-from .sizes import Slots
-from .table_kernel import END, LEAST, ZERO, Integers, Numbers, taped_need
+from .table_kernel import END, LEAST, ZERO, Integers, Numbers
 from .tables import LeastMemory, Table
 from .to_schedule import Outline
 from .traceback_kernel import BACKWARD, DROP, SWEEP, TAPE, TURN
@@ -43,20 +42,40 @@ _USED, _LEFT, _STOPPED = range(3)
 _LOW = 2**31 - 1
 
 
-class _Model(NamedTuple):
-    """What the search looks up, and what it remembers by segment and bytes."""
+class _Bounds(NamedTuple):
+    """The table, as `_bound` looks it up."""
 
-    exact: Slots
-    least: Integers
-    enough: Integers
     values: Numbers
     rows: Integers
-    slots: Slots
-    seconds: Numbers
-    extra: Numbers
+    up: Integers
+    unit: int
     top: int
     shrink: float
     slack: float
+
+
+class _Model(NamedTuple):
+    """What the search looks up, and what it remembers by segment and bytes.
+
+    Every array that a kernel is handed takes time to compile: of `Slots` in bytes there is only
+    what the search reads.
+    """
+
+    table: _Bounds
+    least: Integers
+    enough: Integers
+    seconds: Numbers
+    extra: Numbers
+    stage: Integers
+    takes: Integers
+    sweep: Integers
+    present: Integers
+    """Bytes that are there all through a sweep, by start and t."""
+    first: Integers
+    tape: Integers
+    after: Integers
+    option: Integers
+    needs: Integers
     keys: Integers
     bounds: Numbers
     choices: Integers
@@ -140,18 +159,30 @@ def _most_remembered(model: _Model) -> int:
 
 def _model(least: LeastMemory, table: Table) -> _Model:
     relative, absolute = table.error
+    exact, slots = least.slots, table.slots
     return _Model(
-        exact=least.slots,
+        table=_Bounds(
+            values=table.values,
+            rows=table.rows,
+            up=slots.up,
+            unit=slots.unit,
+            top=table.top,
+            shrink=math.exp(-relative),
+            slack=absolute,
+        ),
         least=least.least,
         enough=least.enough,
-        values=table.values,
-        rows=table.rows,
-        slots=table.slots,
         seconds=table.seconds,
         extra=table.extra,
-        top=table.top,
-        shrink=math.exp(-relative),
-        slack=absolute,
+        stage=exact.stage,
+        takes=exact.takes,
+        sweep=exact.sweep,
+        present=exact.handed[:, None] + exact.level,
+        first=exact.first,
+        tape=exact.tape,
+        after=exact.after,
+        option=exact.option,
+        needs=exact.needs,
         keys=np.zeros((_MEMORY, 3), dtype=np.int64),
         bounds=np.zeros((_MEMORY, 2)),
         choices=np.zeros((_MEMORY, 2), dtype=np.int64),
@@ -160,15 +191,15 @@ def _model(least: LeastMemory, table: Table) -> _Model:
 
 
 @compiled
-def _bound(model: _Model, start: int, t: int, m: int) -> float:
+def _bound(table: _Bounds, start: int, t: int, m: int) -> float:
     """What E(start, t, m) is not below, by the table."""
-    slot = min((m + model.slots.up[start]) // model.slots.unit, model.top)
-    if slot < model.rows[start, t, LEAST]:
+    slot = min((m + table.up[start]) // table.unit, table.top)
+    if slot < table.rows[start, t, LEAST]:
         return np.inf
-    if slot >= model.rows[start, t, END]:
+    if slot >= table.rows[start, t, END]:
         return 0.0
-    value = np.float64(model.values[model.rows[start, t, ZERO] + slot])
-    return float(max(value * model.shrink - model.slack, 0.0))
+    value = np.float64(table.values[table.rows[start, t, ZERO] + slot])
+    return float(max(value * table.shrink - table.slack, 0.0))
 
 
 @compiled
@@ -201,24 +232,26 @@ def solve(model: _Model, start: int, t: int, m: int, goal: float) -> float:
     if goal <= 0.0 or m >= model.enough[start, t]:
         return 0.0
     at = _entry(model.keys, start, t, m)
-    bound = _bound(model, start, t, m)
+    bound = _bound(model.table, start, t, m)
     if model.keys[at, 0]:
         if model.bounds[at, 1]:
             return float(model.bounds[at, 0])
         bound = max(bound, model.bounds[at, 0])
     if bound >= goal:
         return bound
-    s = model.exact.stage[start]
+    s = model.stage[start]
     model.state[_LEFT] -= t - s + 8
     if model.state[_LEFT] < 0 or model.state[_USED] >= _most(model.keys):
         model.state[_STOPPED] = 1
         return np.inf
     costs, choices, rest = _choices(model, start, s, t, m, goal)
     best, way, split = goal, -1, 0
-    for k in np.argsort(costs, kind="mergesort"):  # stable, so that ties go one way everywhere
+    for _ in range(len(costs)):
+        k = np.argmin(costs)  # the first of equal ones, so that ties go one way everywhere
         if costs[k] >= best:
             rest = min(rest, costs[k])
             break
+        costs[k] = np.inf
         i, j = choices[k, 0], choices[k, 1]
         after, size, cost, other = _begun(model, start, s, m, i, j)
         part, found = best - cost - other, 0.0
@@ -255,11 +288,10 @@ def _begun(
     Returns:
         The start of what follows and its bytes, seconds so far, and a bound of what was swept.
     """
-    exact = model.exact
     if j == 0:
-        return exact.after[way], m - exact.tape[way], model.extra[way], 0.0
+        return model.after[way], m - model.tape[way], model.extra[way], 0.0
     swept = model.seconds[j - 1] - model.seconds[s - 1]
-    return j, m - exact.takes[start, j], swept, _bound(model, start, j - 1, m)
+    return j, m - model.takes[start, j], swept, _bound(model.table, start, j - 1, m)
 
 
 @compiled
@@ -271,35 +303,34 @@ def _choices(
     Returns:
         Bounds, taping or split of each, and the least bound of those left out.
     """
-    exact, last = model.exact, model.least.shape[1] - 1
-    count, most, rest = 0, exact.first[start + 1] - exact.first[start] + t - s, np.inf
+    count, most, rest = 0, model.first[start + 1] - model.first[start] + t - s, np.inf
     costs, choices = np.empty(most), np.empty((most, 2), np.int64)
-    for way in range(exact.first[start], exact.first[start + 1]):
-        if m < taped_need(exact, way, start, t, last):
+    for way in range(model.first[start], model.first[start + 1]):
+        if m < model.needs[way, t]:
             continue
         cost = model.extra[way]
         if s < t:
-            after, size = exact.after[way], m - exact.tape[way]
+            after, size = model.after[way], m - model.tape[way]
             if size < model.least[after, t]:
                 continue
-            cost += _bound(model, after, t, size)
+            cost += _bound(model.table, after, t, size)
         if cost < goal:
             costs[count], choices[count, 0], choices[count, 1] = cost, way, 0
             count += 1
         else:
             rest = min(rest, cost)
-    more = exact.level[t] + exact.handed[start]
+    more = model.present[start, t]
     for j in range(s + 1, t + 1):
         cost = model.seconds[j - 1] - model.seconds[s - 1]
-        if cost >= goal or exact.sweep[s, j] + more > m:
+        if cost >= goal or model.sweep[s, j] + more > m:
             rest = min(rest, cost)
             break  # both rise with j
-        size = m - exact.takes[start, j]
+        size = m - model.takes[start, j]
         if size < model.least[j, t] or m < model.least[start, j - 1]:
             continue
-        cost += _bound(model, j, t, size)
+        cost += _bound(model.table, j, t, size)
         if cost < goal:
-            cost += _bound(model, start, j - 1, m)
+            cost += _bound(model.table, start, j - 1, m)
         if cost < goal:
             costs[count], choices[count, 0], choices[count, 1] = cost, 0, j
             count += 1
@@ -311,7 +342,7 @@ def _choices(
 @compiled
 def follow(model: _Model, size: int, events: Integers) -> int:
     """Write out the choices that `solve` remembers, as `walk` writes them; returns their number."""
-    exact, n = model.exact, model.least.shape[1] - 2
+    n = model.least.shape[1] - 2
     todo = np.empty((3 * n + 6, 3), np.int64)
     todo[0, 0], todo[0, 1] = -DROP, 0
     todo[1, 0], todo[1, 1], todo[1, 2] = 1, n + 1, size
@@ -321,26 +352,26 @@ def follow(model: _Model, size: int, events: Integers) -> int:
         start, t, m = todo[waiting, 0], todo[waiting, 1], todo[waiting, 2]
         if start < 0:
             events[count, 0], events[count, 1], events[count, 2] = -start, t, 0
-        elif exact.stage[start] == n + 1:
+        elif model.stage[start] == n + 1:
             events[count, 0], events[count, 1], events[count, 2] = TURN, 0, 0
         else:
-            s = exact.stage[start]
+            s = model.stage[start]
             way, j = _remembered(model, start, s, t, m)
             if j:
                 events[count, 0], events[count, 1], events[count, 2] = SWEEP, s, j - 1
                 todo[waiting, 0], todo[waiting, 1], todo[waiting, 2] = start, j - 1, m
                 todo[waiting + 1, 0], todo[waiting + 1, 1] = -DROP, j - 1
                 todo[waiting + 2, 0], todo[waiting + 2, 1] = j, t
-                todo[waiting + 2, 2] = m - exact.takes[start, j]
+                todo[waiting + 2, 2] = m - model.takes[start, j]
                 waiting += 3
             else:
                 events[count, 0], events[count, 1] = TAPE, s
-                events[count, 2] = exact.option[way]
+                events[count, 2] = model.option[way]
                 todo[waiting, 0], todo[waiting, 1] = -BACKWARD, s
                 waiting += 1
                 if s < t:
-                    todo[waiting, 0], todo[waiting, 1] = exact.after[way], t
-                    todo[waiting, 2] = m - exact.tape[way]
+                    todo[waiting, 0], todo[waiting, 1] = model.after[way], t
+                    todo[waiting, 2] = m - model.tape[way]
                     waiting += 1
         count += 1
     return count
@@ -349,14 +380,13 @@ def follow(model: _Model, size: int, events: Integers) -> int:
 @compiled
 def _remembered(model: _Model, start: int, s: int, t: int, m: int) -> tuple[int, int]:
     """The taping or split of a solved segment."""
-    exact = model.exact
     if m < model.enough[start, t]:
         at = _entry(model.keys, start, t, m)
         return model.choices[at, 0], model.choices[at, 1]
-    for way in range(exact.first[start], exact.first[start + 1]):
-        fits = m >= taped_need(exact, way, start, t, model.least.shape[1] - 1)
+    for way in range(model.first[start], model.first[start + 1]):
+        fits = m >= model.needs[way, t]
         if model.extra[way] > 0 or not fits:
             continue
-        if s == t or m - exact.tape[way] >= model.enough[exact.after[way], t]:
+        if s == t or m - model.tape[way] >= model.enough[model.after[way], t]:
             return way, 0
     return -1, 0

@@ -159,11 +159,12 @@ class ChainSizes:
 class Slots(NamedTuple):
     """The same sizes in slots of `unit` bytes.
 
-    A segment from stage s with k slots stands for all bytes up to k * unit + offset[s]. The
-    offsets follow the tapes, offset[s + 1] = offset[s] - w_t[s] modulo the unit, so that keeping
-    tapes rounds nothing away however many they are; keeping a state loses less than a slot.
-    Where the unit divides all sizes nothing is rounded. Plain arrays, as compiled loops take
-    them; a row a start (`Starts`), or a number a taping (`Tapings`).
+    A segment from stage s with k slots stands for all bytes up to k * unit + offset[s], where the
+    offset is 0 to unit - 1. Offsets follow the tapes, offset[s + 1] = offset[s] - w_t[s] modulo
+    the unit, so that keeping tapes rounds nothing away however many they are; keeping a state
+    loses less than a slot. Where the unit divides all sizes nothing is rounded. Plain arrays, as
+    compiled loops take them, and few of them, as every one takes time to compile; a row a start
+    (`Starts`), or a number a taping (`Tapings`).
 
     Sizes are rounded so that whatever fits in bytes fits; or to the nearest, which bounds nothing
     but says better what is worth keeping.
@@ -171,8 +172,6 @@ class Slots(NamedTuple):
 
     unit: int
     """Bytes of a slot."""
-    offset: Bytes
-    """By stage, 0 to unit - 1, shape (n + 2,)."""
     turn: int
     """Least slots of the loss."""
     stage: Indices
@@ -193,12 +192,9 @@ class Slots(NamedTuple):
     """Start a has the tapings first[a] to first[a + 1] - 1."""
     tape: Indices
     """Slots that what follows has less, by taping."""
-    forward: Bytes
-    """Bytes of the run with tape, by taping."""
-    backward: Bytes
-    """Bytes of the backward, by taping."""
-    backward_after_turn: Bytes
-    """The same where the tape is from before Turn."""
+    needs: Indices
+    """Least slots in which a segment can start with a taping, what follows it left aside, by
+    taping and t."""
     after: Indices
     """The start that follows, by taping."""
     option: Indices
@@ -226,22 +222,23 @@ def slots_of(sizes: ChainSizes, unit: int, *, nearest: bool = False) -> Slots:
     stage = starts.stage[tapings.start]
     up = (half if nearest else unit - 1) - own
     turn = max(0, (sizes.turn + int(up[n + 1])) // unit)
+    level = sizes.gradient + sizes.later
+    backward = np.repeat(tapings.backward[:, None], n + 2, axis=1)
+    backward[:, n + 1] = tapings.backward_after_turn
+    needs = np.maximum(tapings.forward[:, None] + level, backward) + up[tapings.start][:, None]
     return Slots(
         unit=unit,
-        offset=offset,
         turn=turn,
         stage=starts.stage,
         other=starts.other,
         takes=(sizes.kept + offset[None, :] - own[:, None] + half) // unit,
         sweep=sizes.sweep,
-        level=sizes.gradient + sizes.later,
+        level=level,
         up=up,
         handed=starts.handed,
         first=first,
         tape=(tapings.tape + offset[starts.stage[tapings.after]] - offset[stage] + half) // unit,
-        forward=tapings.forward,
-        backward=tapings.backward,
-        backward_after_turn=tapings.backward_after_turn,
+        needs=needs // unit,
         after=tapings.after,
         option=tapings.option,
     )

@@ -39,13 +39,6 @@ ZERO, LEAST, END = 0, 1, 2
 
 
 @compiled
-def taped_need(slots: Slots, way: int, start: int, t: int, last: int) -> int:
-    """Least slots in which a segment can start with a taping, what follows it left aside."""
-    backward = slots.backward_after_turn[way] if t == last else slots.backward[way]
-    return int((max(slots.forward[way] + slots.level[t], backward) + slots.up[start]) // slots.unit)
-
-
-@compiled
 def least_slots(
     slots: Slots, first: int, last: int, free: Any, least: Integers, enough: Integers
 ) -> None:
@@ -90,7 +83,7 @@ def _least_taped(
     """Least slots to start with a tape, and those from which on that takes no longer."""
     need, full = _NEVER, _NEVER
     for way in range(slots.first[start], slots.first[start + 1]):
-        own = taped_need(slots, way, start, t, least.shape[1] - 1)
+        own = slots.needs[way, t]
         rest = all_taped = own
         if s < t:
             rest = max(own, slots.tape[way] + least[slots.after[way], t])
@@ -282,6 +275,31 @@ def _lower(
         values[row + m] = x0 if x0 < x1 else x1
 
 
+def _lower_by_one(
+    values: Numbers, target: int, source: int, first: int, stop: int, cost: Any
+) -> None:
+    """target[m] = min(target[m], source[m] + cost), stored as in `_lower`.
+
+    Element by element: to assign a slice, numba compiles the words in which numpy complains of
+    another length, which takes seconds.
+    """
+    row, other, zero = _at(target), _at(source), values.dtype.type(0)
+    for k in range(first, stop):
+        m = _at(k)
+        found, known = values[other + m] + cost, values[row + m] + zero
+        values[row + m] = found if found < known else known
+
+
+def _lower_by_slices(
+    values: Numbers, target: int, source: int, first: int, stop: int, cost: Any
+) -> None:
+    row = values[target + first : target + stop]
+    np.minimum(row, values[source + first : source + stop] + cost, out=row)
+
+
+_lower_by = compiled(_lower_by_one, interpreted=_lower_by_slices)
+
+
 @compiled
 def _tape(
     values: Numbers,
@@ -295,20 +313,17 @@ def _tape(
 ) -> None:
     """Lower a row by its tapings, and finish it."""
     zero, least, end = rows[start, t, ZERO], rows[start, t, LEAST], rows[start, t, END]
-    last = min(end, top + 1)
+    last, zeros = min(end, top + 1), 0  # where the zeros lie
     for way in range(slots.first[start], slots.first[start + 1]):
         cost = values.dtype.type(extra[way])
-        begin = max(least, taped_need(slots, way, start, t, rows.shape[1] - 1))
+        begin = max(least, slots.needs[way, t])
         stop = begin
         if s < t:
             rest, shift = slots.after[way], slots.tape[way]
             begin = max(begin, rows[rest, t, LEAST] + shift)
             stop = max(begin, min(last, rows[rest, t, END] + shift))
-            first = rows[rest, t, ZERO] - shift
-            row = values[zero + begin : zero + stop]
-            row[:] = np.minimum(row, values[first + begin : first + stop] + cost)
-        row = values[zero + stop : zero + last]
-        row[:] = np.minimum(row, cost)
+            _lower_by(values, zero, rows[rest, t, ZERO] - shift, begin, stop, cost)
+        _lower_by(values, zero, zeros, stop, last, cost)
     if end == top + 2 and least <= top:
         # A slot more than there are: rounding may ask for it, and bytes never need it.
         values[zero + top + 1] = values[zero + top]

@@ -82,9 +82,11 @@ def outline(
     if table is None:
         rows, values = np.zeros((1, 1, 3), np.int64), np.zeros(0, np.float32)
         seconds, extra = np.cumsum(sizes.forward_seconds), sizes.tapings.extra_seconds
-        model = (values, rows, least.slots, seconds, extra, -1)
+        slots, top = least.slots, -1
     else:
-        model = (table.values, table.rows, table.slots, table.seconds, table.extra, table.top)
+        rows, values, slots, top = table.rows, table.values, table.slots, table.top
+        seconds, extra = table.seconds, table.extra
+    model = (values, rows, slots.up, slots.unit, seconds, extra, top)
     walk = suited(chain_walk.walk, len(sizes) ** 2)
     count, total = walk(least.slots, least.least, *model, size, scale, events)
     return Outline(events[:count], total if table is None else table.unscaled(total))

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...base.jit import compiled
 from .sizes import Slots
-from .table_kernel import END, LEAST, ZERO, Integers, Numbers, taped_need
+from .table_kernel import END, LEAST, ZERO, Integers, Numbers
 
 # What the walk writes, a row an event.
 SWEEP, TAPE, TURN, BACKWARD, DROP = range(5)
@@ -32,7 +32,8 @@ def walk(
     least: Integers,
     values: Numbers,
     rows: Integers,
-    slots: Slots,
+    up: Integers,
+    unit: int,
     seconds: Numbers,
     extra: Numbers,
     top: int,
@@ -47,7 +48,8 @@ def walk(
         least: Least bytes of every segment.
         values: The rows of a table of the same chain.
         rows: Where they lie.
-        slots: The sizes that the table counts in.
+        up: Bytes to add before bytes are divided by the table's slots, by start.
+        unit: Bytes of its slots.
         seconds: Running sum of u_f by stage.
         extra: What each taping takes longer than the stage's fastest.
         top: The table's largest number of slots.
@@ -78,7 +80,7 @@ def walk(
             count += 1
             continue
         way, j = _choose(
-            exact, least, values, rows, slots, seconds, extra, top, start, s, t, m, scale
+            exact, least, values, rows, up, unit, seconds, extra, top, start, s, t, m, scale
         )
         if j:
             events[count, 0], events[count, 1], events[count, 2] = SWEEP, s, j - 1
@@ -108,7 +110,8 @@ def _choose(
     least: Integers,
     values: Numbers,
     rows: Integers,
-    slots: Slots,
+    up: Integers,
+    unit: int,
     seconds: Numbers,
     extra: Numbers,
     top: int,
@@ -127,19 +130,19 @@ def _choose(
     best, best_way, best_j = np.inf, -1, 0
     spare_way, spare_j, spare_length = -1, 0, n + 2
     for way in range(exact.first[start], exact.first[start + 1]):
-        if m >= taped_need(exact, way, start, t, n + 1):
+        if m >= exact.needs[way, t]:
             cost = extra[way]
             if s < t:
                 rest, size = exact.after[way], m - exact.tape[way]
                 if size < least[rest, t]:
                     continue
-                at = (int(size * scale) + slots.up[rest]) // slots.unit
+                at = (int(size * scale) + up[rest]) // unit
                 cost += _value(values, rows, rest, t, at, top)
             if spare_way < 0:
                 spare_way = way
             if cost < best:
                 best, best_way = cost, way
-    here = (int(m * scale) + slots.up[start]) // slots.unit
+    here = (int(m * scale) + up[start]) // unit
     more = exact.level[t] + exact.handed[start]
     for j in range(s + 1, t + 1):
         cost = seconds[j - 1] - seconds[s - 1]
@@ -150,7 +153,7 @@ def _choose(
             continue
         if max(j - s, t - j) < spare_length:
             spare_length, spare_j = max(j - s, t - j), j
-        at = (int(size * scale) + slots.up[j]) // slots.unit
+        at = (int(size * scale) + up[j]) // unit
         cost += _value(values, rows, j, t, at, top)
         if cost < best:
             cost += _value(values, rows, start, j - 1, here, top)

@@ -503,11 +503,11 @@ def lower_in_run(
     """
     keep, tape = limits[0], limits[1]
     todo = np.empty((3 * length + 8, 3), np.int64)  # stages before, stages, slots
-    todo[0] = (0, length, m)
+    todo[0, 0], todo[0, 1], todo[0, 2] = 0, length, m
     depth, written = 1, 0
     while depth:
         depth -= 1
-        before, count, free = todo[depth]
+        before, count, free = todo[depth, 0], todo[depth, 1], todo[depth, 2]
         if count == _DROP:
             operations[written] = 5 | before << 32
             written += 1
@@ -522,16 +522,18 @@ def lower_in_run(
         if split == 0:
             operations[written] = 1 | (before + 1) << 32
             written += 1
-            todo[depth] = (before + 1, _BACKWARD, 0)
+            todo[depth, 0], todo[depth, 1] = before + 1, _BACKWARD
             depth += 1
             if count > 1:
-                todo[depth] = (before + 1, count - 1, free - tape)
+                todo[depth, 0], todo[depth, 1] = before + 1, count - 1
+                todo[depth, 2] = free - tape
                 depth += 1
             continue
         written = write_sweep(operations, written, before + 1, before + split)
-        todo[depth] = (before, split, free)
-        todo[depth + 1] = (before + split, _DROP, 0)
-        todo[depth + 2] = (before + split, count - split, free - keep)
+        todo[depth, 0], todo[depth, 1], todo[depth, 2] = before, split, free
+        todo[depth + 1, 0], todo[depth + 1, 1] = before + split, _DROP
+        todo[depth + 2, 0], todo[depth + 2, 1] = before + split, count - split
+        todo[depth + 2, 2] = free - keep
         depth += 3
     return written
 

@@ -1,6 +1,6 @@
 """What recording takes: peak bytes and seconds of `captured` over those of a forward pass.
 
-    python -m benchmarks.recording
+    python -m benchmarks.recorded.recording
 
 Each row is one model. The forward pass is one under `torch.no_grad`, measured beside it in the same
 process; bytes are those beyond what the model itself takes.

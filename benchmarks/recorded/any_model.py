@@ -1,7 +1,7 @@
 """Models as people have them: what memory costs in time, beside what people use today.
 
-    python -m benchmarks.any_model
-    python -m benchmarks.any_model --models gpt2 unet --rounds 7 --json any_model.json
+    python -m benchmarks.recorded.any_model
+    python -m benchmarks.recorded.any_model --models gpt2 unet --rounds 7 --json any_model.json
 
 Each model is built small from its configuration, with random weights, and takes part as it comes.
 For budgets between the least one and storing everything a row shows the measured peak, the

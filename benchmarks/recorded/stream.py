@@ -1,7 +1,7 @@
 """A stream of batches of many lengths: what a fitted model takes beside plain training.
 
-    python -m benchmarks.stream
-    python -m benchmarks.stream --batches 60 --lengths 6
+    python -m benchmarks.recorded.stream
+    python -m benchmarks.recorded.stream --batches 60 --lengths 6
 
 A GPT-2 of four layers is fitted twice, on the longest batch and on the first that comes, and
 trained on the same batches, in the same random order, as a twin by plain autograd. One step of

@@ -22,7 +22,7 @@ from ckptsched.workload.chain import Chain
 from ckptsched.workload.graph import Graph
 from ckptsched.workload.stage import Stage
 
-INSTANCES = Path(__file__).resolve().parent / "instances"
+INSTANCES = Path(__file__).resolve().parents[1] / "instances"
 SHARES = (0.7, 0.5, 0.35)
 
 

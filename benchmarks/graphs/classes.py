@@ -3,7 +3,7 @@
 Counts budgets at which it does, against brute force: two sweeps on chains of five and six stages;
 and on graphs of four nodes one and all orders of the nodes, one sweep and two.
 
-    python -m benchmarks.graph_classes [--seconds 60] [--seed 0]
+    python -m benchmarks.graphs.classes [--seconds 60] [--seed 0]
 """
 
 from __future__ import annotations

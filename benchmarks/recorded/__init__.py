@@ -1,0 +1,1 @@
+"""Models whose forward is recorded: overheads, the recording itself, and streams of batches."""
