@@ -94,7 +94,8 @@ def _passes(
         for name, path in recorder.changed.items():
             recorder.marks.mark(f"attribute {name!r} changes in a forward pass", path)
         marked = recorder.marks.marked
-        if like is not None and not marked and not recorder.left:
+        # Not a pass that found what the one before has left.
+        if like is not None and not marked and not recorder.left and not left:
             if is_same_but_for_sizes(like, _recording(recorder, inspection, inputs, output, whole)):
                 return recorder, output, whole
             like = None
