@@ -253,7 +253,7 @@ class Fitted(InPlace):
         def measured(way: Opened) -> Chain:
             chain = self._measure(way, inspection, args, kwargs, alike=alike)
             if chain.signature is not None and chain.signature.unfit:
-                raise ProfileError(chain.signature.unfit)
+                raise PlanMismatchError(chain.signature.unfit)
             return chain
 
         plan, captured = plan_opened(

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, final
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ....tensors.pytree import State
 from ....torch_state.torch_modes import transform_at_work
@@ -34,8 +35,9 @@ class Sources:
         """Which tensor no call can be given; empty for none."""
         self._marks = marks
         self._hidden: dict[int, str] = {}  # tensors in arguments, by identity: in what
-        # Storages that came into being meanwhile, by identity, each with its scope then.
-        self._born: dict[int, str] = {}
+        # Storages that came into being meanwhile, by identity, each with its scope then. What is
+        # held weakly keeps its identity: no later storage is taken for it.
+        self._born: dict[int, tuple[StorageWeakRef | None, str]] = {}
 
     def begin(self, inputs: State) -> tuple[int, ...]:
         """The numbers of the tensors of the arguments.
@@ -57,7 +59,10 @@ class Sources:
             tensors: Its results.
         """
         for tensor in tensors:
-            self._born.setdefault(_home(tensor), self._marks.scopes[-1])
+            home = _home(tensor)
+            if home not in self._born:
+                held = _weakly(tensor) if home else None
+                self._born[home] = held, self._marks.scopes[-1]
 
     def place(self, thing: Any) -> Place | None:
         """Where the model keeps a tensor; None if it does not, or for anything else."""
@@ -84,7 +89,7 @@ class Sources:
             self._marks.mark("a transform of torch.func is at work")
         elif born is not None:
             why = "an object hides a tensor that the model has made"
-            self._marks.mark_around(why, born, self._marks.scopes[-1])
+            self._marks.mark_around(why, born[1], self._marks.scopes[-1])
         elif tensor.requires_grad:
             self._marks.mark("a trained tensor is used that is no parameter of the model")
         return Fixed(tensor)
@@ -95,3 +100,7 @@ def _home(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):  # of a kind without storage
         return 0
+
+
+def _weakly(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
