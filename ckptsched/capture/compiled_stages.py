@@ -7,6 +7,7 @@ the layers of a network, share what is compiled of it, whoever owns their parame
 
 from __future__ import annotations
 
+import linecache
 import os
 import shutil
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -55,8 +56,12 @@ class StageCode:
 
     def function(self) -> _Function:
         """The function, which is another one each time: torch keeps what it compiles by that."""
-        names = dict(self.names)
-        exec(compile(self.text, "<stage of a recording>", "exec"), names)
+        names, file = dict(self.names), f"<stage {hash(self.text):x} of a recording>"
+        # A function without source is wrapped by torch 2.9 in one that all of them would share, so
+        # that each counted as compiled anew; and what goes wrong in a stage shows its lines.
+        lines = self.text.splitlines(keepends=True)
+        linecache.cache[file] = len(self.text), None, lines, file
+        exec(compile(self.text, file, "exec"), names)
         found: _Function = names["stage"]
         return found
 

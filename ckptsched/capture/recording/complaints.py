@@ -63,3 +63,16 @@ def is_complaint() -> bool:
             return False
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def is_checkpoint() -> bool:
+    """Whether what asks just now is torch's checkpoint, for whether there is a graph at all."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name == "torch.utils.checkpoint":
+            return True
+        if not name.startswith(("ckptsched.", "torch.overrides")):
+            return False
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

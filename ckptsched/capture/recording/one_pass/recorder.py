@@ -39,7 +39,7 @@ from ..calls import (
     name_of,
     tensors_of,
 )
-from ..complaints import Complaint, is_complaint
+from ..complaints import Complaint, is_checkpoint, is_complaint
 from ..functions import (
     ASKED,
     EFFECTS,
@@ -276,7 +276,7 @@ class Recorder(Onlooker):
         self, function: Any, given: State, reads: tuple[Source, ...], result: Any
     ) -> bool:
         """Whether a function has only told something of a tensor, on which the model may act."""
-        if function in GRAPHS:
+        if function in GRAPHS and not is_checkpoint():
             self.marks.mark("it reads the graph that autograd builds")
         if tensors_of(result):
             if function is GRADIENT:
