@@ -87,10 +87,10 @@ class ArgumentNames:
             forward: A forward; of one without a signature, calls are taken as they are.
         """
         try:
-            self._signature: inspect.Signature | None = inspect.signature(forward)
-            parameters: Mapping[str, inspect.Parameter] = self._signature.parameters
+            parameters: Mapping[str, inspect.Parameter] = inspect.signature(forward).parameters
         except (TypeError, ValueError):
-            self._signature, parameters = None, {}
+            parameters = {}
+        self._itself = _signature_itself(forward)
         named = {name: p for name, p in parameters.items() if p.kind in _NAMED}
         self._order = tuple(named)
         positional = [n for n, p in named.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -118,15 +118,15 @@ class ArgumentNames:
         return Call((args, kwargs), Form(by_position, tuple(kwargs)), values, self._defaults)
 
     def takes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether the forward can be called so: where not, Python says what is wrong.
+        """Whether Python lets the forward be called so: where not, a call runs nothing of it.
 
         Args:
             args: By position.
             kwargs: By name.
         """
         try:
-            if self._signature is not None:
-                self._signature.bind(*args, **kwargs)
+            if self._itself is not None:
+                self._itself.bind(*args, **kwargs)
         except TypeError:
             return False
         return True
@@ -137,6 +137,20 @@ class ArgumentNames:
         default = self._defaults[name]
         same = type(value) is type(default) and isinstance(value, _COMPARED)
         return value is default or (same and bool(value == default))
+
+
+def _signature_itself(forward: Callable[..., Any]) -> inspect.Signature | None:
+    """What Python itself checks a call by; None where that is not known.
+
+    A decorated forward tells the signature of what it wraps, and may take more than that: it is
+    asked for its own. One that was told what to say, by `__signature__`, is not believed.
+    """
+    if hasattr(forward, "__signature__"):
+        return None
+    try:
+        return inspect.signature(forward, follow_wrapped=False)
+    except (TypeError, ValueError):
+        return None
 
 
 @final

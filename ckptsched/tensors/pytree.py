@@ -103,9 +103,8 @@ class State:
             tree = _take_apart(value, leaves, opaque)
         except RecursionError:
             raise ExecutionError(
-                f"a {type(value).__name__} that holds itself, or holds others at an endless depth, "
-                "was given where tensors are looked for; give tuples, lists, dicts and dataclasses "
-                "that end"
+                "a container that holds itself, or others at an endless depth, was given where "
+                "tensors are looked for; give tuples, lists, dicts and dataclasses that end"
             ) from None
         return cls(tuple(tensor for _, tensor in leaves.values()), tree)
 

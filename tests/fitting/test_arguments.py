@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import logging
 from collections import UserDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -160,3 +163,102 @@ def test_extents() -> None:
     # Of one that asks for a gradient, which is one sum, two are another call.
     both = Extent.of(((asks,), {"labels": asks}))
     assert not both.covers(Extent.of(((asks,), {"labels": asks.detach().requires_grad_()})))
+
+
+def _lenient(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As decorators of libraries do: it shows the signature of what it wraps, and takes more."""
+
+    @functools.wraps(forward)
+    def call(*args: Any, note: object = None, **kwargs: Any) -> Tensor:
+        return forward(*args, **kwargs)
+
+    return call
+
+
+class Counted(nn.Module):
+    """Layers behind a norm, which counts the forwards that it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+class Lenient(Counted):
+    forward = _lenient(Counted.forward)
+
+
+class Told(Lenient):
+    """Its forward says by itself what it takes, and says too little."""
+
+    forward = _lenient(Counted.forward)
+    forward.__signature__ = inspect.signature(Counted.forward)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", [Lenient, Told])
+def test_a_forward_that_takes_more_than_it_says_runs_once(kind: type[Counted]) -> None:
+    plain, x = kind(), torch.randn(32, 8)
+    model = cs.fit(copy.deepcopy(plain), x, kwargs={"note": 1}, budget="100%")
+    assert model.norm.num_batches_tracked == 0
+    for kwargs in ({"note": 1}, {}, {"note": 2}):
+        for m in (plain, model):
+            m(x, **kwargs).square().sum().backward()
+        assert model.norm.num_batches_tracked == plain.norm.num_batches_tracked
+        assert torch.equal(model.norm.running_mean, plain.norm.running_mean)
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            assert torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+@pytest.mark.parametrize(
+    ("args", "kwargs", "says"),
+    [
+        ((1,), {"x": 1}, "multiple values for argument 'x'"),
+        ((1,), {"other": 1}, "unexpected keyword argument 'other'"),
+        ((), {"other": 1}, "unexpected keyword argument 'other'|missing 1 required"),
+    ],
+)
+def test_arguments_that_there_are_not_are_refused_as_by_python(
+    fitted: bool, args: tuple[int, ...], kwargs: dict[str, int], says: str
+) -> None:
+    x, model = torch.randn(32, 8), Counted()
+    given, named = tuple(x for _ in args), dict.fromkeys(kwargs, x)
+    call: Callable[..., Any] = model
+    if fitted:
+        cs.fit(model, x, budget="100%")
+    else:
+        call = functools.partial(cs.fit, model, budget="100%", kwargs=named)
+    with pytest.raises(TypeError, match=says):
+        call(*given, **(named if fitted else {}))
+    assert model.norm.num_batches_tracked == 0
+
+
+def test_a_batch_like_a_dictionary_may_be_given_by_position() -> None:
+    class Reading(Counted):
+        def forward(self, batch: Any) -> Tensor:
+            return super().forward(batch["x"])
+
+    plain, x = Reading(), torch.randn(32, 8)
+    model = cs.fit(copy.deepcopy(plain), UserDict(x=x), budget="100%")
+    assert len(cs.plan_of(model).chain) > 1
+    for m in (plain, model):
+        m(UserDict(x=x)).square().sum().backward()
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_an_argument_that_holds_itself_is_refused_by_what_it_is() -> None:
+    loop: list[Any] = [torch.randn(2)]
+    loop.append(loop)
+    with pytest.raises(cs.CkptschedError, match="a container that holds itself"):
+        cs.fit(Asked(), ids(2, 4), kwargs={"more": loop}, budget="100%")
