@@ -35,8 +35,8 @@ from torch.nn import functional
 
 import ckptsched as cs
 from benchmarks.budgets import machine
-from benchmarks.executor_peers import inductor_within
-from benchmarks.planner_tables import to_markdown
+from benchmarks.document import to_markdown
+from benchmarks.executor.peers import inductor_within
 from ckptsched.base.text_table import Grid
 from ckptsched.memory.meters import default_meter
 from ckptsched.planner.plan import Plan

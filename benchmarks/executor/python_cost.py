@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import ckptsched as cs
-from benchmarks.any_model import Case, step
+from benchmarks.recorded.any_model import Case, step
 from ckptsched.capture.recording.stages import Captured
 from ckptsched.profiler.profile import loss_of_tensors
 
