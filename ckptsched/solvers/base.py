@@ -55,10 +55,7 @@ class AbstractSolver(abc.ABC):
                 budget that does and the stage that binds.
             WorkloadError: The solver does not take such a chain.
         """
-        (result,) = self.solve_each(chain, [budget_bytes])
-        if isinstance(result, InfeasibleBudgetError):
-            raise result
-        return result
+        return _only(self.solve_each(chain, [budget_bytes]))
 
     @abc.abstractmethod
     def solve_each(
@@ -76,6 +73,31 @@ class AbstractSolver(abc.ABC):
         Raises:
             WorkloadError: The solver does not take such a chain.
         """
+
+
+class AbstractGraphSolver(AbstractSolver):
+    """One that takes graphs as well as chains."""
+
+    def solve(self, chain: Chain | Graph, budget_bytes: int) -> Solution:
+        """As `AbstractSolver.solve`, of a chain or a graph.
+
+        Raises:
+            SolverTimeoutError: A limit of time ended before a schedule was found.
+        """
+        return _only(self.solve_each(chain, [budget_bytes]))
+
+    @abc.abstractmethod
+    def solve_each(
+        self, chain: Chain | Graph, budgets: Sequence[int]
+    ) -> list[Solution | InfeasibleBudgetError]:
+        """As `AbstractSolver.solve_each`, of a chain or a graph."""
+
+
+def _only(results: Sequence[Solution | InfeasibleBudgetError]) -> Solution:
+    (result,) = results
+    if isinstance(result, InfeasibleBudgetError):
+        raise result
+    return result
 
 
 def each_of(

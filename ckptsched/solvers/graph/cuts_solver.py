@@ -21,7 +21,7 @@ from ...simulator.simulator import simulate
 from ...workload.chain import Chain
 from ...workload.graph import Graph
 from ...workload.stage import Stage
-from ..base import AbstractSolver, Solution, infeasible
+from ..base import AbstractGraphSolver, Solution, infeasible
 from ..baselines import baselines_for
 from ..chain.solver import ChainDp
 from .to_schedule import on_demand_runs, store_all_runs, with_drops
@@ -133,7 +133,7 @@ def plain_schedules(graph: Graph) -> list[Judged]:
 
 @final
 @dataclass(frozen=True)
-class GraphCuts(AbstractSolver):
+class GraphCuts(AbstractGraphSolver):
     """The graph's segments, planned as a chain by `chain_dp`; plain rules where those are better.
 
     A path is planned as the chain that it is, with that bound. Else nothing is claimed but that
@@ -141,13 +141,6 @@ class GraphCuts(AbstractSolver):
     """
 
     name = "graph_cuts"
-
-    def solve(self, chain: Chain | Graph, budget_bytes: int) -> Solution:
-        """Find a good schedule within a budget."""
-        (result,) = self.solve_each(chain, [budget_bytes])
-        if isinstance(result, InfeasibleBudgetError):
-            raise result
-        return result
 
     def solve_each(
         self, chain: Chain | Graph, budgets: Sequence[int]

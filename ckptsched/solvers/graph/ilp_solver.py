@@ -23,7 +23,7 @@ from ...schedule.trace import Trace
 from ...simulator.simulator import simulate
 from ...workload.chain import Chain
 from ...workload.graph import Graph
-from ..base import AbstractSolver, Solution, infeasible
+from ..base import AbstractGraphSolver, Solution, infeasible
 from .cuts_solver import ALL_SCHEDULES, Judged, plain_schedules
 from .orders import Reordered, orders
 from .search import GraphSearch
@@ -58,7 +58,7 @@ PLANNING_SIZES = ", in the planning model"
 
 @final
 @dataclass(frozen=True)
-class GraphIlp(AbstractSolver):
+class GraphIlp(AbstractGraphSolver):
     """Optimal among frontier-advancing schedules, proven by the solver's bound.
 
     Frontier-advancing: between two Backwards, and before Turn, there is one sweep through the
@@ -88,24 +88,6 @@ class GraphIlp(AbstractSolver):
                 f"graph_ilp needs a time limit of more than 0 seconds, found "
                 f"{self.time_limit_seconds!r}"
             )
-
-    def solve(self, chain: Chain | Graph, budget_bytes: int) -> Solution:
-        """Find the cheapest frontier-advancing schedule within a budget.
-
-        Args:
-            chain: A graph or chain of at most `MOST_NODES` nodes.
-            budget_bytes: Bytes that the simulated peak may reach.
-
-        Raises:
-            InfeasibleBudgetError: No schedule of the class fits; the message names the least
-                budget that works.
-            SolverTimeoutError: The limit ended before one was found.
-            WorkloadError: There are too many nodes.
-        """
-        (result,) = self.solve_each(chain, [budget_bytes])
-        if isinstance(result, InfeasibleBudgetError):
-            raise result
-        return result
 
     def solve_each(
         self, chain: Chain | Graph, budgets: Sequence[int]

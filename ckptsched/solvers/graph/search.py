@@ -20,7 +20,7 @@ from ...schedule.language import Backward, Forward, Operation, Schedule, Turn
 from ...simulator.simulator import simulate
 from ...workload.chain import Chain
 from ...workload.graph import Graph
-from ..base import AbstractSolver, Solution, infeasible
+from ..base import AbstractGraphSolver, Solution, infeasible
 from ..chain.solver import ChainDp, Effort
 from . import search_kernel as kernel
 from .cuts_solver import ALL_SCHEDULES, GraphCuts, Judged, plain_schedules
@@ -30,6 +30,8 @@ from .to_schedule import with_drops
 # Moves for one budget: as many as take some seconds, as a look takes longer on a larger graph; and
 # small ones have few tables to try.
 _MOST_MOVES, _NODE_MOVES, _CUBE_MOVES = 400_000, 80_000_000, 200
+# Of more neither the chain nor a table, whose size grows with the square of the nodes, is of use.
+_MOST_NODES = 1_500
 _MOVES_AT_ONCE = 20_000
 # Seconds that a change for the worse may cost at the start and at the end, in mean runs of a node.
 # Small graphs gain most where much may change, large ones by small changes to the chain's plan.
@@ -43,12 +45,13 @@ _PRICE = 0.1
 
 @final
 @dataclass(frozen=True)
-class GraphSearch(AbstractSolver):
+class GraphSearch(AbstractGraphSolver):
     """The chain of live sets planned by `chain_dp`, and made better by a search over runs.
 
-    Never worse than that chain's plan, than `graph_cuts` and than storing everything. It claims
-    no bound but that no schedule takes less than storing everything; `graph_ilp` proves more on
-    small graphs. The same graph and budget give the same plan each time.
+    Never worse than that chain's plan, to which `chain_dp` is given less time than it takes by
+    itself, than `graph_cuts` and than storing everything. Graphs of more than 1,500 nodes are left
+    to `graph_cuts`. It claims no bound but that no schedule takes less than storing everything;
+    `graph_ilp` proves more on small graphs. The same graph and budget give the same plan each time.
     """
 
     moves: int | None = None
@@ -61,27 +64,11 @@ class GraphSearch(AbstractSolver):
         if self.moves is not None and self.moves < 0:
             raise WorkloadError(f"graph_search needs 0 moves or more, found {self.moves}")
 
-    def solve(self, chain: Chain | Graph, budget_bytes: int) -> Solution:
-        """Find a good schedule within a budget.
-
-        Args:
-            chain: A graph, or a chain, which is left to `chain_dp`.
-            budget_bytes: Bytes that the simulated peak may reach.
-
-        Raises:
-            InfeasibleBudgetError: Nothing that fits was found; the message names the least
-                budget for which something was.
-        """
-        (result,) = self.solve_each(chain, [budget_bytes])
-        if isinstance(result, InfeasibleBudgetError):
-            raise result
-        return result
-
     def solve_each(
         self, chain: Chain | Graph, budgets: Sequence[int]
     ) -> list[Solution | InfeasibleBudgetError]:
         """Solve for several budgets; a larger one takes over what a smaller one found."""
-        if isinstance(chain, Chain) or chain.is_path:
+        if isinstance(chain, Chain) or chain.is_path or len(chain) > _MOST_NODES:
             return GraphCuts().solve_each(chain, budgets)
         known = _known(chain, budgets)
         found: dict[int, Solution | InfeasibleBudgetError] = {}

@@ -154,3 +154,10 @@ def test_names_and_bad_input() -> None:
 
 def test_a_chain_keeps_its_type() -> None:
     assert isinstance(live_sets(u_net(2)).chain, Chain)
+
+
+def test_a_graph_that_is_too_large_to_search_goes_by_its_cuts() -> None:
+    graph = two_branches(760)
+    assert len(graph) > 1_500
+    budget = GraphCuts().solve(graph, 10**9).trace.peak_bytes
+    assert GraphSearch().solve(graph, budget) == GraphCuts().solve(graph, budget)
