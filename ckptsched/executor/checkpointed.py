@@ -111,7 +111,7 @@ def calls_of(
         check: What is compared of stages that run again.
         context_fn: Gives the contexts of first runs and recomputations, or None.
     """
-    signature = plan.chain.signature if isinstance(plan.chain, Chain) else None
+    signature = plan.chain.signature
     recorded = signature is not None and signature.recorded
     if recorded and not isinstance(inspection.model, Captured):
         return RecordedCalls(inspection, plan, check, context_fn)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..base.errors import PlanMismatchError
 from ..capture.inspection import Inspection
 from ..capture.policies.policy import ruled_by
+from ..capture.recording.replay.own_values import own_stages
 from ..capture.recording.stages import Captured
 from ..capture.signature import StageFacts, structure_digest
 from ..capture.signature_check import Expected, refuse_tensors
@@ -29,6 +30,7 @@ from ..tensors.pytree import State, storages
 from ..torch_state.locks import LendingLock, Locked, Stay
 from ..torch_state.replay_context import ContextFn, Generators, contexts
 from ..workload.chain import Chain
+from ..workload.graph import Graph
 from ..workload.stage import Signature
 from .parameter_usage import Usage
 from .script import Script
@@ -72,6 +74,8 @@ class PreparedPlan:
         _check_policy(inspection.model, self.signature)
         self.blocks = trace(inspection.model, frozen=self.signature.frozen)
         self.stages: list[StageCall] = [stage for block in self.blocks for stage in block.stages]
+        self.own = own_stages(self.stages) if isinstance(plan.chain, Graph) else ()
+        """By the plan of a graph, the stages by what they read themselves."""
         computed_in = _dtype_of_stages(self.chain, self.signature, self.blocks)
         self.inspection = _on_one_device(inspection.with_layouts(computed_in))
         self.slots = [Slots([block.module]) for block in self.blocks]
@@ -106,7 +110,7 @@ class PreparedPlan:
         """For each stage whether the tape of each of its runs is looked at."""
         self.expected = Expected(self.signature, plan.peak_bytes)
         self.usage = Usage(self.stages, self.facts.carries[:-1])
-        self.overruns = Overruns(self.chain)
+        self.overruns = Overruns(plan.chain)
 
     def __getstate__(self) -> dict[str, object]:
         """All but what is known by the identity of modules, which a copy does not share."""
@@ -238,11 +242,11 @@ class PreparedPlan:
 
 def _chain_of(plan: Plan) -> tuple[Chain, Signature]:
     """The chain of a plan, and the signature of the model that it was profiled from."""
-    chain = plan.chain
-    if not isinstance(chain, Chain):
+    chain = plan.chain if isinstance(plan.chain, Chain) else plan.chain.lined
+    if chain is None:
         raise PlanMismatchError(
-            "the plan is for a graph, and models are run as chains; profile the model and "
-            "plan the chain"
+            "the plan is for a graph that was made without a model; profile the model, and plan "
+            "Graph.of_values(chain)"
         )
     if chain.signature is None:
         raise PlanMismatchError(

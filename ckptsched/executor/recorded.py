@@ -19,7 +19,6 @@ from ..recompute.fsdp import call_as_forward, is_sharded
 from ..tensors.pytree import NO_EXTRAS, State
 from ..torch_state.locks import LendingLock
 from ..torch_state.replay_context import ContextFn, contexts
-from ..workload.chain import Chain
 from .attribute_watch import AttributeWatch
 from .prepared_plan import Check, PreparedPlan
 from .step.outer_graph import PlannedCalls
@@ -118,7 +117,6 @@ class RecordedCalls:
 
     def _recorded(self, inputs: State) -> Captured:
         """The model recorded on a call, with the plan's cuts."""
-        assert isinstance(self.plan.chain, Chain)
         signature = self.plan.chain.signature
         assert signature is not None
         expected = Expected(signature, self.plan.peak_bytes)

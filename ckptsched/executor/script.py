@@ -16,22 +16,24 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import numpy as np
 import numpy.typing as npt
 
 from ..base.budget import Tier
-from ..base.errors import PlanMismatchError
+from ..base.errors import InvalidScheduleError, PlanMismatchError
 from ..planner.plan import Plan
 from ..schedule.language import Code, Schedule
 from ..simulator.liveness import Liveness, Segment, Segments, analyse, cut
+from ..simulator.value_bytes import analyse_values
+from ..workload.graph import Graph
 
 # What `Liveness` says of an operation, as bits of one number: there are many, and each is asked.
-KEEPS_OUTPUT, FREES_INPUT, RESTORES, SNAPSHOTS = 1, 2, 4, 8
+KEEPS_OUTPUT, FREES_INPUT, RESTORES, SNAPSHOTS, FORGETS = 1, 2, 4, 8, 16
 
 _CHUNK = 4096  # how many stretches are numbers of Python at a time
 
@@ -63,7 +65,9 @@ class Script:
     dropped: npt.NDArray[np.uint8]
     """For each drop what it drops, state or tape; for each run with tape which of its tapes."""
     facts: bytes
-    """For each operation the sum of KEEPS_OUTPUT, FREES_INPUT, RESTORES and SNAPSHOTS."""
+    """For each operation the sum of KEEPS_OUTPUT, FREES_INPUT, RESTORES and SNAPSHOTS. By value the
+    snapshot is one that the run itself begins from, and FORGETS says that it was put back for the
+    last time."""
     snapshots_input: bool
     """Whether a snapshot of the random state is kept with the input."""
     segments: Segments
@@ -75,6 +79,8 @@ class Script:
     """Index of the block of each stage; shape (stages + 1,), of which the first is unused."""
     repeated: tuple[int, ...]
     """The stages that run more than once, in order."""
+    frees: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """By value, the stages whose copies are read by an operation for the last time; 0 for the input."""
 
     @classmethod
     def of(cls, plan: Plan, collects: Collects) -> Script:
@@ -90,6 +96,7 @@ class Script:
         chain, schedule = plan.chain, plan.schedule
         _refuse_unsupported(schedule)
         liveness = analyse(schedule, len(chain))
+        by_value = _by_value(chain, schedule) if isinstance(chain, Graph) else None
         segments = cut(schedule, chain.blocks)
         if liveness.repeats[: segments.turn].any():
             raise PlanMismatchError(
@@ -109,11 +116,17 @@ class Script:
             codes=schedule.codes,
             numbers=numbers,
             dropped=schedule.kinds,
-            facts=_pack(liveness),
+            facts=by_value.facts if by_value else _pack(liveness),
+            frees=by_value.frees if by_value else {},
             snapshots_input=liveness.snapshots_input,
             segments=segments,
             stretches=find_stretches(
-                schedule, liveness, segments, plan.trace.peak_position, collects
+                schedule,
+                liveness,
+                segments,
+                plan.trace.peak_position,
+                collects,
+                apart=by_value is not None,
             ),
             touched=touched,
             owner=owner,
@@ -127,6 +140,33 @@ def _refuse_unsupported(schedule: Schedule) -> None:
             "the plan moves checkpoints between tiers, which the executor cannot do yet; "
             "plan for the device alone"
         )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _ByValue:
+    """What a schedule for a graph says of its operations."""
+
+    facts: bytes
+    frees: dict[int, tuple[int, ...]]
+
+
+def _by_value(graph: Graph, schedule: Schedule) -> _ByValue:
+    """Facts about the operations of a schedule for a graph.
+
+    Raises:
+        PlanMismatchError: It cannot be run by value.
+    """
+    try:
+        found = analyse_values(graph, schedule)
+    except InvalidScheduleError as error:
+        raise PlanMismatchError(f"the plan cannot be run: {error}") from error
+    flags = {KEEPS_OUTPUT: found.keeps, RESTORES: found.restores}
+    flags |= {SNAPSHOTS: found.snapshots, FORGETS: found.forgets}
+    facts = np.zeros(len(schedule), np.uint8)
+    for bit, positions in flags.items():
+        facts[list(positions)] |= bit
+    return _ByValue(facts.tobytes(), found.frees)
 
 
 def _pack(liveness: Liveness) -> bytes:
@@ -143,6 +183,8 @@ def find_stretches(
     segments: Segments,
     peak: int,
     collects: Collects,
+    *,
+    apart: bool = False,
 ) -> Positions:
     """Cut a schedule into stretches that are run as one.
 
@@ -152,6 +194,7 @@ def find_stretches(
         segments: What `cut` says of it; a stretch lies in one of them.
         peak: Position of the operation at the schedule's peak.
         collects: For a stage, counted from 1, what its backward adds gradients to.
+        apart: Whether each run with tape, and each backward, is a stretch of its own.
 
     Returns:
         Where each stretch starts, and the length of the schedule.
@@ -162,7 +205,8 @@ def find_stretches(
     joined = np.zeros(len(schedule) + 1, dtype=np.bool_)
     joined[1:-1] = plain[1:] & plain[:-1]
     borders = {s.start for s in (*segments.forward, *segments.backward)} | {segments.turn}
-    _join_tapes(joined, schedule, liveness, borders, peak, collects)
+    if not apart:
+        _join_tapes(joined, schedule, liveness, borders, peak, collects)
     joined[list(borders)] = False
     return np.flatnonzero(~joined).astype(np.int32)
 

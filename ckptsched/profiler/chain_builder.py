@@ -18,6 +18,7 @@ from ..tensors.pytree import storages
 from ..torch_state.replay_context import AnyGenerator, RandomState
 from ..workload.chain import Chain
 from ..workload.stage import Block, Stage, StageLedger, TapeOption, backward_variant
+from .own_storages import values_of
 from .stage_kind import LossWeight, StageKind
 from .survey import Survey
 
@@ -70,6 +71,7 @@ def assemble(
         random_state_bytes=random,
         kept_bytes=kept,
         blocks=spans,
+        values=values_of(survey),
     )
 
 

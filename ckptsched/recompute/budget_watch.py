@@ -20,6 +20,7 @@ from ..base.budget import format_bytes
 from ..base.errors import BudgetWarning
 from ..tensors.pytree import storages
 from ..workload.chain import Chain
+from ..workload.graph import Graph
 from ..workload.stage import StageLedger, StageParts
 from .tape_contents import Contents
 
@@ -28,7 +29,7 @@ from .tape_contents import Contents
 class Overruns:
     """Warns about stages of a chain whose tapes take more bytes than projected."""
 
-    def __init__(self, chain: Chain) -> None:
+    def __init__(self, chain: Chain | Graph) -> None:
         self._chain = chain
         self._told: set[int] = set()
 

@@ -25,6 +25,7 @@ from ..workload.stage import TapeOption
 from . import simulator_kernel as kernel
 from .exact_bytes import charge, live_at
 from .rule_words import Words, named
+from .value_bytes import charge_values, live_by_value
 
 Links = Mapping[tuple[Tier, Tier], Link]
 
@@ -64,8 +65,9 @@ def simulate(
     planning.run()
     timeline = planning.timeline
     ledger_peak = None
-    if model != "planning" and isinstance(chain, Chain) and chain.has_ledger:
-        timeline = charge(chain, schedule)
+    if model != "planning" and chain.has_ledger:
+        by_value = isinstance(chain, Graph)
+        timeline = charge_values(chain, schedule) if by_value else charge(chain, schedule)
         ledger_peak = int(timeline.max())
     position = int(timeline.argmax())
     exact = ledger_peak is not None
@@ -90,8 +92,9 @@ def _live_at(
     chain: Chain | Graph, schedule: Schedule, position: int, peak: int, *, exact: bool
 ) -> tuple[Live, ...]:
     """What is live when an operation runs, in the ledger or in the planning model."""
-    if exact and isinstance(chain, Chain):
-        return live_at(chain, schedule, position, peak)
+    if exact:
+        live = live_by_value if isinstance(chain, Graph) else live_at
+        return live(chain, schedule, position, peak)
     run = _Planning(chain, schedule)
     run.run(until=position)
     return run.live(peak)

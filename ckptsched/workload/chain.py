@@ -24,6 +24,7 @@ from .stage import (
     check_time,
 )
 from .stage_json import COLUMNS, check_number, columns_of, stages_from
+from .values import StageValues, check_values, values_from_json, values_to_json
 
 _SIZE_UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
@@ -70,6 +71,9 @@ class Chain(Saved):
     """By how much two halves of the rounds of timing differed, as a share of all seconds."""
     signature: Signature | None = None
     """What a model and a batch must match to be run by a plan of this chain."""
+    values: tuple[StageValues, ...] = ()
+    """For each stage of a recorded model what it reads and makes itself of its states; none where
+    that is not known."""
 
     kind: ClassVar[str] = "chain"
     needs: ClassVar[str] = "the columns " + ", ".join(key for key, _, _ in COLUMNS[:4])
@@ -88,6 +92,7 @@ class Chain(Saved):
             if id(stage) not in seen:
                 seen.add(id(stage))
                 check_stage(f"stage {i}", stage)
+        check_values(self.values, [stage.ledger for stage in self.stages])
         expected = 1
         for block in self.blocks:
             check_name(f"the block from stage {block.first}", block.name)
@@ -172,6 +177,8 @@ class Chain(Saved):
             data["seconds_spread"] = float(self.seconds_spread)
         data["blocks"] = [asdict(block) for block in self.blocks]
         data["signature"] = None if self.signature is None else asdict(self.signature)
+        if self.values:
+            data["values"] = values_to_json(self.values)
         for key in _OF_POLICY if self.signature else ():
             if not data["signature"][key]:
                 del data["signature"][key]  # so that chains without one are what they were
@@ -198,6 +205,7 @@ class Chain(Saved):
             seconds_spread=data.get("seconds_spread", 0.0),
             name=data.get("name", ""),
             signature=_read_signature(data.get("signature")),
+            values=values_from_json(data.get("values", ())),
         )
 
 

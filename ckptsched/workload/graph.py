@@ -18,8 +18,9 @@ from ..base.errors import InvalidScheduleError, WorkloadError
 from ..schedule.language import Operation, Schedule, format_operation, parse_operation
 from .chain import Chain, ChainArrays
 from .saved import FIGURES, Saved
-from .stage import Block, Stage, check_stage
+from .stage import Block, Signature, Stage, check_stage
 from .stage_json import COLUMNS, figures_of
+from .values import narrowed
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -47,19 +48,14 @@ class Graph(Saved):
     """The numbers of the states that each node reads, ascending, each below the node's own."""
     input_name: str = INPUT
     """What the input is called."""
+    lined: Chain | None = None
+    """The chain of live sets of a recorded model, which this is the graph of (see `of_values`): its
+    exact bytes hold for the graph, and models are run by plans of the graph, too."""
 
     kind: ClassVar[str] = "graph"
     needs: ClassVar[str] = "an input, and nodes with name, reads, " + ", ".join(
         key for key, _, _ in COLUMNS
     )
-    has_ledger: ClassVar[bool] = False
-    """Graphs know the planning model's figures only."""
-    blocks: ClassVar[tuple[Block, ...]] = ()
-    """Graphs have no blocks."""
-    signature: ClassVar[None] = None
-    """No model is run by a graph's plan."""
-    offers_tapes: ClassVar[bool] = False
-    """Every node has one tape."""
     is_uniform: ClassVar[bool] = False
     """Closed forms for equal stages are for chains."""
 
@@ -71,9 +67,9 @@ class Graph(Saved):
         _check_names((self.input_name, *(stage.name for stage in self.stages)))
         for stage in self.stages:
             check_stage(f"node {stage.name!r}", stage)
-            if stage.ledger is not None:
+            if stage.ledger is not None and self.lined is None:
                 raise WorkloadError(f"node {stage.name!r} has a ledger: graphs have none")
-            if stage.other_tapes:
+            if stage.other_tapes and self.lined is None:
                 raise WorkloadError(
                     f"node {stage.name!r} offers {len(stage.tapes)} tapes: in a graph each node "
                     "has one"
@@ -83,6 +79,26 @@ class Graph(Saved):
                     f"node {stage.name!r} is to run once: in a graph any node may run again"
                 )
         _check_reads(self)
+
+    @property
+    def has_ledger(self) -> bool:
+        """Whether exact bytes are known: of a recorded model they are."""
+        return self.lined is not None
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Those of the recorded model; other graphs have none."""
+        return () if self.lined is None else self.lined.blocks
+
+    @property
+    def signature(self) -> Signature | None:
+        """What a model must match to be run by a plan: of a recorded one there is such."""
+        return None if self.lined is None else self.lined.signature
+
+    @functools.cached_property
+    def offers_tapes(self) -> bool:
+        """Whether some node can be taped in more than one way."""
+        return any(stage.other_tapes for stage in self.stages)
 
     @functools.cached_property
     def readers(self) -> tuple[tuple[int, ...], ...]:
@@ -131,6 +147,39 @@ class Graph(Saved):
     # ---- chains and networkx ------------------------------------------------------------
 
     @classmethod
+    def of_values(cls, chain: Chain) -> Graph:
+        """The graph of a recorded model: each stage reads what it needs, not the whole live set.
+
+        Args:
+            chain: A chain that `profile` made of a recorded model.
+
+        Returns:
+            A graph with the same stages in the same order, and the exact bytes of the chain.
+
+        Raises:
+            WorkloadError: It is not known what its stages read, or some are to run once.
+        """
+        if not chain.values or not chain.has_ledger:
+            raise WorkloadError(
+                "a graph is made of a chain that was profiled from a recorded model, and of this "
+                "one it is not known what each stage reads"
+            )
+        if any(stage.once for stage in chain.stages):
+            raise WorkloadError("a graph has no stages that run once, and this chain has some")
+        n = len(chain)
+        reads = [set(each.makers) for each in chain.values]
+        read = set().union(*reads)
+        reads[-1] |= {i for i in range(1, n) if i not in read}  # which run for what they do besides
+        figures: dict[str, Any] = {figure: getattr(chain, figure) for figure in FIGURES}
+        return cls(
+            stages=tuple(_node(chain, i) for i in range(1, n + 1)),
+            reads=tuple(tuple(sorted(sources)) for sources in reads),
+            input_name=_unused(INPUT, [chain.stage_name(i) for i in range(1, n + 1)]),
+            lined=chain,
+            **figures,
+        )
+
+    @classmethod
     def from_chain(cls, chain: Chain) -> Graph:
         """A chain as a path.
 
@@ -148,9 +197,7 @@ class Graph(Saved):
         names = [chain.stage_name(i) for i in range(1, len(chain) + 1)]
         if len(set(names)) < len(names):
             names = [f"{name}#{i}" for i, name in enumerate(names, 1)]
-        entry = INPUT
-        while entry in names:
-            entry += "_"
+        entry = _unused(INPUT, names)
         stages = zip(chain.stages, names, strict=True)
         figures: dict[str, Any] = {figure: getattr(chain, figure) for figure in FIGURES}
         return cls(
@@ -250,7 +297,9 @@ class Graph(Saved):
     # ---- JSON ---------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """The graph as JSON data, in bytes and seconds."""
+        """The graph as JSON data, in bytes and seconds; that of a recorded model as its chain."""
+        if self.lined is not None:
+            return {"name": self.name, "lined": self.lined.to_json()}
         nodes = []
         for stage, sources in zip(self.stages, self.reads, strict=True):
             reads = [self.names[source] for source in sources]
@@ -273,6 +322,9 @@ class Graph(Saved):
 
     @classmethod
     def _read(cls, data: Mapping[str, Any]) -> Self:
+        if "lined" in data:
+            made = cls.of_values(Chain.from_json(data["lined"]))
+            return replace(made, name=data.get("name", ""))
         for key, unit in (("size_unit", "bytes"), ("time_unit", "s")):
             if data.get(key, unit) != unit:
                 raise WorkloadError(f"{key} of a graph is {unit!r}, found {data[key]!r}")
@@ -295,6 +347,36 @@ class Graph(Saved):
             held_bytes=data.get("w_held", 0),
             name=data.get("name", ""),
         )
+
+
+def _unused(name: str, names: Sequence[str]) -> str:
+    """A name that is not among others."""
+    while name in names:
+        name += "_"
+    return name
+
+
+def _node(chain: Chain, i: int) -> Stage:
+    """Stage i by what it makes itself: figures of the planning model, for rules and for people."""
+    stage, values = chain.stages[i - 1], chain.values[i - 1]
+    before = chain.stages[i - 2].ledger if i > 1 else None
+    width = len(before.parts.output_bytes) if before and before.parts else 1
+    ledgers = [narrowed(ledger, values, width) for ledger in stage.ledgers]
+    assert ledgers[0].parts is not None
+    own = ledgers[0].parts.new_bytes
+    state = 0 if i == len(chain) else own  # the caller holds the output
+    less = stage.state_bytes - state
+    pairs = zip(stage.tapes, ledgers, strict=True)
+    tapes = [replace(x, tape_bytes=x.tape_bytes - less, ledger=ledger) for x, ledger in pairs]
+    return replace(
+        stage,
+        name=chain.stage_name(i),
+        state_bytes=state,
+        tape_bytes=tapes[0].tape_bytes,
+        gradient_bytes=stage.gradient_bytes if i == len(chain) else own,
+        ledger=tapes[0].ledger,
+        other_tapes=tuple(tapes[1:]),
+    )
 
 
 def _quoted(name: str) -> str:

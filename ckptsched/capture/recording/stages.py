@@ -79,7 +79,7 @@ class CapturedStage(StageCall):
 
     __slots__ = (
         *("_bound", "_calls", "_enters", "_label", "_leaves", "_recorded", "_spent", "_whole"),
-        *("_cheap", "_lean", "_once", "_written", "module"),
+        *("_cheap", "_lean", "_named", "_once", "_written", "module"),
     )
 
     module: nn.Module
@@ -120,7 +120,7 @@ class CapturedStage(StageCall):
         self._bound, self._calls, self._spent = bound, calls, tuple(spent)
         self._enters, self._leaves, self._label = enters, leaves, label
         self._recorded, self._whole = tuple(recorded), whole
-        self._cheap = tuple(cheap)
+        self._cheap, self._named = tuple(cheap), tuple(named)
         self._written = Written()
         self._lean = (
             LeanStage(
@@ -152,6 +152,35 @@ class CapturedStage(StageCall):
     def lean(self) -> LeanStage | None:
         """The same calls with a lean tape; None where none of them is cheap."""
         return self._lean
+
+    @property
+    def enters(self) -> tuple[int, ...]:
+        """Numbers of the values that make up the state before."""
+        return self._enters
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """Numbers of those that make up the state after."""
+        return self._leaves
+
+    @property
+    def reads(self) -> frozenset[int]:
+        """Numbers of the values that its calls read or make."""
+        return frozenset(n for call in self._recorded for n in (*call.values, *call.makes))
+
+    def between(self, enters: tuple[int, ...], leaves: tuple[int, ...]) -> CapturedStage:
+        """The same calls from and to other states.
+
+        Args:
+            enters: Numbers of the values before: at least all that the calls read of those.
+            leaves: Numbers of the values after.
+        """
+        stage = CapturedStage(
+            *(self._bound, self._calls, self._spent, enters, leaves, self.module, self._label),
+            *(self._recorded, self._whole, self._cheap, self._named, self._once),
+        )
+        stage.prefix = self.prefix
+        return stage
 
     @property
     def once(self) -> bool:

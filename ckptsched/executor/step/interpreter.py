@@ -24,9 +24,10 @@ from ...simulator.liveness import Segment
 from ...tensors.pytree import State
 from ...torch_state.torch_modes import module_tracker_at_work
 from ..parameter_usage import Uses
-from ..script import FREES_INPUT, KEEPS_OUTPUT, RESTORES, SNAPSHOTS, between
-from .forward_snapshot import ForwardSnapshot, StateSnapshot
+from ..script import between
+from .forward_snapshot import ForwardSnapshot
 from .fsdp_step import Gathering
+from .states import Checkpoint, LiveSets, States, Values
 from .tape_uses import TapedRun, TapeUses
 
 # Plain numbers: members of an enum are slow to look up, and there is one operation a step or more.
@@ -48,32 +49,15 @@ def _is_there(what: Callable[[], object]) -> bool:
     return what() is not None
 
 
-class _Checkpoint:
-    """A stored state, with the random and buffer snapshot to run on from it."""
-
-    __slots__ = ("random", "state", "versions")
-
-    def __init__(self, state: State, random: StateSnapshot | None) -> None:
-        self.state = state
-        self.versions = state.versions()
-        self.random = random
-
-
 class _StoredTape:
-    """A stored tape, and its output as long as a later run reads it from here."""
+    """A stored tape."""
 
-    __slots__ = ("first", "output", "tape", "used", "version")
+    __slots__ = ("first", "tape", "used", "version")
 
     def __init__(
-        self,
-        tape: Tape,
-        output: _Checkpoint | None,
-        first: int,
-        used: tuple[Uses, tuple[int, ...]],
-        version: int,
+        self, tape: Tape, first: int, used: tuple[Uses, tuple[int, ...]], version: int
     ) -> None:
         self.tape = tape
-        self.output = output
         self.first = first  # the first of the stages whose tape it is
         self.used = used  # which aliases the tape uses, and which it was given the sums of
         self.version = version  # of what was known of the stages then
@@ -96,10 +80,9 @@ class Interpreter:
         wanted = any(self.inputs_wanted) or any(leaf.requires_grad for leaf in seen.given.leaves)
         self.first_trained = 0 if wanted else self.prepared.first_trained
         """The first stage whose output may need a gradient; 0 where an input does."""
-        self.states: dict[int, _Checkpoint] = {}
+        kind = Values if self.prepared.own else LiveSets
+        self.states: States = kind(seen, self.inputs_wanted, self.first_trained)
         self.tapes: dict[int, _StoredTape] = {}
-        self.gradients: tuple[Tensor | None, ...] = ()
-        """With respect to the tensors of the state that the backward has come to."""
         self.sides = SideOutputs()
         self._repeating = False
         self._gradients_on = torch.enable_grad()  # entered every step, and cheaper to keep
@@ -108,40 +91,12 @@ class Interpreter:
         glances = self.prepared.check == "glance" and seen.device.type == "cpu"
         self._uses = TapeUses(seen)
         self._outputs = SeenOutputs(whole=whole) if whole or glances else None
-        self.store_input(inputs)
-
-    def store_input(self, inputs: State) -> None:
-        """Begin with this input, taken apart."""
-        snapshot = self._snapshot(0, self.prepared.script.snapshots_input)
-        self.states[0] = _Checkpoint(inputs.detached(), snapshot)
-
-    def _snapshot(self, i: int, wanted: bool | int) -> StateSnapshot | None:
-        return self.seen.snapshot(i) if wanted and self.prepared.replays else None
-
-    def state(self, i: int) -> State:
-        """State i, taken from a checkpoint or from the tape of stage i."""
-        stored = self.states.get(i) or self.tapes[i].output
-        assert stored is not None
-        return stored.state
-
-    def take_output(self) -> State:
-        """The output of the last stage, given away by its tape."""
-        n = len(self.prepared.stages)
-        state = self.state(n)
-        if n not in self.states:
-            self.tapes[n].output = None
-        return state
-
-    def take_gradients(self) -> tuple[Tensor | None, ...]:
-        """The gradients with respect to the state that the backward has come to, given away."""
-        gradients, self.gradients = self.gradients, ()
-        return gradients
+        self.states.begin(inputs)
 
     def clear(self) -> None:
         """Let go of all states, tapes and gradients."""
         self.states.clear()
         self.tapes.clear()
-        self.gradients = ()
         for alias in self.seen.aliases:
             alias.grad = None
 
@@ -196,9 +151,10 @@ class Interpreter:
     def _drop(self, p: int, i: int) -> None:
         kind = self.prepared.script.dropped.data[p]
         if kind == _STATE:
-            del self.states[i]
+            self.states.drop(i)
         elif kind == _TAPE:
             del self.tapes[i]
+            self.states.tape_gone(i)
 
     def _taped_forwards(self, p: int, first: int, last: int) -> None:
         """Runs with tape of stages that follow each other, from a position on."""
@@ -219,25 +175,15 @@ class Interpreter:
             return False
         return self.prepared.usage.knows(first, last)
 
-    def _input(self, p: int, i: int) -> _Checkpoint:
-        """The input of stage i, with the random state that its run begins with."""
-        stored = self.states.get(i - 1)
-        if stored is None:
-            kept = self.tapes[i - 1]
-            assert kept.output is not None
-            stored = kept.output
+    def _input(self, p: int, i: int) -> Checkpoint:
+        """The input of stage i; its random state is put back."""
+        stored = self.states.read(p, i)
         if stored.state.versions() != stored.versions:
             raise ExecutionError(
                 f"the input of stage {self._name(i)!r} was changed in place "
                 "since it was made, by the caller or by another stage that holds a view of it; "
                 "change a copy instead (x = x + 1, not x += 1)"
             )
-        facts = self.prepared.script.facts[p]
-        if facts & FREES_INPUT:
-            self.tapes[i - 1].output = None
-        if facts & RESTORES and self.prepared.replays:
-            assert stored.random is not None
-            stored.random.restore()
         return stored
 
     def _marked(self, p: int) -> AbstractContextManager[None]:
@@ -246,19 +192,12 @@ class Interpreter:
         again = self._repeating or p > self.prepared.script.segments.turn
         return self.seen.again() if again else _FIRST
 
-    def _wanted(self, i: int) -> tuple[int, ...]:
-        """For each tensor of state i what the stage after it finds, one of `Carries`."""
-        if i == 0:
-            return self.inputs_wanted
-        carries = self.prepared.facts.carries[i]
-        return carries if i >= self.first_trained else (0,) * len(carries)
-
     def _forward(self, p: int, i: int) -> None:
         prepared, stored = self.prepared, self._input(p, i)
-        stage, extras = prepared.stages[i - 1], self.seen.extras
+        stage, extras = self.states.stage(i), self.seen.extras
         how = prepared.facts.alone[i - 1]
         if how or prepared.facts.sides[i - 1]:
-            wanted = self._wanted(i - 1)
+            wanted = self.states.wanted(i)
             with self._looking(i) as look:
                 output = run_alone(
                     stage, stored.state, wanted=wanted, extras=extras, how=how, look=look
@@ -269,15 +208,14 @@ class Interpreter:
             output = run_stage(stage, stored.state, extras).without_graph()
         self._check_input(stored.state, stored.versions, i)
         self._check_output(i, stored.state, output)
-        snapshot = self._snapshot(i, prepared.script.facts[p] & SNAPSHOTS)
-        self.states[i] = _Checkpoint(output, snapshot)
+        self.states.keep(p, i, output, taped=False)
 
     def _taped_forward(self, p: int, i: int) -> None:
         prepared, stored = self.prepared, self._input(p, i)
-        stage: StageCall = prepared.stages[i - 1]
+        stage: StageCall = self.states.stage(i)
         if prepared.script.dropped.data[p]:  # the plan was checked to have no other than lean ones
             stage = stage.lean or stage
-        wanted = self._wanted(i - 1)
+        wanted = self.states.wanted(i)
         with self._gradients_on, self._marked(p), self._looking(i) as look:
             boxes, source = sources_of(stored.state, wanted)
             nodes = _count()
@@ -307,7 +245,7 @@ class Interpreter:
         # A stage may save what another one leaves: the objects must be the caller's alone.
         sided = any(prepared.facts.sides[first - 1 : last])
         with self._gradients_on, self._marked(p):
-            boxes, state = sources_of(stored.state, self._wanted(first - 1))
+            boxes, state = sources_of(stored.state, self.states.wanted(first))
             versions = state.versions()
             entered = storage_sizes(state.leaves)
             del stored
@@ -369,11 +307,8 @@ class Interpreter:
         used: tuple[Uses, tuple[int, ...]],
     ) -> None:
         """Store a tape, made by an operation that ran last, and its output where that is read."""
-        kept = None
-        if self.prepared.script.facts[p] & KEEPS_OUTPUT:
-            snapshot = self._snapshot(last, self.prepared.script.facts[p] & SNAPSHOTS)
-            kept = _Checkpoint(made.detached(), snapshot)
-        self.tapes[last] = _StoredTape(tape, kept, first, used, self.prepared.usage.version)
+        self.states.keep(p, last, made, taped=True)
+        self.tapes[last] = _StoredTape(tape, first, used, self.prepared.usage.version)
 
     def _check_input(self, x: State, versions: tuple[int, ...], i: int) -> None:
         if x.versions() != versions:
@@ -385,7 +320,7 @@ class Interpreter:
 
     def _check_output(self, i: int, x: State, output: State) -> None:
         """Refuse an output that is not made up as the profile saw it."""
-        carries, leaves = self.prepared.facts.carries[i], output.leaves
+        carries, leaves = self.states.carries(i), output.leaves
         if len(leaves) != len(carries):
             raise ExecutionError(
                 f"stage {self._name(i)!r} returned {len(leaves)} tensors, and "
@@ -409,7 +344,8 @@ class Interpreter:
             kept = self.tapes.pop(i)
             if kept.version != self.prepared.usage.version:
                 self._feed_again(i, kept)
-            gradients = list(self.take_gradients())
+            self.states.tape_gone(i)
+            gradients = self.states.gradients_of(i)
             start, tape = kept.first, kept.tape
             del kept
             self._check_gradients(i, gradients, tape.shapes)
@@ -419,11 +355,12 @@ class Interpreter:
             lives = tape.watch()
             with self.seen.going_back(), self._attributes_kept(start, i):
                 try:
-                    self.gradients = tape.backward(gradients, further)
+                    sent = tape.backward(gradients, further)
                 except RuntimeError as error:  # freed, by who went back from what was left?
                     self._refuse_left(start, i, error)
                     raise
-            del tape, further
+            self.states.send(start, sent)
+            del tape, further, sent
             held = lives() is not None and not module_tracker_at_work()
             if held and still(partial(_is_there, lives)):
                 self._refuse_left(start, i)

@@ -270,7 +270,8 @@ class _BlockNode(torch.autograd.Function):
         if k > 0:
             before = (_token(run, higher) if wanted[0] else None,)
         elif higher is None:
-            before = run.interpreter.take_gradients() or (None,) * ctx.entries
+            before, run.input_gradients = run.input_gradients, ()
+            before = before or (None,) * ctx.entries
         else:
             before = higher.inputs
         return None, None, None, *before, *gradients

@@ -53,6 +53,8 @@ class TrainingStep:
         self.sides = self.interpreter.sides
         self.phase = _Phase.FORWARD
         self.output = State(())
+        self.input_gradients: tuple[Tensor | None, ...] = ()
+        """With respect to the input, once the backward has come to it."""
         self.trees: tuple[State, ...] = ()
         """Of the input and of what every stage is given, without their tensors."""
 
@@ -87,7 +89,7 @@ class TrainingStep:
     def state_before(self, block: int) -> State:
         """The state that a block takes as it begins; the output for the number of blocks."""
         i = self.prepared.chain.blocks[block - 1].last if block else 0
-        return self.interpreter.state(i)
+        return self.interpreter.states.peek(i)
 
     def forward(self, segment: Segment) -> None:
         """Run the operations of one block's forward."""
@@ -100,7 +102,7 @@ class TrainingStep:
         with self._guard():
             self.seen.end_forward()
         self.phase = _Phase.TURNED
-        output = self.interpreter.take_output().detached()
+        output = self.interpreter.states.take_output().detached()
         self.output = State((), output.tree)
         return output.leaves
 
@@ -158,7 +160,7 @@ class TrainingStep:
                 return differentiable_gradients(self.seen, *again, gradients, self.sides)
             if not first:
                 self._rewind(self._again(inputs)[0])
-        self.interpreter.gradients = gradients
+        self.interpreter.states.arrive(gradients)
         self.sides.arrive(further)
         return None
 
@@ -180,9 +182,9 @@ class TrainingStep:
             self.seen.traceless(blocks),
         ):
             self.seen.begin_again()
-            self.interpreter.store_input(inputs)
+            self.interpreter.states.begin(inputs)
             self.interpreter.run(whole, again=True)
-        self.interpreter.take_output()
+        self.interpreter.states.take_output()
 
     def backward(self, segment: Segment, *, lowest: bool) -> list[Tensor | None]:
         """Run the operations of one block's backward.
@@ -220,10 +222,9 @@ class TrainingStep:
             gradients.append(alias.grad)
             alias.grad = None
         if lowest:
-            found = self.interpreter.take_gradients()
+            self.input_gradients = self.interpreter.states.take_gradients()
             self.release()
             self._check_aliases()
-            self.interpreter.gradients = found
         return gradients
 
     def _check_aliases(self) -> None:
