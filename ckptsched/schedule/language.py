@@ -342,6 +342,10 @@ class ScheduleBuilder:
         """Forget a state on the device."""
         self._packed.append(DROP | stage << _STAGE)
 
+    def packed(self, operation: int) -> None:
+        """Any operation, as `Schedule.packed` has it."""
+        self._packed.append(operation)
+
     def sweep(self, first: int, last: int, *, keep_last: bool = True) -> None:
         """Run stages first..last without tape, keeping only the state of the last.
 

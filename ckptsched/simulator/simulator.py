@@ -252,7 +252,8 @@ def _edges_of(chain: Chain | Graph) -> kernel.Edges:
         reader = source + 1
         first = np.maximum(np.arange(-1, n + 1), 0)
         first_from = np.minimum(np.arange(n + 2), n)
-    return kernel.Edges(first, source, reader, first_from, leaving)
+    pins = not (isinstance(chain, Graph) and chain.lined is not None)
+    return kernel.Edges(first, source, reader, first_from, leaving, pins)
 
 
 def _sum_of_runs(seconds: npt.NDArray[np.float64], runs: npt.NDArray[np.int64]) -> float:

@@ -62,6 +62,9 @@ class Edges(NamedTuple):
     """State u has first_from[u] to first_from[u + 1] - 1 of `leaving`."""
     leaving: Bytes
     """Edges by the state that they leave."""
+    pins: bool
+    """Whether a tape needs, to its Backward, the states that it was made from. By value it holds
+    what it saves, and needs nothing else."""
 
 
 class Sizes(NamedTuple):
@@ -282,7 +285,7 @@ def _may_go_back(edges: Edges, stored: Stored, i: int) -> int:
         return NO_GRADIENT
     if not at[DEVICE, TAPE, i]:
         return NO_TAPE
-    if _lacks(edges, at, stored.totals, i):
+    if edges.pins and _lacks(edges, at, stored.totals, i):
         return NO_INPUT
     for e in range(edges.first[i], edges.first[i + 1]):
         rule = _may_add(edges, stored, edges.source[e])
@@ -321,6 +324,8 @@ def _may_drop(edges: Edges, stored: Stored, kind: int, i: int, tier: int) -> int
         return FINE
     if kind == STATE and i == 0 and _is_awaited(edges, stored, 0):
         return INPUT_NEEDED
+    if not edges.pins:
+        return FINE
     for k in range(edges.first_from[i], edges.first_from[i + 1]):
         e = edges.leaving[k]
         if at[DEVICE, TAPE, edges.reader[e]] and stored.bare[e] == (kind == STATE):

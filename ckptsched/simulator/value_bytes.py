@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..base.errors import InvalidScheduleError
 from ..base.jit import suited
-from ..schedule.language import Code, Kind, Schedule
+from ..schedule.language import Code, Kind, Schedule, ScheduleBuilder
 from ..schedule.trace import Live
 from ..workload.graph import Graph
 from ..workload.values import StageValues
@@ -64,6 +64,29 @@ def live_by_value(graph: Graph, schedule: Schedule, position: int, peak: int) ->
     found = [x for x in ledger.live_before(runs, at) if x.bytes]
     found.append(Live("the operation itself", peak - sum(x.bytes for x in found)))
     return tuple(sorted((x for x in found if x.bytes), key=lambda x: -x.bytes))
+
+
+def with_drops_by_value(graph: Graph, runs: Integers) -> Schedule:
+    """The schedule of some runs: each copy goes right after it was read for the last time.
+
+    Args:
+        graph: One that knows the chain that it was made of.
+        runs: Runs, Turn and Backwards, packed as `Schedule` packs them.
+    """
+    ledger = ValueLedger(graph, len(runs))
+    ledger.charge(runs)
+    last = ledger.books.last
+    bare = np.flatnonzero(runs & 0xFF == Code.FORWARD)
+    drops: list[list[int]] = [[] for _ in runs]
+    for p in bare.tolist():
+        drops[last[p]].append(int(runs[p]) >> 32)
+    builder = ScheduleBuilder()
+    for packed, gone in zip(runs.tolist(), drops, strict=True):
+        builder.packed(packed)
+        for i in gone:
+            builder.drop_state(i)
+    builder.drop_state(0)
+    return builder.build()
 
 
 @final
