@@ -80,7 +80,7 @@ class Script:
     repeated: tuple[int, ...]
     """The stages that run more than once, in order."""
     frees: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    """By value, the stages whose copies are read by an operation for the last time; 0 for the input."""
+    """By value, the stages whose copies an operation reads for the last time; 0 for the input."""
 
     @classmethod
     def of(cls, plan: Plan, collects: Collects) -> Script:

@@ -23,6 +23,7 @@ from ..base.errors import (
     InvalidScheduleError,
     PlanMismatchError,
     ProfileError,
+    WorkloadError,
 )
 from ..capture.inspection import Inspection
 from ..capture.policies.policy import NO_POLICY, Policy
@@ -46,6 +47,7 @@ from ..torch_state.locks import LendingLock
 from ..torch_state.replay_context import ContextFn, contexts
 from ..torch_state.torch_modes import outside_of_compiled_code
 from ..workload.chain import Chain
+from ..workload.graph import Graph
 from .arguments import ArgumentNames, Call, Extent, Form, Kind
 from .pending import Pending
 from .planning import plan_opened
@@ -287,7 +289,8 @@ class Fitted(InPlace):
         for served in self._served():
             calls, arguments = served.calls, call.put_into(served.form)
             captured = calls.captured if isinstance(calls, RecordedCalls) else None
-            chain = calls.plan.chain
+            by_value = calls.plan.chain if isinstance(calls.plan.chain, Graph) else None
+            chain = by_value.lined if by_value else calls.plan.chain
             if captured is None or captured.cuts in tried:
                 continue
             if arguments is None or not served.extent.covers(Extent.of(arguments)):
@@ -302,11 +305,12 @@ class Fitted(InPlace):
             except ProfileError:  # it goes another way
                 continue
             try:
-                trace = simulate(weighed, calls.plan.schedule)
-            except InvalidScheduleError:  # a stage does not offer a tape that it has there
+                again_by_value = Graph.of_values(weighed) if by_value else weighed
+                trace = simulate(again_by_value, calls.plan.schedule)
+            except (InvalidScheduleError, WorkloadError):  # a stage takes other paths or tapes
                 continue
             if trace.peak_bytes <= calls.plan.budget_bytes:
-                plan = replace(calls.plan, chain=weighed, trace=trace)
+                plan = replace(calls.plan, chain=again_by_value, trace=trace)
                 return self._recorded(certified_again(plan, search=False), again, calls.inspection)
         return None
 

@@ -154,7 +154,7 @@ def plan_measured(
     try:
         return plan_one(chain, budget, progress=progress, **options)
     except InfeasibleBudgetError as error:
-        signature = chain.signature if isinstance(chain, Chain) else None
+        signature = chain.signature
         if signature is None or not signature.whole:
             raise
         why = (

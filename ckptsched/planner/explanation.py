@@ -11,7 +11,6 @@ from ..base.budget import format_bytes, format_seconds
 from ..base.progress_bar import bar_of_solvers
 from ..base.text_table import Grid
 from ..schedule.trace import Live
-from ..workload.chain import Chain
 from .plan import Plan, excess, label_of, note_on_bound, words_of_class, words_of_peak
 from .planner import BaselineFigures, PlanOptions, compare_baselines, plan_each
 from .tapes import lines_of, tape_grid, tapes_of
@@ -154,7 +153,7 @@ def _tapes(plan: Plan) -> str:
     lines = [f"{line[0].upper()}{line[1:]}." for line in lines_of(tapes)]
     once = sum(stage.once for stage in plan.chain.stages)
     if once:
-        signature = plan.chain.signature if isinstance(plan.chain, Chain) else None
+        signature = plan.chain.signature
         policy = signature and signature.policy
         lines.append(f"By {policy or 'what they say'}, {once} may run once only.")
     return "\n".join([f"Of {len(plan.chain)} stages:", *lines, str(tape_grid(plan.chain, tapes))])

@@ -162,7 +162,9 @@ class Plan:
             },
             "schedule": schedule_to_json(self.schedule),
         }
-        if with_chain:
+        if not with_chain:
+            content["by_value"] = isinstance(self.chain, Graph) and self.chain.lined is not None
+        else:
             content[kind_of(self.chain)] = self.chain.to_json()
         return sealed(content)
 
@@ -175,7 +177,8 @@ class Plan:
         Args:
             data: What `to_json` gave.
             source: Where it is from, for messages.
-            chain: The chain or graph that it is for, where the data leave it out.
+            chain: The chain or graph that it is for, where the data leave it out; a plan of the
+                graph of a recorded model may be given its chain.
 
         Raises:
             PlanMismatchError: No plan, another version, damaged, or a schedule that does
@@ -247,6 +250,8 @@ def _read(data: Any, source: str, chain: Workload | None) -> Plan:
     _check_seal(data, source)
     try:
         chain = _workload_from(data) if chain is None else chain
+        if isinstance(chain, Chain) and data.get("by_value"):
+            chain = Graph.of_values(chain)
         schedule = schedule_from_json(data["schedule"])
         figures = data["certificate"]
         certificate = {key: _typed(figures, key, kind) for key, kind in _CERTIFICATE.items()}
@@ -374,7 +379,8 @@ def _table(plan: Plan) -> str:
 
 def _spread(plan: Plan) -> str:
     """How far the seconds that were measured are to be trusted, from 1 % on."""
-    spread = plan.chain.seconds_spread if isinstance(plan.chain, Chain) else 0.0
+    chain = plan.chain if isinstance(plan.chain, Chain) else plan.chain.lined
+    spread = chain.seconds_spread if chain else 0.0
     return f", measured to about {spread:.0%}" if spread >= 0.01 else ""
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias, TypedDict, Unpack, cast, final
 
 from ..base.budget import (
@@ -30,6 +31,7 @@ from ..simulator.simulator import simulate
 from ..solvers import Baseline, get_solver
 from ..workload.chain import Chain
 from . import TIME_LIMIT
+from .by_value import better_by_value, may_gain
 from .disk_cache import PlanCache, is_worth_keeping, open_cache, source_digest
 from .plan import Plan, Workload, excess
 from .run_once import (
@@ -313,6 +315,9 @@ def _solve(task: _Task, shelf: PlanCache | None) -> list[_Result]:
     if isinstance(task.chain, Chain):
         results = _falling(task, [_with_smaller(task, result) for result in results])
         results = _with_rule(task, results)
+        if task.solver == AUTO and may_gain(task.chain):
+            one = partial(_one, task)
+            results = better_by_value(task.chain, results, task.store_all_bytes, one)
     taken = time.perf_counter() - begun
     plans = [result for result in results if isinstance(result, Plan)]
     operations = sum(len(plan.schedule) for plan in plans)
@@ -328,6 +333,12 @@ def _solve_for(task: _Task, sizes: Sequence[int]) -> list[_Result]:
         _plan(task, answer, size) if isinstance(answer, Answer) else answer
         for answer, size in zip(found, sizes, strict=True)
     ]
+
+
+def _one(task: _Task, size: int) -> _Result:
+    """What the chain's own solvers find for one budget."""
+    (found,) = _solve_for(task, [size])
+    return found
 
 
 def _with_rule(task: _Task, results: list[_Result]) -> list[_Result]:

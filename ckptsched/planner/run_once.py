@@ -121,7 +121,7 @@ def because_of_rule(
         error: What the solver says.
         least_without: The least budget if any stage might run again; None where it is unknown.
     """
-    signature = chain.signature if isinstance(chain, Chain) else None
+    signature = chain.signature
     policy = signature.policy if signature is not None else ""
     count = sum(stage.once for stage in chain.stages)
     least = error.least_budget_bytes

@@ -228,7 +228,8 @@ def _try_all(workload: Workload, sizes: Sequence[int], time_limit: float) -> lis
 
 def _names(workload: Workload) -> Iterable[str]:
     if isinstance(workload, Graph):
-        yield from _GRAPH_SOLVERS if len(workload) <= PROVED_NODES else _GRAPH_SOLVERS[1:]
+        proves = len(workload) <= PROVED_NODES and workload.lined is None
+        yield from _GRAPH_SOLVERS if proves else _GRAPH_SOLVERS[1:]
         return
     if _in_runs(workload):
         yield "run_dp"

@@ -33,7 +33,6 @@ from ..planner.tradeoff import (
     tradeoff,
 )
 from ..schedule.language import Code
-from ..workload.chain import Chain
 
 if TYPE_CHECKING:
     from ..executor.verify import Verification
@@ -196,7 +195,7 @@ def print_chain(chain: Workload, console: Console, plan: Plan) -> None:
     ]
     once = sum(stage.once for stage in chain.stages)
     if once:
-        policy = chain.signature.policy if isinstance(chain, Chain) and chain.signature else ""
+        policy = chain.signature.policy if chain.signature else ""
         lines.append(f"  run once      {once} stages, by {policy or 'what they say'}")
     console.print(Text("\n".join(lines)), soft_wrap=True)
     console.print()

@@ -170,9 +170,7 @@ def charge(
 
 
 @compiled
-def _note(
-    packed: Integers, ledgers: Ledgers, stages: Stages, wiring: Wiring, books: Books
-) -> None:
+def _note(packed: Integers, ledgers: Ledgers, stages: Stages, wiring: Wiring, books: Books) -> None:
     """Find which storages there are, and who holds each of them to when."""
     m = len(packed)
     books.freed[:] = 0
@@ -239,9 +237,7 @@ def _note_input(wiring: Wiring, books: Books, m: int) -> int:
 
 
 @compiled
-def _note_ends(
-    packed: Integers, stages: Stages, wiring: Wiring, books: Books, slots: int
-) -> None:
+def _note_ends(packed: Integers, stages: Stages, wiring: Wiring, books: Books, slots: int) -> None:
     """Have copies hold their storages as long as they are read, and snapshots lie so long."""
     for p in range(len(packed)):
         if packed[p] & 0xFF <= TAPED and books.last[p] > p:

@@ -17,7 +17,6 @@ from ...capture.recording.replay.own_values import OwnStage
 from ...capture.stage_discovery import StageCall
 from ...recompute.tape import state_of
 from ...tensors.pytree import State
-from ..prepared_plan import PreparedPlan
 from ..script import FORGETS, FREES_INPUT, KEEPS_OUTPUT, RESTORES, SNAPSHOTS
 from .forward_snapshot import ForwardSnapshot, StateSnapshot
 
@@ -163,7 +162,9 @@ class LiveSets(States):
         facts = self.prepared.script.facts[p]
         if taped and not facts & KEEPS_OUTPUT:
             return
-        stored = Checkpoint(output.detached() if taped else output, self._snapshot(i, facts & SNAPSHOTS))
+        stored = Checkpoint(
+            output.detached() if taped else output, self._snapshot(i, facts & SNAPSHOTS)
+        )
         (self._of_tapes if taped else self._states)[i] = stored
 
     def drop(self, i: int) -> None:
@@ -253,9 +254,7 @@ class Values(States):
         reads = self._own[i - 1].reads
         leaves = [self._copies[value.maker].state.leaves[value.place] for value in reads]
         found = Checkpoint(state_of(tuple(leaves)), None)
-        found.versions = tuple(
-            [self._copies[value.maker].versions[value.place] for value in reads]
-        )
+        found.versions = tuple([self._copies[value.maker].versions[value.place] for value in reads])
         for maker in script.frees.get(p, ()):
             self._copies.pop(maker, None)
         return found

@@ -26,6 +26,7 @@ from . import search_kernel as kernel
 from .cuts_solver import ALL_SCHEDULES, GraphCuts, Judged, plain_schedules
 from .live_sets import live_sets
 from .to_schedule import with_drops
+from .value_search import searched
 
 # Moves for one budget: as many as take some seconds, as a look takes longer on a larger graph; and
 # small ones have few tables to try.
@@ -68,6 +69,8 @@ class GraphSearch(AbstractGraphSolver):
         self, chain: Chain | Graph, budgets: Sequence[int]
     ) -> list[Solution | InfeasibleBudgetError]:
         """Solve for several budgets; a larger one takes over what a smaller one found."""
+        if isinstance(chain, Graph) and chain.lined is not None:
+            return self._solve_by_value(chain, budgets)
         if isinstance(chain, Chain) or chain.is_path or len(chain) > _MOST_NODES:
             return GraphCuts().solve_each(chain, budgets)
         known = _known(chain, budgets)
@@ -78,6 +81,15 @@ class GraphSearch(AbstractGraphSolver):
                 known += self._searched(chain, budget, best or _least(known))
             found[budget] = _answer(chain, budget, known)
         return [found[budget] for budget in budgets]
+
+    def _solve_by_value(
+        self, graph: Graph, budgets: Sequence[int]
+    ) -> list[Solution | InfeasibleBudgetError]:
+        """As `solve_each`, of the graph of a recorded model: in exact bytes, from its chain."""
+        assert graph.lined is not None
+        starts, least = starts_for(graph.lined, budgets)
+        found = searched(graph, budgets, starts, least, self.moves)
+        return [_answer(graph, budget, found.known) for budget in budgets]
 
     def _searched(self, graph: Graph, budget: int, start: Judged) -> list[Judged]:
         """What a search from a schedule finds for a budget: nothing, or one that is better."""
@@ -94,22 +106,29 @@ class GraphSearch(AbstractGraphSolver):
         return found
 
 
+def starts_for(chain: Chain, budgets: Sequence[int]) -> tuple[list[Schedule], Schedule | None]:
+    """Plans of a chain for some budgets, and for its least where one of them is below that."""
+    effort = replace(_EFFORT, additions=_LONG_EFFORT) if len(chain) > _LONG else _EFFORT
+    solver = ChainDp(effort=effort)
+    *planned, below = solver.solve_each(chain, [*budgets, 0])
+    starts = [x.schedule for x in planned if isinstance(x, Solution)]
+    least = below.least_budget_bytes if isinstance(below, InfeasibleBudgetError) else None
+    if least is None or min(budgets, default=least) >= least:
+        return starts, None
+    (found,) = solver.solve_each(chain, [least])
+    return starts, found.schedule if isinstance(found, Solution) else None
+
+
 def _known(graph: Graph, budgets: Sequence[int]) -> list[Judged]:
     """Schedules that are known without a search; one of few bytes if a budget is below the rest."""
     by_cuts = GraphCuts().solve_each(graph, budgets)
     known = [(x.schedule, x.trace) for x in by_cuts if isinstance(x, Solution)]
     lined = live_sets(graph)
-    effort = replace(_EFFORT, additions=_LONG_EFFORT) if len(graph) > _LONG else _EFFORT
-    solver = ChainDp(effort=effort)
     with suppress(WorkloadError):  # too many nodes for its table
-        *planned, below = solver.solve_each(lined.chain, [*budgets, 0])
-        least = below.least_budget_bytes if isinstance(below, InfeasibleBudgetError) else None
-        if least is not None and min(budgets, default=least) < least:
-            planned += solver.solve_each(lined.chain, [least])
-        for solution in planned:
-            if isinstance(solution, Solution):
-                schedule = lined.lower(solution.schedule)
-                known.append((schedule, simulate(graph, schedule)))
+        starts, least = starts_for(lined.chain, budgets)
+        for start in (*starts, *([] if least is None else [least])):
+            schedule = lined.lower(start)
+            known.append((schedule, simulate(graph, schedule)))
     if len(known) < len(budgets):
         known += plain_schedules(graph)
     return known
@@ -155,8 +174,8 @@ def _annealed(
         heats: What a change for the worse may cost at first and in the end, in mean runs.
     """
     n, net = len(graph), _network(graph)
-    table, room = _table(n, start), kernel.scratch(n)
-    best = _table(n, start)
+    table, room = kernel.table_of(n, start), kernel.scratch(n)
+    best = kernel.table_of(n, start)
     peak, seconds = kernel.look(net, best, room)
     found = np.array([peak, seconds], np.float64)
     run, all_runs = float(net.seconds[1:].mean()), float(net.seconds.sum())
@@ -211,27 +230,6 @@ def _by_phase(graph: Graph) -> tuple[kernel.Integers, kernel.Integers]:
         bytes_now += new[b] - gradients[b] + sum(gradients[u] for u in read if u not in begun)
         begun.update(read)
     return np.array(level, np.int64), np.array(ending, np.int64)
-
-
-def _table(n: int, schedule: Schedule) -> kernel.Table:
-    """What runs when in a schedule whose Backwards come in the reverse of the nodes' order."""
-    table = kernel.Table(
-        runs=np.zeros((n + 1, n + 1), np.uint8),
-        taped=np.zeros(n + 1, np.int64),
-        low=np.full(n + 1, n + 1, np.int64),
-        high=np.zeros(n + 1, np.int64),
-    )
-    k = 0
-    for operation in schedule:
-        match operation:
-            case Forward(v, tape=tape):
-                table.runs[k, v] = kernel.TAPED if tape else max(table.runs[k, v], kernel.BARE)
-                table.low[k], table.high[k] = min(table.low[k], v), max(table.high[k], v)
-                if tape:
-                    table.taped[v] = k
-            case Turn() | Backward():
-                k += 1
-    return table
 
 
 def _runs(table: kernel.Table, n: int) -> list[Operation]:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...base.jit import compiled
+from ...schedule.language import Backward, Forward, Schedule, Turn
 
 Integers = npt.NDArray[np.int64]
 Seconds = npt.NDArray[np.float64]
@@ -81,7 +82,7 @@ class Scratch(NamedTuple):
     """How much of `idle`, `changed` and `moved` is filled."""
 
 
-_IDLE, _CHANGED, _MOVED = range(3)
+IDLE, CHANGED, MOVED = range(3)
 
 
 def scratch(n: int) -> Scratch:
@@ -94,6 +95,27 @@ def scratch(n: int) -> Scratch:
         moved=np.zeros(2 * (n + 1), np.int64),
         counts=np.zeros(3, np.int64),
     )
+
+
+def table_of(n: int, schedule: Schedule) -> Table:
+    """What runs when in a schedule of n nodes whose Backwards come in the reverse of their order."""
+    table = Table(
+        runs=np.zeros((n + 1, n + 1), np.uint8),
+        taped=np.zeros(n + 1, np.int64),
+        low=np.full(n + 1, n + 1, np.int64),
+        high=np.zeros(n + 1, np.int64),
+    )
+    k = 0
+    for operation in schedule:
+        match operation:
+            case Forward(v, tape=tape):
+                table.runs[k, v] = TAPED if tape else max(table.runs[k, v], BARE)
+                table.low[k], table.high[k] = min(table.low[k], v), max(table.high[k], v)
+                if tape:
+                    table.taped[v] = k
+            case Turn() | Backward():
+                k += 1
+    return table
 
 
 @compiled
@@ -154,7 +176,7 @@ def look(net: Network, table: Table, room: Scratch) -> tuple[int, float]:
                     needed[u] = 1
                     level += net.state[u]
             peak = max(peak, level + size + net.overhead[v] + net.level[k])
-    room.counts[_IDLE] = idle
+    room.counts[IDLE] = idle
     return peak, seconds
 
 
@@ -170,36 +192,36 @@ def _is_held(net: Network, kept: Flags, v: int) -> bool:
 @compiled
 def _set(table: Table, room: Scratch, k: int, v: int, run: int) -> None:
     """Change a cell, and note what it was."""
-    at = room.counts[_CHANGED]
+    at = room.counts[CHANGED]
     if table.runs[k, v] == run or 3 * at + 3 > len(room.changed):
         return
     room.changed[3 * at] = k
     room.changed[3 * at + 1] = v
     room.changed[3 * at + 2] = table.runs[k, v]
-    room.counts[_CHANGED] = at + 1
+    room.counts[CHANGED] = at + 1
     table.runs[k, v] = run
     table.low[k] = min(table.low[k], v)
     table.high[k] = max(table.high[k], v)
 
 
 @compiled
-def _take_back(table: Table, room: Scratch) -> None:
+def take_back(table: Table, room: Scratch) -> None:
     """Take the last move back."""
-    for at in range(room.counts[_CHANGED] - 1, -1, -1):
+    for at in range(room.counts[CHANGED] - 1, -1, -1):
         k, v = room.changed[3 * at], room.changed[3 * at + 1]
         table.runs[k, v] = room.changed[3 * at + 2]
-    for at in range(room.counts[_MOVED] - 1, -1, -1):
+    for at in range(room.counts[MOVED] - 1, -1, -1):
         table.taped[room.moved[2 * at]] = room.moved[2 * at + 1]
 
 
 @compiled
-def _clean(table: Table, room: Scratch, n: int) -> None:
+def clean(table: Table, room: Scratch, n: int) -> None:
     """Take out what the last look found idle, and draw the borders of phases in."""
-    for at in range(room.counts[_IDLE]):
+    for at in range(room.counts[IDLE]):
         k, v = room.idle[at] // (n + 1), room.idle[at] % (n + 1)
         if k:
             table.runs[k, v] = NOTHING
-    for at in range(room.counts[_CHANGED]):
+    for at in range(room.counts[CHANGED]):
         k = room.changed[3 * at]
         while table.low[k] <= table.high[k] and table.runs[k, table.low[k]] == NOTHING:
             table.low[k] += 1
@@ -220,11 +242,11 @@ def _tape_at(table: Table, room: Scratch, v: int, k: int, leave: bool) -> None:
         k: The phase.
         leave: Whether a run without tape is left where the tape was made.
     """
-    old, at = table.taped[v], room.counts[_MOVED]
+    old, at = table.taped[v], room.counts[MOVED]
     if old == k or 2 * at + 2 > len(room.moved):
         return
     room.moved[2 * at], room.moved[2 * at + 1] = v, old
-    room.counts[_MOVED] = at + 1
+    room.counts[MOVED] = at + 1
     table.taped[v] = k
     _set(table, room, old, v, BARE if leave or old == 0 else NOTHING)
     _set(table, room, k, v, TAPED)
@@ -242,7 +264,7 @@ def _busy_phase(table: Table, n: int, share: float) -> int:
 
 
 @compiled
-def _move(table: Table, room: Scratch, draws: Seconds, n: int) -> None:
+def move(table: Table, room: Scratch, draws: Seconds, n: int) -> None:
     """Change a table at random: runs of an interval of nodes, or where they are taped.
 
     Args:
@@ -251,7 +273,7 @@ def _move(table: Table, room: Scratch, draws: Seconds, n: int) -> None:
         draws: `DRAWS` numbers from 0 to 1.
         n: Number of nodes.
     """
-    room.counts[_CHANGED] = room.counts[_MOVED] = 0
+    room.counts[CHANGED] = room.counts[MOVED] = 0
     a = 1 + int(draws[1] * n)
     b = min(n, a + int(draws[2] ** 4 * n))
     if draws[0] < 0.4:
@@ -298,7 +320,7 @@ def _move(table: Table, room: Scratch, draws: Seconds, n: int) -> None:
 
 
 @compiled
-def _copy(target: Table, table: Table) -> None:
+def copy(target: Table, table: Table) -> None:
     target.runs[:] = table.runs
     target.taped[:] = table.taped
     target.low[:] = table.low
@@ -335,17 +357,17 @@ def anneal(
     peak, seconds = look(net, table, room)
     value = seconds + price * max(0, peak - budget)
     for m in range(len(draws)):
-        _move(table, room, draws[m], n)
-        if room.counts[_CHANGED] == 0:
+        move(table, room, draws[m], n)
+        if room.counts[CHANGED] == 0:
             continue
         peak, seconds = look(net, table, room)
         now = seconds + price * max(0, peak - budget)
         if now > value and draws[m, 6] >= math.exp((value - now) / heat[m]):
-            _take_back(table, room)
+            take_back(table, room)
             continue
         value = now
-        _clean(table, room, n)
+        clean(table, room, n)
         fits, fitted = peak <= budget, found[0] <= budget
         if (fits and (not fitted or seconds < found[1])) or (not fitted and peak < found[0]):
             found[0], found[1] = peak, seconds
-            _copy(best, table)
+            copy(best, table)

@@ -19,20 +19,21 @@ from ...simulator.exact_bytes_kernel import Ledgers, Stages
 from ...simulator.value_bytes_kernel import Books, Level, Wiring, charge
 from .search_kernel import (
     BARE,
+    CHANGED,
+    IDLE,
+    MOVED,
     NOTHING,
     Scratch,
     Table,
-    _clean,
-    _copy,
-    _move,
-    _take_back,
+    clean,
+    copy,
+    move,
+    take_back,
 )
-from .search_kernel import TAPED as WITH_TAPE
 
 Integers = npt.NDArray[np.int64]
 Seconds = npt.NDArray[np.float64]
 
-_IDLE, _CHANGED, _MOVED = range(3)
 _OTHER_TAPES = 0.15  # of all moves
 
 
@@ -104,7 +105,7 @@ def pack(
                 seconds += figures.taped[figures.first_tape[v] + option[v]]
             for e in range(wiring.first_read[v], wiring.first_read[v + 1]):
                 needed[wiring.maker[e]] = 1
-    scratch.counts[_IDLE] = idle
+    scratch.counts[IDLE] = idle
     return at, seconds
 
 
@@ -128,9 +129,7 @@ def look(
 
 
 @compiled
-def _other_tapes(
-    figures: Figures, option: Integers, old: Integers, draws: Seconds, n: int
-) -> bool:
+def _other_tapes(figures: Figures, option: Integers, old: Integers, draws: Seconds, n: int) -> bool:
     """Have an interval of nodes run with other tapes; returns whether any is another."""
     a = 1 + int(draws[1] * n)
     b = min(n, a + int(draws[2] ** 4 * n))
@@ -183,26 +182,26 @@ def anneal(
     peak, seconds = look(figures, table, option, scratch, room)
     value = seconds + price * max(0, peak - budget)
     for m in range(len(draws)):
-        scratch.counts[_CHANGED] = scratch.counts[_MOVED] = 0
+        scratch.counts[CHANGED] = scratch.counts[MOVED] = 0
         by_tape = offers and draws[m, 7] < _OTHER_TAPES
         if by_tape:
             if not _other_tapes(figures, option, old, draws[m], n):
                 continue
         else:
-            _move(table, scratch, draws[m], n)
-            if scratch.counts[_CHANGED] == 0:
+            move(table, scratch, draws[m], n)
+            if scratch.counts[CHANGED] == 0:
                 continue
         peak, seconds = look(figures, table, option, scratch, room)
         now = seconds + price * max(0, peak - budget)
         if now > value and draws[m, 6] >= math.exp((value - now) / heat[m]):
-            _take_back(table, scratch)
+            take_back(table, scratch)
             if by_tape:
                 option[:] = old
             continue
         value = now
-        _clean(table, scratch, n)
+        clean(table, scratch, n)
         fits, fitted = peak <= budget, found[0] <= budget
         if (fits and (not fitted or seconds < found[1])) or (not fitted and peak < found[0]):
             found[0], found[1] = peak, seconds
-            _copy(best, table)
+            copy(best, table)
             best_option[:] = option
