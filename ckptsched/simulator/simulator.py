@@ -66,8 +66,7 @@ def simulate(
     timeline = planning.timeline
     ledger_peak = None
     if model != "planning" and chain.has_ledger:
-        by_value = isinstance(chain, Graph)
-        timeline = charge_values(chain, schedule) if by_value else charge(chain, schedule)
+        timeline = _exact(chain, schedule)
         ledger_peak = int(timeline.max())
     position = int(timeline.argmax())
     exact = ledger_peak is not None
@@ -88,13 +87,21 @@ def simulate(
     )
 
 
+def _exact(chain: Chain | Graph, schedule: Schedule) -> npt.NDArray[np.int64]:
+    """Exact bytes while each operation runs."""
+    if isinstance(chain, Graph):
+        return charge_values(chain, schedule)
+    return charge(chain, schedule)
+
+
 def _live_at(
     chain: Chain | Graph, schedule: Schedule, position: int, peak: int, *, exact: bool
 ) -> tuple[Live, ...]:
     """What is live when an operation runs, in the ledger or in the planning model."""
     if exact:
-        live = live_by_value if isinstance(chain, Graph) else live_at
-        return live(chain, schedule, position, peak)
+        if isinstance(chain, Graph):
+            return live_by_value(chain, schedule, position, peak)
+        return live_at(chain, schedule, position, peak)
     run = _Planning(chain, schedule)
     run.run(until=position)
     return run.live(peak)

@@ -45,7 +45,8 @@ def charge_values(graph: Graph, schedule: Schedule) -> Integers:
     during = ledger.charge(runs)
     is_run = schedule.codes != Code.DROP
     before = np.cumsum(is_run) - 1  # a schedule begins with a run
-    return np.where(is_run, during[before], ledger.books.after[before])
+    found: Integers = np.where(is_run, during[before], ledger.books.after[before])
+    return found
 
 
 def live_by_value(graph: Graph, schedule: Schedule, position: int, peak: int) -> tuple[Live, ...]:
@@ -163,7 +164,8 @@ def runs_of(schedule: Schedule) -> Integers:
         p = int(np.flatnonzero(codes == Code.BACKWARD)[1 + np.argmin(falls)])
         reason = "by value, Backwards come in the reverse of the order of the nodes"
         raise InvalidScheduleError(p, str(schedule[p]), reason)
-    return schedule.packed[codes != Code.DROP]
+    runs: Integers = schedule.packed[codes != Code.DROP]
+    return runs
 
 
 @final

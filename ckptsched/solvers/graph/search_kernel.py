@@ -98,7 +98,7 @@ def scratch(n: int) -> Scratch:
 
 
 def table_of(n: int, schedule: Schedule) -> Table:
-    """What runs when in a schedule of n nodes whose Backwards come in the reverse of their order."""
+    """What runs when in a schedule for n nodes whose Backwards come in the reverse order."""
     table = Table(
         runs=np.zeros((n + 1, n + 1), np.uint8),
         taped=np.zeros(n + 1, np.int64),
@@ -321,6 +321,7 @@ def move(table: Table, room: Scratch, draws: Seconds, n: int) -> None:
 
 @compiled
 def copy(target: Table, table: Table) -> None:
+    """Make a table the same as another."""
     target.runs[:] = table.runs
     target.taped[:] = table.taped
     target.low[:] = table.low

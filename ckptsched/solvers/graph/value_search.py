@@ -2,7 +2,7 @@
 
 It begins with a plan for the chain of live sets, the same runs of which are a schedule of the graph
 that takes no more. The search then changes which node runs in which phase, where its tape is made,
-and which of its tapes that is. What a table of runs takes follows from its order alone, to the byte.
+and which of its tapes that is. What runs take follows from their order alone, to the byte.
 """
 
 from __future__ import annotations
