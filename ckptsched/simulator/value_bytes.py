@@ -219,7 +219,7 @@ class ValueLedger:
         backwards = stages[codes == Code.BACKWARD]
         turned = bool((codes == Code.TURN).any())
         lowest = int(backwards[-1]) if len(backwards) else len(self.chain) + 1
-        snapshots = (self.books.first_run < at) & (self.books.restored >= at)
+        snapshots = (self.books.first_run < at) & (self.books.restored > at)
         again = turned and kernel._runs_again(runs, self.books)
         rest = kernel._rest_of_loss(self.wiring, self.books, len(self.chain), self.level.held)
         yield Live("hidden state, and what modules keep", self.chain.kept_bytes)

@@ -62,7 +62,8 @@ class Books(NamedTuple):
     after: Integers
     """By position: bytes of all that is there when the operation is done, shape (m + 1,)."""
     kept: Integers
-    """By position: bytes of the snapshot that is taken before the run, shape (m,)."""
+    """By position: bytes of a snapshot that is taken right before the run, less those of one that
+    is put back for the last time, shape (m + 1,)."""
     newest: Integers
     """By stage: position of the run that made its newest copy, -1 before, shape (n + 1,)."""
     first_run: Integers
@@ -247,8 +248,8 @@ def _note_ends(packed: Integers, stages: Stages, wiring: Wiring, books: Books, s
                 books.end[s] = max(books.end[s], books.last[p])
     for i in range(1, len(books.restored)):
         if books.restored[i] >= 0:
-            books.kept[books.first_run[i]] = stages.snapshots[i - 1]
-            books.freed[books.restored[i]] += stages.snapshots[i - 1]
+            books.kept[books.first_run[i]] += stages.snapshots[i - 1]
+            books.kept[books.restored[i]] -= stages.snapshots[i - 1]
 
 
 @compiled

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ckptsched as cs
 from ckptsched.cli.commands import main
-from ckptsched.executor.step.interpreter import _Checkpoint
+from ckptsched.executor.step.states import Checkpoint
 from ckptsched.executor.verify import _compare
 from ckptsched.tensors.pytree import State
 from ckptsched.torch_state.replay_context import RandomState
@@ -105,12 +105,12 @@ def test_a_wrong_replay_of_random_numbers_is_caught(monkeypatch: pytest.MonkeyPa
     class Forgetful:
         def restore(self) -> None: ...
 
-    def forget(self: _Checkpoint, state: State, random: RandomState | None) -> None:
+    def forget(self: Checkpoint, state: State, random: RandomState | None) -> None:
         self.state, self.versions = state, state.versions()
         self.random = None if random is None else Forgetful()  # type: ignore[assignment]
 
     plans = [planned(model, x, solver) for solver in ("store_all", "every_2")]
-    monkeypatch.setattr(_Checkpoint, "__init__", forget)
+    monkeypatch.setattr(Checkpoint, "__init__", forget)
     assert cs.verify(model, plans[0], x).ok  # which runs nothing again
     result = cs.verify(model, plans[1], x)
     assert not result.gradients_equal

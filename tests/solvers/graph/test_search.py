@@ -15,7 +15,7 @@ from ckptsched.simulator.simulator import simulate
 from ckptsched.solvers import ChainDp, GraphCuts, GraphIlp, GraphSearch, Solution, get_solver
 from ckptsched.solvers.graph import search_kernel as kernel
 from ckptsched.solvers.graph.live_sets import live_sets
-from ckptsched.solvers.graph.search import _network, _table
+from ckptsched.solvers.graph.search import _network
 from ckptsched.solvers.graph.to_schedule import with_drops
 from ckptsched.workload.chain import Chain
 from ckptsched.workload.graph import Graph
@@ -50,7 +50,7 @@ def test_a_look_gives_what_the_simulator_does(data: st.DataObject) -> None:
     runs = data.draw(runs_of(graph))
     schedule = with_drops(graph, runs)
     trace = simulate(graph, schedule)
-    table = _table(len(graph), runs)
+    table = kernel.table_of(len(graph), runs)
     peak, seconds = kernel.look(_network(graph), table, kernel.scratch(len(graph)))
     assert graph.store_all_seconds + seconds == pytest.approx(trace.seconds)
     assert peak <= trace.peak_bytes

@@ -1,0 +1,240 @@
+"""Plans of the graph of a recorded model: plain autograd's gradients, and the bytes projected."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ckptsched as cs
+from ckptsched.base.errors import PlanMismatchError, WorkloadError
+from ckptsched.capture.recording.stages import Captured
+from ckptsched.schedule.language import BACKWARD, TAPED, TURN, Forward
+from ckptsched.simulator.simulator import simulate
+from ckptsched.simulator.value_bytes import with_drops_by_value
+from ckptsched.workload.graph import Graph
+
+
+class UNet(nn.Module):
+    """Skips over many stages; batch norms, dropout, and activations in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Conv2d(c, 4, 3, padding=1) for c in (3, 4, 4))
+        self.norm = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3))
+        self.up = nn.ModuleList(nn.Conv2d(8, 4, 3, padding=1) for _ in range(2))
+        self.act = nn.ReLU(inplace=True)
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for conv, norm in zip(self.down, self.norm, strict=True):
+            x = F.dropout(self.act(norm(conv(x))), 0.2, self.training)
+            skips.append(x)
+            x = F.avg_pool2d(x, 2)
+        x = skips.pop()
+        for conv in self.up:
+            x = F.interpolate(x, scale_factor=2.0)
+            x = self.act(conv(torch.cat([x, skips.pop()], 1)))
+        out: Tensor = self.last(x)
+        return out
+
+
+class Branches(nn.Module):
+    """One layer twice, views that several read, a value read three times, two results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.side, self.end = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(4, 8)
+
+    def forward(self, x: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        a = torch.tanh(self.mix(x))
+        left, right = a.chunk(2, -1)
+        b = torch.sigmoid(self.side(a)) * a
+        c = self.end(left) + self.end(right) + b
+        d = torch.tanh(self.mix(c)) * scale + a
+        return {"y": d * b + a, "hidden": c}
+
+
+class Gated(nn.Module):
+    """Layers as of a transformer, whose stages offer lean tapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = (nn.Linear(a, b) for a, b in ((8, 32), (8, 32), (32, 8)))
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x
+        for _ in range(3):
+            h = self.norm(x)
+            x = x + F.dropout(self.down(F.gelu(self.gate(h)) * self.up(h)), 0.1, self.training)
+        return x * first.tanh()
+
+
+def loss_of(output: Any) -> Tensor:
+    parts = list(output.values()) if isinstance(output, dict) else [output]
+    return torch.stack([part.square().mean() for part in parts]).sum()
+
+
+Case = tuple[Captured, tuple[Tensor, ...], Graph]
+
+
+@functools.cache
+def case(name: str) -> Case:
+    torch.manual_seed(0)
+    model, sample = {
+        "u_net": lambda: (UNet(), (torch.randn(2, 3, 16, 16),)),
+        "branches": lambda: (
+            Branches(),
+            (torch.randn(6, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)),
+        ),
+        "gated": lambda: (Gated(), (torch.randn(4, 6, 8),)),
+    }[name]()
+    net = cs.captured(model, *sample, cuts="every")
+    x = net.take(*sample)
+    return net, x, Graph.of_values(cs.profile(net, x, loss=lambda y: loss_of(net.give(y))))
+
+
+@st.composite
+def runs_of(draw: st.DrawFn, graph: Graph) -> list[int]:
+    """Packed runs: each node at most once in a phase, and with some tape in one of them."""
+    n, random = len(graph), draw(st.randoms(use_true_random=False))
+    density = draw(st.sampled_from((0.0, 0.1, 0.5)))
+    late = draw(st.sampled_from((0.0, 0.3, 1.0)))
+    runs: list[int] = []
+    taped = [0 if random.random() >= late else random.randint(0, n + 1 - v) for v in range(1, n + 1)]
+    for k in range(n + 1):
+        for v in range(1, (n + 1 - k if k else n) + 1):
+            if taped[v - 1] == k:
+                option = random.randrange(len(graph.stages[v - 1].tapes))
+                runs.append(TAPED | option << 8 | v << 32)
+            elif k == 0 or random.random() < density:
+                runs.append(v << 32)
+        runs.append(BACKWARD | (n + 1 - k) << 32 if k else TURN)
+    return runs
+
+
+def plan_of(graph: Graph, packed: list[int]) -> cs.Plan:
+    schedule = with_drops_by_value(graph, np.array(packed, np.int64))
+    trace = simulate(graph, schedule)
+    plan = cs.plan(graph, budget="100%", solver="store_all")
+    return replace(plan, schedule=schedule, trace=trace, budget_bytes=trace.peak_bytes)
+
+
+@pytest.mark.parametrize("name", ["u_net", "branches", "gated"])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_any_runs_give_the_gradients_and_take_the_bytes(name: str, data: st.DataObject) -> None:
+    net, x, graph = case(name)
+    plan = plan_of(graph, data.draw(runs_of(graph)))
+    found = cs.verify(net, plan, x, loss=lambda y: loss_of(net.give(y)))
+    assert found.ok, str(found)
+    assert found.max_gradient_difference == found.loss_difference == 0
+    assert found.max_gradient > 0
+    assert found.measured_peak_bytes == found.projected_peak_bytes
+
+
+def test_what_is_live_at_the_peak_adds_up_to_it() -> None:
+    _, _, graph = case("u_net")
+    for budget in ("100%", "80%", "60%"):
+        trace = cs.plan(graph, budget=budget).trace
+        assert sum(x.bytes for x in trace.live_at_peak) == trace.peak_bytes
+        assert all(x.bytes > 0 for x in trace.live_at_peak)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6])
+def test_a_fitted_model_trains_by_value(share: float) -> None:
+    torch.manual_seed(1)
+    model, batch = UNet(), torch.randn(2, 3, 16, 16)
+    plain = copy.deepcopy(model)
+    least = cs.least_budget(model, batch)
+    whole = cs.profile(model, batch)
+    budget = least + int(share * (cs.plan(whole, budget="100%").store_all_bytes - least))
+    cs.fit(model, batch, budget=budget)
+    plan = cs.plan_of(model)
+    assert isinstance(plan.chain, Graph)
+    assert plan.peak_bytes <= budget
+    for rows in (2, 2, 1):
+        for net in (model, plain):
+            torch.manual_seed(rows)
+            loss_of(net(batch[:rows])).backward()
+        for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(mine.grad, theirs.grad)  # type: ignore[arg-type]
+        for mine, theirs in zip(model.buffers(), plain.buffers(), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_a_second_backward_and_one_with_create_graph() -> None:
+    net, x, graph = case("branches")
+    plan = plan_of(graph, _once_taped_late(graph))
+    trained = cs.checkpointed(net, plan)
+    expected = torch.autograd.grad(loss_of(net.give(net(x))), x, create_graph=True)
+    second = torch.autograd.grad(loss_of({"y": expected[0]}), x)
+    loss = loss_of(net.give(trained(x)))
+    for keep in (True, False):
+        for mine, theirs in zip(
+            torch.autograd.grad(loss, x, retain_graph=keep), expected, strict=True
+        ):
+            assert torch.equal(mine, theirs)
+    with pytest.warns(cs.BudgetWarning, match="create_graph"):
+        found = torch.autograd.grad(loss_of(net.give(trained(x))), x, create_graph=True)
+        again = torch.autograd.grad(loss_of({"y": found[0]}), x)
+    for mine, theirs in zip(again, second, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def _once_taped_late(graph: Graph) -> list[int]:
+    """Each node runs bare, and again with all before it for its backward."""
+    n = len(graph)
+    runs = [v << 32 for v in range(1, n + 1)]
+    runs.append(TURN)
+    for v in range(n, 0, -1):
+        runs += [u << 32 for u in range(1, v)]
+        runs += [TAPED | v << 32, BACKWARD | v << 32]
+    return runs
+
+
+def test_a_plan_of_a_graph_comes_back_from_a_file(tmp_path: Any) -> None:
+    net, x, graph = case("u_net")
+    plan = cs.plan(graph, budget="60%")
+    plan.save(tmp_path / "plan.json")
+    again = cs.Plan.load(tmp_path / "plan.json")
+    assert again.schedule == plan.schedule
+    assert again.chain == graph
+    assert cs.verify(net, again, x, loss=lambda y: loss_of(net.give(y))).ok
+
+
+def test_a_plan_of_a_graph_for_another_program_is_refused() -> None:
+    net, x, _ = case("gated")
+    plan = cs.plan(case("u_net")[2], budget="80%")
+    with pytest.raises(PlanMismatchError, match="another model"):
+        cs.checkpointed(net, plan)
+    by_hand = replace(case("gated")[2], lined=None, stages=())
+    with pytest.raises(PlanMismatchError, match="without a model"):
+        cs.checkpointed(net, cs.plan(by_hand, budget="100%"))
+
+
+def test_what_no_graph_can_be_made_of_is_refused() -> None:
+    stage = cs.Stage(
+        forward_seconds=1.0, backward_seconds=1.0, state_bytes=1, tape_bytes=1, gradient_bytes=1
+    )
+    with pytest.raises(WorkloadError, match="not known what each stage reads"):
+        Graph.of_values(cs.Chain(stages=(stage,)))
+    model, x = Gated(), torch.randn(4, 6, 8)
+    chain = cs.profile(model, x, never_recompute=nn.LayerNorm)
+    with pytest.raises(WorkloadError, match="run once"):
+        Graph.of_values(chain)
+    plan = cs.plan(chain, budget="90%")
+    assert sum(isinstance(op, Forward) for op in plan.schedule) >= len(chain)
