@@ -47,18 +47,24 @@ def values_of(survey: Survey) -> tuple[StageValues, ...]:
             inputs=tuple(dict.fromkeys([before[place] for place in stage.entered_at])),
             outputs=tuple(dict.fromkeys([after[place] for place in stage.gives])),
         )
-        if not _covers(each, kind):
+        if not _covers(each, kind, {before[place] for place in stage.of_input}):
             return ()
         found.append(each)
     return tuple(found)
 
 
-def _covers(values: StageValues, kind: StageKind) -> bool:
+def _covers(values: StageValues, kind: StageKind, of_input: set[int]) -> bool:
     """Whether all that a stage's tapes keep, and its own values lie in, is what it reads or makes.
 
-    It is, but for what a call takes from elsewhere by a way that no recording shows.
+    It is, but for what a call takes from elsewhere by a way that no recording shows. A leaf that
+    the caller has given is kept by whatever hands it on, and is the caller's anyway.
+
+    Args:
+        values: What it reads and makes.
+        kind: The stage.
+        of_input: Storages of its input that the caller holds.
     """
-    read = {each.input for each in values.reads}
+    read = {each.input for each in values.reads} | of_input
     for ledger in filter(None, (kind.ledger, kind.lean)):
         parts = ledger.parts
         if parts is None:

@@ -76,11 +76,15 @@ def with_drops_by_value(graph: Graph, runs: Integers) -> Schedule:
     """
     ledger = ValueLedger(graph, len(runs))
     ledger.charge(runs)
-    last = ledger.books.last
+    last, n = ledger.books.last, len(graph)
     bare = np.flatnonzero(runs & 0xFF == Code.FORWARD)
     drops: list[list[int]] = [[] for _ in runs]
+    read = {read.maker for each in ledger.chain.values for read in each.reads} | {n}
     for p in bare.tolist():
-        drops[last[p]].append(int(runs[p]) >> 32)
+        i = int(runs[p]) >> 32
+        # By the rules the last node reads what no other does; there is nothing in it.
+        unread = i not in read and ledger.books.first_run[i] == p
+        drops[ledger.books.gone[n] if unread else last[p]].append(i)
     builder = ScheduleBuilder()
     for packed, gone in zip(runs.tolist(), drops, strict=True):
         builder.packed(packed)

@@ -321,9 +321,10 @@ def _backward_peak(
             outlives = 1 if books.end[_own(wiring, books, i, -1 - which)] > p else 0
             outputs_held |= outlives
         else:
+            outlives = 1  # what the stage does not read itself is the caller's
             for e in range(wiring.first_read[i], wiring.first_read[i + 1]):
-                if wiring.input[e] == which and books.end[books.saving[e]] > p:
-                    outlives = 1
+                if wiring.input[e] == which:
+                    outlives = 1 if books.end[books.saving[e]] > p else 0
             inputs_held |= outlives
         any_held |= outlives
         mask |= outlives << min(bit, 32)

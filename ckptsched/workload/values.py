@@ -131,16 +131,38 @@ def narrowed(ledger: StageLedger, values: StageValues, inputs: int) -> StageLedg
         backward_peak_bytes=(),
     )
     place = {home: k for k, home in enumerate(values.inputs)}
+    # What else it is said to keep is the caller's, which no stage that does not read it hands on.
+    kept = [k for k, home in enumerate(parts.saved_inputs) if home in place]
     found = replace(
         parts,
         inputs=len(values.inputs),
         output_bytes=tuple([parts.output_bytes[k] for k in values.outputs]),
         output_sources=tuple([place.get(parts.output_sources[k], -1) for k in values.outputs]),
-        saved_inputs=tuple([place[k] for k in parts.saved_inputs]),
+        saved_inputs=tuple([place[parts.saved_inputs[k]] for k in kept]),
         saved_outputs=tuple([values.outputs.index(k) for k in parts.saved_outputs]),
         backward_peak_bytes=parts.backward_peak_bytes or _by_mask(ledger),
     )
+    if len(kept) < len(parts.saved_inputs):
+        found = replace(found, backward_peak_bytes=_with_others_held(parts, kept))
     return replace(ledger, parts=found)
+
+
+def _with_others_held(parts: StageParts, kept: Sequence[int]) -> tuple[int, ...]:
+    """Peaks of the backward by which of some saved inputs outlive the tape, the others held.
+
+    Args:
+        parts: All that is saved.
+        kept: Which of the saved inputs the masks are to tell of.
+    """
+    count, outputs = len(parts.saved_inputs), len(parts.saved_outputs)
+    told = [*kept, *range(count, count + outputs)]
+    peaks = []
+    for first in (False, True):
+        for mask in range(1 << len(told)) if len(told) <= 4 else (0, 1):
+            chosen = {k for bit, k in enumerate(told) if mask >> bit & 1}
+            held = [k in chosen or (k < count and k not in kept) for k in range(count + outputs)]
+            peaks.append(parts.backward_peak(tuple(held), first=first))
+    return tuple(peaks)
 
 
 def _by_mask(ledger: StageLedger) -> tuple[int, ...]:

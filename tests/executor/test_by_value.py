@@ -108,17 +108,19 @@ def case(name: str) -> Case:
 @st.composite
 def runs_of(draw: st.DrawFn, graph: Graph) -> list[int]:
     """Packed runs: each node at most once in a phase, and with some tape in one of them."""
+    assert graph.lined is not None
     n, random = len(graph), draw(st.randoms(use_true_random=False))
     density = draw(st.sampled_from((0.0, 0.1, 0.5)))
     late = draw(st.sampled_from((0.0, 0.3, 1.0)))
     runs: list[int] = []
-    taped = [0 if random.random() >= late else random.randint(0, n + 1 - v) for v in range(1, n + 1)]
+    lasts = [n + 1 - v for v in range(1, n + 1)]
+    taped = [0 if random.random() >= late else random.randint(0, last) for last in lasts]
     for k in range(n + 1):
         for v in range(1, (n + 1 - k if k else n) + 1):
             if taped[v - 1] == k:
                 option = random.randrange(len(graph.stages[v - 1].tapes))
                 runs.append(TAPED | option << 8 | v << 32)
-            elif k == 0 or random.random() < density:
+            elif k == 0 or (random.random() < density and graph.lined.values[v - 1].made):
                 runs.append(v << 32)
         runs.append(BACKWARD | (n + 1 - k) << 32 if k else TURN)
     return runs
@@ -148,7 +150,7 @@ def test_any_runs_give_the_gradients_and_take_the_bytes(name: str, data: st.Data
 
 def test_what_is_live_at_the_peak_adds_up_to_it() -> None:
     _, _, graph = case("u_net")
-    for budget in ("100%", "80%", "60%"):
+    for budget in ("100%", "85%", "75%"):
         trace = cs.plan(graph, budget=budget).trace
         assert sum(x.bytes for x in trace.live_at_peak) == trace.peak_bytes
         assert all(x.bytes > 0 for x in trace.live_at_peak)
@@ -160,8 +162,7 @@ def test_a_fitted_model_trains_by_value(share: float) -> None:
     model, batch = UNet(), torch.randn(2, 3, 16, 16)
     plain = copy.deepcopy(model)
     least = cs.least_budget(model, batch)
-    whole = cs.profile(model, batch)
-    budget = least + int(share * (cs.plan(whole, budget="100%").store_all_bytes - least))
+    budget = least.peak_bytes + int(share * (least.store_all_bytes - least.peak_bytes))
     cs.fit(model, batch, budget=budget)
     plan = cs.plan_of(model)
     assert isinstance(plan.chain, Graph)
@@ -208,7 +209,7 @@ def _once_taped_late(graph: Graph) -> list[int]:
 
 def test_a_plan_of_a_graph_comes_back_from_a_file(tmp_path: Any) -> None:
     net, x, graph = case("u_net")
-    plan = cs.plan(graph, budget="60%")
+    plan = cs.plan(graph, budget="75%")
     plan.save(tmp_path / "plan.json")
     again = cs.Plan.load(tmp_path / "plan.json")
     assert again.schedule == plan.schedule
@@ -221,7 +222,8 @@ def test_a_plan_of_a_graph_for_another_program_is_refused() -> None:
     plan = cs.plan(case("u_net")[2], budget="80%")
     with pytest.raises(PlanMismatchError, match="another model"):
         cs.checkpointed(net, plan)
-    by_hand = replace(case("gated")[2], lined=None, stages=())
+    stages = tuple(replace(x, ledger=None, other_tapes=()) for x in case("gated")[2].stages)
+    by_hand = replace(case("gated")[2], lined=None, stages=stages)
     with pytest.raises(PlanMismatchError, match="without a model"):
         cs.checkpointed(net, cs.plan(by_hand, budget="100%"))
 

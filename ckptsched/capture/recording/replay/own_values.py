@@ -32,6 +32,8 @@ class OwnStage:
     """For each of these the place in the live set before."""
     alive: tuple[int, int]
     """How many values are alive before it, and after it."""
+    of_input: tuple[int, ...]
+    """Places in the live set before of what the caller has given."""
     gives: tuple[int, ...]
     """For each value that it gives the place in the live set after."""
     passes: tuple[int, ...]
@@ -80,6 +82,7 @@ def own_stages(stages: Sequence[StageCall]) -> tuple[OwnStage, ...]:
                 reads=tuple([made[n] for n in reads]),
                 entered_at=tuple([enters.index(n) for n in reads]),
                 alive=(len(enters), len(leaves)),
+                of_input=tuple([k for k, n in enumerate(enters) if made[n].maker == 0]),
                 gives=tuple([leaves.index(n) for n in gives]),
                 passes=tuple([reads.index(n) if n in passed else -1 for n in gives]),
             )
