@@ -69,8 +69,8 @@ class PreparedPlan:
         self.has_sides = any(self.facts.sides)
         """Whether any stage has side outputs."""
         # -- the model
-        _check_policy(inspection.model, self.signature)
-        self.blocks = trace(inspection.model, frozen=self.signature.frozen)
+        _check_policy(inspection, self.signature)
+        self.blocks = trace(inspection.outline, frozen=self.signature.frozen)
         self.stages: list[StageCall] = [stage for block in self.blocks for stage in block.stages]
         computed_in = _dtype_of_stages(self.chain, self.signature, self.blocks)
         self.inspection = _on_one_device(inspection.with_layouts(computed_in))
@@ -323,8 +323,9 @@ def _changeable(blocks: Sequence[Slots], hidden: Sequence[Slot]) -> list[list[bo
     ]
 
 
-def _check_policy(model: nn.Module, signature: Signature) -> None:
+def _check_policy(inspection: Inspection, signature: Signature) -> None:
     """Refuse a plan for a recording in which other calls may or may not be made again."""
+    model = inspection.model
     if not isinstance(model, Captured):
         return
     found, planned = model.ruled, ruled_by(signature)
