@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from ..base.errors import CkptschedError, PlanMismatchError
 from ..base.json_files import printable
-from ..recompute.fsdp import class_before, own_hooks
+from ..recompute.fsdp import HOOKS, class_before, has_hooks, own_hooks
 from ..recompute.parameter_swap import Slot, Slots
 from ..recompute.stateful_buffers import every_generator, own_generators
 from ..torch_state.replay_context import AnyGenerator
-from .stage_discovery import HOOKS, Outline, StagedModule, has_hooks
+from .stage_discovery import Outline, StagedModule
 from .wrappers import forward_attribute, refuse_wrapped, unwrapped
 
 _children_of = attrgetter("_modules")

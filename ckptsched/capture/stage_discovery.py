@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeGuard, final
 from torch import Tensor, nn
 
 from ..base.errors import ProfileError
-from ..recompute.fsdp import own_hooks
+from ..recompute.fsdp import has_hooks
 from .wrappers import class_name, forward_attribute, is_compiled
 
 # Modules that may hand their input on as it is, or as a view: what changes their output in
@@ -35,10 +35,6 @@ _MAY_RETURN_A_VIEW = (
 )
 
 _MOST_NAMED = 6  # parts of a fused stage that its name tells one by one
-
-# torch has no public way to ask a module for its hooks. These names are part of what a
-# pickled module holds, and a test shows that each kind of hook is still found under them.
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class StageCall(abc.ABC):
@@ -388,11 +384,6 @@ def _can_flatten(module: nn.Module) -> TypeGuard[nn.Sequential]:
         and not is_compiled(module)
         and not has_hooks(module)
     )
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks run before or after the module itself, forward or backward; FSDP's apart."""
-    return any(own_hooks(module, kind) for kind in HOOKS)
 
 
 def _children(model: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
