@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ckptsched as cs
+from ckptsched.capture.stage_discovery import Outline, trace
 from models.mlp import ode_mlp
 
 _WIDTH, _BATCH = 16, 8
@@ -85,7 +86,7 @@ def compare(method: str, steps: int, rounds: int) -> list[dict[str, Any]]:
     x = torch.randn(_BATCH, _WIDTH, requires_grad=True)  # the reentrant kind asks for it
     chain = cs.profile(model, x)
     made = plans(chain, steps)
-    stages = [stage for block in cs.tracing.trace(model) for stage in block.stages]
+    stages = [stage for block in trace(Outline.of(model)) for stage in block.stages]
     ways: dict[str, Callable[[], None]] = {
         "plain autograd": functools.partial(plain_step, model, x),
         "forward alone": functools.partial(forward_alone, model, x),

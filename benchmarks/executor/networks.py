@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ckptsched import StagedModule
-from ckptsched.capture.stage_discovery import ModuleStage, StageCall, TracedBlock, trace
+from ckptsched.capture.stage_discovery import ModuleStage, Outline, StageCall, TracedBlock, trace
 from ckptsched.ode import ODEBlock
 from models import ode_mlp, ode_resnet18, ode_squeezenext23
 
@@ -34,7 +34,7 @@ class Network:
     @property
     def blocks(self) -> tuple[TracedBlock, ...]:
         """What is checkpointed per block: the modules that a user's `nn.Sequential` lists."""
-        return trace(self.model)
+        return trace(Outline.of(self.model))
 
     @property
     def steps(self) -> tuple[StageCall, ...]:

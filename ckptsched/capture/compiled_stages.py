@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import ProfileError
+from ..recompute.fsdp import has_hooks
 from .recording.calls import PLAIN, Fixed, Numbered, RecordedCall, Source, StagePath
 from .recording.complaints import Complaint
 from .recording.functions import EFFECTS
 from .recording.recording import Bound
-from .stage_discovery import StageCall, has_hooks
+from .stage_discovery import StageCall
 from .wrappers import is_compiled
 
 _INDUCTOR = "inductor"

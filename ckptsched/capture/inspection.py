@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from ..base.errors import CkptschedError, PlanMismatchError
 from ..base.json_files import printable
-from ..recompute.fsdp import class_before, own_hooks
+from ..recompute.fsdp import HOOKS, class_before, has_hooks, own_hooks
 from ..recompute.parameter_swap import Slot, Slots
 from ..recompute.stateful_buffers import every_generator, own_generators
 from ..torch_state.replay_context import AnyGenerator
-from .stage_discovery import HOOKS, StagedModule, has_hooks, taken_apart
+from .stage_discovery import Outline, StagedModule
 from .wrappers import forward_attribute, refuse_wrapped, unwrapped
 
 _children_of = attrgetter("_modules")
@@ -50,8 +50,8 @@ class Inspection:
     """Path of each module, as in `model.named_modules()`."""
     slots: Slots
     """The places of all parameters and buffers; asked for what is in them now."""
-    containers: tuple[nn.Module, ...]
-    """The modules whose parts are stages, so that they are not run as a whole."""
+    outline: Outline
+    """What its stages are made from."""
     has_generators: bool
     """Whether modules keep random generators of their own."""
     trained: tuple[bool, ...]
@@ -74,16 +74,16 @@ class Inspection:
         """
         named = named or tuple(model.named_modules())
         modules = tuple([module for _, module in named])
-        slots, containers = Slots(modules, flat=True), tuple(taken_apart(model))
+        slots, outline = Slots(modules, flat=True), Outline.of(model)
         return cls(
             model=model,
             modules=modules,
             paths=tuple([path for path, _ in named]),
             slots=slots,
-            containers=containers,
+            outline=outline,
             has_generators=bool(own_generators(modules)),
             trained=_trained(slots),
-            _listed=_listed(containers),
+            _listed=_listed(outline.containers),
             _tree=_Tree(modules),
         )
 
@@ -188,7 +188,7 @@ class Inspection:
                 a layout, or which parameters are trained, has changed.
         """
         self._check_tree()
-        if _listed(self.containers) != self._listed:
+        if _listed(self.outline.containers) != self._listed:
             raise PlanMismatchError(
                 "a module lists other stages than when the model was made to follow the plan, as "
                 "an ODEBlock does once its steps have changed; profile and plan again"
@@ -212,7 +212,7 @@ class Inspection:
 
     def _check_tree(self) -> None:
         changed = self.changed()
-        if changed and any(map(has_hooks, self.containers)):
+        if changed and any(map(has_hooks, self.outline.containers)):
             raise PlanMismatchError(
                 "a hook was added to a container since its parts became stages, which would "
                 "skip it; profile and plan again, and the container is run as a whole"

@@ -17,10 +17,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from ..recompute.fsdp import has_hooks
 from ..tensors.pytree import State
 from ..tensors.wrapper_tensors import is_plain
 from .recording.calls import Numbered, Place, RecordedCall, StagePath
-from .stage_discovery import has_hooks
 from .wrappers import is_compiled
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))

@@ -1,9 +1,9 @@
 """How a module becomes a chain of stages, without running anything.
 
-`trace` reads the structure of a model: an `nn.Sequential` is flattened, a `StagedModule`
-says itself what its stages are, and any other module is one stage. The answer is a tuple
-of blocks; a block is what the outer autograd graph sees as one node, a stage is what a
-schedule runs as a whole.
+An `Outline` reads the structure of a model, once: an `nn.Sequential` is flattened, a
+`StagedModule` says itself what its stages are, and any other module is one stage. `trace` makes
+stages of it, in a tuple of blocks; a block is what the outer autograd graph sees as one node, a
+stage is what a schedule runs as a whole.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import abc
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard, final
+from typing import Any, NamedTuple, TypeGuard, final
 
 from torch import Tensor, nn
 
 from ..base.errors import ProfileError
-from ..recompute.fsdp import own_hooks
+from ..recompute.fsdp import has_hooks
 from .wrappers import class_name, forward_attribute, is_compiled
 
 # Modules that may hand their input on as it is, or as a view: what changes their output in
@@ -35,10 +35,6 @@ _MAY_RETURN_A_VIEW = (
 )
 
 _MOST_NAMED = 6  # parts of a fused stage that its name tells one by one
-
-# torch has no public way to ask a module for its hooks. These names are part of what a
-# pickled module holds, and a test shows that each kind of hook is still found under them.
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class StageCall(abc.ABC):
@@ -270,7 +266,46 @@ class TracedBlock:
     """At least one, in the order in which they run."""
 
 
-def trace(model: nn.Module, *, frozen: int = 0) -> tuple[TracedBlock, ...]:
+class Part(NamedTuple):
+    """A module that is run as a whole, or lists its stages."""
+
+    module: nn.Module
+    path: str
+    """In the model, as in its `state_dict`."""
+    lists_stages: bool
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Outline:
+    """What a model's stages are made from, found by one look at its structure."""
+
+    name: str
+    """Class of the model."""
+    children: tuple[tuple[str, nn.Module], ...]
+    """Path and module of each block: the model itself where it is one block."""
+    parts: tuple[tuple[Part, ...], ...]
+    """Of each block what is run in it, in order."""
+    containers: tuple[nn.Module, ...]
+    """The modules whose parts are stages, so that they are not run as a whole."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Outline:
+        """Look at a model, without running it.
+
+        Args:
+            model: Any module.
+        """
+        containers = list[nn.Module]()
+        children: tuple[tuple[str, nn.Module], ...] = (("", model),)
+        if _can_flatten(model):
+            children = tuple(_children(model, ""))
+            containers += [model] if len(model) else []
+        parts = tuple([tuple(_parts(child, path, containers)) for path, child in children])
+        return cls(type(model).__name__, children, parts, tuple(containers))
+
+
+def trace(outline: Outline, *, frozen: int = 0) -> tuple[TracedBlock, ...]:
     """Cut a model into blocks of stages, without running it.
 
     Each child of an `nn.Sequential` is a block. A child that is an `nn.Sequential` in turn is
@@ -284,7 +319,7 @@ def trace(model: nn.Module, *, frozen: int = 0) -> tuple[TracedBlock, ...]:
     first stage of all stays as it is and changes the caller's input, as it does without us.
 
     Args:
-        model: Any module that maps a tensor to a tensor.
+        outline: Of any module that maps a tensor to a tensor.
         frozen: How many leading stages to run as one, as `count_frozen` counts them: with no
             gradient to come back, there is no state between them to keep.
 
@@ -296,24 +331,24 @@ def trace(model: nn.Module, *, frozen: int = 0) -> tuple[TracedBlock, ...]:
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 2)))
-        >>> [[stage.name for stage in block.stages] for block in trace(model)]
+        >>> [[stage.name for stage in block.stages] for block in trace(Outline.of(model))]
         [['0'], ['1.0', '1.1']]
     """
-    if _can_flatten(model) and not len(model):
+    if not outline.children:
         raise ProfileError(
-            f"{type(model).__name__} has no modules in it, so there is nothing to run; "
+            f"{outline.name} has no modules in it, so there is nothing to run; "
             "give an nn.Sequential of at least one module, a StagedModule or any other module"
         )
-    children = list(_children(model, "")) if _can_flatten(model) else [("", model)]
     owned = [
         (index, stage)
-        for index, (path, child) in enumerate(children)
-        for stage in _stages(child, path)
+        for index, parts in enumerate(outline.parts)
+        for part in parts
+        for stage in _stages(part)
     ]
     fused = _fuse_in_place(owned)
     if frozen > 1:
         fused[:frozen] = [(fused[0][0], FusedStage([stage for _, stage in fused[:frozen]]))]
-    return tuple(_blocks(children, fused))
+    return tuple(_blocks(outline.children, fused))
 
 
 def count_frozen(blocks: Iterable[TracedBlock], leaves: Iterable[Tensor]) -> int:
@@ -351,25 +386,6 @@ def _can_flatten(module: nn.Module) -> TypeGuard[nn.Sequential]:
     )
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks run before or after the module itself, forward or backward; FSDP's apart."""
-    return any(own_hooks(module, kind) for kind in HOOKS)
-
-
-def taken_apart(module: nn.Module) -> Iterator[nn.Module]:
-    """The containers that `trace` does not run as a whole: their parts are stages.
-
-    Args:
-        module: The model.
-    """
-    if _can_flatten(module) and len(module):
-        yield module
-        for child in module:
-            yield from taken_apart(child)
-    elif isinstance(module, StagedModule) and not has_hooks(module):
-        yield module
-
-
 def _children(model: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """Paths and modules; `named_children` would drop a module's second appearance."""
     for name, module in model._modules.items():
@@ -377,29 +393,41 @@ def _children(model: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Modul
             yield (f"{prefix}.{name}" if prefix else name), module
 
 
-def _stages(module: nn.Module, path: str) -> Iterator[StageCall]:
-    """The stages of one module, before in-place modules are fused."""
+def _parts(module: nn.Module, path: str, containers: list[nn.Module]) -> Iterator[Part]:
+    """What is run as a whole of a module, or lists stages; notes what is not run as a whole."""
     if _can_flatten(module) and len(module):
+        containers.append(module)
         for name, child in _children(module, path):
-            yield from _stages(child, name)
-    elif isinstance(module, StagedModule) and not has_hooks(module):
-        stages = module.stages()
-        if not stages:
-            raise ProfileError(
-                f"{type(module).__name__} ({path or 'the model'}) lists no stages; "
-                "its stages() must return at least one"
-            )
-        for stage in stages:
-            if not isinstance(stage, StageCall):
-                raise ProfileError(
-                    f"stages() of {type(module).__name__} ({path or 'the model'}) lists a "
-                    f"{type(stage).__name__}, which is no StageCall; for a module list "
-                    "ckptsched.ModuleStage(module)"
-                )
-            stage.prefix = path
-            yield stage
-    else:
+            yield from _parts(child, name, containers)
+        return
+    lists_stages = isinstance(module, StagedModule) and not has_hooks(module)
+    if lists_stages:
+        containers.append(module)
+    yield Part(module, path, lists_stages)
+
+
+def _stages(part: Part) -> Iterator[StageCall]:
+    """The stages of one part, before in-place modules are fused."""
+    module, path = part.module, part.path
+    if not part.lists_stages:
         yield ModuleStage(module, path)
+        return
+    assert isinstance(module, StagedModule)
+    stages = module.stages()
+    if not stages:
+        raise ProfileError(
+            f"{type(module).__name__} ({path or 'the model'}) lists no stages; "
+            "its stages() must return at least one"
+        )
+    for stage in stages:
+        if not isinstance(stage, StageCall):
+            raise ProfileError(
+                f"stages() of {type(module).__name__} ({path or 'the model'}) lists a "
+                f"{type(stage).__name__}, which is no StageCall; for a module list "
+                "ckptsched.ModuleStage(module)"
+            )
+        stage.prefix = path
+        yield stage
 
 
 def _fuse_in_place(owned: Iterable[tuple[int, StageCall]]) -> list[tuple[int, StageCall]]:

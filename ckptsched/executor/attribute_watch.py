@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..capture.recording.attributes import _DEPTH, _LENGTH, _comparable
 from ..capture.recording.calls import Place
-from ..capture.stage_discovery import HOOKS
 from ..capture.wrappers import InPlace
+from ..recompute.fsdp import HOOKS
 
 _hooks_of = attrgetter(*HOOKS)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))

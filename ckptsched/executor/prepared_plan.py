@@ -71,8 +71,8 @@ class PreparedPlan:
         self.has_sides = any(self.facts.sides)
         """Whether any stage has side outputs."""
         # -- the model
-        _check_policy(inspection.model, self.signature)
-        self.blocks = trace(inspection.model, frozen=self.signature.frozen)
+        _check_policy(inspection, self.signature)
+        self.blocks = trace(inspection.outline, frozen=self.signature.frozen)
         self.stages: list[StageCall] = [stage for block in self.blocks for stage in block.stages]
         self.own = own_stages(self.stages) if isinstance(plan.chain, Graph) else ()
         """By the plan of a graph, the stages by what they read themselves."""
@@ -327,8 +327,9 @@ def _changeable(blocks: Sequence[Slots], hidden: Sequence[Slot]) -> list[list[bo
     ]
 
 
-def _check_policy(model: nn.Module, signature: Signature) -> None:
+def _check_policy(inspection: Inspection, signature: Signature) -> None:
     """Refuse a plan for a recording in which other calls may or may not be made again."""
+    model = inspection.model
     if not isinstance(model, Captured):
         return
     found, planned = model.ruled, ruled_by(signature)

@@ -271,7 +271,7 @@ def measure(
     """
     _refuse_loss(loss)
     take_out_what_was_left()
-    inputs, given = call_of(inspection.model, sample, kwargs or {})
+    inputs, given = call_of(inspection, sample, kwargs or {})
     refuse_unmeasurable(inspection, inputs, given, fake=fake)
     if fake:
         with Recomputing():
@@ -328,7 +328,7 @@ def _measured(
         unfit=printable(state.unfit),
         foreign=any(kind.foreign for kind in survey.order),
     )
-    signature = replace(signature, mode_bytes=sum(left), **_of_recording(inspection.model))
+    signature = replace(signature, mode_bytes=sum(left), **_of_recording(inspection))
     chain = replace(chain, signature=signature, seconds_spread=spread)
     return chain if like is None else _with_seconds_of(like, chain)
 
@@ -364,8 +364,9 @@ def _timed_as(stage: Stage, like: Stage) -> Stage:
     )
 
 
-def _of_recording(model: nn.Module) -> dict[str, Any]:
+def _of_recording(inspection: Inspection) -> dict[str, Any]:
     """The fields of a signature that tell how a recorded model was cut."""
+    model = inspection.model
     if not isinstance(model, Captured):
         return {}
     recording = model.recording

@@ -27,16 +27,16 @@ _WITHOUT_DATA = (
 
 
 def call_of(
-    model: nn.Module, sample: tuple[Any, ...], kwargs: Mapping[str, Any]
+    inspection: Inspection, sample: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[State, State]:
     """The arguments of a call, taken apart: the first, and what every stage is given besides.
 
     Raises:
         ProfileError: There is no tensor in the first.
     """
-    sample, kwargs = first_by_position(model, sample, kwargs)
+    sample, kwargs = first_by_position(inspection.model, sample, kwargs)
     if not sample:
-        wrong = without_first(model, kwargs, "or as {!r} in kwargs")
+        wrong = without_first(inspection.model, kwargs, "or as {!r} in kwargs")
         raise ProfileError(f"profile needs a sample to call the model with, {wrong}")
     value, advice = sample[0], _about_value(sample[0])
     try:
@@ -141,7 +141,8 @@ def _on_an_unknown_device(sample: _Sample) -> str:
 
 
 def _given_more_than_it_takes(sample: _Sample) -> str:
-    sequential = any(isinstance(module, nn.Sequential) for module in sample.inspection.containers)
+    containers = sample.inspection.outline.containers
+    sequential = any(isinstance(module, nn.Sequential) for module in containers)
     if not (sequential and Extras.of(sample.given)):
         return ""
     return (

@@ -85,10 +85,10 @@ def survey_model(
     Raises:
         ProfileError: A stage fails, or cannot be run again with the same result.
     """
-    blocks = trace(inspection.model)
+    blocks = trace(inspection.outline)
     frozen = count_frozen(blocks, [*x.leaves, *extras.apart().leaves])
     if frozen:
-        joined = trace(inspection.model, frozen=frozen)
+        joined = trace(inspection.outline, frozen=frozen)
         kinds = _survey_forward(joined, x, extras, whole, vary, alike)
         if not any(kinds[0].carries):  # as it does where a hook lets an output require a gradient
             return Survey(joined, frozen, kinds)

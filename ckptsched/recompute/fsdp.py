@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from ..base.errors import PlanMismatchError
 
 _CALL = "_ckptsched_call"  # attribute of a sharded module while it is called
+# torch has no public way to ask a module for its hooks. These names are part of what a
+# pickled module holds, and a test shows that each kind of hook is still found under them.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 Tensors = tuple[Tensor, ...]
@@ -73,6 +76,11 @@ def own_hooks(module: nn.Module, kind: str) -> dict[Any, Any]:
         return hooks
     kept = {key: hook for key, hook in hooks.items() if not _of_torch_distributed(hook)}
     return type(hooks)(kept)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run before or after the module itself, forward or backward; FSDP's apart."""
+    return any(own_hooks(module, kind) for kind in HOOKS)
 
 
 def _of_torch_distributed(hook: Any) -> bool:

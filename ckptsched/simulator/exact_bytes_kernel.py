@@ -174,14 +174,14 @@ def charge(
         books: What is live before, and then after.
         during: Bytes while each operation runs, to fill; as many are done.
     """
+    # Branches stay in this loop: a call counts a reference to every array that it hands on, which
+    # for all of them takes longer than what is done.
     n, level = len(stages.gradient) - 1, start.level
     made, segment, totals = start.inputs, 0, books.totals
     for p in range(len(during) + 1):
         if segment < len(replays.position) and replays.position[segment] == p:
-            level += _begin_segment(books, replays, segment, made)
-            again = replays.first[segment + 1] - replays.first[segment]
-            made += again
-            level += _set(totals, RANDOM, start.random if again else 0)
+            level += _begin_segment(books, replays, segment, made, start.random)
+            made += replays.first[segment + 1] - replays.first[segment]
             segment += 1
         if p == len(during):
             return
@@ -195,7 +195,6 @@ def charge(
             snapshot = stages.snapshots[i] * facts[SNAPSHOTS, p]
             if code:
                 books.inputs[i] = source
-                books.ledger[i] = k
                 books.clone[i] = books.clones[stages.owner[i]]
                 level += _begin_tape(books, ledgers, k, i, facts[KEEPS_OUTPUT, p], snapshot)
             else:
@@ -273,8 +272,11 @@ def _width(ledgers: Ledgers, k: int) -> int:
 
 
 @compiled
-def _begin_segment(books: Books, replays: Replays, segment: int, made: int) -> int:
-    """Let clones of the last segment go and make new ones; returns the bytes that this adds."""
+def _begin_segment(books: Books, replays: Replays, segment: int, made: int, random: int) -> int:
+    """Let clones of the last segment go and make new ones; returns the bytes that this adds.
+
+    Where any block runs again, random states are there to be put back, too.
+    """
     added, clones = 0, books.clones
     for block in range(len(clones)):
         if clones[block] >= 0:
@@ -285,7 +287,8 @@ def _begin_segment(books: Books, replays: Replays, segment: int, made: int) -> i
         clones[replays.block[at]] = made
         added += _hold(books, made)
         made += 1
-    return added
+    again = replays.first[segment + 1] > replays.first[segment]
+    return added + _set(books.totals, RANDOM, random if again else 0)
 
 
 @compiled
@@ -318,6 +321,7 @@ def _begin_tape(
     """Book a tape; returns the bytes that it adds."""
     added = ledgers.tape[k]
     books.has_tape[i] = True
+    books.ledger[i] = k
     for at in range(ledgers.first_saved[k], ledgers.first_saved[k + 1]):
         added += _hold(books, _saved(books, ledgers, i, at))
     if books.clone[i] >= 0:

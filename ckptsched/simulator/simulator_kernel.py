@@ -125,6 +125,8 @@ def run(
     Returns:
         The rule that the operation at `POSITION` breaks, or `FINE`.
     """
+    # Branches stay in this loop: a call counts a reference to every array that it hands on, which
+    # for all of them takes longer than what is done.
     at, totals = stored.at, stored.totals
     for p in range(len(during)):
         totals[POSITION] = p
@@ -136,39 +138,32 @@ def run(
             rule = _may_run(edges, sizes.first, at, totals, code, kind, i)
             if rule:
                 return rule
-            at[DEVICE, code, i] = 1
+            size, extra = sizes.state[i], sizes.forward[i]
             if code:
                 tape = sizes.first[i] + kind
+                size, extra = sizes.tape[tape], sizes.taped[tape]
                 stored.tape[i] = tape
                 _hold(edges, at, stored.bare, i)
-                totals[LEVEL] += sizes.tape[tape]
-                during[p] = totals[LEVEL] + sizes.taped[tape]
-            else:
-                totals[LEVEL] += sizes.state[i]
-                during[p] = totals[LEVEL] + sizes.forward[i]
+            at[DEVICE, code, i] = 1
+            totals[LEVEL] += size
+            during[p] = totals[LEVEL] + extra
         elif code == DROP:
             rule = _may_drop(edges, stored, kind, i, source)
             if rule:
                 return rule
             during[p] = totals[LEVEL]
+            size = stored.size[source, kind, i] if source else _size(sizes, stored, kind, i)
             at[source, kind, i] = 0
-            if source == DEVICE:
-                totals[LEVEL] -= _size(sizes, stored, kind, i)
-            else:
-                totals[AWAY + source] -= stored.size[source, kind, i]
+            totals[AWAY + source if source else LEVEL] -= size
         elif code == BACKWARD:
             rule = _may_go_back(edges, stored, i)
             if rule:
                 return rule
             during[p] = _go_back(edges, sizes, stored, i)
         elif code == TURN:
-            n = at.shape[2] - 1
-            if totals[TURNED]:
-                return TURNED_BEFORE
-            if not (at[DEVICE, STATE, n] or at[DEVICE, TAPE, n]):
-                return NO_OUTPUT
-            totals[TURNED] = at[DEVICE, GRAD, n] = 1
-            totals[LEVEL] += sizes.gradient[n]
+            rule = _turn(at, totals, sizes.gradient)
+            if rule:
+                return rule
             during[p] = totals[LEVEL] + sizes.loss
         else:
             rule = _may_copy(edges, stored, kind, i, source, target)
@@ -200,6 +195,19 @@ def _go_back(edges: Edges, sizes: Sizes, stored: Stored, i: int) -> int:
     stored.done[i] = 1
     stored.spent[i] = tape
     return int(peak)
+
+
+@compiled
+def _turn(at: Flags, totals: Bytes, gradient: Bytes) -> int:
+    """End the forward pass; returns the rule that this breaks."""
+    n = at.shape[2] - 1
+    if totals[TURNED]:
+        return TURNED_BEFORE
+    if not (at[DEVICE, STATE, n] or at[DEVICE, TAPE, n]):
+        return NO_OUTPUT
+    totals[TURNED] = at[DEVICE, GRAD, n] = 1
+    totals[LEVEL] += gradient[n]
+    return FINE
 
 
 @compiled

@@ -84,18 +84,22 @@ def bound(variants: Sequence[Variant], inputs: int, *, reserve: bool = False) ->
     )
     if simple:
         return joined
-    count = len(saved_inputs) + len(saved_outputs)
-    masks = 1 << count if count <= _MOST_STORAGES else 2
-    later, fresh = joined.backward_peak_bytes[:2]
     parts = StageParts(
         inputs=inputs,
         output_bytes=sizes,
         output_sources=sources,
         saved_inputs=saved_inputs,
         saved_outputs=saved_outputs,
-        backward_peak_bytes=(later,) * masks + (fresh,) * masks,
+        backward_peak_bytes=_by_storages(joined, len(saved_inputs) + len(saved_outputs)),
     )
     return replace(joined, parts=parts)
+
+
+def _by_storages(joined: StageLedger, count: int) -> tuple[int, ...]:
+    """Its two peaks of the backward, whichever of so many saved storages others hold."""
+    masks = 1 << count if count <= _MOST_STORAGES else 2
+    later, fresh = joined.backward_peak_bytes[:2]
+    return (later,) * masks + (fresh,) * masks
 
 
 def _storages(variant: Variant, first: Variant, b: int) -> set[int]:

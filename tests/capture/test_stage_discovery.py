@@ -19,6 +19,7 @@ from ckptsched.capture.inspection import Inspection
 from ckptsched.capture.stage_discovery import (
     FusedStage,
     ModuleStage,
+    Outline,
     StageCall,
     StagedModule,
     TracedBlock,
@@ -28,7 +29,7 @@ from ckptsched.ode import ODEBlock
 
 
 def names(model: nn.Module) -> list[list[str]]:
-    return [[stage.name for stage in block.stages] for block in trace(model)]
+    return [[stage.name for stage in block.stages] for block in trace(Outline.of(model))]
 
 
 def run(blocks: tuple[TracedBlock, ...], x: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def test_each_child_is_a_block_and_nested_sequentials_are_flattened() -> None:
     inner = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Tanh(), nn.Linear(3, 3)))
     model = nn.Sequential(OrderedDict(entry=nn.Linear(3, 3), layer=inner, exit=nn.Tanh()))
     assert names(model) == [["entry"], ["layer.0", "layer.1.0", "layer.1.1"], ["exit"]]
-    blocks = trace(model)
+    blocks = trace(Outline.of(model))
     assert [block.name for block in blocks] == ["entry", "layer", "exit"]
     assert [block.module for block in blocks] == list(model)
 
@@ -92,7 +93,7 @@ def test_staged_modules_bring_their_own_stages_at_any_depth() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Tanh(), ODEBlock(nn.Tanh(), steps=2)))
     assert names(model) == [["0"], ["1.0", "1.1.step[0]", "1.1.step[1]"]]
     assert names(Twice(3)) == [["half[0]", "half[1]"]]
-    assert trace(Twice(3))[0].name == ""
+    assert trace(Outline.of(Twice(3)))[0].name == ""
 
 
 def test_a_staged_module_runs_its_stages_by_default() -> None:
@@ -103,7 +104,7 @@ def test_a_staged_module_runs_its_stages_by_default() -> None:
 
 def test_any_other_module_is_a_chain_of_one_stage() -> None:
     layer = nn.TransformerEncoderLayer(8, 2)
-    (block,) = trace(layer)
+    (block,) = trace(Outline.of(layer))
     assert [stage.name for stage in block.stages] == [""]
     assert block.module is layer
     assert block.stages[0].module is layer
@@ -160,27 +161,26 @@ def test_hooks_on_a_child_do_not_matter() -> None:
 def test_a_module_used_twice_is_there_twice_and_shares_its_key() -> None:
     linear, block = nn.Linear(3, 3), ODEBlock(nn.Tanh(), steps=2)
     model = nn.Sequential(linear, block, linear, block, nn.Linear(3, 3))
-    keys = [stage.key for one in trace(model) for stage in one.stages]
+    keys = [stage.key for one in trace(Outline.of(model)) for stage in one.stages]
     assert names(model)[2:4] == [["2"], ["3.step[0]", "3.step[1]"]]
     assert keys[0] == keys[3] != keys[6]
     assert len({*keys[1:3], *keys[4:6]}) == 1
-    assert [stage.key for one in trace(model) for stage in one.stages] == keys
+    assert [stage.key for one in trace(Outline.of(model)) for stage in one.stages] == keys
 
 
 def test_keys_of_fused_stages_are_those_of_their_parts() -> None:
     relu = nn.ReLU(inplace=True)
     linear = nn.Linear(3, 3)
-    (a,), (b,), (c,) = (
-        block.stages for block in trace(nn.Sequential(linear, relu, linear, relu, linear))
-    )
+    model = nn.Sequential(linear, relu, linear, relu, linear)
+    (a,), (b,), (c,) = (block.stages for block in trace(Outline.of(model)))
     assert a.key == b.key != c.key
 
 
 def test_an_empty_model_is_refused() -> None:
     with pytest.raises(ProfileError, match=r"Sequential has no modules.*at least one module"):
-        trace(nn.Sequential())
+        trace(Outline.of(nn.Sequential()))
     with pytest.raises(ProfileError, match=r"Twice \(1\) lists no stages.*at least one"):
-        trace(nn.Sequential(nn.Tanh(), Twice(3, times=0)))
+        trace(Outline.of(nn.Sequential(nn.Tanh(), Twice(3, times=0))))
 
 
 def test_a_stage_that_is_none_is_refused() -> None:
@@ -189,7 +189,7 @@ def test_a_stage_that_is_none_is_refused() -> None:
             return [nn.Tanh()]
 
     with pytest.raises(ProfileError, match=r"stages\(\) of Bare \(1\) lists a Tanh.*ModuleStage"):
-        trace(nn.Sequential(nn.Tanh(), Bare()))
+        trace(Outline.of(nn.Sequential(nn.Tanh(), Bare())))
 
 
 def test_an_empty_sequential_inside_is_an_identity() -> None:
@@ -241,7 +241,7 @@ def test_a_fused_block_holds_the_parameters_of_all_its_stages() -> None:
             return x.mul_(self.factor)
 
     model = nn.Sequential(nn.Linear(3, 3), Scale(), nn.Linear(3, 3))
-    first, second = trace(model)
+    first, second = trace(Outline.of(model))
     assert set(first.module.parameters()) == {*model[0].parameters(), model[1].factor}
     assert set(first.stages[0].module.parameters()) == set(first.module.parameters())
     assert second.module is model[2]
@@ -258,7 +258,7 @@ def test_no_state_between_stages_is_changed_in_place() -> None:
         nn.Hardswish(inplace=True),
     )
     state = torch.randn(2, 2, 8, 8)
-    for block in trace(model):
+    for block in trace(Outline.of(model)):
         for stage in block.stages:
             before = state.clone()
             after = stage(state)
@@ -294,7 +294,7 @@ def test_the_stages_compute_what_the_model_computes(tree: list[object]) -> None:
     torch.manual_seed(0)
     model = build(tree).double()
     x = torch.randn(2, 3, dtype=torch.float64)
-    blocks = trace(model)
+    blocks = trace(Outline.of(model))
     assert torch.equal(run(blocks, x.clone()), model(x.clone()))
     held = {id(p) for block in blocks for p in block.module.parameters()}
     assert held == {id(p) for p in model.parameters()}
@@ -307,7 +307,7 @@ def test_the_stages_compute_what_the_model_computes(tree: list[object]) -> None:
 
 def test_names_are_paths_in_the_state_dict() -> None:
     model = nn.Sequential(OrderedDict(a=nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))))
-    found = [stage.name for block in trace(model) for stage in block.stages]
+    found = [stage.name for block in trace(Outline.of(model)) for stage in block.stages]
     assert all(f"{name}.weight" in model.state_dict() for name in found)
 
 
@@ -315,7 +315,7 @@ def test_stages_are_copied_and_pickled_with_their_model() -> None:
     model = nn.Sequential(
         nn.Linear(3, 3), nn.ReLU(inplace=True), ODEBlock(nn.Linear(3, 3), steps=2)
     )
-    pair = (model, trace(model))
+    pair = (model, trace(Outline.of(model)))
     buffer = io.BytesIO()
     torch.save(pair, buffer)
     buffer.seek(0)
@@ -338,7 +338,7 @@ def test_stages_are_copied_and_pickled_with_their_model() -> None:
 
 
 def test_a_long_chain_is_small_objects() -> None:
-    (block,) = trace(ODEBlock(nn.Tanh(), steps=100_000))
+    (block,) = trace(Outline.of(ODEBlock(nn.Tanh(), steps=100_000)))
     assert len(block.stages) == 100_000
     assert block.stages[-1].name == "step[99999]"
     assert sys.getsizeof(block.stages[0]) <= 100

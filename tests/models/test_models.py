@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import models
-from ckptsched.capture.stage_discovery import trace
+from ckptsched.capture.stage_discovery import Outline, trace
 from ckptsched.ode import ODEBlock, find_tableau
 from models import deep_mlp, ode_mlp, ode_resnet18, ode_resnet_small, ode_squeezenext23
 
@@ -37,7 +37,7 @@ def test_image_models_are_stem_four_groups_and_head(
 ) -> None:
     model = build(method="rk4", steps=3)
     groups = [f"{kind}{group}" for group in range(1, 5) for kind in ("transition", "ode")]
-    blocks = trace(model)
+    blocks = trace(Outline.of(model))
     assert [block.name for block in blocks] == ["stem", *groups, "head"]
     for block in blocks:
         if block.name.startswith("ode"):
@@ -54,7 +54,7 @@ def test_a_group_changes_shape_in_its_transition_only(
 ) -> None:
     state = torch.zeros(1, channels, 32, 32)
     sides = []
-    for block in trace(build(steps=1)):
+    for block in trace(Outline.of(build(steps=1))):
         before = state.shape
         for stage in block.stages:
             state = stage(state)
@@ -122,8 +122,9 @@ def test_width_scales_all_groups() -> None:
 
 
 def test_mlps_are_chains_of_the_stated_length() -> None:
-    assert [len(block.stages) for block in trace(ode_mlp(steps=5))] == [1, 5, 1]
-    assert [len(block.stages) for block in trace(deep_mlp(width=4, depth=3))] == [2, 2, 2]
+    assert [len(block.stages) for block in trace(Outline.of(ode_mlp(steps=5)))] == [1, 5, 1]
+    deep = Outline.of(deep_mlp(width=4, depth=3))
+    assert [len(block.stages) for block in trace(deep)] == [2, 2, 2]
     assert ode_mlp(width=4)(torch.zeros(3, 4)).shape == (3, 4)
     assert deep_mlp(width=4)(torch.zeros(3, 4)).shape == (3, 4)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ckptsched.base.errors import ExecutionError
-from ckptsched.capture.stage_discovery import trace
+from ckptsched.capture.stage_discovery import Outline, trace
 from ckptsched.ode import (
     DOPRI5,
     EULER,
@@ -263,7 +263,7 @@ def test_a_block_is_its_steps_in_order(rule: ButcherTableau, kind: type) -> None
         else:
             z = runge_kutta_step(lambda _, z: f(z), rule, 1 + 2 * (i / 5), 2 / 5, z)
     assert torch.equal(block(x), z)
-    (traced,) = trace(block)
+    (traced,) = trace(Outline.of(block))
     y = x
     for stage in traced.stages:
         y = stage(y)
@@ -361,7 +361,7 @@ def test_steps_share_the_parameters_of_f_and_add_none() -> None:
     f = nn.Linear(3, 3)
     block = ODEBlock(f, "rk4", steps=100)
     assert [name for name, _ in block.named_parameters()] == ["f.weight", "f.bias"]
-    (traced,) = trace(block)
+    (traced,) = trace(Outline.of(block))
     assert len({stage.key for stage in traced.stages}) == 1
     assert all(stage.module is block for stage in traced.stages)
 

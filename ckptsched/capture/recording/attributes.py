@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...recompute.fsdp import class_before
-from ..stage_discovery import has_hooks
+from ...recompute.fsdp import class_before, has_hooks
 from ..wrappers import InPlace, forward_attribute
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}

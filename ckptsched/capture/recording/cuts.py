@@ -20,10 +20,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ...recompute.fsdp import has_hooks
 from ...tensors.pytree import State, storages
 from ...torch_state.replay_context import RandomState
 from ..policies import keep
-from ..stage_discovery import has_hooks
 from .calls import Fixed, Numbered, RecordedCall, StagePath
 from .functions import EFFECTS
 from .recording import Bound, Recording

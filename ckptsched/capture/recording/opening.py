@@ -84,5 +84,5 @@ def open_model(
 
 def is_one_stage(inspection: Inspection) -> bool:
     """Whether a model that is not recorded is a single stage."""
-    blocks = trace(inspection.model)
+    blocks = trace(inspection.outline)
     return len(blocks) == 1 and len(blocks[0].stages) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from inspect import isfunction
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -162,28 +162,41 @@ def _one_pass(
         except GoesBackError:
             pass  # the module around is marked
         except Exception as error:
-            if recorder.refusal or fails(inspection.model, inputs):
-                if not recorder.refusal:
-                    raise
-            else:
-                where = recorder.marks.scopes[-1] or "the model itself"
-                raise ProfileError(
-                    f"the model cannot be recorded: {where} runs by itself, and fails while it is "
-                    f"recorded with {type(error).__name__}: {error}"
-                ) from error
-        kept = {str(place) for place in recorder.kept}
+            if not recorder.refusal:
+                _refuse_failing(recorder, inspection, inputs, error)
         after = attributes_of(inspection.model)
         other = [n for n in before.keys() | after.keys() if before.get(n) != after.get(n)]
-        for name in sorted({*state.rebound(), *other}):
-            path = _owner(inspection, name)
-            if name not in kept and not _is_within(path, whole):
-                recorder.changed[name] = path
+        _note_changed({*state.rebound(), *other}, recorder, inspection, whole)
         if recorder.guards and not recorder.marks.marked:
             recording = _recording(recorder, inspection, inputs, output, whole)
             _mark_what_moves_on(recorder, recording, inspection, inputs)
         if state.written():
             raise ProfileError(f"{state.written()} is changed by the model's forward pass")
     return recorder, output
+
+
+def _refuse_failing(
+    recorder: Recorder, inspection: Inspection, inputs: State, error: Exception
+) -> NoReturn:
+    """Raise the error of a pass, which is the model's own if that fails without us, too."""
+    if fails(inspection.model, inputs):
+        raise error
+    where = recorder.marks.scopes[-1] or "the model itself"
+    raise ProfileError(
+        f"the model cannot be recorded: {where} runs by itself, and fails while it is "
+        f"recorded with {type(error).__name__}: {error}"
+    ) from error
+
+
+def _note_changed(
+    names: Collection[str], recorder: Recorder, inspection: Inspection, whole: Mapping[str, str]
+) -> None:
+    """Note which attributes a pass has changed where nothing is called whole and none are kept."""
+    kept = {str(place) for place in recorder.kept}
+    for name in sorted(names):
+        path = _owner(inspection, name)
+        if name not in kept and not _is_within(path, whole):
+            recorder.changed[name] = path
 
 
 def _mark_what_moves_on(

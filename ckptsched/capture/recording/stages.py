@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...base.budget import format_bytes
 from ...base.errors import PlanMismatchError, ProfileError
+from ...recompute.fsdp import has_hooks
 from ...recompute.tape_contents import SHOWS_WHAT_IS_SAVED
 from ...tensors.pytree import State
 from ...torch_state.replay_context import OneWay, RandomState, Recomputing
@@ -21,7 +22,7 @@ from ..inspection import Inspection, inspect_model
 from ..likeness import InDoubtError, Likeness
 from ..model_state import left_as_it_was
 from ..policies.policy import NO_POLICY, NOTHING_RULED, Named, Policy, Ruled, said
-from ..stage_discovery import StageCall, StagedModule, has_hooks
+from ..stage_discovery import StageCall, StagedModule
 from ..wrappers import plain_forward, share
 from .calls import RecordedCall, StagePath
 from .cuts import (

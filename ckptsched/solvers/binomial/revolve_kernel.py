@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...base.jit import compiled
-from ..runs.table_kernel import write_sweep
+from ..runs.lowering_kernel import write_sweep
 
 # Larger than any number of stages: binomial coefficients beyond are only known to be so large.
 _LARGE = 1 << 40

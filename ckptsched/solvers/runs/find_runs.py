@@ -19,6 +19,10 @@ Indices = npt.NDArray[np.int64]
 Seconds = npt.NDArray[np.float64]
 Rounding = Literal["nearest", "down"]
 
+# Of one run: slots of a kept state, of a kept tape; least slots for a stage with tape, for a sweep
+# of one stage, and for a longer one.
+Limits = tuple[int, int, int, int, int]
+
 
 @final
 @dataclass(frozen=True)

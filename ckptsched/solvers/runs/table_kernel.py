@@ -1,12 +1,7 @@
 """The compiled loops of `tables`: segments inside one run, and lines of segments with one end.
 
 Positions count the stages from a segment's first one to the end of the chain, so that the segment
-that starts with X stages of a run has position end + X. Rows hold all positions (or lengths) at one
-number of slots, because the inner operation is then a (min,+) step between two short rows:
-
-    row[X] = min(row[X], cost(l) + rest[X - l])     for many X at once,
-
-at some ten additions a nanosecond. Which l are worth a try is known from the X before.
+that starts with X stages of a run has position end + X.
 
 Indices: a segment begins in run a and ends in run b (R is the loss) with the stage of that number
 in the run; c is the run of a split between them; m counts slots; k is a line, p a point of the
@@ -22,27 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...base.jit import compiled
-from .find_runs import RunSlots
+from .find_runs import Limits, RunSlots
+from .splits_kernel import TOGETHER, best_of_some, keep_all, lower, try_some_splits, try_splits
 
 Numbers = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
-_at = np.uintp  # see chain/table_kernel
-
-# Segments whose best splits are looked for together.
-TOGETHER = 64
-# How far from the best split of the segments before that is looked for.
-_WINDOW = 16
-# Splits that share one pass over a row.
-_AT_ONCE = 4
-# Of all splits so many are looked at where the best may be anywhere.
-_SAMPLES = 96
-# What a row of the lowering's stack asks for, in place of a number of stages.
-_DROP, _BACKWARD = -1, -2
-
-
-# Of one run: slots of a kept state, of a kept tape; least slots for a stage with tape, for a sweep
-# of one stage, and for a longer one.
-Limits = tuple[int, int, int, int, int]
 
 
 class InRun(NamedTuple):
@@ -108,17 +87,17 @@ def fill_in_run(
             continue
         row[1] = 0
         if m >= tape:
-            _lower(row, 2, values[m - tape], 1, count - 1, np.float32(0))
+            lower(row, 2, values[m - tape], 1, count - 1, np.float32(0))
         if keep == 0 and m >= alone:
-            _keep_all(row, row, 1, count - 1, seconds)
+            keep_all(row, row, 1, count - 1, seconds)
         elif m >= keep and m >= min(alone, pair):
             least = 1 if m >= alone else 2
             most = count - 1 if m >= pair else 1
             rest = values[m - keep]
             if exact or most <= TOGETHER:
-                _push(row, rest, row, (0, least, most, 1), 2, count, (0.0, seconds))
+                try_splits(row, rest, row, (0, least, most, 1), 2, count, (0.0, seconds))
             else:
-                _split(row, rest, row, (0, least, count, 1), (0.0, seconds))
+                try_some_splits(row, rest, row, (0, least, count, 1), (0.0, seconds))
 
 
 @compiled
@@ -145,18 +124,18 @@ def fill_entry(
         if m >= slots.taped[a, a]:
             row[0] = 0
         if m >= slots.taped[a, r] and m >= slots.tape[a]:
-            _lower(row, 1, inside[(m - slots.tape[a]) // unit], 1, count, np.float32(0))
+            lower(row, 1, inside[(m - slots.tape[a]) // unit], 1, count, np.float32(0))
         if m >= slots.alone[a, r] and m >= slots.keep[a]:
             cost = row[0] + np.float32(slots.seconds[a])
-            _lower(row, 1, inside[(m - slots.keep[a]) // unit], 1, count, cost)
+            lower(row, 1, inside[(m - slots.keep[a]) // unit], 1, count, cost)
         least = 1 if m >= slots.cross[a, r, r, 0, 0] else 2
         most = count - 1 if m >= slots.cross[a, r, r, 0, 1] else 1
         if m >= keep and least <= most:
             rest = inside[(m - keep) // unit]
             if exact or most <= TOGETHER:
-                _push(row, rest, row, (0, least, most, 1), 2, count, seconds)
+                try_splits(row, rest, row, (0, least, most, 1), 2, count, seconds)
             else:
-                _split(row, rest, row, (0, least, count, 1), seconds)
+                try_some_splits(row, rest, row, (0, least, count, 1), seconds)
 
 
 @compiled
@@ -205,18 +184,18 @@ def fill_line(
             zero = rows.zero[a] + (m // rows.unit[a]) * width
             inside = rows.values[zero : zero + width]
             if m >= slots.taped[a, b] and m >= slots.tape[a]:
-                _lower(row, start + 1, line[m - slots.tape[a]], start, count, np.float32(0))
+                lower(row, start + 1, line[m - slots.tape[a]], start, count, np.float32(0))
             alone, pair = slots.alone[a, b], slots.pair[a, b]
             if keep == 0 and m >= alone:
-                _keep_all(row, inside, start, count, slots.seconds[a])
+                keep_all(row, inside, start, count, slots.seconds[a])
             elif m >= keep and m >= min(alone, pair):
                 least = 1 if m >= alone else 2
                 most = count if m >= pair else 1
                 rest, cost = line[m - keep], (0.0, slots.seconds[a])
                 if exact or most <= TOGETHER:
-                    _push(row, rest, inside, (start, least, most, 0), 1, count, cost)
+                    try_splits(row, rest, inside, (start, least, most, 0), 1, count, cost)
                 else:
-                    _split(row, rest, inside, (start, least, count, 0), cost)
+                    try_some_splits(row, rest, inside, (start, least, count, 0), cost)
 
 
 @compiled
@@ -250,7 +229,7 @@ def _enter(line: Any, slots: RunSlots, entries: Entries, a: int, b: int, m: int)
     left = entries.values[zero : zero + slots.stages[c] + 1]
     cost = (slots.seconds[a], slots.seconds[c])
     at, rest = slots.end[c] + slots.stages[c], line[m - keep]
-    i = _best_of_some(rest, at, left, least, most, cost)
+    i = best_of_some(rest, at, left, least, most, cost)
     if i > 0:
         found = left[i] + rest[at - i] + np.float32(cost[0] + cost[1] * i)
         line[m, place] = min(line[m, place], found)
@@ -325,243 +304,3 @@ def _peel(
         at = mesh.place[p]
         found = np.float32(seconds + peeled * (slots.elapsed[at] - swept)) + crossing[left + p]
         row[at] = min(row[at], found)
-
-
-@compiled
-def _keep_all(row: Any, inside: Any, start: int, count: int, seconds: float) -> None:
-    """States that take nothing: each stage is run once more at most."""
-    cost = inside[1] + np.float32(seconds)
-    for x in range(start + 1, start + count + 1):
-        row[x] = min(row[x], row[x - 1] + cost)
-
-
-@compiled
-def _split(row: Any, rest: Any, inside: Any, parts: Any, cost: Any) -> None:
-    """Splits near the best split of segments that are a little shorter.
-
-    The best left part hardly ever shrinks as segments grow, nor grows by more than they do. Where
-    it jumps, a look at some of all splits finds it.
-
-    Args:
-        row: To lower: segments by position.
-        rest: What follows the left part, with as much less as a state takes.
-        inside: Left parts; the row itself for segments inside one run.
-        parts: Position after the run, fewest stages of a left part, stages of the longest segment,
-            and how many stages a left part is shorter at least than the segment.
-        cost: Seconds of the sweep over a left part: those of no stage, and of one more.
-    """
-    start, least, count, shorter = parts
-    best = least
-    for x in range(0, count, TOGETHER):
-        end = min(x + TOGETHER, count)
-        longest, before = end - shorter, best
-        low, high = max(least, best - _WINDOW), min(best + TOGETHER + _WINDOW, longest)
-        if shorter:  # what is looked at must be final
-            _push(row, rest, inside, (start, low, high, shorter), x + 1, end, cost)
-        best = _best(rest, start + end, inside, low, high, cost)
-        other = _best_of_some(rest, start + end, inside, least, longest, cost)
-        best = max(least, _better(rest, start + end, inside, best, other, cost))
-        if best < low or best > high or not shorter:
-            low, high = min(before, best) - _WINDOW, max(before, best) + _WINDOW
-            low, high = max(least, low), min(high, longest)
-            _push(row, rest, inside, (start, low, high, shorter), x + 1, end, cost)
-
-
-@compiled
-def _push(row: Any, rest: Any, inside: Any, parts: Any, low: int, high: int, cost: Any) -> None:
-    """Lower segments of low..high stages by splits, the shortest left part first.
-
-    Args:
-        row: To lower.
-        rest: What follows the left part.
-        inside: Left parts; those of the row itself are final when their turn comes.
-        parts: Position after the run, fewest and most stages of a left part, and how many stages
-            it is shorter at least than the segment.
-        low: Fewest stages of a segment in the run.
-        high: Most of them.
-        cost: Seconds of the sweep over a left part: those of no stage, and of one more.
-    """
-    start, least, most, shorter = parts
-    i = least
-    while i + _AT_ONCE - 1 <= most:
-        # Four splits share one pass over the segments that all of them are of; of shorter ones
-        # first, as left parts of the row itself must be final.
-        together = max(low, i + _AT_ONCE - 1 + shorter)
-        first = _swept(inside, cost, i)
-        _push_one(row, rest, start, i, max(low, i + shorter), together - 1, first)
-        second = _swept(inside, cost, i + 1)
-        _push_one(row, rest, start, i + 1, max(low, i + 1 + shorter), together - 1, second)
-        third = _swept(inside, cost, i + 2)
-        _push_one(row, rest, start, i + 2, max(low, i + 2 + shorter), together - 1, third)
-        costs = first, second, third, _swept(inside, cost, i + 3)
-        if min(min(first, second), min(third, costs[3])) < np.inf:
-            to, width = start + together, high + 1 - together
-            _lower_by_four(row, to, rest, to - i, width, costs)
-        i += _AT_ONCE
-    while i <= most:
-        _push_one(row, rest, start, i, max(low, i + shorter), high, _swept(inside, cost, i))
-        i += 1
-
-
-@compiled
-def _swept(inside: Any, cost: Any, i: int) -> Any:
-    """Seconds of a left part of i stages and of the sweep over it."""
-    return inside[i] + np.float32(cost[0] + cost[1] * i)
-
-
-@compiled
-def _push_one(row: Any, rest: Any, start: int, i: int, low: int, high: int, swept: Any) -> None:
-    """Lower segments of low..high stages by the split after i of them."""
-    if swept < np.inf:
-        _lower(row, start + low, rest, start + low - i, high + 1 - low, swept)
-
-
-@compiled
-def _lower(row: Any, to: int, rest: Any, of: int, width: int, cost: Any) -> None:
-    """Lower a part of a row to a part of another plus a cost, where that is less."""
-    if width > 0:
-        target, source = _at(to), _at(of)
-        zero = np.float32(0)
-        for x in range(_at(width)):
-            found = cost + rest[source + x]
-            known = row[target + x] + zero  # see chain/table_kernel._lower
-            row[target + x] = found if found < known else known
-
-
-@compiled
-def _lower_by_four(row: Any, to: int, rest: Any, of: int, width: int, costs: Any) -> None:
-    """The same by four parts, each of which begins a number before the last, and their costs."""
-    if width > 0:
-        target, zero = _at(to), np.float32(0)
-        source0, source1, source2, source3 = _at(of), _at(of - 1), _at(of - 2), _at(of - 3)
-        cost0, cost1, cost2, cost3 = costs
-        for x in range(_at(width)):
-            x0 = cost0 + rest[source0 + x]
-            x1 = cost1 + rest[source1 + x]
-            x2 = cost2 + rest[source2 + x]
-            x3 = cost3 + rest[source3 + x]
-            x0 = x1 if x1 < x0 else x0
-            x2 = x3 if x3 < x2 else x2
-            x0 = x2 if x2 < x0 else x0
-            known = row[target + x] + zero
-            row[target + x] = x0 if x0 < known else known
-
-
-@compiled
-def _best(rest: Any, at: int, inside: Any, first: Any, last: Any, cost: Any) -> Any:
-    """The left part of first..last stages that is best at one position; 0 where none fits."""
-    best, length = np.float32(np.inf), np.int64(0)
-    unit, position = np.float32(cost[1]), _at(at)
-    for i in range(_at(first), _at(max(first, last + 1))):
-        found = inside[i] + unit * np.float32(i) + rest[position - i]
-        if found < best:
-            best, length = found, np.int64(i)
-    return length
-
-
-@compiled
-def _best_of_some(rest: Any, at: int, inside: Any, first: Any, last: Any, cost: Any) -> Any:
-    """The same, near the best of evenly spaced ones."""
-    step = (last - first) // _SAMPLES
-    if step <= 1:
-        return _best(rest, at, inside, first, last, cost)
-    best, length = np.float32(np.inf), np.int64(0)
-    for k in range(_SAMPLES + 1):
-        i = first + k * step
-        found = inside[i] + np.float32(cost[1] * i) + rest[at - i]
-        if found < best:
-            best, length = found, np.int64(i)
-    low, high = max(first, length - step), min(last, length + step)
-    return _best(rest, at, inside, low, high, cost) if length else length
-
-
-@compiled
-def _better(rest: Any, at: int, inside: Any, one: Any, other: Any, cost: Any) -> Any:
-    """The better of two left parts, of which 0 is none."""
-    if one <= 0 or other <= 0:
-        return max(one, other)
-    gain = inside[one] - inside[other] + rest[at - one] - rest[at - other]
-    return other if gain + cost[1] * (one - other) > 0 else one
-
-
-@compiled
-def lower_in_run(
-    values: Any, length: int, m: int, limits: Limits, seconds: float, operations: Any
-) -> int:
-    """Write out the schedule of stages 1..length of one run.
-
-    Args:
-        values: Extra seconds, by slots and length.
-        length: Stages.
-        m: Slots.
-        limits: The run's sizes.
-        seconds: Seconds of one forward.
-        operations: To fill with packed operations; it must be long enough.
-
-    Returns:
-        The number of operations.
-    """
-    keep, tape = limits[0], limits[1]
-    todo = np.empty((3 * length + 8, 3), np.int64)  # stages before, stages, slots
-    todo[0, 0], todo[0, 1], todo[0, 2] = 0, length, m
-    depth, written = 1, 0
-    while depth:
-        depth -= 1
-        before, count, free = todo[depth, 0], todo[depth, 1], todo[depth, 2]
-        if count == _DROP:
-            operations[written] = 5 | before << 32
-            written += 1
-            continue
-        if count == _BACKWARD:
-            operations[written] = 3 | before << 32
-            written += 1
-            continue
-        split = 0
-        if count > 1:
-            split = _split_in_run(values, count, free, limits, seconds)
-        if split == 0:
-            operations[written] = 1 | (before + 1) << 32
-            written += 1
-            todo[depth, 0], todo[depth, 1] = before + 1, _BACKWARD
-            depth += 1
-            if count > 1:
-                todo[depth, 0], todo[depth, 1] = before + 1, count - 1
-                todo[depth, 2] = free - tape
-                depth += 1
-            continue
-        written = write_sweep(operations, written, before + 1, before + split)
-        todo[depth, 0], todo[depth, 1], todo[depth, 2] = before, split, free
-        todo[depth + 1, 0], todo[depth + 1, 1] = before + split, _DROP
-        todo[depth + 2, 0], todo[depth + 2, 1] = before + split, count - split
-        todo[depth + 2, 2] = free - keep
-        depth += 3
-    return written
-
-
-@compiled
-def _split_in_run(values: Any, count: int, m: int, limits: Any, seconds: float) -> int:
-    """The best left part of a segment inside a run; 0 where its first stage is taped."""
-    keep, tape, taped, alone, pair = limits
-    best, split = np.inf, 0
-    if m >= taped and m >= tape:
-        best = values[m - tape, count - 1]
-    most = 0
-    if m >= keep and m >= alone:
-        most = count - 1 if m >= pair else 1
-    for i in range(1, most + 1):
-        found = seconds * i + values[m, i] + values[m - keep, count - i]
-        if found < best:
-            best, split = found, i
-    return split
-
-
-@compiled
-def write_sweep(operations: Any, written: int, first: int, last: int) -> int:
-    """Write out runs of stages first..last that keep the last state alone."""
-    for stage in range(first, last + 1):
-        operations[written] = stage << 32
-        written += 1
-        if stage > first:
-            operations[written] = 5 | (stage - 1) << 32
-            written += 1
-    return written

@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...base.progress import report
-from .find_runs import Runs, RunSlots, run_slots
+from .find_runs import Limits, Runs, RunSlots, run_slots
 
 if TYPE_CHECKING:
-    from .table_kernel import Entries, InRun, Limits, Mesh
+    from .table_kernel import Entries, InRun, Mesh
 
 Numbers: TypeAlias = npt.NDArray[np.float32]
 End: TypeAlias = tuple[int, int]

@@ -94,7 +94,7 @@ class _Lowering:
         self.todo.append((place, left, m))
 
     def _in_run(self, place: int, end: End, m: int) -> Packed:
-        from . import table_kernel as run_kernel
+        from .lowering_kernel import lower_in_run
 
         table = self.table
         first, last = table.stage_at(place), table.stage_of(end)
@@ -102,7 +102,7 @@ class _Lowering:
         length = last - first + 1
         runs = float(values[free, length]) / seconds if seconds > 0 else length * length / 2
         operations = np.empty(2 * round(runs) + 4 * length + 8, dtype=np.int64)
-        count = run_kernel.lower_in_run(values, length, free, limits, seconds, operations)
+        count = lower_in_run(values, length, free, limits, seconds, operations)
         found: Packed = operations[:count] + (np.int64(first - 1) << _STAGE)
         return found
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ....recompute.fsdp import own_hooks
-from ...stage_discovery import HOOKS
+from ....recompute.fsdp import HOOKS, own_hooks
 from ...wrappers import StandsFor, in_place, is_compiled
 
 # Modules of torch.nn that others write their models with: they are opened. All others are calls.
