@@ -22,6 +22,7 @@ from ..capture.model_state import left_as_it_was
 from ..capture.signature import first_by_position, without_first
 from ..memory.meters import Meter, default_meter
 from ..planner.plan import Plan
+from ..planner.tradeoff import Measured
 from ..profiler.profile import default_loss
 from ..profiler.stage_kind import Loss
 from ..recompute.stateful_buffers import every_generator
@@ -68,6 +69,17 @@ class Verification:
     uncached_gradient_difference: float | None = None
     """The largest difference from plain autograd without autocast's cache of cast weights, which
     a plan does not use; None where the caller's setting has no such cache."""
+
+    @property
+    def measured(self) -> Measured:
+        """The figures of the planned step, as a trade-off has them."""
+        return Measured(
+            peak_bytes=self.measured_peak_bytes,
+            seconds=self.seconds,
+            plain_seconds=self.plain_seconds,
+            max_gradient_difference=self.max_gradient_difference,
+            ok=self.ok,
+        )
 
     @property
     def ok(self) -> bool:

@@ -23,7 +23,8 @@ from typing import Any, final
 from ..base.cache_folder import cache_folder, private_folder
 from ..base.errors import PlanMismatchError, StorageError
 from ..base.json_files import parse_json, read_regular, write_atomically
-from .plan import Plan, Workload
+from .plan import Plan
+from .plan_words import Workload
 
 FORMAT = "ckptsched cached plan"
 MOST_BYTES = 256 * 2**20

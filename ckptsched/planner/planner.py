@@ -31,7 +31,8 @@ from ..solvers import Baseline, get_solver
 from ..workload.chain import Chain
 from . import TIME_LIMIT
 from .disk_cache import PlanCache, is_worth_keeping, open_cache, source_digest
-from .plan import Plan, Workload, excess
+from .plan import Plan
+from .plan_words import Workload, excess
 from .run_once import (
     because_of_rule,
     has_stages_run_once,

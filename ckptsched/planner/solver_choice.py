@@ -24,7 +24,7 @@ from ..solvers.runs.solver import takes
 from ..workload.chain import Chain
 from ..workload.graph import Graph
 from .persistence_test import ALL_PINNED, persistent_is_optimal
-from .plan import Workload, excess
+from .plan_words import Workload, excess
 
 # From so many stages on, chains of long runs are given to run_dp alone: it is faster there than
 # chain_dp, and finds schedules within a tenth of a percent of it, or better ones.

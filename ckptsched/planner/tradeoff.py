@@ -14,7 +14,10 @@ from ..base.json_files import render_json, write_atomically
 from ..base.plot import Picture
 from ..base.progress_bar import bar_of_solvers
 from ..base.text_table import Grid
-from .plan import Plan, Workload, excess, words_of_class
+from .explorer.content import Front, Shown
+from .explorer.page import page_of
+from .plan import Plan
+from .plan_words import Workload, excess, words_of_class
 from .planner import BaselineFigures, PlanOptions, compare_baselines, plan_each
 from .tapes import counts_of, tapes_of
 
@@ -132,6 +135,13 @@ class Tradeoff:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trade-off to a JSON file."""
         write_atomically(path, render_json(self.to_json()) + "\n")
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page to explore all plans in a browser: one file, which asks for no other.
+
+        The knee is shown first, where there is one. The file appears whole or not at all.
+        """
+        write_atomically(path, page_of(*_page_content(self)))
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the trade-off; the file's ending chooses the format, such as ".png".
@@ -352,6 +362,18 @@ def remarks(tradeoff: Tradeoff) -> list[str]:
         kept = "every budget was kept" if not failed else f"NOT as promised at {failed} bytes"
         lines.append(f"Measured: {kept}; largest difference of a gradient {largest:.3g}.")
     return lines
+
+
+def _page_content(tradeoff: Tradeoff) -> tuple[Workload, list[Shown], Front, int]:
+    """What the explorer shows of a trade-off; see `page_of`."""
+    rows, knee = tradeoff.rows, tradeoff.knee
+    at = None if knee is None else rows.index(knee)
+    front = Front(
+        knee=at,
+        baselines=tuple((x.name, x.peak_bytes, x.seconds) for x in tradeoff.baselines),
+    )
+    shown = [Shown(plan=row.plan, measured=row.measured) for row in rows]
+    return tradeoff.chain, shown, front, len(rows) // 2 if at is None else at
 
 
 def _picture(tradeoff: Tradeoff) -> Picture:

@@ -21,10 +21,10 @@ from ..base.json_files import check_writable
 from ..base.plot import check_plot
 from ..base.progress_bar import progress_bar
 from ..base.text_table import Grid
-from ..planner.plan import Plan, Workload, kind_of
+from ..planner.plan import Plan
+from ..planner.plan_words import Workload, kind_of
 from ..planner.planner import PlanOptions
 from ..planner.tradeoff import (
-    Measured,
     Tradeoff,
     baseline_grid,
     heading,
@@ -50,6 +50,8 @@ class Outputs:
     """A picture of the trade-off; its ending chooses the format."""
     json: str | os.PathLike[str] | None = None
     """Rows and baselines as data."""
+    html: str | os.PathLike[str] | None = None
+    """A page to explore all plans in a browser."""
 
     def check(self) -> None:
         """Find out before a long run whether the files can be written.
@@ -57,7 +59,7 @@ class Outputs:
         Raises:
             CkptschedError: A plot of this ending cannot be drawn, or a folder is missing.
         """
-        for path in (self.plot, self.json):
+        for path in (self.plot, self.json, self.html):
             check_writable(path)
         if self.plot is not None:
             check_plot(self.plot)
@@ -103,6 +105,9 @@ def report(
     if outputs.plot is not None:
         found.plot(outputs.plot)
         console.print(f"plot written to {outputs.plot}", markup=False, highlight=False)
+    if outputs.html is not None:
+        found.to_html(outputs.html)
+        console.print(f"page written to {outputs.html}", markup=False, highlight=False)
     return found
 
 
@@ -139,15 +144,7 @@ def measure_rows(
     with progress_bar(console.is_terminal, console=console, patience_seconds=0.0) as tell:
         for i, row in enumerate(found.rows):
             tell("measuring", i / count)
-            result = measure(row.plan)
-            measured = Measured(
-                peak_bytes=result.measured_peak_bytes,
-                seconds=result.seconds,
-                plain_seconds=result.plain_seconds,
-                max_gradient_difference=result.max_gradient_difference,
-                ok=result.ok,
-            )
-            rows.append(replace(row, measured=measured))
+            rows.append(replace(row, measured=measure(row.plan).measured))
     return replace(found, rows=tuple(rows))
 
 

@@ -119,8 +119,8 @@ class _Book:
         for role, stage in list(self.open):
             self.end(role, stage, self.operations)
         columns = np.array(sorted(self.rows), dtype=np.int64).reshape(-1, 5).T
-        since, role, stage, size, until = columns
-        return Lifetimes(role, stage, size, since, until, timeline)
+        since, roles, stages, sizes, until = columns
+        return Lifetimes(roles, stages, sizes, since, until, timeline)
 
 
 _ROLES = {Kind.STATE: Role.STATE, Kind.TAPE: Role.TAPE, Kind.GRAD: Role.GRADIENT}

@@ -70,6 +70,9 @@ class Chain(Saved):
     """By how much two halves of the rounds of timing differed, as a share of all seconds."""
     signature: Signature | None = None
     """What a model and a batch must match to be run by a plan of this chain."""
+    layouts: tuple[str, ...] = ()
+    """For people: shape and dtype of each state, the input's first, such as "float32[8, 64]"; fewer
+    where they are not known of all. No plan depends on them."""
 
     kind: ClassVar[str] = "chain"
     needs: ClassVar[str] = "the columns " + ", ".join(key for key, _, _ in COLUMNS[:4])
@@ -101,6 +104,8 @@ class Chain(Saved):
             expected = block.last + 1
         if self.blocks and expected != len(self.stages) + 1:
             raise WorkloadError(f"blocks end at stage {expected - 1} of {len(self.stages)}")
+        for layout in set(self.layouts):
+            check_name("the layout of a state", layout)
 
     @functools.cached_property
     def arrays(self) -> ChainArrays:
@@ -175,6 +180,8 @@ class Chain(Saved):
         for key in _OF_POLICY if self.signature else ():
             if not data["signature"][key]:
                 del data["signature"][key]  # so that chains without one are what they were
+        if self.layouts:
+            data["layouts"] = list(self.layouts)
         return data
 
     @classmethod
@@ -198,6 +205,7 @@ class Chain(Saved):
             seconds_spread=data.get("seconds_spread", 0.0),
             name=data.get("name", ""),
             signature=_read_signature(data.get("signature")),
+            layouts=tuple(data.get("layouts", ())),
         )
 
 

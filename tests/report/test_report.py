@@ -15,7 +15,8 @@ from ckptsched.base.errors import BudgetSyntaxError, CkptschedError, InfeasibleB
 from ckptsched.base.text_table import Grid
 from ckptsched.executor.verify import Verification
 from ckptsched.fitting.planning import plan
-from ckptsched.planner.plan import Plan, words_of_class
+from ckptsched.planner.plan import Plan
+from ckptsched.planner.plan_words import words_of_class
 from ckptsched.planner.tradeoff import Measured, Row, Tradeoff, baseline_grid, plan_grid, tradeoff
 from ckptsched.report.report import Outputs, chain_grid, print_chain, report, timeline
 from tests.support.small_chains import mixed_chain, uniform_chain
