@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final
@@ -34,6 +35,10 @@ ROLES = {
     Role.KEPT: "Hidden state",
 }
 """What the page calls each role."""
+# The layer of a recorded stage's first call: "17:transformer.h.0.ln_1 to addmm in transformer.h.0".
+_MODULE = re.compile(
+    r"\d+:(?:.*? in )?(?:((?:[^\s.]+\.)*?\d+)(?:[.\s]|$)|([^\s.]+)(?:[.\s]|$)|(\S+))"
+)
 
 
 class Compared(Protocol):
@@ -155,12 +160,33 @@ def stage_names(chain: Workload) -> list[str]:
     return names
 
 
+def blocks_shown(chain: Workload) -> list[tuple[str, int, int]]:
+    """Name, first and last stage of the blocks by which the network is shown.
+
+    A recorded model is one block. Its stages say in which modules their calls are, and are put
+    together by layer: up to the first number in a path, such as "transformer.h.5".
+    """
+    given = [(printable(b.name), b.first, b.last) for b in chain.blocks]
+    if len(given) != 1:
+        return given
+    found: list[tuple[str, int, int]] = []
+    for i, stage in enumerate(chain.stages, 1):
+        match = _MODULE.match(stage.name)
+        name = printable(match[1] or match[2] or match[3]) if match else ""
+        name = "" if name == "Tensor" else name  # a method that is called outside of all modules
+        if found and found[-1][0] == name:
+            found[-1] = (name, found[-1][1], i)
+        else:
+            found.append((name, i, i))
+    return found if 1 < len(found) <= len(chain) / 2 else given
+
+
 def _network(chain: Workload) -> dict[str, Any]:
     """Names, blocks and figures of the stages, a column a figure."""
     columns = chain.arrays
     return {
         "names": stage_names(chain),
-        "blocks": [[printable(b.name), b.first, b.last] for b in chain.blocks],
+        "blocks": blocks_shown(chain),
         "layouts": _repeats([layout_of(chain, i) for i in range(1, len(chain) + 1)]),
         "forwardSeconds": columns.forward_seconds[1:].tolist(),
         "stateBytes": columns.state_bytes[1:].tolist(),

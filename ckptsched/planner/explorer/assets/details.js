@@ -19,7 +19,7 @@ function detailsOf({ step, plan, network, page }, p) {
   if (code <= BACKWARD) put("seconds", secondsText(step.seconds[p]));
   if (i > 0 || code === DROP) put("module", stateName(network, i));
   const layout = i > 0 ? network.layout(i) : code === TURN ? "" : page.inputLayout;
-  if (layout) put(runs ? "makes" : "its state", layout);
+  if (layout) put(runs ? "makes" : "its output", layout);
   return [
     element("p", { class: "quiet" }, `Operation ${countText(p + 1)} of ${countText(step.m)}`),
     element("h3", {}, operationWords(step, network, p)),

@@ -1,10 +1,11 @@
 // ---- front: bytes against seconds, a point a budget --------------------------------------------
 
-const BOX = { width: 640, height: 340, left: 58, right: 24, top: 26, bottom: 46 };
+const BOX = { width: 640, height: 340, left: 58, right: 24, top: 26, bottom: 46 }; // as wide as it may be
 const HEADROOM = 1.6; // what is dearer than this many times the largest overhead goes to the edge
 
 /** Draw the trade-off; `onPick` is told of the plan that was clicked. */
 function drawFront(host, page, chosen, onPick) {
+  BOX.width = Math.max(260, host.clientWidth || BOX.width);
   const base = page.storeAllSeconds || 1;
   const ratio = (seconds) => seconds / base - 1;
   const overheads = page.plans.map((plan) => ratio(plan.seconds));
@@ -28,7 +29,10 @@ function drawFront(host, page, chosen, onPick) {
   } else {
     svg.append(shape("path", { class: "step", d: stairs(page.plans.map((p, k) => [p.budgetBytes, overheads[k]])) }));
   }
-  const taken = [];
+  const taken = page.plans.map((plan, k) => {
+    const [cx, cy] = [x(plan.budgetBytes), y(overheads[k])];
+    return [cx - 8, cy - 8, cx + 8, cy + 8];
+  });
   for (const [name, size, seconds] of near) drawBaseline(svg, name, x(size), y(ratio(seconds)), ratio(seconds), top, taken);
   drawStoreAll(svg, x(page.storeAllBytes), y(0), taken);
   page.plans.forEach((plan, k) => {
@@ -53,7 +57,7 @@ function drawFront(host, page, chosen, onPick) {
 
 function drawFrontAxes(svg, x, y, most, top) {
   const [unit, scale] = unitFor(most);
-  for (const value of ticks(most / scale, 5)) {
+  for (const value of ticks(most / scale, BOX.width / 110)) {
     const at = x(value * scale);
     svg.append(shape("text", { x: at, y: BOX.height - BOX.bottom + 18, "text-anchor": "middle" }, tickText(value)));
   }

@@ -21,7 +21,7 @@ function makeNetworkTable(host, count, network, onPick) {
   const body = element("div", { class: "body", role: "rowgroup", tabindex: "0", "aria-label": "Stages; arrow keys choose" });
   const space = element("div");
   const order = { column: 0, down: false };
-  let [stages, rows, chosen, text, byBlock] = [[], [], 0, "", network.blocks.length > 0];
+  let [stages, rows, chosen, text, byBlock] = [[], [], 0, "", network.blocks.length > 1];
   body.append(space);
   host.replaceChildren(element("div", { role: "rowgroup" }, head), body);
   COLUMNS.forEach((column, k) => {
@@ -57,7 +57,7 @@ function makeNetworkTable(host, count, network, onPick) {
   function arrange() {
     const wanted = text.toLowerCase();
     const found = stages.filter((stage) => stage.name.toLowerCase().includes(wanted));
-    if (byBlock && network.blocks.length) {
+    if (byBlock && network.blocks.length > 1) {
       const groups = new Map();
       for (const stage of found) {
         if (!groups.has(stage.block)) groups.set(stage.block, []);
@@ -73,10 +73,10 @@ function makeNetworkTable(host, count, network, onPick) {
       else cell.removeAttribute("aria-sort");
     });
     host.setAttribute("aria-rowcount", rows.length + 1);
-    host.style.setProperty("--inset", byBlock && network.blocks.length ? "0.9rem" : "0");
+    host.style.setProperty("--inset", byBlock && network.blocks.length > 1 ? "0.9rem" : "0");
     count.textContent = wanted
       ? `${countText(found.length)} of ${countText(network.count)} stages match`
-      : `${countText(network.count)} stages${network.blocks.length ? ` in ${countText(network.blocks.length)} blocks` : ""}`;
+      : `${countText(network.count)} stages${network.blocks.length > 1 ? ` in ${countText(network.blocks.length)} blocks` : ""}`;
     space.style.height = `${rows.length * ROW}px`;
     render();
   }
@@ -85,7 +85,7 @@ function makeNetworkTable(host, count, network, onPick) {
     const row = { parts, isBlock: true, i: block.first, name: block.name || "model" };
     for (const key of SUMMED) row[key] = parts.reduce((sum, stage) => sum + stage[key], 0);
     const again = parts.filter((stage) => stage.runs > 1).length;
-    row.fate = `${countText(parts.length)} stages${again ? `, ${countText(again)} again` : ""}`;
+    row.fate = `${countText(parts.length)} stage${parts.length > 1 ? "s" : ""}${again ? `, ${countText(again)} again` : ""}`;
     return row;
   }
 

@@ -164,7 +164,8 @@ function setUpControls() {
   select.addEventListener("change", () => choosePlan(Number(select.value)));
   find("budget-label").hidden = page.plans.length < 2;
   find("front-section").hidden = page.plans.length < 2;
-  find("grouping").hidden = !now.network.blocks.length;
+  find("grouping").hidden = now.network.blocks.length < 2;
+  new ResizeObserver(() => now.plan && drawFront(find("front"), page, now.number, choosePlan)).observe(find("front"));
   find("front-legend").replaceChildren(...frontLegend(page));
   find("chart").addEventListener("keydown", onChartKey);
   find("front").addEventListener("keydown", onFrontKey);

@@ -222,6 +222,7 @@ function makeTimeline(chart, { onPoint, onPick }) {
     if (!step) return;
     [width, height] = [chart.clientWidth, chart.clientHeight];
     if (width <= MARGIN.left + MARGIN.right) return;
+    chart.dataset.view = `${view.from} ${view.to}`;
     drawLayers();
     drawCursor();
   }
@@ -310,7 +311,6 @@ function makeTimeline(chart, { onPoint, onPick }) {
     draw,
     show,
     zoom,
-    view: () => ({ ...view }),
     whole: () => look(0, end()),
     mark(stage) {
       marked = stage;
