@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..base.budget import format_bytes, format_seconds
 from ..base.errors import PlanMismatchError
+from ..base.text_table import Grid
 from ..capture.inspection import Inspection, inspect_model
 from ..capture.model_state import left_as_it_was
 from ..capture.signature import first_by_position, without_first
@@ -103,6 +104,16 @@ class Verification:
 
     def __str__(self) -> str:
         """A table for people."""
+        rows = self._rows()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _repr_html_(self) -> str:
+        """The same for notebooks."""
+        grid = Grid(title="verification", headings=("", ""), rows=tuple(self._rows()), texts=True)
+        return grid.to_html()
+
+    def _rows(self) -> list[tuple[str, str]]:
         share = self.measured_peak_bytes / max(1, self.projected_peak_bytes)
         rows = [
             (
@@ -126,8 +137,7 @@ class Verification:
             ("random state equal", "yes" if self.random_state_equal else "NO"),
             ("verified", "yes" if self.ok else "NO"),
         ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return rows
 
     def _without_cache(self) -> list[tuple[str, str]]:
         """Lines on autocast's cache, where the caller uses it."""

@@ -6,6 +6,7 @@ can run the schedule on paper again instead of trusting the figures beside it.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from ..simulator.simulator import simulate
 from ..workload.chain import Chain
 from ..workload.graph import Graph
 from .explorer.content import Shown, Verified
+from .explorer.notebook import plan_html
+from .explorer.other_viewers import chrome_trace_of, snapshot_of
 from .explorer.page import page_of
 from .plan_words import Workload, excess, kind_of, table_of
 from .run_once import run_again
@@ -145,6 +148,27 @@ class Plan:
         """
         shown = Shown(plan=self, measured=verified.measured if verified else None)
         write_atomically(path, page_of(self.chain, [shown]))
+
+    def to_snapshot(self, path: str | os.PathLike[str]) -> None:
+        """Write what the plan will allocate as a file of PyTorch's memory viewer, before any run.
+
+        Args:
+            path: The file, such as "plan.pickle", to be dropped on https://pytorch.org/memory_viz;
+                it appears there whole or not at all.
+        """
+        write_atomically(path, snapshot_of(self))
+
+    def to_chrome_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write operations and bytes over projected seconds as trace events, for Perfetto.
+
+        Args:
+            path: The file, such as "plan.json"; it appears there whole or not at all.
+        """
+        write_atomically(path, json.dumps(chrome_trace_of(self)))
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the figures as a table, and the bytes over the step."""
+        return plan_html(self)
 
     def to_json(self, *, with_chain: bool = True) -> dict[str, Any]:
         """The plan as JSON data, with fingerprint and checksum.

@@ -113,11 +113,25 @@ def excess(seconds: float, least: float) -> float:
 
 def table_of(plan: Planned) -> str:
     """The table that `print(plan)` shows."""
+    rows = rows_of(plan)
+    width = max(len(label) for label, _ in rows)
+    lines = [f"  {label:<{width}}  {text}" for label, text in rows]
+    return "\n".join([heading_of(plan), *lines])
+
+
+def heading_of(plan: Planned) -> str:
+    """What a plan is of: "plan of 'resnet', 18 stages"."""
     chain = plan.chain
     name = f"{chain.name!r}," if chain.name else f"a {kind_of(chain)} of"
+    return f"plan of {name} {len(chain)} stages"
+
+
+def rows_of(plan: Planned) -> list[tuple[str, str]]:
+    """The lines of the table: a label, empty where a line goes on, and a text."""
+    chain = plan.chain
     store_all = format_seconds(chain.store_all_seconds)
     again = plan.forwards - len(chain)
-    rows = [
+    return [
         ("solver", plan.solver),
         (
             "budget",
@@ -148,9 +162,6 @@ def table_of(plan: Planned) -> str:
         ("at the peak", words_of_peak(plan)),
         *(("", line) for line in _live_lines(plan)),
     ]
-    width = max(len(label) for label, _ in rows)
-    lines = [f"  {label:<{width}}  {text}" for label, text in rows]
-    return "\n".join([f"plan of {name} {len(chain)} stages", *lines])
 
 
 def _spread(plan: Planned) -> str:

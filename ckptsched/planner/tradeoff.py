@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -111,6 +112,12 @@ class Tradeoff:
         grids = (plan_grid(self), baseline_grid(self))
         parts = [heading(self), *(f"{grid.title}\n{grid}" for grid in grids)]
         return "\n\n".join([*parts, *remarks(self)])
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the tables, with what is remarked below."""
+        tables = "".join(grid.to_html() for grid in (plan_grid(self), baseline_grid(self)))
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in remarks(self))
+        return f"<p>{html.escape(heading(self))}</p>{tables}{lines}"
 
     def to_json(self) -> dict[str, Any]:
         """Rows and baselines as JSON data, in bytes and seconds."""

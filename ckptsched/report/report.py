@@ -34,6 +34,7 @@ from ..planner.tradeoff import (
 )
 from ..schedule.language import Code
 from ..workload.chain import Chain
+from ..workload.tables import chain_grid
 
 if TYPE_CHECKING:
     from ..executor.verify import Verification
@@ -198,42 +199,6 @@ def print_chain(chain: Workload, console: Console, plan: Plan) -> None:
     console.print(Text("\n".join(lines)), soft_wrap=True)
     console.print()
     print_grid(chain_grid(chain), console)
-
-
-def chain_grid(chain: Workload) -> Grid:
-    """A row a block; a row a stage where the chain has no blocks."""
-    spans = [(block.name, block.first, block.last) for block in chain.blocks]
-    spans = spans or [(chain.stage_name(i), i, i) for i in range(1, len(chain) + 1)]
-    rows: list[tuple[str, ...]] = []
-    for name, first, last in spans:
-        stages = chain.stages[first - 1 : last]
-        rows.append(
-            (
-                name or "-",
-                str(len(stages)),
-                format_bytes(sum(stage.state_bytes for stage in stages)),
-                format_bytes(sum(stage.tape_bytes for stage in stages)),
-                format_bytes(sum(min(t.tape_bytes for t in stage.tapes) for stage in stages)),
-                format_seconds(sum(stage.forward_seconds for stage in stages)),
-                format_seconds(sum(stage.backward_seconds for stage in stages)),
-            )
-        )
-    headings: tuple[str, ...] = (
-        "block",
-        "stages",
-        "states",
-        "tapes",
-        "lean",
-        "forward",
-        "backward",
-    )
-    if not chain.blocks:
-        headings = ("stage", *headings[1:])
-    if not any(stage.other_tapes for stage in chain.stages):
-        lean = headings.index("lean")
-        headings, *rows = [(*row[:lean], *row[lean + 1 :]) for row in (headings, *rows)]
-    title = "Blocks" if chain.blocks else "Stages"
-    return Grid(title=title, headings=headings, rows=tuple(rows), names_first=True)
 
 
 def timeline(plan: Plan, *, width: int = 72, height: int = 12, ascii_only: bool = False) -> str:

@@ -24,6 +24,7 @@ from .stage import (
     check_time,
 )
 from .stage_json import COLUMNS, check_number, columns_of, stages_from
+from .tables import chain_html
 
 _SIZE_UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
@@ -161,6 +162,10 @@ class Chain(Saved):
             self.stages[j - 1].name == stage.name for j in range(block.first, block.last + 1)
         )
         return f"{label}[{i - block.first}]" if same else label
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a table of the blocks, or of the stages."""
+        return chain_html(self, f"chain {printable(self.name)} of {len(self)} stages")
 
     def to_json(self) -> dict[str, Any]:
         """The chain as JSON data: a column a symbol, exact bytes once a distinct stage."""
