@@ -165,6 +165,6 @@ def _read(entry: Any, request: Mapping[str, Any], chain: Workload) -> Plan:
     if entry.get("request") != dict(request):
         raise PlanMismatchError("the entry was made for another request")
     plan = Plan.from_json(entry.get("plan"), "the entry", chain=chain)
-    if plan.budget_bytes != request.get("budget_bytes"):
+    if plan.budget_bytes != request.get("budget_bytes", plan.budget_bytes):
         raise PlanMismatchError("the entry was made for another budget")
     return plan

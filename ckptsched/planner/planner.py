@@ -105,6 +105,23 @@ def plan_each(
         a smaller budget by no more than its own gap: what that one takes is no less than the
         bound of the larger budget. So where the gap is 0 it never takes longer.
     """
+    return plan_front(chain, budgets, progress=progress, **options)[0]
+
+
+def plan_front(
+    chain: Workload,
+    budgets: Sequence[int | float | str | Budget],
+    *,
+    progress: bool | None = None,
+    **options: Unpack[PlanOptions],
+) -> tuple[list[Plan | InfeasibleBudgetError], tuple[Plan, ...]]:
+    """As `plan_each`, with all that was found between the budgets.
+
+    Returns:
+        The same as `plan_each`; and of several budgets every step that the search came by: plans
+        of rising peak and falling seconds, each with its peak as budget. What bounds one of them
+        is the bound of the next larger budget that was asked for.
+    """
     wanted = [parse_budget(budget) for budget in budgets]
     store_all = _store_all_bytes(chain)
     task = _Task(
@@ -115,11 +132,13 @@ def plan_each(
         store_all_bytes=store_all,
     )
     shelf = open_cache() if options.get("cache", True) else None
-    results = _find(task, shelf)
-    if results is None:
+    found = _find(task, shelf)
+    if found is None:
         with bar_of_solvers(progress):
-            results = _solve(task, shelf)
-    return [_asked(task, x, budget) for x, budget in zip(results, budgets, strict=True)]
+            found = _solve(task, shelf)
+    results, front = found
+    asked = [_asked(task, x, budget) for x, budget in zip(results, budgets, strict=True)]
+    return asked, front
 
 
 def certified_again(plan: Plan, *, search: bool) -> Plan:
@@ -293,41 +312,93 @@ class _Task:
             "source": source_digest(),
         }
 
+    def request_step(self, number: int) -> dict[str, Any]:
+        """What a step of the front is kept by."""
+        request = {**self.request(0), "step": number}
+        del request["budget_bytes"]
+        return request
 
-def _find(task: _Task, shelf: PlanCache | None) -> list[_Result] | None:
-    """The plans that were kept, if all of them were."""
+
+_Found: TypeAlias = tuple[list[_Result], tuple[Plan, ...]]
+
+
+def _find(task: _Task, shelf: PlanCache | None) -> _Found | None:
+    """The plans that were kept, if all of them were, and the steps between them."""
     plans: list[_Result] = []
     for size in task.sizes:
         plan = shelf and shelf.find(task.request(size), task.chain)
         if not plan:
             return None
         plans.append(plan)
-    return plans
+    steps: list[Plan] = []
+    while shelf and (step := shelf.find(task.request_step(len(steps)), task.chain)):
+        steps.append(step)
+    return plans, tuple(steps)
 
 
-def _solve(task: _Task, shelf: PlanCache | None) -> list[_Result]:
+def _solve(task: _Task, shelf: PlanCache | None) -> _Found:
     """Plan, and keep what took long."""
     begun = time.perf_counter()
     # More than any chain can need is more than the 64 bits of compiled solvers hold.
     usable = [min(size, NO_LIMIT) for size in task.sizes]
-    results = _solve_for(task, usable)
+    portfolio = _portfolio(task, usable)
+    results = _results(task, portfolio, usable)
     if isinstance(task.chain, Chain):
         results = _falling(task, [_with_smaller(task, result) for result in results])
         results = _with_rule(task, results)
     taken = time.perf_counter() - begun
     plans = [result for result in results if isinstance(result, Plan)]
-    operations = sum(len(plan.schedule) for plan in plans)
+    front = _front(task, portfolio, plans)
+    operations = sum(len(plan.schedule) for plan in (*plans, *front))
     if shelf is not None and is_worth_keeping(taken, operations):
         for plan in plans:
             shelf.keep(task.request(plan.budget_bytes), plan)
-    return results
+        for number, step in enumerate(front):
+            shelf.keep(task.request_step(number), step)
+    return results, front
 
 
-def _solve_for(task: _Task, sizes: Sequence[int]) -> list[_Result]:
-    found = Portfolio(never_alone(task.chain), sizes, task.solver, task.time_limit).answers()
+def _front(task: _Task, portfolio: Portfolio, plans: list[Plan]) -> tuple[Plan, ...]:
+    """Every step that is known up to the largest of several budgets, the least first."""
+    asked = sorted(plans, key=lambda plan: plan.budget_bytes)
+    if len(asked) < 2:
+        return ()
+    trials = [(x.solver, x.schedule, x.trace) for x in asked]
+    for solver, found in portfolio.seen():
+        schedule = with_own_tapes(task.chain, found)
+        if not run_again(task.chain, schedule):
+            trials.append((solver, schedule, simulate(task.chain, schedule)))
+    steps: list[Plan] = []
+    for solver, schedule, trace in sorted(trials, key=lambda x: (x[2].peak_bytes, x[2].seconds)):
+        above = next((x for x in asked if x.budget_bytes >= trace.peak_bytes), None)
+        if above is None or (steps and excess(steps[-1].seconds, trace.seconds) == 0):
+            continue
+        # What a larger budget cannot better, a smaller one cannot; a rule outside of the class can.
+        is_bound = excess(above.lower_bound_seconds, trace.seconds) == 0
+        step = replace(
+            above,
+            schedule=schedule,
+            trace=trace,
+            solver=solver,
+            budget_bytes=trace.peak_bytes,
+            budget_text=f"{trace.peak_bytes} bytes",
+            schedule_class=above.schedule_class if is_bound else ALL_SCHEDULES,
+            lower_bound_seconds=above.lower_bound_seconds
+            if is_bound
+            else task.chain.store_all_seconds,
+        )
+        steps.append(step)
+    return tuple(steps)
+
+
+def _portfolio(task: _Task, sizes: Sequence[int]) -> Portfolio:
+    return Portfolio(never_alone(task.chain), sizes, task.solver, task.time_limit)
+
+
+def _results(task: _Task, portfolio: Portfolio, sizes: Sequence[int]) -> list[_Result]:
     return [
         _plan(task, answer, size) if isinstance(answer, Answer) else answer
-        for answer, size in zip(found, sizes, strict=True)
+        for answer, size in zip(portfolio.answers(), sizes, strict=True)
     ]
 
 
@@ -355,7 +426,8 @@ def _with_smaller(task: _Task, result: _Result) -> _Result:
     if task.solver not in (AUTO, "chain_dp") or result.solver != "chain_dp":
         return result  # others count as the ledger does, or are the same at each budget
     sizes = sorted({int(result.budget_bytes * share) for share in _SMALLER}, reverse=True)
-    smaller = [x for x in _solve_for(task, sizes) if isinstance(x, Plan)]
+    found = _results(task, _portfolio(task, sizes), sizes)
+    smaller = [x for x in found if isinstance(x, Plan)]
     best = min((result, *smaller), key=lambda plan: plan.seconds)
     return result if best is result else _following(result, best)
 

@@ -19,7 +19,7 @@ from .explorer.content import Front, Shown
 from .explorer.page import page_of
 from .plan import Plan
 from .plan_words import Workload, excess, words_of_class
-from .planner import BaselineFigures, PlanOptions, compare_baselines, plan_each
+from .planner import BaselineFigures, PlanOptions, compare_baselines, plan_each, plan_front
 from .tapes import counts_of, tapes_of
 
 FORMAT = "ckptsched tradeoff"
@@ -72,6 +72,9 @@ class Tradeoff:
     """One a budget, the least first; a larger budget never takes longer."""
     baselines: tuple[BaselineFigures, ...]
     """Every baseline, whether or not it fits one of the budgets."""
+    front: tuple[Plan, ...] = ()
+    """Every step that the search has come by, also between the rows: plans of rising peak and
+    falling seconds, each with its peak as budget."""
 
     @property
     def knee(self) -> Row | None:
@@ -133,6 +136,10 @@ class Tradeoff:
             "store_all_seconds": self.chain.store_all_seconds,
             "knee_budget_bytes": None if self.knee is None else self.knee.plan.budget_bytes,
             "rows": [_row_to_json(self, row) for row in self.rows],
+            "front": [
+                {"peak_bytes": x.peak_bytes, "seconds": x.seconds, "forwards": x.forwards}
+                for x in self.front
+            ],
             "baselines": [
                 {**asdict(x), "overhead": excess(x.seconds, self.chain.store_all_seconds)}
                 for x in self.baselines
@@ -193,7 +200,7 @@ def tradeoff(
         chosen = [*budgets, *also]
         if not chosen:
             raise BudgetSyntaxError("a trade-off needs at least one budget, found none")
-        results = plan_each(chain, chosen, **options)
+        results, front = plan_front(chain, chosen, **options)
     plans = []
     for i, result in enumerate(results):
         if isinstance(result, Plan):
@@ -209,6 +216,7 @@ def tradeoff(
         chain=chain,
         rows=tuple(Row(plan=plan) for plan in plans),
         baselines=compare_baselines(chain),
+        front=front,
     )
 
 
@@ -378,6 +386,7 @@ def _page_content(tradeoff: Tradeoff) -> tuple[Workload, list[Shown], Front, int
     front = Front(
         knee=at,
         baselines=tuple((x.name, x.peak_bytes, x.seconds) for x in tradeoff.baselines),
+        steps=tuple((x.peak_bytes, x.seconds) for x in tradeoff.front),
     )
     shown = [Shown(plan=row.plan, measured=row.measured) for row in rows]
     return tradeoff.chain, shown, front, len(rows) // 2 if at is None else at
@@ -393,6 +402,7 @@ def _picture(tradeoff: Tradeoff) -> Picture:
     return Picture(
         title=tradeoff.chain.name or f"{len(tradeoff.chain)} stages",
         plans=tuple(point(row.plan) for row in tradeoff.rows),
+        steps=tuple((x.peak_bytes, 1 + x.overhead) for x in tradeoff.front),
         measured=tuple((item.peak_bytes, 1 + item.overhead) for item in found),
         baselines=tuple(
             (item.name, (item.peak_bytes, 1 + excess(item.seconds, store_all)))

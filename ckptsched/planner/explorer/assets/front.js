@@ -34,7 +34,8 @@ function drawFront(host, page, chosen, onPick) {
     return [cx - 8, cy - 8, cx + 8, cy + 8];
   });
   for (const [name, size, seconds] of near) drawBaseline(svg, name, x(size), y(ratio(seconds)), ratio(seconds), top, taken);
-  drawStoreAll(svg, x(page.storeAllBytes), y(0), taken);
+  const [wholeX, wholeY] = [x(page.storeAllBytes), y(0)];
+  svg.append(shape("path", { class: "whole", d: `M${wholeX},${wholeY - 10}l10,10l-10,10l-10,-10z` }));
   page.plans.forEach((plan, k) => {
     const at = { cx: x(plan.budgetBytes), cy: y(overheads[k]) };
     if (k === page.knee) svg.append(shape("circle", { ...at, r: 11, class: "knee" }));
@@ -94,11 +95,6 @@ function drawBaseline(svg, name, x, y, over, top, taken) {
   svg.append(mark);
   taken.push([x - 6, y - 6, x + 6, y + 6]);
   drawLabel(svg, over > top ? `${name} (${signedPercent(over, 0)})` : name, x, y, taken);
-}
-
-function drawStoreAll(svg, x, y, taken) {
-  svg.append(shape("path", { class: "whole", d: `M${x},${y - 7}l7,7l-7,7l-7,-7z` }));
-  drawLabel(svg, "store all", x, y - 4, taken);
 }
 
 /** What the marks of the front mean; those alone that it has. */
