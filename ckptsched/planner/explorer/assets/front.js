@@ -2,6 +2,18 @@
 
 const BOX = { width: 640, height: 340, left: 58, right: 24, top: 26, bottom: 46 }; // as wide as it may be
 const HEADROOM = 1.6; // what is dearer than this many times the largest overhead goes to the edge
+const STEEP = 3; // from this overhead on, and this ratio of bytes, a linear axis would hide most plans
+const WIDE = 20;
+
+/** Round numbers of a logarithmic axis, from a least to a largest value. */
+function logTicks(least, largest) {
+  const found = [];
+  const factors = largest / least > 200 ? [1] : [1, 2, 5];
+  for (let power = 10 ** Math.floor(Math.log10(least)); power <= largest; power *= 10) {
+    found.push(...factors.map((k) => k * power));
+  }
+  return found.filter((value) => value >= least && value <= largest);
+}
 
 /** Draw the trade-off; `onPick` is told of the plan that was clicked. */
 function drawFront(host, page, chosen, onPick) {
@@ -14,13 +26,21 @@ function drawFront(host, page, chosen, onPick) {
   const near = page.baselines.filter(
     ([name, size]) => name !== "store_all" && size <= 1.2 * Math.max(...sizes)); // it has its own mark
   const most = 1.06 * Math.max(...sizes, ...near.map(([, size]) => size), 1);
-  const x = (size) => BOX.left + (size / most) * (BOX.width - BOX.left - BOX.right);
+  const least = 0.9 * Math.min(...sizes.filter((size) => size > 0), most);
+  const byFactor = most / least > WIDE;
+  const along = (size) => byFactor ? Math.log(Math.max(size, least) / least) / Math.log(most / least) : size / most;
+  const x = (size) => BOX.left + along(size) * (BOX.width - BOX.left - BOX.right);
+  const steep = top > STEEP * HEADROOM;
+  const up = (over) => steep ? Math.log1p(over) / Math.log1p(top) : over / top;
   const y = (over) => {
-    const share = Math.min(Math.max(over, 0), top) / top;
+    const share = up(Math.min(Math.max(over, 0), top));
     return BOX.height - BOX.bottom - share * (BOX.height - BOX.top - BOX.bottom);
   };
   const svg = shape("svg", { viewBox: `0 0 ${BOX.width} ${BOX.height}`, "aria-hidden": "true" });
-  drawFrontAxes(svg, x, y, most, top);
+  const [unit, scale] = unitFor(most);
+  const marksX = byFactor ? logTicks(least / scale, most / scale) : ticks(most / scale, BOX.width / 110);
+  const marksY = steep ? [0, ...logTicks(0.5, top)] : ticks(top, 4);
+  drawFrontAxes(svg, [x, y], [marksX.map((value) => value * scale), marksY], [unit, scale]);
   const stairs = (points) => points.map(([size, over], k) =>
     k ? `H${x(size)}V${y(over)}` : `M${x(size)},${y(over)}`).join("");
   if (page.steps.length) {
@@ -56,13 +76,12 @@ function drawFront(host, page, chosen, onPick) {
   host.setAttribute("aria-valuetext", page.plans[chosen].label);
 }
 
-function drawFrontAxes(svg, x, y, most, top) {
-  const [unit, scale] = unitFor(most);
-  for (const value of ticks(most / scale, BOX.width / 110)) {
-    const at = x(value * scale);
-    svg.append(shape("text", { x: at, y: BOX.height - BOX.bottom + 18, "text-anchor": "middle" }, tickText(value)));
+function drawFrontAxes(svg, [x, y], [marksX, marksY], [unit, scale]) {
+  for (const value of marksX) {
+    const text = tickText(value / scale);
+    svg.append(shape("text", { x: x(value), y: BOX.height - BOX.bottom + 18, "text-anchor": "middle" }, text));
   }
-  for (const value of ticks(top, 4)) {
+  for (const value of marksY) {
     const at = y(value);
     svg.append(shape("line", { class: "grid", x1: BOX.left, x2: BOX.width - BOX.right, y1: at, y2: at }));
     svg.append(shape("text", { x: BOX.left - 8, y: at + 4, "text-anchor": "end" }, `${value ? "+" : ""}${tickText(100 * value)} %`));
