@@ -31,6 +31,7 @@ from ..solvers import Baseline, get_solver
 from ..workload.chain import Chain
 from . import TIME_LIMIT
 from .disk_cache import PlanCache, is_worth_keeping, open_cache, source_digest
+from .front import known_steps
 from .plan import Plan
 from .plan_words import Workload, excess
 from .run_once import (
@@ -348,7 +349,7 @@ def _solve(task: _Task, shelf: PlanCache | None) -> _Found:
         results = _with_rule(task, results)
     taken = time.perf_counter() - begun
     plans = [result for result in results if isinstance(result, Plan)]
-    front = _front(task, portfolio, plans)
+    front = known_steps(task.chain, portfolio.seen(), plans)
     operations = sum(len(plan.schedule) for plan in (*plans, *front))
     if shelf is not None and is_worth_keeping(taken, operations):
         for plan in plans:
@@ -356,39 +357,6 @@ def _solve(task: _Task, shelf: PlanCache | None) -> _Found:
         for number, step in enumerate(front):
             shelf.keep(task.request_step(number), step)
     return results, front
-
-
-def _front(task: _Task, portfolio: Portfolio, plans: list[Plan]) -> tuple[Plan, ...]:
-    """Every step that is known up to the largest of several budgets, the least first."""
-    asked = sorted(plans, key=lambda plan: plan.budget_bytes)
-    if len(asked) < 2:
-        return ()
-    trials = [(x.solver, x.schedule, x.trace) for x in asked]
-    for solver, found in portfolio.seen():
-        schedule = with_own_tapes(task.chain, found)
-        if not run_again(task.chain, schedule):
-            trials.append((solver, schedule, simulate(task.chain, schedule)))
-    steps: list[Plan] = []
-    for solver, schedule, trace in sorted(trials, key=lambda x: (x[2].peak_bytes, x[2].seconds)):
-        above = next((x for x in asked if x.budget_bytes >= trace.peak_bytes), None)
-        if above is None or (steps and excess(steps[-1].seconds, trace.seconds) == 0):
-            continue
-        # What a larger budget cannot better, a smaller one cannot; a rule outside of the class can.
-        is_bound = excess(above.lower_bound_seconds, trace.seconds) == 0
-        step = replace(
-            above,
-            schedule=schedule,
-            trace=trace,
-            solver=solver,
-            budget_bytes=trace.peak_bytes,
-            budget_text=f"{trace.peak_bytes} bytes",
-            schedule_class=above.schedule_class if is_bound else ALL_SCHEDULES,
-            lower_bound_seconds=above.lower_bound_seconds
-            if is_bound
-            else task.chain.store_all_seconds,
-        )
-        steps.append(step)
-    return tuple(steps)
 
 
 def _portfolio(task: _Task, sizes: Sequence[int]) -> Portfolio:
