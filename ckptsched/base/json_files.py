@@ -23,15 +23,15 @@ _DEEPEST = 64  # of lists and objects inside each other; ours are 6 deep
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file so that readers see the old content or the new, never a part.
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a file so that readers see the old content or the new, never a part.
 
     Of several threads and processes that write it at once, one is the last. The draft beside it
     has a name that nobody can guess, and is never an existing file or link.
 
     Args:
         path: The file; its folder must exist. A link is replaced, not followed.
-        text: Its content.
+        content: What it is to hold; text goes in as UTF-8.
 
     Raises:
         OSError: It cannot be written, or is there and no file (a pipe, a device, a folder).
@@ -43,11 +43,11 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     try:
         mode = _mode_of(target)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-        with os.fdopen(os.open(draft, flags, 0o666), "w", encoding="utf-8") as file:
+        with os.fdopen(os.open(draft, flags, 0o666), "wb") as file:
             if mode is not None and hasattr(os, "fchmod"):
                 with contextlib.suppress(OSError):  # of file systems that have no modes
                     os.fchmod(file.fileno(), mode)
-            file.write(text)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(target)

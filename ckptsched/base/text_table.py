@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from typing import final
 
@@ -19,6 +20,8 @@ class Grid:
     """As many cells a row as there are headings."""
     names_first: bool = False
     """Whether the first column holds names, aligned to the left."""
+    texts: bool = False
+    """Whether all columns hold texts, aligned to the left."""
 
     def __str__(self) -> str:
         """Plain text: columns aligned to the right, below a line."""
@@ -31,7 +34,27 @@ class Grid:
         lines = []
         for row in (*head, rule, *self.rows):
             cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-            if self.names_first:
+            if self.texts:
+                cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            elif self.names_first:
                 cells[0] = row[0].ljust(widths[0])
             lines.append("  ".join(cells).rstrip())
         return "\n".join(lines)
+
+    def to_html(self) -> str:
+        """The same as a table of HTML, for notebooks."""
+
+        def line(tag: str, row: tuple[str, ...]) -> str:
+            cells = []
+            for k, cell in enumerate(row):
+                left = self.texts or (self.names_first and k == 0)
+                text = html.escape(cell).replace("\n", "<br>")
+                cells.append(
+                    f'<{tag} style="text-align:{"left" if left else "right"}">{text}</{tag}>'
+                )
+            return f"<tr>{''.join(cells)}</tr>"
+
+        head = f"<thead>{line('th', self.headings)}</thead>" if any(self.headings) else ""
+        body = "".join(line("td", row) for row in self.rows)
+        caption = f'<caption style="text-align:left">{html.escape(self.title)}</caption>'
+        return f"<table>{caption}{head}<tbody>{body}</tbody></table>"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _BUDGET_HELP = 'Bytes, or text such as "64MiB", "1.5 GB" or "40%" of what storing everything needs.'
 _FAKE_HELP = "Estimate the MODEL on tensors without data: for planning only, seconds are guesses."
+_HTML_HELP = "Write a page here, to explore it in a browser."
 _ROUNDS_HELP = "How often to time a step under the plan and one of plain autograd, in turn."
 _MOST_HELP = "Try no larger batch, or no more steps (1000 where nothing is said)."
 _OVERHEAD_HELP = 'What recomputation may cost, such as "10%" of the time of storing everything.'
@@ -208,6 +209,7 @@ def largest_command(
 @click.option("--rounds", type=click.IntRange(min=1), default=3, help=_ROUNDS_HELP)
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the trade-off here.")
 @click.option("--json", "data", type=click.Path(dir_okay=False), help="Save the trade-off here.")
+@click.option("--html", "page", type=click.Path(dir_okay=False), help=_HTML_HELP)
 @click.pass_context
 def report_command(
     ctx: click.Context,
@@ -221,6 +223,7 @@ def report_command(
     options: PlanOptions,
     plot: str | None,
     data: str | None,
+    page: str | None,
 ) -> None:
     """Print the trade-off between bytes and seconds, beside the usual rules of thumb.
 
@@ -228,7 +231,7 @@ def report_command(
     """
     from ..report.report import Outputs, report
 
-    outputs = Outputs(plot=plot, json=data)
+    outputs = Outputs(plot=plot, json=data, html=page)
     outputs.check()  # before the model is measured, which takes a while
     if fake and measure:
         raise click.UsageError("--fake runs nothing, --measure runs every plan: give one of them")
@@ -254,9 +257,15 @@ def report_command(
 @click.option("--timeline", "picture", is_flag=True, help="Draw the bytes over the operations.")
 @click.option("--operations", is_flag=True, help="Print the schedule.")
 @click.option("--explain", is_flag=True, help="Say why: what binds, what other budgets would buy.")
+@click.option("--html", "page", type=click.Path(dir_okay=False), help=_HTML_HELP)
 @plan_options
 def show_command(
-    file: str, picture: bool, operations: bool, explain: bool, options: PlanOptions
+    file: str,
+    picture: bool,
+    operations: bool,
+    explain: bool,
+    page: str | None,
+    options: PlanOptions,
 ) -> None:
     """Print what a saved chain, graph or plan holds; of a chain, the plan that stores all."""
     from ..planner.explanation import explain_plan
@@ -265,6 +274,7 @@ def show_command(
     from ..report.report import make_console, print_chain, timeline
     from ..workload.graph import Graph
 
+    check_writable(page)
     found = read_file(file)
     if isinstance(found, Plan):
         plan = found
@@ -281,6 +291,9 @@ def show_command(
     if operations:
         named = plan.chain.schedule_text if isinstance(plan.chain, Graph) else None
         click.echo("\n" + (named(plan.schedule) if named else plan.schedule.to_text()))
+    if page is not None:
+        plan.to_html(page)
+        click.echo(f"\npage written to {page}")
 
 
 @main.command("verify")

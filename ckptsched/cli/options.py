@@ -16,7 +16,8 @@ from ..base.json_files import read_json
 from ..planner import TIME_LIMIT
 
 if TYPE_CHECKING:
-    from ..planner.plan import Plan, Workload
+    from ..planner.plan import Plan
+    from ..planner.plan_words import Workload
     from ..planner.planner import PlanOptions
     from ..workload.chain import Chain
     from .targets import Inputs, Target

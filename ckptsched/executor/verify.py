@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from ..base.budget import format_bytes, format_seconds
 from ..base.errors import PlanMismatchError
+from ..base.text_table import Grid
 from ..capture.inspection import Inspection, inspect_model
 from ..capture.model_state import left_as_it_was
 from ..capture.signature import first_by_position, without_first
 from ..memory.meters import Meter, default_meter
 from ..planner.plan import Plan
+from ..planner.tradeoff import Measured
 from ..profiler.profile import default_loss
 from ..profiler.stage_kind import Loss
 from ..recompute.stateful_buffers import every_generator
@@ -70,6 +72,17 @@ class Verification:
     a plan does not use; None where the caller's setting has no such cache."""
 
     @property
+    def measured(self) -> Measured:
+        """The figures of the planned step, as a trade-off has them."""
+        return Measured(
+            peak_bytes=self.measured_peak_bytes,
+            seconds=self.seconds,
+            plain_seconds=self.plain_seconds,
+            max_gradient_difference=self.max_gradient_difference,
+            ok=self.ok,
+        )
+
+    @property
     def ok(self) -> bool:
         """Whether the budget was kept, and gradients, buffers and random state are equal."""
         return (
@@ -91,6 +104,16 @@ class Verification:
 
     def __str__(self) -> str:
         """A table for people."""
+        rows = self._rows()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _repr_html_(self) -> str:
+        """The same for notebooks."""
+        grid = Grid(title="verification", headings=("", ""), rows=tuple(self._rows()), texts=True)
+        return grid.to_html()
+
+    def _rows(self) -> list[tuple[str, str]]:
         share = self.measured_peak_bytes / max(1, self.projected_peak_bytes)
         rows = [
             (
@@ -114,8 +137,7 @@ class Verification:
             ("random state equal", "yes" if self.random_state_equal else "NO"),
             ("verified", "yes" if self.ok else "NO"),
         ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return rows
 
     def _without_cache(self) -> list[tuple[str, str]]:
         """Lines on autocast's cache, where the caller uses it."""

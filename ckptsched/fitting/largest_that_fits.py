@@ -12,7 +12,8 @@ import numpy as np
 from ..base.budget import Budget, is_of_device, parse_budget
 from ..base.errors import BudgetSyntaxError, CkptschedError, InfeasibleBudgetError, WorkloadError
 from ..base.progress_bar import bar_of_solvers
-from ..planner.plan import Plan, Workload, excess, words_of_class
+from ..planner.plan import Plan
+from ..planner.plan_words import Workload, excess, words_of_class
 from ..planner.planner import PlanOptions, plan_each
 from ..profiler.profile import profile
 from ..workload.chain import Chain

@@ -13,7 +13,8 @@ from ..capture.policies.policy import Named, Policy
 from ..capture.recording.opening import Opened
 from ..capture.recording.stages import Captured
 from ..planner import TIME_LIMIT
-from ..planner.plan import Plan, Workload
+from ..planner.plan import Plan
+from ..planner.plan_words import Workload
 from ..planner.planner import PlanOptions, plan_one
 from ..profiler.alike.twins import Alike
 from ..profiler.profile import measure_opened, open_for_measuring, profile

@@ -2,7 +2,7 @@
 
 A chain hands live sets on as a whole, and a plan of it keeps or drops them so. Where a model has
 branches or skips, a plan of its graph, which keeps what is read later and nothing else, is
-often much faster. It starts from the chain's plan, so that it is never worse.
+often much faster. The search starts from the chain's plan, and whichever is better is taken.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from ..solvers.base import infeasible
 from ..solvers.graph.value_search import Found, searched
 from ..workload.chain import Chain
 from ..workload.graph import Graph
-from .plan import Plan, excess
+from .plan import Plan
+from .plan_words import excess
 from .solver_choice import ALL_SCHEDULES
 
 MOST_STAGES = 1_500
@@ -71,6 +72,9 @@ def _better(
             return result
         needed = min(needed, result.least_budget_bytes)
     elif best is None:
+        known = result.least_budget_bytes
+        if known is not None and known <= needed:
+            return result
         return infeasible(graph, result.budget_bytes, found.least[1], "known")
     return Plan(
         chain=graph,

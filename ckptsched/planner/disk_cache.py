@@ -23,7 +23,8 @@ from typing import Any, final
 from ..base.cache_folder import cache_folder, private_folder
 from ..base.errors import PlanMismatchError, StorageError
 from ..base.json_files import parse_json, read_regular, write_atomically
-from .plan import Plan, Workload
+from .plan import Plan
+from .plan_words import Workload
 
 FORMAT = "ckptsched cached plan"
 MOST_BYTES = 256 * 2**20
@@ -164,6 +165,6 @@ def _read(entry: Any, request: Mapping[str, Any], chain: Workload) -> Plan:
     if entry.get("request") != dict(request):
         raise PlanMismatchError("the entry was made for another request")
     plan = Plan.from_json(entry.get("plan"), "the entry", chain=chain)
-    if plan.budget_bytes != request.get("budget_bytes"):
+    if plan.budget_bytes != request.get("budget_bytes", plan.budget_bytes):
         raise PlanMismatchError("the entry was made for another budget")
     return plan

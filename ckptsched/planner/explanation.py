@@ -11,7 +11,8 @@ from ..base.budget import format_bytes, format_seconds
 from ..base.progress_bar import bar_of_solvers
 from ..base.text_table import Grid
 from ..schedule.trace import Live
-from .plan import Plan, excess, label_of, note_on_bound, words_of_class, words_of_peak
+from .plan import Plan
+from .plan_words import excess, label_of, note_on_bound, words_of_class, words_of_peak
 from .planner import BaselineFigures, PlanOptions, compare_baselines, plan_each
 from .tapes import lines_of, tape_grid, tapes_of
 

@@ -6,41 +6,37 @@ can run the schedule on paper again instead of trusting the figures beside it.
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, final
+from typing import TYPE_CHECKING, Any, final
 
-from ..base.budget import COUNTED, exact_bytes, format_bytes, format_seconds
+from ..base.budget import format_seconds
 from ..base.errors import CkptschedError, InvalidScheduleError, PlanMismatchError, WorkloadError
 from ..base.json_files import fault_of_seal, read_json, render_json, sealed, write_atomically
 from ..schedule.language import (
-    Backward,
-    Forward,
     Schedule,
-    Turn,
     schedule_from_json,
     schedule_to_json,
 )
-from ..schedule.trace import Live, Trace
+from ..schedule.trace import Trace
 from ..simulator.simulator import simulate
 from ..workload.chain import Chain
 from ..workload.graph import Graph
+from .explorer.content import Shown, Verified
+from .explorer.notebook import plan_html
+from .explorer.other_viewers import chrome_trace_of, snapshot_of
+from .explorer.page import page_of
+from .plan_words import Workload, excess, kind_of, table_of
 from .run_once import run_again
-from .tapes import lines_of, tapes_of
 
 if TYPE_CHECKING:
     from .explanation import Explanation
 
-Workload: TypeAlias = Chain | Graph
-"""What can be planned."""
-
 FORMAT = "ckptsched plan"
 VERSION = 1
-_SHOWN_AT_PEAK = 6
 _AGAIN = "plan again and save the new plan"
-_VALUE = re.compile(r"(state|tape|grad)\[(\d+)\]")
 # Of the certificate: key and attribute, and the type that it must have.
 _CERTIFICATE: dict[str, type] = {
     "solver": str,
@@ -129,7 +125,7 @@ class Plan:
 
     def __str__(self) -> str:
         """A table for people."""
-        return _table(self)
+        return table_of(self)
 
     def explain(self) -> Explanation:
         """Why this plan: what binds it, what other budgets would buy, how baselines compare.
@@ -142,6 +138,37 @@ class Plan:
         from .explanation import explain_plan  # it stands above the planner: it plans
 
         return explain_plan(self)
+
+    def to_html(self, path: str | os.PathLike[str], *, verified: Verified | None = None) -> None:
+        """Write the plan as a page to explore it in a browser: one file, which asks for no other.
+
+        Args:
+            path: The file; it appears there whole or not at all.
+            verified: What `verify` found of the plan, to be shown beside what is projected.
+        """
+        shown = Shown(plan=self, measured=verified.measured if verified else None)
+        write_atomically(path, page_of(self.chain, [shown]))
+
+    def to_snapshot(self, path: str | os.PathLike[str]) -> None:
+        """Write what the plan will allocate as a file of PyTorch's memory viewer, before any run.
+
+        Args:
+            path: The file, such as "plan.pickle", to be dropped on https://pytorch.org/memory_viz;
+                it appears there whole or not at all.
+        """
+        write_atomically(path, snapshot_of(self))
+
+    def to_chrome_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write operations and bytes over projected seconds as trace events, for Perfetto.
+
+        Args:
+            path: The file, such as "plan.json"; it appears there whole or not at all.
+        """
+        write_atomically(path, json.dumps(chrome_trace_of(self)))
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the figures as a table, and the bytes over the step."""
+        return plan_html(self)
 
     def to_json(self, *, with_chain: bool = True) -> dict[str, Any]:
         """The plan as JSON data, with fingerprint and checksum.
@@ -236,11 +263,6 @@ def _check_seal(data: Any, source: str) -> None:
         raise PlanMismatchError(f"{source} is damaged: {fault}; restore the file, or {_AGAIN}")
 
 
-def kind_of(workload: Workload) -> str:
-    """What it is, for people and as a key in JSON: "chain" or "graph"."""
-    return "graph" if isinstance(workload, Graph) else "chain"
-
-
 def _workload_from(data: Any) -> Workload:
     """The chain of a plan's data, or its graph."""
     return Graph.from_json(data["graph"]) if "graph" in data else Chain.from_json(data["chain"])
@@ -304,20 +326,6 @@ def _typed(certificate: Any, key: str, expected: type) -> Any:
     return value
 
 
-def excess(seconds: float, least: float) -> float:
-    """How much longer than the least, as a share of it; never negative.
-
-    Sums of the same seconds in another order differ in the last digits: that is no excess.
-
-    Args:
-        seconds: What something takes.
-        least: What it takes at best.
-    """
-    if seconds - least <= 1e-12 * abs(least):
-        return 0.0
-    return seconds / least - 1.0 if least else math.inf
-
-
 def _divides(plan: Plan) -> bool:
     """Whether the unit divides the planning model's sizes; ledgers and options have more."""
     chain, unit = plan.chain, plan.rounding_unit_bytes
@@ -334,118 +342,3 @@ def _divides(plan: Plan) -> bool:
     )
     heads = (chain.held_bytes, chain.loss_overhead_bytes)
     return all(not (column % unit).any() for column in sizes) and not any(x % unit for x in heads)
-
-
-def _table(plan: Plan) -> str:
-    chain = plan.chain
-    name = f"{chain.name!r}," if chain.name else f"a {kind_of(chain)} of"
-    store_all = format_seconds(chain.store_all_seconds)
-    again = plan.forwards - len(chain)
-    rows = [
-        ("solver", plan.solver),
-        (
-            "budget",
-            f"{exact_bytes(plan.budget_bytes, budget=True)}, asked for as {plan.budget_text}",
-        ),
-        ("counted", COUNTED),
-        (
-            "projected peak",
-            f"{exact_bytes(plan.peak_bytes)}: {plan.peak_bytes / max(plan.budget_bytes, 1):.1%} of "
-            f"the budget, {plan.peak_bytes / max(plan.store_all_bytes, 1):.1%} of store-all "
-            f"({format_bytes(plan.store_all_bytes)})",
-        ),
-        (
-            "projected time",
-            f"{format_seconds(plan.seconds)} (store-all {store_all}){_spread(plan)}",
-        ),
-        ("overhead", f"{plan.overhead:+.2%} of store-all"),
-        ("forward runs", f"{plan.forwards} of {len(chain)} stages: {again} again"),
-        *zip(("tapes", "", ""), lines_of(tapes_of(chain, plan.schedule)), strict=False),
-        ("least budget", exact_bytes(plan.least_budget_bytes)),
-        (
-            "lower bound",
-            f"{format_seconds(plan.lower_bound_seconds)}; {words_of_class(plan)} takes less",
-        ),
-        *(("", line) for line in note_on_bound(plan)),
-        ("gap", f"{plan.gap:.2%} above the lower bound"),
-        ("rounding", _rounding(plan)),
-        ("at the peak", words_of_peak(plan)),
-        *(("", line) for line in _live_lines(plan)),
-    ]
-    width = max(len(label) for label, _ in rows)
-    lines = [f"  {label:<{width}}  {text}" for label, text in rows]
-    return "\n".join([f"plan of {name} {len(chain)} stages", *lines])
-
-
-def _spread(plan: Plan) -> str:
-    """How far the seconds that were measured are to be trusted, from 1 % on."""
-    chain = plan.chain if isinstance(plan.chain, Chain) else plan.chain.lined
-    spread = chain.seconds_spread if chain else 0.0
-    return f", measured to about {spread:.0%}" if spread >= 0.01 else ""
-
-
-def words_of_class(plan: Plan) -> str:
-    """What takes no less than the plan's lower bound: "no memory-persistent schedule"."""
-    name = plan.schedule_class
-    if name == "all schedules":
-        return "no schedule at all"
-    if name.startswith("all "):
-        return "no " + name.removeprefix("all ").removesuffix("s")  # "no pinned schedule"
-    return f"none of the {name}" if "schedules" in name else f"no {name} schedule"
-
-
-def note_on_bound(plan: Plan) -> list[str]:
-    """A line where the bound says no more than that storing everything is fastest."""
-    if plan.gap == 0 or excess(plan.lower_bound_seconds, plan.chain.store_all_seconds) > 0:
-        return []
-    note = "this is the time of storing everything: no closer bound was found"
-    if not (isinstance(plan.chain, Chain) and plan.chain.has_ledger):
-        return [note]
-    return [
-        f'{note}, as none on all schedules is known for exact bytes; solver="auto" bounds a class '
-        "of them"
-    ]
-
-
-def _rounding(plan: Plan) -> str:
-    unit = format_bytes(plan.rounding_unit_bytes)
-    if plan.loss_to_rounding:
-        return f"unit {unit}, costs at most {plan.loss_to_rounding:.2%}"
-    return f"unit {unit}, nothing lost"
-
-
-def words_of_peak(plan: Plan) -> str:
-    """The operation at the peak: "backward of block.step[1], operation 38 of 40"."""
-    trace = plan.trace
-    operation = plan.schedule[trace.peak_position]
-    match operation:
-        case Forward(stage, tape, option):
-            kept = f" {option}" if option else ""  # of several tapes
-            verb = f"forward with tape{kept} of" if tape else "forward of"
-            what = f"{verb} {plan.chain.stage_name(stage)}"
-        case Backward(stage):
-            what = f"backward of {plan.chain.stage_name(stage)}"
-        case Turn():
-            what = "the loss"
-        case _:
-            what = trace.peak_operation
-    return f"{what}, operation {trace.peak_position + 1} of {len(plan.schedule)}"
-
-
-def _live_lines(plan: Plan) -> list[str]:
-    live = plan.trace.live_at_peak
-    shown = [(label_of(item, plan.chain), item.bytes) for item in live[:_SHOWN_AT_PEAK]]
-    if rest := live[_SHOWN_AT_PEAK:]:
-        shown.append((f"and {len(rest)} more", sum(item.bytes for item in rest)))
-    width = max((len(label) for label, _ in shown), default=0)
-    return [f"{label:<{width}}  {format_bytes(size):>12}" for label, size in shown]
-
-
-def label_of(item: Live, chain: Workload) -> str:
-    """Name of something live for people: "tape[3] (block.step[1])"."""
-    match = _VALUE.fullmatch(item.name)
-    if match is None or isinstance(chain, Graph):  # what is live on a graph has names already
-        return item.name
-    number = int(match[2])
-    name = chain.stage_name(number) if number else "the input"
-    return item.name if name == f"stage {number}" else f"{item.name} ({name})"

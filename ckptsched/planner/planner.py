@@ -33,7 +33,9 @@ from ..workload.chain import Chain
 from . import TIME_LIMIT
 from .by_value import better_by_value, may_gain
 from .disk_cache import PlanCache, is_worth_keeping, open_cache, source_digest
-from .plan import Plan, Workload, excess
+from .front import known_steps
+from .plan import Plan
+from .plan_words import Workload, excess
 from .run_once import (
     because_of_rule,
     has_stages_run_once,
@@ -106,6 +108,23 @@ def plan_each(
         a smaller budget by no more than its own gap: what that one takes is no less than the
         bound of the larger budget. So where the gap is 0 it never takes longer.
     """
+    return plan_front(chain, budgets, progress=progress, **options)[0]
+
+
+def plan_front(
+    chain: Workload,
+    budgets: Sequence[int | float | str | Budget],
+    *,
+    progress: bool | None = None,
+    **options: Unpack[PlanOptions],
+) -> tuple[list[Plan | InfeasibleBudgetError], tuple[Plan, ...]]:
+    """As `plan_each`, with all that was found between the budgets.
+
+    Returns:
+        The same as `plan_each`; and of several budgets every step that the search came by: plans
+        of rising peak and falling seconds, each with its peak as budget. What bounds one of them
+        is the bound of the next larger budget that was asked for.
+    """
     wanted = [parse_budget(budget) for budget in budgets]
     store_all = _store_all_bytes(chain)
     task = _Task(
@@ -116,11 +135,13 @@ def plan_each(
         store_all_bytes=store_all,
     )
     shelf = open_cache() if options.get("cache", True) else None
-    results = _find(task, shelf)
-    if results is None:
+    found = _find(task, shelf)
+    if found is None:
         with bar_of_solvers(progress):
-            results = _solve(task, shelf)
-    return [_asked(task, x, budget) for x, budget in zip(results, budgets, strict=True)]
+            found = _solve(task, shelf)
+    results, front = found
+    asked = [_asked(task, x, budget) for x, budget in zip(results, budgets, strict=True)]
+    return asked, front
 
 
 def certified_again(plan: Plan, *, search: bool) -> Plan:
@@ -294,24 +315,37 @@ class _Task:
             "source": source_digest(),
         }
 
+    def request_step(self, number: int) -> dict[str, Any]:
+        """What a step of the front is kept by."""
+        request = {**self.request(0), "step": number}
+        del request["budget_bytes"]
+        return request
 
-def _find(task: _Task, shelf: PlanCache | None) -> list[_Result] | None:
-    """The plans that were kept, if all of them were."""
+
+_Found: TypeAlias = tuple[list[_Result], tuple[Plan, ...]]
+
+
+def _find(task: _Task, shelf: PlanCache | None) -> _Found | None:
+    """The plans that were kept, if all of them were, and the steps between them."""
     plans: list[_Result] = []
     for size in task.sizes:
         plan = shelf and shelf.find(task.request(size), task.chain)
         if not plan:
             return None
         plans.append(plan)
-    return plans
+    steps: list[Plan] = []
+    while shelf and (step := shelf.find(task.request_step(len(steps)), task.chain)):
+        steps.append(step)
+    return plans, tuple(steps)
 
 
-def _solve(task: _Task, shelf: PlanCache | None) -> list[_Result]:
+def _solve(task: _Task, shelf: PlanCache | None) -> _Found:
     """Plan, and keep what took long."""
     begun = time.perf_counter()
     # More than any chain can need is more than the 64 bits of compiled solvers hold.
     usable = [min(size, NO_LIMIT) for size in task.sizes]
-    results = _solve_for(task, usable)
+    portfolio = _portfolio(task, usable)
+    results = _results(task, portfolio, usable)
     if isinstance(task.chain, Chain):
         results = _falling(task, [_with_smaller(task, result) for result in results])
         results = _with_rule(task, results)
@@ -320,24 +354,30 @@ def _solve(task: _Task, shelf: PlanCache | None) -> list[_Result]:
             results = better_by_value(task.chain, results, task.store_all_bytes, one)
     taken = time.perf_counter() - begun
     plans = [result for result in results if isinstance(result, Plan)]
-    operations = sum(len(plan.schedule) for plan in plans)
+    front = known_steps(task.chain, portfolio.seen(), plans)
+    operations = sum(len(plan.schedule) for plan in (*plans, *front))
     if shelf is not None and is_worth_keeping(taken, operations):
         for plan in plans:
             shelf.keep(task.request(plan.budget_bytes), plan)
-    return results
+        for number, step in enumerate(front):
+            shelf.keep(task.request_step(number), step)
+    return results, front
 
 
-def _solve_for(task: _Task, sizes: Sequence[int]) -> list[_Result]:
-    found = Portfolio(never_alone(task.chain), sizes, task.solver, task.time_limit).answers()
+def _portfolio(task: _Task, sizes: Sequence[int]) -> Portfolio:
+    return Portfolio(never_alone(task.chain), sizes, task.solver, task.time_limit)
+
+
+def _results(task: _Task, portfolio: Portfolio, sizes: Sequence[int]) -> list[_Result]:
     return [
         _plan(task, answer, size) if isinstance(answer, Answer) else answer
-        for answer, size in zip(found, sizes, strict=True)
+        for answer, size in zip(portfolio.answers(), sizes, strict=True)
     ]
 
 
 def _one(task: _Task, size: int) -> _Result:
     """What the chain's own solvers find for one budget."""
-    (found,) = _solve_for(task, [size])
+    (found,) = _results(task, _portfolio(task, [size]), [size])
     return found
 
 
@@ -365,7 +405,8 @@ def _with_smaller(task: _Task, result: _Result) -> _Result:
     if task.solver not in (AUTO, "chain_dp") or result.solver != "chain_dp":
         return result  # others count as the ledger does, or are the same at each budget
     sizes = sorted({int(result.budget_bytes * share) for share in _SMALLER}, reverse=True)
-    smaller = [x for x in _solve_for(task, sizes) if isinstance(x, Plan)]
+    found = _results(task, _portfolio(task, sizes), sizes)
+    smaller = [x for x in found if isinstance(x, Plan)]
     best = min((result, *smaller), key=lambda plan: plan.seconds)
     return result if best is result else _following(result, best)
 

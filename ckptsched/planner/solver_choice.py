@@ -16,6 +16,7 @@ from ..base.errors import (
     SolverWarning,
     WorkloadError,
 )
+from ..schedule.language import Schedule
 from ..solvers import GraphIlp, baselines_for, get_solver
 from ..solvers.base import AbstractSolver, Solution, infeasible
 from ..solvers.baselines import Baseline, Guess, every_k_grid, fitting_every_k
@@ -24,7 +25,7 @@ from ..solvers.runs.solver import takes
 from ..workload.chain import Chain
 from ..workload.graph import Graph
 from .persistence_test import ALL_PINNED, persistent_is_optimal
-from .plan import Workload, excess
+from .plan_words import Workload, excess
 
 # From so many stages on, chains of long runs are given to run_dp alone: it is faster there than
 # chain_dp, and finds schedules within a tenth of a percent of it, or better ones.
@@ -143,6 +144,18 @@ class Portfolio:
             if isinstance(answer, Answer):
                 smaller = [answer.best]
         return [answers[i] for i in range(len(self.sizes))]
+
+    def seen(self) -> list[tuple[str, Schedule]]:
+        """Schedules that solvers and rules have come by, whichever budgets they fit, by name."""
+        found = [
+            (method.name, schedule)
+            for method, each in self.solved
+            for x in each
+            if isinstance(x, Solution)
+            for schedule in (x.schedule, *x.seen)
+        ]
+        found += [(x.solver, x.solution.schedule) for x in self.tried.values()]
+        return list({schedule: (name, schedule) for name, schedule in reversed(found)}.values())
 
     def _answer(self, i: int, smaller: list[Candidate]) -> Found:
         results = [(method, each[i]) for method, each in self.solved]

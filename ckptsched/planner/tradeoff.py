@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -14,8 +15,11 @@ from ..base.json_files import render_json, write_atomically
 from ..base.plot import Picture
 from ..base.progress_bar import bar_of_solvers
 from ..base.text_table import Grid
-from .plan import Plan, Workload, excess, words_of_class
-from .planner import BaselineFigures, PlanOptions, compare_baselines, plan_each
+from .explorer.content import Front, Shown
+from .explorer.page import page_of
+from .plan import Plan
+from .plan_words import Workload, excess, words_of_class
+from .planner import BaselineFigures, PlanOptions, compare_baselines, plan_each, plan_front
 from .tapes import counts_of, tapes_of
 
 FORMAT = "ckptsched tradeoff"
@@ -68,6 +72,9 @@ class Tradeoff:
     """One a budget, the least first; a larger budget never takes longer."""
     baselines: tuple[BaselineFigures, ...]
     """Every baseline, whether or not it fits one of the budgets."""
+    front: tuple[Plan, ...] = ()
+    """Every step that the search has come by, also between the rows: plans of rising peak and
+    falling seconds, each with its peak as budget."""
 
     @property
     def knee(self) -> Row | None:
@@ -109,6 +116,12 @@ class Tradeoff:
         parts = [heading(self), *(f"{grid.title}\n{grid}" for grid in grids)]
         return "\n\n".join([*parts, *remarks(self)])
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the tables, with what is remarked below."""
+        tables = "".join(grid.to_html() for grid in (plan_grid(self), baseline_grid(self)))
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in remarks(self))
+        return f"<p>{html.escape(heading(self))}</p>{tables}{lines}"
+
     def to_json(self) -> dict[str, Any]:
         """Rows and baselines as JSON data, in bytes and seconds."""
         last = self.rows[-1].plan
@@ -123,6 +136,10 @@ class Tradeoff:
             "store_all_seconds": self.chain.store_all_seconds,
             "knee_budget_bytes": None if self.knee is None else self.knee.plan.budget_bytes,
             "rows": [_row_to_json(self, row) for row in self.rows],
+            "front": [
+                {"peak_bytes": x.peak_bytes, "seconds": x.seconds, "forwards": x.forwards}
+                for x in self.front
+            ],
             "baselines": [
                 {**asdict(x), "overhead": excess(x.seconds, self.chain.store_all_seconds)}
                 for x in self.baselines
@@ -132,6 +149,13 @@ class Tradeoff:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trade-off to a JSON file."""
         write_atomically(path, render_json(self.to_json()) + "\n")
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page to explore all plans in a browser: one file, which asks for no other.
+
+        The knee is shown first, where there is one. The file appears whole or not at all.
+        """
+        write_atomically(path, page_of(*_page_content(self)))
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the trade-off; the file's ending chooses the format, such as ".png".
@@ -176,7 +200,7 @@ def tradeoff(
         chosen = [*budgets, *also]
         if not chosen:
             raise BudgetSyntaxError("a trade-off needs at least one budget, found none")
-        results = plan_each(chain, chosen, **options)
+        results, front = plan_front(chain, chosen, **options)
     plans = []
     for i, result in enumerate(results):
         if isinstance(result, Plan):
@@ -192,6 +216,7 @@ def tradeoff(
         chain=chain,
         rows=tuple(Row(plan=plan) for plan in plans),
         baselines=compare_baselines(chain),
+        front=front,
     )
 
 
@@ -354,6 +379,19 @@ def remarks(tradeoff: Tradeoff) -> list[str]:
     return lines
 
 
+def _page_content(tradeoff: Tradeoff) -> tuple[Workload, list[Shown], Front, int]:
+    """What the explorer shows of a trade-off; see `page_of`."""
+    rows, knee = tradeoff.rows, tradeoff.knee
+    at = None if knee is None else rows.index(knee)
+    front = Front(
+        knee=at,
+        baselines=tuple((x.name, x.peak_bytes, x.seconds) for x in tradeoff.baselines),
+        steps=tuple((x.peak_bytes, x.seconds) for x in tradeoff.front),
+    )
+    shown = [Shown(plan=row.plan, measured=row.measured) for row in rows]
+    return tradeoff.chain, shown, front, len(rows) // 2 if at is None else at
+
+
 def _picture(tradeoff: Tradeoff) -> Picture:
     store_all = tradeoff.chain.store_all_seconds
 
@@ -364,6 +402,7 @@ def _picture(tradeoff: Tradeoff) -> Picture:
     return Picture(
         title=tradeoff.chain.name or f"{len(tradeoff.chain)} stages",
         plans=tuple(point(row.plan) for row in tradeoff.rows),
+        steps=tuple((x.peak_bytes, 1 + x.overhead) for x in tradeoff.front),
         measured=tuple((item.peak_bytes, 1 + item.overhead) for item in found),
         baselines=tuple(
             (item.name, (item.peak_bytes, 1 + excess(item.seconds, store_all)))

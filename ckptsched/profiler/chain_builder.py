@@ -14,13 +14,15 @@ from ..memory.meters import storage_bytes
 from ..recompute.parameter_swap import Slots
 from ..recompute.stateful_buffers import HiddenBuffers
 from ..simulator.liveness import snapshot_bytes
-from ..tensors.pytree import storages
+from ..tensors.pytree import State, storages
 from ..torch_state.replay_context import AnyGenerator, RandomState
 from ..workload.chain import Chain
 from ..workload.stage import Block, Stage, StageLedger, TapeOption, backward_variant
 from .own_storages import values_of
 from .stage_kind import LossWeight, StageKind
 from .survey import Survey
+
+_MOST_TENSORS = 4  # of a state, whose layout is told
 
 
 def assemble(
@@ -72,7 +74,15 @@ def assemble(
         kept_bytes=kept,
         blocks=spans,
         values=values_of(survey),
+        layouts=tuple(map(_layout, (order[0].x, *[kind.output for kind in order]))),
     )
+
+
+def _layout(state: State) -> str:
+    """Dtype and shape of a state's tensors, for people."""
+    shown = [f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in state.leaves]
+    rest = [f"and {len(shown) - _MOST_TENSORS} more"] if len(shown) > _MOST_TENSORS else []
+    return ", ".join([*shown[:_MOST_TENSORS], *rest])
 
 
 @final

@@ -21,10 +21,10 @@ from ..base.json_files import check_writable
 from ..base.plot import check_plot
 from ..base.progress_bar import progress_bar
 from ..base.text_table import Grid
-from ..planner.plan import Plan, Workload, kind_of
+from ..planner.plan import Plan
+from ..planner.plan_words import Workload, kind_of
 from ..planner.planner import PlanOptions
 from ..planner.tradeoff import (
-    Measured,
     Tradeoff,
     baseline_grid,
     heading,
@@ -33,6 +33,7 @@ from ..planner.tradeoff import (
     tradeoff,
 )
 from ..schedule.language import Code
+from ..workload.tables import chain_grid
 
 if TYPE_CHECKING:
     from ..executor.verify import Verification
@@ -49,6 +50,8 @@ class Outputs:
     """A picture of the trade-off; its ending chooses the format."""
     json: str | os.PathLike[str] | None = None
     """Rows and baselines as data."""
+    html: str | os.PathLike[str] | None = None
+    """A page to explore all plans in a browser."""
 
     def check(self) -> None:
         """Find out before a long run whether the files can be written.
@@ -56,7 +59,7 @@ class Outputs:
         Raises:
             CkptschedError: A plot of this ending cannot be drawn, or a folder is missing.
         """
-        for path in (self.plot, self.json):
+        for path in (self.plot, self.json, self.html):
             check_writable(path)
         if self.plot is not None:
             check_plot(self.plot)
@@ -102,6 +105,9 @@ def report(
     if outputs.plot is not None:
         found.plot(outputs.plot)
         console.print(f"plot written to {outputs.plot}", markup=False, highlight=False)
+    if outputs.html is not None:
+        found.to_html(outputs.html)
+        console.print(f"page written to {outputs.html}", markup=False, highlight=False)
     return found
 
 
@@ -138,15 +144,7 @@ def measure_rows(
     with progress_bar(console.is_terminal, console=console, patience_seconds=0.0) as tell:
         for i, row in enumerate(found.rows):
             tell("measuring", i / count)
-            result = measure(row.plan)
-            measured = Measured(
-                peak_bytes=result.measured_peak_bytes,
-                seconds=result.seconds,
-                plain_seconds=result.plain_seconds,
-                max_gradient_difference=result.max_gradient_difference,
-                ok=result.ok,
-            )
-            rows.append(replace(row, measured=measured))
+            rows.append(replace(row, measured=measure(row.plan).measured))
     return replace(found, rows=tuple(rows))
 
 
@@ -200,42 +198,6 @@ def print_chain(chain: Workload, console: Console, plan: Plan) -> None:
     console.print(Text("\n".join(lines)), soft_wrap=True)
     console.print()
     print_grid(chain_grid(chain), console)
-
-
-def chain_grid(chain: Workload) -> Grid:
-    """A row a block; a row a stage where the chain has no blocks."""
-    spans = [(block.name, block.first, block.last) for block in chain.blocks]
-    spans = spans or [(chain.stage_name(i), i, i) for i in range(1, len(chain) + 1)]
-    rows: list[tuple[str, ...]] = []
-    for name, first, last in spans:
-        stages = chain.stages[first - 1 : last]
-        rows.append(
-            (
-                name or "-",
-                str(len(stages)),
-                format_bytes(sum(stage.state_bytes for stage in stages)),
-                format_bytes(sum(stage.tape_bytes for stage in stages)),
-                format_bytes(sum(min(t.tape_bytes for t in stage.tapes) for stage in stages)),
-                format_seconds(sum(stage.forward_seconds for stage in stages)),
-                format_seconds(sum(stage.backward_seconds for stage in stages)),
-            )
-        )
-    headings: tuple[str, ...] = (
-        "block",
-        "stages",
-        "states",
-        "tapes",
-        "lean",
-        "forward",
-        "backward",
-    )
-    if not chain.blocks:
-        headings = ("stage", *headings[1:])
-    if not any(stage.other_tapes for stage in chain.stages):
-        lean = headings.index("lean")
-        headings, *rows = [(*row[:lean], *row[lean + 1 :]) for row in (headings, *rows)]
-    title = "Blocks" if chain.blocks else "Stages"
-    return Grid(title=title, headings=headings, rows=tuple(rows), names_first=True)
 
 
 def timeline(plan: Plan, *, width: int = 72, height: int = 12, ascii_only: bool = False) -> str:

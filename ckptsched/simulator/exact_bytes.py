@@ -42,7 +42,7 @@ def charge(chain: Chain, schedule: Schedule) -> npt.NDArray[np.int64]:
         InvalidScheduleError: A value is copied to another tier, of which the ledger knows nothing.
     """
     _refuse_other_tiers(schedule)
-    return _Ledger(chain, schedule).run(len(schedule))
+    return Ledger(chain, schedule).run(len(schedule))
 
 
 def live_at(chain: Chain, schedule: Schedule, position: int, peak: int) -> tuple[Live, ...]:
@@ -54,7 +54,7 @@ def live_at(chain: Chain, schedule: Schedule, position: int, peak: int) -> tuple
         position: Of the operation.
         peak: Bytes while it runs; those of nothing else are the operation's own.
     """
-    ledger = _Ledger(chain, schedule)
+    ledger = Ledger(chain, schedule)
     ledger.run(position)
     found = [*ledger.storages(), *ledger.tapes(), *ledger.others()]
     found.append(Live("the operation itself", peak - sum(x.bytes for x in found)))
@@ -74,7 +74,7 @@ def _refuse_other_tiers(schedule: Schedule) -> None:
 
 @final
 @dataclass(eq=False)
-class _Ledger:
+class Ledger:
     """A schedule on a chain, and what is live after so many of its operations."""
 
     chain: Chain
@@ -84,7 +84,7 @@ class _Ledger:
         """Put what the pass looks up into arrays."""
         chain, schedule, n = self.chain, self.schedule, len(self.chain)
         blocks = blocks_of(chain.blocks, n)
-        live = analyse(schedule, n)
+        self.live = live = analyse(schedule, n)
         flags = live.keeps_output, live.frees_input, live.restores, live.snapshots, live.repeats
         self.facts = np.stack(flags)
         self.random = chain.random_state_bytes
@@ -111,6 +111,7 @@ class _Ledger:
         self.books = kernel.open_books(n, storages, width, len(blocks))
         self.books.sizes[0] = chain.input_bytes
         self.books.holders[:inputs] = 2  # the caller holds them besides
+        self.books.since[:inputs] = 0
         self.books.has_state[0] = True
         self.books.states[0, :inputs] = np.arange(inputs)
         self.books.state_snapshot[0] = at_first

@@ -21,8 +21,11 @@ Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 # Places in `Books.totals`: bytes of the gradient of a state, of those of parameters, of random
-# states to put back, and of what the caller holds of the loss besides the output.
-GRADIENT, PARAMETERS, RANDOM, LOSS = range(4)
+# states to put back, and of what the caller holds of the loss besides the output; then the first
+# operation that finds what is changed now.
+GRADIENT, PARAMETERS, RANDOM, LOSS, CLOCK = range(5)
+NEVER = 2**62
+"""In place of an operation: what is not held before it is not held at all."""
 
 
 class Ledgers(NamedTuple):
@@ -101,6 +104,12 @@ class Books(NamedTuple):
     """Bytes of each storage that was made."""
     holders: Integers
     """How many hold it."""
+    maker: Integers
+    """The stage whose output it is, 0 for the input, -1 for a clone of buffers."""
+    since: Integers
+    """The first operation that finds it held, or `NEVER`."""
+    until: Integers
+    """The first operation that does not any more, or `NEVER`."""
     has_state: Flags
     states: Integers
     """The storages of each state, shape (n + 1, most of a state)."""
@@ -136,6 +145,9 @@ def open_books(n: int, storages: int, width: int, blocks: int) -> Books:
     return Books(
         sizes=np.zeros(storages, np.int64),
         holders=np.zeros(storages, np.int64),
+        maker=np.zeros(storages, np.int64),
+        since=np.full(storages, NEVER),
+        until=np.full(storages, NEVER),
         has_state=np.zeros(n + 1, np.bool_),
         states=np.zeros((n + 1, width), np.int64),
         has_tape=np.zeros(n + 1, np.bool_),
@@ -147,7 +159,7 @@ def open_books(n: int, storages: int, width: int, blocks: int) -> Books:
         state_snapshot=np.zeros(n + 1, np.int64),
         tape_snapshot=np.zeros(n + 1, np.int64),
         clones=np.full(blocks, -1),
-        totals=np.zeros(4, np.int64),
+        totals=np.zeros(5, np.int64),
     )
 
 
@@ -179,19 +191,21 @@ def charge(
     n, level = len(stages.gradient) - 1, start.level
     made, segment, totals = start.inputs, 0, books.totals
     for p in range(len(during) + 1):
+        totals[CLOCK] = p
         if segment < len(replays.position) and replays.position[segment] == p:
             level += _begin_segment(books, replays, segment, made, start.random)
             made += replays.first[segment + 1] - replays.first[segment]
             segment += 1
         if p == len(during):
             return
+        totals[CLOCK] = p + 1
         code, kind, i = packed[p] & 0xFF, packed[p] >> 8 & 0xFF, packed[p] >> 32
         if code <= TAPED:
             k = ledgers.of[i] + (kind if code else 0)
             peak = level + (ledgers.taped[k] if code else ledgers.forward[k])
             source = books.states[i - 1] if books.has_state[i - 1] else books.outputs[i - 1]
             output = books.outputs[i] if code else books.states[i]
-            made = _make(books, ledgers, k, source, output, made)
+            made = _make(books, ledgers, k, i, source, output, made)
             snapshot = stages.snapshots[i] * facts[SNAPSHOTS, p]
             if code:
                 books.inputs[i] = source
@@ -239,14 +253,20 @@ def _set(totals: Integers, which: int, size: int) -> int:
 def _hold(books: Books, x: int) -> int:
     """Hold a storage; returns the bytes that this adds."""
     books.holders[x] += 1
-    return int(books.sizes[x]) if books.holders[x] == 1 else 0
+    if books.holders[x] > 1:
+        return 0
+    books.since[x] = books.totals[CLOCK]
+    return int(books.sizes[x])
 
 
 @compiled
 def _release(books: Books, x: int) -> int:
     """Hold a storage no longer; returns the bytes that this frees."""
     books.holders[x] -= 1
-    return 0 if books.holders[x] else int(books.sizes[x])
+    if books.holders[x]:
+        return 0
+    books.until[x] = books.totals[CLOCK]
+    return int(books.sizes[x])
 
 
 @compiled
@@ -284,6 +304,7 @@ def _begin_segment(books: Books, replays: Replays, segment: int, made: int, rand
             clones[block] = -1
     for at in range(replays.first[segment], replays.first[segment + 1]):
         books.sizes[made] = replays.size[at]
+        books.maker[made] = -1
         clones[replays.block[at]] = made
         added += _hold(books, made)
         made += 1
@@ -293,15 +314,16 @@ def _begin_segment(books: Books, replays: Replays, segment: int, made: int, rand
 
 @compiled
 def _make(
-    books: Books, ledgers: Ledgers, k: int, source: Integers, output: Integers, made: int
+    books: Books, ledgers: Ledgers, k: int, i: int, source: Integers, output: Integers, made: int
 ) -> int:
-    """Number the storages of an output; returns how many there are then."""
+    """Number the storages of the output of stage i; returns how many there are then."""
     first = ledgers.first_output[k]
     for at in range(first, ledgers.first_output[k + 1]):
         if ledgers.source[at] >= 0:
             output[at - first] = source[ledgers.source[at]]
         else:
             books.sizes[made] = ledgers.size[at]
+            books.maker[made] = i
             output[at - first] = made
             made += 1
     return made

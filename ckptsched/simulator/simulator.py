@@ -94,6 +94,19 @@ def _exact(chain: Chain | Graph, schedule: Schedule) -> npt.NDArray[np.int64]:
     return charge(chain, schedule)
 
 
+def live_during(chain: Chain | Graph, schedule: Schedule, position: int) -> tuple[Live, ...]:
+    """What is live while any operation runs, largest first; adds up to its bytes.
+
+    Args:
+        chain: The chain or graph.
+        schedule: A valid schedule.
+        position: Of the operation.
+    """
+    trace = simulate(chain, schedule)
+    exact = trace.ledger_peak_bytes is not None
+    return _live_at(chain, schedule, position, int(trace.timeline[position]), exact=exact)
+
+
 def _live_at(
     chain: Chain | Graph, schedule: Schedule, position: int, peak: int, *, exact: bool
 ) -> tuple[Live, ...]:

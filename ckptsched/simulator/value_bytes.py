@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,13 @@ Integers = npt.NDArray[np.int64]
 
 # Steps of the interpreter for an operation.
 _STEPS = 60
+_WORDS = {
+    "KEPT": "hidden state, and what modules keep",
+    "RANDOM": "random and hidden states",
+    "GRADIENT": "gradients of states",
+    "PARAMETERS": "parameter gradients",
+    "BUFFERS": "copies of buffers",
+}
 
 
 def charge_values(graph: Graph, schedule: Schedule) -> Integers:
@@ -62,8 +69,13 @@ def live_by_value(graph: Graph, schedule: Schedule, position: int, peak: int) ->
     ledger = ValueLedger(graph, len(runs))
     ledger.charge(runs)
     at = int(np.count_nonzero(schedule.codes[:position] != Code.DROP))
-    found = [x for x in ledger.live_before(runs, at) if x.bytes]
-    found.append(Live("the operation itself", peak - sum(x.bytes for x in found)))
+    sizes: dict[str, int] = {}
+    for life in ledger.lives(runs):
+        if life.since <= at < life.until:
+            name = life.words(graph.names)
+            sizes[name] = sizes.get(name, 0) + life.bytes
+    sizes["the operation itself"] = peak - sum(sizes.values())
+    found = [Live(name, size) for name, size in sizes.items()]
     return tuple(sorted((x for x in found if x.bytes), key=lambda x: -x.bytes))
 
 
@@ -172,6 +184,32 @@ def runs_of(schedule: Schedule) -> Integers:
     return runs
 
 
+class Life(NamedTuple):
+    """Something that is live for a while, by operations without drops."""
+
+    role: str
+    """The name of a `Role`."""
+    stage: int
+    """Whose it is; 0 where it is of none."""
+    bytes: int
+    since: int
+    """The first operation that finds it there."""
+    until: int
+    """The first one that does not any more."""
+
+    def words(self, names: Sequence[str]) -> str:
+        """What it is, for people.
+
+        Args:
+            names: Of the nodes, the input's first.
+        """
+        if self.role in ("STATE", "OUTPUT"):
+            return names[self.stage] if self.stage else "value of the loss"
+        if self.role == "TAPE":
+            return f"tape of {names[self.stage]}"
+        return _WORDS[self.role]
+
+
 @final
 class ValueLedger:
     """The figures of a recorded model, and room to charge schedules of so many operations."""
@@ -210,44 +248,46 @@ class ValueLedger:
         charge(runs, self.ledgers, self.stages, self.wiring, self.level, self.books, during)
         return during
 
-    def live_before(self, runs: Integers, at: int) -> Iterator[Live]:
-        """What there is when an operation begins.
+    def lives(self, runs: Integers) -> Iterator[Life]:
+        """What lives how long.
 
         Args:
             runs: Those that were charged last.
-            at: The operation, by its place among them.
         """
-        yield from self._storages(runs, at)
-        yield from self._tapes(runs, at)
-        codes, stages = runs[:at] & 0xFF, runs[:at] >> 32
-        backwards = stages[codes == Code.BACKWARD]
-        turned = bool((codes == Code.TURN).any())
-        lowest = int(backwards[-1]) if len(backwards) else len(self.chain) + 1
-        snapshots = (self.books.first_run < at) & (self.books.restored > at)
-        again = turned and kernel._runs_again(runs, self.books)
-        rest = kernel._rest_of_loss(self.wiring, self.books, len(self.chain), self.level.held)
-        yield Live("hidden state, and what modules keep", self.chain.kept_bytes)
-        yield Live("gradients of states", int(self.stages.gradient[lowest - 1]) * turned)
-        yield Live("parameter gradients", int(self.stages.parameters[backwards].sum()))
-        yield Live("value of the loss", rest * turned)
-        yield Live("copies of buffers, and random state to put back", self.level.again * again)
-        after = np.roll(snapshots, -1)  # that before a stage goes by the state before it
-        yield Live("random and hidden states", int(self.stages.snapshots[after].sum()))
+        m, n, stages = len(runs), len(self.chain), self.stages
+        yield Life("KEPT", 0, self.chain.kept_bytes, 0, m + 1)
+        yield from self._storages(runs)
+        for i in (np.flatnonzero(self.books.restored[1:] >= 0) + 1).tolist():
+            first, last = int(self.books.first_run[i]), int(self.books.restored[i])
+            yield Life("RANDOM", i - 1, int(stages.snapshots[i - 1]), first + 1, last)
+        for p, packed in enumerate(runs.tolist()):
+            code, i = packed & 0xFF, packed >> 32
+            if code == Code.TAPED_FORWARD:
+                size = int(self.ledgers.tape[self.ledgers.of[i] + (packed >> 8 & 0xFF)])
+                yield Life("TAPE", i, size, p + 1, int(self.books.gone[i]) + 1)
+            elif code == Code.TURN:
+                rest = kernel.rest_of_loss(self.wiring, self.books, n, self.level.held)
+                yield Life("OUTPUT", 0, int(rest), p + 1, m + 1)
+                gone = int(self.books.gone[n]) + 1
+                yield Life("GRADIENT", n, int(stages.gradient[n]), p + 1, gone)
+                if kernel.runs_again(runs, self.books):
+                    copies = self.level.again - self.chain.random_state_bytes
+                    yield Life("BUFFERS", 0, copies, p + 1, m + 1)
+                    yield Life("RANDOM", 0, self.chain.random_state_bytes, p + 1, m + 1)
+            elif code == Code.BACKWARD:
+                gone = int(self.books.gone[i - 1]) + 1 if i > 1 else m + 1
+                yield Life("GRADIENT", i - 1, int(stages.gradient[i - 1]), p + 1, gone)
+                yield Life("PARAMETERS", i, int(stages.parameters[i]), p + 1, m + 1)
 
-    def _storages(self, runs: Integers, at: int) -> Iterator[Live]:
-        books, s = self.books, int(self.wiring.first_made[1])
-        while books.born[s] < at:
-            if books.end[s] >= at and books.end[s] > books.born[s]:
+    def _storages(self, runs: Integers) -> Iterator[Life]:
+        books, s, m = self.books, int(self.wiring.first_made[1]), len(runs)
+        while books.born[s] < m:
+            if books.end[s] > books.born[s]:
                 maker = int(runs[books.born[s]] >> 32)
-                yield Live(self.graph.names[maker], int(books.size[s]))
+                role = "OUTPUT" if maker == len(self.chain) else "STATE"
+                until = int(books.end[s]) + 1
+                yield Life(role, maker, int(books.size[s]), int(books.born[s]) + 1, until)
             s += 1
-
-    def _tapes(self, runs: Integers, at: int) -> Iterator[Live]:
-        for p in np.flatnonzero(runs[:at] & 0xFF == Code.TAPED_FORWARD).tolist():
-            i, option = int(runs[p] >> 32), int(runs[p] >> 8 & 0xFF)
-            if self.books.gone[i] >= at:
-                size = int(self.ledgers.tape[self.ledgers.of[i] + option])
-                yield Live(f"tape of {self.graph.names[i]}", size)
 
 
 def wiring_of(values: Sequence[StageValues], inputs: int) -> kernel.Wiring:

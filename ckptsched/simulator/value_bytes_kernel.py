@@ -138,7 +138,7 @@ def charge(
     m, now, peak = len(packed), level.start, 0
     storage = wiring.first_made[1] - wiring.first_made[0]
     parameters, gradient = 0, 0
-    again = _runs_again(packed, books)
+    again = runs_again(packed, books)
     for p in range(m):
         code, i = packed[p] & 0xFF, packed[p] >> 32
         if code <= TAPED:
@@ -162,7 +162,7 @@ def charge(
             n = len(stages.gradient) - 1
             during[p] = now + stages.gradient[n] + level.loss
             gradient = stages.gradient[n]
-            now += gradient + _rest_of_loss(wiring, books, n, level.held)
+            now += gradient + rest_of_loss(wiring, books, n, level.held)
             now += level.again if again else 0
         now -= books.freed[p]
         books.after[p] = now
@@ -298,7 +298,7 @@ def _own(wiring: Wiring, books: Books, i: int, output: int) -> int:
 
 
 @compiled
-def _runs_again(packed: Integers, books: Books) -> bool:
+def runs_again(packed: Integers, books: Books) -> bool:
     """Whether any stage runs more than once."""
     for p in range(len(packed)):
         if packed[p] & 0xFF <= TAPED and books.first_run[packed[p] >> 32] != p:
@@ -342,7 +342,7 @@ def _backward_peak(
 
 
 @compiled
-def _rest_of_loss(wiring: Wiring, books: Books, n: int, held: int) -> int:
+def rest_of_loss(wiring: Wiring, books: Books, n: int, held: int) -> int:
     """What the caller holds of the loss besides the output."""
     rest, copy = held, books.base[books.newest[n]]
     width = wiring.first_made[n + 1] - wiring.first_made[n]

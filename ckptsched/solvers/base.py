@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 from ..base.budget import exact_bytes
@@ -32,6 +32,9 @@ class Solution:
     """Least budget for which the solver finds a schedule."""
     rounding_unit_bytes: int = 1
     """Sizes were rounded to multiples of this; 1 or their common divisor where exact."""
+    seen: tuple[Schedule, ...] = field(default=(), repr=False, compare=False)
+    """Schedules that were simulated on the way, whichever budgets they fit: each takes less time
+    than all of them that take fewer bytes."""
 
 
 class AbstractSolver(abc.ABC):

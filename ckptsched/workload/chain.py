@@ -24,6 +24,7 @@ from .stage import (
     check_time,
 )
 from .stage_json import COLUMNS, check_number, columns_of, stages_from
+from .tables import chain_html
 from .values import StageValues, check_values, values_from_json, values_to_json
 
 _SIZE_UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -74,6 +75,9 @@ class Chain(Saved):
     values: tuple[StageValues, ...] = ()
     """For each stage of a recorded model what it reads and makes itself of its states; none where
     that is not known."""
+    layouts: tuple[str, ...] = ()
+    """For people: shape and dtype of each state, the input's first, such as "float32[8, 64]"; fewer
+    where they are not known of all. No plan depends on them."""
 
     kind: ClassVar[str] = "chain"
     needs: ClassVar[str] = "the columns " + ", ".join(key for key, _, _ in COLUMNS[:4])
@@ -106,6 +110,8 @@ class Chain(Saved):
             expected = block.last + 1
         if self.blocks and expected != len(self.stages) + 1:
             raise WorkloadError(f"blocks end at stage {expected - 1} of {len(self.stages)}")
+        for layout in set(self.layouts):
+            check_name("the layout of a state", layout)
 
     @functools.cached_property
     def arrays(self) -> ChainArrays:
@@ -162,6 +168,10 @@ class Chain(Saved):
         )
         return f"{label}[{i - block.first}]" if same else label
 
+    def _repr_html_(self) -> str:
+        """For notebooks: a table of the blocks, or of the stages."""
+        return chain_html(self, f"chain {printable(self.name)} of {len(self)} stages")
+
     def to_json(self) -> dict[str, Any]:
         """The chain as JSON data: a column a symbol, exact bytes once a distinct stage."""
         inputs = self.input_bytes, self.input_gradient_bytes
@@ -182,6 +192,8 @@ class Chain(Saved):
         for key in _OF_POLICY if self.signature else ():
             if not data["signature"][key]:
                 del data["signature"][key]  # so that chains without one are what they were
+        if self.layouts:
+            data["layouts"] = list(self.layouts)
         return data
 
     @classmethod
@@ -206,6 +218,7 @@ class Chain(Saved):
             name=data.get("name", ""),
             signature=_read_signature(data.get("signature")),
             values=values_from_json(data.get("values", ())),
+            layouts=tuple(data.get("layouts", ())),
         )
 
 

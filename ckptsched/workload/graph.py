@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 from urllib.parse import quote, unquote
 
 from ..base.errors import InvalidScheduleError, WorkloadError
+from ..base.json_files import printable
 from ..schedule.language import Operation, Schedule, format_operation, parse_operation
 from .chain import Chain, ChainArrays
 from .saved import FIGURES, Saved
 from .stage import Block, Signature, Stage, check_stage
 from .stage_json import COLUMNS, figures_of
+from .tables import chain_html
 from .values import narrowed
 
 if TYPE_CHECKING:
@@ -143,6 +145,10 @@ class Graph(Saved):
     def stage_name(self, i: int) -> str:
         """Name of node i for people."""
         return self.names[i]
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a table of the nodes."""
+        return chain_html(self, f"graph {printable(self.name)} of {len(self)} nodes")
 
     # ---- chains and networkx ------------------------------------------------------------
 

@@ -17,6 +17,8 @@ from .stage import Stage, check_size, check_time
 
 WRITES_ONE = "`ckptsched profile MODEL -o FILE` writes a chain, `ckptsched plan` a plan"
 """What to do where a file cannot be read."""
+FOR_PEOPLE = ("name", "layouts")
+"""Keys of what neither planning nor executing depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,8 @@ class Saved(abc.ABC):
     def fingerprint(self) -> str:
         """SHA-256 of everything that planning and executing depend on."""
         data = self.to_json()
-        del data["name"]
+        for key in FOR_PEOPLE:
+            data.pop(key, None)
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -52,7 +52,7 @@ class _Law:
     def chain(self, stages: Iterable[Stage], *made: Chain) -> Chain:
         """A chain of the stages, with what else it has."""
         figures = self._figures(made, _CHAIN_SIZES, ("loss_seconds",))
-        return replace(made[0], stages=tuple(stages), signature=None, **figures)
+        return replace(made[0], stages=tuple(stages), signature=None, layouts=(), **figures)
 
     def stage(self, *made: Stage, sizes: Sequence[str]) -> Stage:
         """A stage without exact bytes, whose other sizes are those of the first."""
@@ -110,6 +110,7 @@ def with_steps(chain: Chain, steps: int) -> Chain:
         stages=tuple(stages),
         blocks=tuple(spans) if chain.blocks else (),
         signature=None,
+        layouts=(),
     )
 
 

@@ -254,6 +254,20 @@ def test_show_a_plan(folder: Path) -> None:
     assert result.stdout.endswith(made.schedule.to_text() + "\n")
 
 
+def test_pages_are_written(folder: Path) -> None:
+    made = plan(mixed_chain(), budget="50%")
+    made.save("plan.json")
+    result = run("show", "plan.json", "--html", "plan.html")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith("page written to plan.html\n")
+    assert '"plans":[{' in Path("plan.html").read_text()
+    result = run("report", "chain.json", "--budgets", "3", "--html", "t.html")
+    assert result.exit_code == 0, result.output
+    assert "page written to t.html" in result.stdout
+    assert Path("t.html").read_text().count('"budgetBytes":') == 3
+    assert "cannot be written" in failure("show", "plan.json", "--html", "nowhere/t.html")
+
+
 def test_show_what_is_not_there(folder: Path) -> None:
     message = failure("show", "nowhere.json")
     assert "'nowhere.json' cannot be read: No such file or directory" in message

@@ -191,7 +191,7 @@ def test_a_second_backward_and_one_with_create_graph() -> None:
             assert torch.equal(mine, theirs)
     with pytest.warns(cs.BudgetWarning, match="create_graph"):
         found = torch.autograd.grad(loss_of(net.give(trained(x))), x, create_graph=True)
-        again = torch.autograd.grad(loss_of({"y": found[0]}), x)
+    again = torch.autograd.grad(loss_of({"y": found[0]}), x)
     for mine, theirs in zip(again, second, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -218,7 +218,7 @@ def test_a_plan_of_a_graph_comes_back_from_a_file(tmp_path: Any) -> None:
 
 
 def test_a_plan_of_a_graph_for_another_program_is_refused() -> None:
-    net, x, _ = case("gated")
+    net = case("gated")[0]
     plan = cs.plan(case("u_net")[2], budget="80%")
     with pytest.raises(PlanMismatchError, match="another model"):
         cs.checkpointed(net, plan)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from ckptsched.base.budget import format_bytes, format_seconds
 from ckptsched.fitting.planning import plan
 from ckptsched.planner.explanation import Explanation, explain_plan
-from ckptsched.planner.plan import label_of
+from ckptsched.planner.plan_words import label_of
 from ckptsched.planner.planner import compare_baselines
 from ckptsched.workload.chain import Chain
 from tests.support.small_chains import mixed_chain, random_chains, uniform_chain

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from ckptsched.base.errors import PlanMismatchError
 from ckptsched.base.json_files import write_atomically
 from ckptsched.fitting.planning import plan
-from ckptsched.planner.plan import Plan, excess, words_of_class
+from ckptsched.planner.plan import Plan
+from ckptsched.planner.plan_words import excess, words_of_class
 from ckptsched.schedule.language import Schedule
 from ckptsched.simulator.simulator import simulate
 from ckptsched.solvers import get_solver

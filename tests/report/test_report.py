@@ -15,9 +15,11 @@ from ckptsched.base.errors import BudgetSyntaxError, CkptschedError, InfeasibleB
 from ckptsched.base.text_table import Grid
 from ckptsched.executor.verify import Verification
 from ckptsched.fitting.planning import plan
-from ckptsched.planner.plan import Plan, words_of_class
+from ckptsched.planner.plan import Plan
+from ckptsched.planner.plan_words import words_of_class
 from ckptsched.planner.tradeoff import Measured, Row, Tradeoff, baseline_grid, plan_grid, tradeoff
-from ckptsched.report.report import Outputs, chain_grid, print_chain, report, timeline
+from ckptsched.report.report import Outputs, print_chain, report, timeline
+from ckptsched.workload.tables import chain_grid
 from tests.support.small_chains import mixed_chain, uniform_chain
 
 

@@ -55,6 +55,8 @@ _TRIALS = 3
 # The same, to find the least budget: a small table, and schedules tried with it.
 _EDGE_SLOTS = 500
 _EDGE_TRIALS = 24
+# For fronts: how many of the steps of a table are drawn at the most.
+_MOST_STEPS = 256
 
 
 @final
@@ -132,9 +134,14 @@ class ChainDp(AbstractSolver):
             for result in Revolve().solve_each(chain, feasible):
                 if isinstance(result, Solution):
                     search.know(result.schedule)
+        search.least_asked = feasible[0] if len(feasible) > 1 else None
         for grain, group in search.groups(feasible):
             found.update(search.solve(grain, group))
-        return [found[budget] for budget in budgets]
+        seen = search.front() if len(feasible) > 1 else ()
+        return [
+            replace(x, seen=seen) if isinstance(x, Solution) else x
+            for x in map(found.__getitem__, budgets)
+        ]
 
 
 @final
@@ -179,6 +186,8 @@ class _ChainPlanning:
     least: Trace = field(init=False)
     store_all: Trace = field(init=False)
     last: _Candidate | None = field(init=False, default=None)
+    least_asked: int | None = field(init=False, default=None)
+    """The least of several budgets, from which on every step of a table is drawn; else None."""
     known: dict[bytes, _Candidate] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -294,6 +303,8 @@ class _ChainPlanning:
             for budget in needed:
                 looks = self._looks(len(needed))
                 bounds[budget] = base + self._search(table, budget, looks)
+            if self.least_asked is not None:
+                self._draw_steps(table, self._usable(self.least_asked), top)
             poor = [x for x in poor if self._best(x).seconds > bounds[x] * (1 + self.effort.poor)]
             del table  # before the next takes as much
             if poor and not grain.exact:
@@ -324,6 +335,17 @@ class _ChainPlanning:
                 if found > bound * (1 + self.effort.poor):
                     poor.append(budget)
         return poor
+
+    def _draw_steps(self, table: Table, low: int, high: int) -> None:
+        """Know a schedule for every step of a table between two sizes, or many of them."""
+        row = table.row(1, len(self.sizes) + 1)
+        steps = np.flatnonzero(row[1:] < row[:-1]) + 1
+        sizes = steps * table.slots.unit
+        sizes = sizes[(sizes >= max(low, self.fewest.total)) & (sizes <= high)]
+        if len(sizes) > _MOST_STEPS:
+            sizes = sizes[np.linspace(0, len(sizes) - 1, _MOST_STEPS).astype(np.int64)]
+        for m in sizes.tolist():
+            self.draw(outline(self.fewest, m, table)).run(self.chain)
 
     def _draw(self, table: Table, budget: int, bound: float, *, exact: bool) -> float:
         """Know schedules that are cheap in the table; the seconds of the best that fits."""
@@ -389,6 +411,16 @@ class _ChainPlanning:
         if self.last is None or seconds < self.last.run(self.chain)[1].seconds:
             self.last = found
         return self.last
+
+    def front(self) -> tuple[Schedule, ...]:
+        """What was simulated so far, without what is no faster than something smaller."""
+        trials = [x.trial for x in self.known.values() if x.trial is not None]
+        found, least = [], math.inf
+        for schedule, trace in sorted(trials, key=lambda x: (x[1].peak_bytes, x[1].seconds)):
+            if trace.seconds < least:
+                found.append(schedule)
+                least = trace.seconds
+        return tuple(found)
 
     def solution(self, candidate: _Candidate, bound: float, grain: _Grain) -> Solution:
         """A candidate that fits, with what is known about the budget."""
