@@ -9,14 +9,25 @@ can change inside is looked into. The other way round nothing follows, and `attr
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from inspect import isroutine
+from inspect import isfunction, isroutine
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, final
 
+import numpy as np
 from torch import Tensor, nn
 
-from ..capture.recording.attributes import _DEPTH, _LENGTH, _comparable
+from ..capture.recording.attributes import (
+    CONTAINERS,
+    DEPTH,
+    OF_OBJECT,
+    PLAIN,
+    around,
+    comparable,
+    content,
+    held_by,
+    is_looked_into,
+)
 from ..capture.recording.calls import Place
 from ..capture.wrappers import InPlace
 from ..recompute.fsdp import HOOKS
@@ -24,9 +35,9 @@ from ..recompute.fsdp import HOOKS
 _hooks_of = attrgetter(*HOOKS)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # What cannot change inside, or where that is somebody else's affair.
-_ATOMS = (bool, int, float, complex, str, bytes, type(None), type, nn.Module, InPlace)
-_CONTAINERS = (list, tuple, set, frozenset, Mapping)
-_DEEPEST = 2 * _DEPTH  # of what is searched for tensors
+_ATOMS = (*PLAIN, np.generic, type, nn.Module, InPlace)
+_DEEPEST = DEPTH  # of what is searched for tensors
+_MOST_BYTES = 1 << 20  # of an array that is read in each step; a larger one counts by identity
 
 
 @final
@@ -56,15 +67,20 @@ class AttributeWatch:
         self._dicts: list[dict[Any, Any]] = [module._modules for module in modules]
         self._others: list[tuple[Any, Collection[str]]] = []
         self._compared: list[tuple[dict[str, Any], str, object]] = []
+        self._arrays: list[tuple[Any, object]] = []
         for path, module in named:
             own, skipped = vars(module), left[path]
             for name in [n for n in own if n not in _OF_EVERY_MODULE and n not in skipped]:
                 if _holds_tensor(own[name], tensors, _DEEPEST):
                     skipped.add(name)
-                    self._compared.append((own, name, _comparable(own[name], {}, _DEPTH)))
+                    self._compared.append((own, name, comparable(own[name], {}, DEPTH)))
                 else:
-                    self._enter(own[name], _DEPTH)
+                    self._enter(own[name], DEPTH)
             self._watch(own, skipped)
+        self._outside = around(model)
+        self._found = [outside.value() for outside in self._outside]
+        for value in self._found:
+            self._enter(value, DEPTH)
         self._types, self._counts = list(map(type, self._objects)), list(map(len, self._counted))
         self._sizes, self._names = list(map(len, self._dicts)), [*chain.from_iterable(self._dicts)]
         self._values = [*chain.from_iterable(map(dict.values, self._dicts))]
@@ -72,21 +88,30 @@ class AttributeWatch:
 
     def _enter(self, value: Any, depth: int) -> None:
         """Watch what can change inside of a value, as deep as `attributes_of` looks."""
-        if isinstance(value, _ATOMS) or isroutine(value):
+        if isinstance(value, _ATOMS) or (isroutine(value) and not isfunction(value)):
             return
         if self._depths.get(id(value), -1) >= depth:
             return
         self._depths[id(value)] = depth
         self._objects.append(value)
-        if isinstance(value, _CONTAINERS):
-            if not depth or len(value) > _LENGTH:
+        found = content(value)
+        if found is not None:
+            if getattr(value, "nbytes", 0) <= _MOST_BYTES:
+                self._arrays.append((value, found))
+        elif isinstance(value, CONTAINERS):
+            if depth <= 0 or not is_looked_into(value):
                 self._counted.append(value)
                 return
             self._watch(value)
             for part in _contents(value):
                 self._enter(part, depth - 1)
-        elif depth and hasattr(value, "__dict__"):
-            self._enter(vars(value), depth - 1)
+        elif depth > 0 and (held := held_by(value)) is not None:
+            if held is getattr(value, "__dict__", None):
+                self._enter(held, max(0, depth - OF_OBJECT))
+            elif depth > OF_OBJECT:
+                self._watch(value)
+                for part in held.values():
+                    self._enter(part, depth - OF_OBJECT - 1)
 
     def _watch(self, held: Any, skipped: Collection[str] = ()) -> None:
         if type(held) is dict and not skipped:
@@ -107,8 +132,10 @@ class AttributeWatch:
                 _same(_contents(*other), then)
                 for other, then in zip(self._others, self._contents, strict=True)
             )
+            and all(map(is_, [outside.value() for outside in self._outside], self._found))
+            and all(content(value) == then for value, then in self._arrays)
             and all(
-                name in own and _comparable(own[name], {}, _DEPTH) == then
+                name in own and comparable(own[name], {}, DEPTH) == then
                 for own, name, then in self._compared
             )
         )
@@ -119,6 +146,8 @@ def _same(now: list[Any], then: list[Any]) -> bool:
 
 
 def _contents(held: Any, skipped: Collection[str] = ()) -> list[Any]:
+    if not isinstance(held, CONTAINERS):
+        held = held_by(held) or {}
     if not isinstance(held, Mapping):
         return list(held)
     return [part for pair in held.items() if pair[0] not in skipped for part in pair]
@@ -128,15 +157,15 @@ def _holds_tensor(value: Any, known: dict[int, tuple[object, bool]], depth: int)
     """Whether there is a tensor in a value, however it holds it."""
     if isinstance(value, Tensor):
         return True
-    if isinstance(value, _ATOMS) or isroutine(value) or not depth:
+    if isinstance(value, _ATOMS) or isroutine(value) or not depth:  # a function may well hold one
         return False
     if id(value) not in known:
         known[id(value)] = value, False  # it may lead back to itself
         inside: Iterable[Any] = ()
-        if isinstance(value, _CONTAINERS):
-            inside = _contents(value) if len(value) <= _LENGTH else ()
-        elif hasattr(value, "__dict__"):
-            inside = list(vars(value).values())
+        if not isinstance(value, CONTAINERS):
+            inside = (held_by(value) or {}).values()
+        elif is_looked_into(value):
+            inside = _contents(value)
         found = any(_holds_tensor(part, known, depth - 1) for part in inside)
         known[id(value)] = value, found
     return known[id(value)][1]

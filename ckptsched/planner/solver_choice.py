@@ -20,11 +20,11 @@ from ..schedule.language import Schedule
 from ..solvers import GraphIlp, baselines_for, get_solver
 from ..solvers.base import AbstractSolver, Solution, infeasible
 from ..solvers.baselines import Baseline, Guess, every_k_grid, fitting_every_k
+from ..solvers.chain.persistence import ALL_PINNED, persistent_is_optimal
 from ..solvers.graph.ilp_solver import PROVED_NODES
 from ..solvers.runs.solver import takes
 from ..workload.chain import Chain
 from ..workload.graph import Graph
-from .persistence_test import ALL_PINNED, persistent_is_optimal
 from .plan_words import Workload, excess
 
 # From so many stages on, chains of long runs are given to run_dp alone: it is faster there than

@@ -186,6 +186,8 @@ class Tape:
                 gradients are to be let go in the backward as soon as nothing needs them. Without,
                 they are held to its end.
         """
+        if not (aliases or outputs):  # stages without gradients, through which nothing goes back
+            return
         self._token = cast(Tensor, _Handing.apply(self._box, *aliases, *outputs))
         self._fed = aliases
         self._hands_on = bool(outputs)

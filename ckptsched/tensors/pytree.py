@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import functools
 import operator
 from collections import Counter, UserDict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -303,13 +304,13 @@ def _container(value: Any) -> _Container | None:
     if kind is tuple or kind is list:
         return (), value, kind
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
-        return kind._fields, value, lambda parts: kind(*parts)
+        return kind._fields, value, functools.partial(_named, kind)
     if isinstance(value, tuple) and hasattr(kind, "n_sequence_fields"):
         return (), value, kind  # what torch.max and the like return
     if isinstance(value, dict):
         keys = tuple(value)
         if kind is dict:
-            return keys, list(value.values()), lambda parts: dict(zip(keys, parts, strict=True))
+            return keys, list(value.values()), functools.partial(_dict, keys)
         return keys, list(value.values()), _builder(value, keys, operator.setitem)
     if isinstance(value, UserDict):  # as the batches of transformers are
         keys = tuple(value.data)
@@ -337,14 +338,27 @@ def _builder(
     empty = copy.copy(value)
     for key in keys:
         put(empty, key, None)  # the tree must keep no tensor alive
+    return functools.partial(_refilled, empty, keys, put)
 
-    def build(parts: list[Any]) -> Any:
-        made = copy.copy(empty)
-        for key, part in zip(keys, parts, strict=True):
-            put(made, key, part)
-        return made
 
-    return build
+# How containers are built again: functions of their own, so that a tree can be pickled.
+
+
+def _named(kind: Callable[..., Any], parts: list[Any]) -> Any:
+    return kind(*parts)
+
+
+def _dict(keys: tuple[Any, ...], parts: list[Any]) -> Any:
+    return dict(zip(keys, parts, strict=True))
+
+
+def _refilled(
+    empty: Any, keys: tuple[Any, ...], put: Callable[[Any, Any, Any], None], parts: list[Any]
+) -> Any:
+    made = copy.copy(empty)
+    for key, part in zip(keys, parts, strict=True):
+        put(made, key, part)
+    return made
 
 
 def _put_together(node: _Node, leaves: Sequence[Tensor]) -> Any:

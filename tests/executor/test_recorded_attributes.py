@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import array
 import copy
 import gc
 import weakref
-from collections import OrderedDict, UserDict
+from collections import OrderedDict, UserDict, deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from ckptsched.capture.recording.attributes import attributes_of
+from ckptsched.capture.recording.attributes import around, attributes_of
 from ckptsched.executor.attribute_watch import AttributeWatch
+
+FACTOR = 1.0
+TABLE = {"rate": [1.0]}
+
+
+def scaled(x: Tensor) -> Tensor:
+    return x * TABLE["rate"][0]
 
 
 class Slotted:
@@ -40,8 +49,15 @@ class Inner(nn.Module):
 class Settings(nn.Module):
     """Keeps what may steer a forward in every way in which modules keep it."""
 
+    power = 1.0
+
     def __init__(self) -> None:
         super().__init__()
+        self.array, self.scalar = np.ones(4, dtype=np.float32), np.float32(1)
+        self.raw, self.numbers = bytearray(b"ab"), array.array("d", [1.0])
+        self.queue, self.very_deep = deque([1, 2]), {"a": [{"b": [{"c": [1.0]}]}]}
+        held = self.closed_over = [1.0]
+        self.closes = lambda x: x * held[0]
         self.inner, self.head = Inner(), nn.Linear(4, 4)
         self.number, self.text, self.flag, self.nothing = 2, "relu", True, None
         self.listed: list[Any] = [1, [2, {"three": 3}]]
@@ -54,6 +70,7 @@ class Settings(nn.Module):
         self.inner.config = self.config
         self.function: Any = torch.tanh
         self.slotted: Any = Slotted()
+        self.slotted.value = 1
         self.itself: list[Any] = [7]
         self.tensors: Any = [torch.ones(2), {"scale": torch.ones(2), "power": 2}]
         self.scale = torch.ones(2)
@@ -63,7 +80,8 @@ class Settings(nn.Module):
         y: Tensor = self.head(torch.relu(self.inner(x)))
         if self.table["deep"]["b"][0] > 2 or "z" in self.names:
             y = torch.tanh(y)
-        return torch.sin(y)
+        y = scaled(y * FACTOR) * self.power * float(self.array[0]) * self.closes(1.0)
+        return torch.sin(y) * self.queue[0] * self.slotted.value
 
 
 def _set(path: str, value: Any) -> Callable[[Settings], None]:
@@ -107,6 +125,17 @@ CHANGES: dict[str, Callable[[Settings], Any]] = {
     "one tensor more": lambda m: m.tensors.append(torch.ones(1)),
     "a tensor becomes a number": _set("scale", 1.0),
     "a long list": lambda m: m.long.append(1),
+    "an entry of a long list": lambda m: m.long.__setitem__(1500, -1),
+    "an entry of an array": lambda m: m.array.__setitem__(0, 2.0),
+    "an array": lambda m: setattr(m, "array", 3 * m.array),
+    "an array's type": lambda m: setattr(m, "array", m.array.astype(np.float64)),
+    "a number of numpy": _set("scalar", np.float32(2)),
+    "a byte": lambda m: m.raw.__setitem__(0, 1),
+    "an array of Python": lambda m: m.numbers.__setitem__(0, 2.0),
+    "a deque": lambda m: m.queue.__setitem__(0, 2),
+    "what lies very deep": lambda m: m.very_deep["a"][0]["b"][0]["c"].__setitem__(0, 2.0),
+    "what a function closes over": lambda m: m.closed_over.__setitem__(0, 2.0),
+    "a slot": _set("slotted.value", 2),
     "a mode": lambda m: m.eval(),
     "a part": lambda m: m.inner.add_module("second", nn.Linear(1, 1)),
     "a hook": lambda m: m.inner.register_forward_hook(lambda *_: None),
@@ -175,6 +204,41 @@ def test_steps_go_the_other_way_from_then_on(name: str) -> None:
             assert one.grad is not None
             assert other.grad is not None
             assert torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("name", ["FACTOR", "TABLE", "power", "array", "closed_over", "slotted"])
+def test_other_values_give_other_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    plain, x = Settings(), torch.randn(5, 4)
+    model = cs.fit(copy.deepcopy(plain), x, budget="100%")
+    # A copy shares what its functions close over.
+    nets = plain, model
+    for step in range(4):
+        if step == 2 and name == "FACTOR":
+            monkeypatch.setitem(globals(), "FACTOR", 2.0)
+        elif step == 2 and name == "TABLE":
+            monkeypatch.setitem(TABLE, "rate", [2.0])
+        elif step == 2 and name == "power":
+            monkeypatch.setattr(Settings, "power", 2.0)
+        elif step == 2 and name == "closed_over":
+            plain.closes.__closure__[0].cell_contents[0] = 2.0
+        for net in nets if step == 2 else ():
+            if name == "array":
+                net.array[0] = 2.0
+            elif name == "slotted":
+                net.slotted.value = 2
+        losses = [net(x).square().sum() for net in nets]
+        gradients = [
+            torch.autograd.grad(loss, net.head.weight)[0]
+            for loss, net in zip(losses, nets, strict=True)
+        ]
+        assert torch.equal(*losses)
+        assert torch.equal(*gradients)
+
+
+def test_what_libraries_of_torch_look_up_is_none_of_the_model() -> None:
+    assert not around(nn.LSTM(3, 3))
+    assert {outside.name for outside in around(Settings())} == {"FACTOR", "TABLE", "power"}
 
 
 def test_a_copy_looks_at_what_is_its_own() -> None:

@@ -6,6 +6,7 @@ import collections
 import copy
 import enum
 import gc
+import pickle
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -91,6 +92,14 @@ def test_what_is_taken_apart_goes_together_again(value: Any) -> None:
     assert State.of(other.value()).tree == state.tree
     assert all(map(torch.equal, State.of(other.value()).leaves, other.leaves))
     assert state.describe(lambda t: "T") == other.describe(lambda t: "T")
+
+
+@settings(max_examples=50, deadline=None)
+@given(values())
+def test_what_is_taken_apart_can_be_pickled(value: Any) -> None:
+    state = State.of(value)
+    tree: State = pickle.loads(pickle.dumps(State((), state.tree)))
+    assert same(tree.replaced(state.leaves).value(), value)
 
 
 def test_a_tensor_that_occurs_twice_is_one_leaf() -> None:

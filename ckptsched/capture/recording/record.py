@@ -13,7 +13,7 @@ from ...tensors.pytree import State, equal_constants
 from ...torch_state.replay_context import Autocast, OneWay, RandomState, Recomputing
 from ..inspection import Inspection
 from ..model_state import left_as_it_was
-from .attributes import attributes_of
+from .attributes import attributes_of, is_outside
 from .calls import Fixed, Place, RecordedCall, Source
 from .one_pass.carried import with_carried
 from .one_pass.recorder import Recorder
@@ -166,6 +166,8 @@ def _one_pass(
                 _refuse_failing(recorder, inspection, inputs, error)
         after = attributes_of(inspection.model)
         other = [n for n in before.keys() | after.keys() if before.get(n) != after.get(n)]
+        # What libraries keep outside of the model, such as a cache, is no state of it.
+        other = [name for name in other if not is_outside(name)]
         _note_changed({*state.rebound(), *other}, recorder, inspection, whole)
         if recorder.guards and not recorder.marks.marked:
             recording = _recording(recorder, inspection, inputs, output, whole)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...base.errors import ExecutionError, PlanMismatchError
 from ...tensors.pytree import Filling, State
 from ..stage_discovery import StageCall, StagedModule
-from .attributes import attributes_of
+from .attributes import attributes_of, is_outside
 from .calls import Guard, Kept, Numbered, Place, RecordedCall, Source, StagePath
 from .preparation import caching, switched_off
 
@@ -175,8 +175,9 @@ class Recording:
         for name in sorted((self.attributes.keys() | now.keys()) - kept):
             if self.attributes.get(name) != now.get(name):
                 then, found = _said(self.attributes.get(name)), _said(now.get(name))
+                what = name if is_outside(name) else f"{name} of the model"
                 raise PlanMismatchError(
-                    f"{name} of the model is another than when the model was recorded ({then} "
+                    f"{what} is another than when the model was recorded ({then} "
                     f"then, {found} now), so that it may go another way; record it again"
                 )
         tensors = self.tensors(model, inputs)

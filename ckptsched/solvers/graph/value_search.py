@@ -1,8 +1,9 @@
 """Plans the graph of a recorded model by a search in exact bytes.
 
-It begins with a plan for the chain of live sets, whose runs are a schedule of the graph, too: mostly
-one of fewer bytes, though snapshots of random states may lie longer. The search then changes which node runs in which phase, where its tape is made,
-and which of its tapes that is. What runs take follows from their order alone, to the byte.
+It begins with a plan for the chain of live sets, whose runs are a schedule of the graph, too, and
+mostly of fewer bytes (though snapshots of random states may lie longer). The search then changes
+which node runs in which phase, where its tape is made, and which of its tapes that is. What runs
+take follows from their order alone, to the byte.
 """
 
 from __future__ import annotations

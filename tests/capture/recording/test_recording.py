@@ -564,3 +564,13 @@ def test_a_value_that_each_forward_changes_is_no_guard() -> None:
     warms = recorded(Within(Warms), batch())
     assert not warms.whole
     assert [guard.found for guard in warms.guards] == [True]
+
+
+class OfNumpy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.from_numpy(np.ones(4, dtype=np.float32))
+
+
+def test_what_runs_unseen_is_named_as_what_it_is() -> None:
+    with pytest.raises(cs.ProfileError, match=r"lift_fresh.* runs where torch does not say who"):
+        cs.captured(OfNumpy(), torch.randn(3, 4))

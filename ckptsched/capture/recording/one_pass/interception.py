@@ -175,6 +175,7 @@ class _Watch(TorchDispatchMode):
         self._onlooker = onlooker
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        with self._onlooker.aside():  # modes below look at tensors, which the model does not
+            result = func(*args, **(kwargs or {}))
         self._onlooker.operator(func, args, result)
         return result

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptsched.planner.persistence_test import persistent_is_optimal
 from ckptsched.solvers import ChainDp
+from ckptsched.solvers.chain.persistence import persistent_is_optimal
 from ckptsched.workload.chain import Chain
 from ckptsched.workload.stage import TapeOption
 from tests.oracles.brute_force import cheapest_of, persistent_frontier

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from ..workload.chain import Chain
+from ...workload.chain import Chain
 
 ALL_PINNED = "all pinned schedules"
 
