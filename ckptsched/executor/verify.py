@@ -20,6 +20,7 @@ from ..base.errors import PlanMismatchError
 from ..base.text_table import Grid
 from ..capture.inspection import Inspection, inspect_model
 from ..capture.model_state import left_as_it_was
+from ..capture.recording.preparation import caching, switched_off
 from ..capture.signature import first_by_position, without_first
 from ..memory.meters import Meter, default_meter
 from ..planner.plan import Plan
@@ -335,10 +336,18 @@ class _Step:
     def __call__(self, model: nn.Module) -> tuple[Any, Tensor]:
         torch.clear_autocast_cache()  # of runs before, whose graphs are gone
         with self.autocast.again(cached=self.cached):
-            output = self.call(model if model is self.planned else self.planned.plainly)
+            output = self._called(model)
             value = self.loss(output)
         value.backward()  # type: ignore[no-untyped-call]
         return output, value
+
+    def _called(self, model: nn.Module) -> Any:
+        if model is self.planned:
+            return self.call(model)
+        # A recording is made without caches of keys and values, which lie otherwise in memory.
+        recorded = isinstance(self.planned.calls, RecordedCalls)
+        with switched_off(caching(self.planned.model) if recorded else ()):
+            return self.call(self.planned.plainly)
 
 
 def _measure(model: nn.Module, step: _Step, meter: Meter) -> _Outcome:

@@ -23,9 +23,11 @@ def values_of(survey: Survey) -> tuple[StageValues, ...]:
 
     Returns:
         One for each stage. None at all for a model that is not recorded, that is several blocks, or
-        of which a stage takes several paths: then it is not sure which storages there are.
+        of which a stage takes several paths: then it is not sure which storages there are. Nor for
+        one with buffers that stages read and change: tapes may have saved a buffer that would be
+        put back to an earlier value for another stage.
     """
-    if len(survey.blocks) != 1:
+    if len(survey.blocks) != 1 or survey.hidden():
         return ()
     order, own = survey.order, own_stages(survey.blocks[0].stages)
     if not own or not all(map(_is_plain, order, own)):

@@ -164,9 +164,7 @@ def test_a_fitted_model_trains_by_value(share: float) -> None:
     least = cs.least_budget(model, batch)
     budget = least.peak_bytes + int(share * (least.store_all_bytes - least.peak_bytes))
     cs.fit(model, batch, budget=budget)
-    plan = cs.plan_of(model)
-    assert isinstance(plan.chain, Graph)
-    assert plan.peak_bytes <= budget
+    assert cs.plan_of(model).peak_bytes <= budget
     for rows in (2, 2, 1):
         for net in (model, plain):
             torch.manual_seed(rows)
@@ -175,6 +173,32 @@ def test_a_fitted_model_trains_by_value(share: float) -> None:
             assert torch.equal(mine.grad, theirs.grad)  # type: ignore[arg-type]
         for mine, theirs in zip(model.buffers(), plain.buffers(), strict=True):
             assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["u_net", "branches", "gated"])
+def test_plans_by_value_are_never_worse_than_those_of_the_chain(name: str) -> None:
+    graph = case(name)[2]
+    chain = graph.lined
+    assert chain is not None
+    whole = cs.plan(chain, budget="100%").store_all_bytes
+    with pytest.raises(cs.InfeasibleBudgetError) as of_chain:
+        cs.plan(chain, budget=1, solver="chain_dp")
+    with pytest.raises(cs.InfeasibleBudgetError) as found:
+        cs.plan(chain, budget=1)
+    least, named = of_chain.value.least_budget_bytes, found.value.least_budget_bytes
+    assert least is not None
+    assert named is not None
+    assert named <= least
+    assert cs.plan(chain, budget=named).peak_bytes <= named
+    last = float("inf")
+    for budget in range(int(0.6 * whole), whole + 1, whole // 10):
+        if budget < least:
+            continue
+        lined = cs.plan(chain, budget=budget, solver="chain_dp")
+        plan = cs.plan(chain, budget=budget)
+        assert plan.seconds <= lined.seconds * (1 + 1e-9)
+        last = min(last, plan.seconds)
+    assert last <= chain.store_all_seconds * (1 + 1e-9)
 
 
 def test_a_second_backward_and_one_with_create_graph() -> None:
@@ -226,6 +250,34 @@ def test_a_plan_of_a_graph_for_another_program_is_refused() -> None:
     by_hand = replace(case("gated")[2], lined=None, stages=stages)
     with pytest.raises(PlanMismatchError, match="without a model"):
         cs.checkpointed(net, cs.plan(by_hand, budget="100%"))
+
+
+class Averaged(nn.Module):
+    """An average that every layer reads and changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.register_buffer("average", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+            with torch.no_grad():
+                self.average.mul_(0.9).add_(0.1 * x.mean(0))
+            x = x * self.average.clone() + first
+        return x
+
+
+def test_a_model_with_buffers_that_it_reads_and_changes_is_planned_as_a_chain() -> None:
+    torch.manual_seed(0)
+    model, x = Averaged(), torch.randn(16, 8)
+    chain = cs.profile(model, x)
+    assert not chain.values
+    plan = cs.plan(chain, budget="90%")
+    assert plan.chain == chain
+    assert cs.verify(model, plan, x).ok
 
 
 def test_what_no_graph_can_be_made_of_is_refused() -> None:
