@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -274,3 +275,20 @@ def test_arguments_by_name_in_any_order(names: tuple[str, str]) -> None:
     model, kwargs = Named(), {name: torch.randn(4, 8) for name in names}
     plan = cs.plan(model, kwargs=kwargs, budget="100%")
     assert cs.verify(model, plan, kwargs=kwargs).ok
+
+
+def test_plain_autograd_keeps_no_caches_where_the_recording_keeps_none() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    settings = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "vocab_size": 32}
+    config = transformers.T5Config(**settings, num_layers=1, decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(config)
+    ids = torch.randint(0, 32, (4, 12))
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*next token.*")
+        plan = cs.plan(model, budget="90%", kwargs=batch)
+        found = cs.verify(model, plan, kwargs=batch, loss=lambda output: output.loss)
+    assert found.ok, str(found)
+    assert found.max_gradient_difference == 0
+    assert model.config.use_cache
