@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -74,8 +75,17 @@ def test_a_lock_that_is_never_let_go_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PATIENCE_SECONDS", 0.02)
-    with folder_lock(tmp_path), folder_lock(tmp_path):
-        pass
+    inside = threading.Event()
+
+    def enter() -> None:
+        with folder_lock(tmp_path):
+            inside.set()
+
+    with folder_lock(tmp_path):
+        thread = threading.Thread(target=enter, daemon=True)
+        thread.start()
+        assert inside.wait(5), "it waits for a lock that is never let go"
+        thread.join()
 
 
 def test_a_process_forked_meanwhile_does_not_keep_the_lock(
@@ -87,11 +97,21 @@ def test_a_process_forked_meanwhile_does_not_keep_the_lock(
     monkeypatch.setattr(module, "_lock", lambda x: (copies.append(os.dup(x)), lock(x)))
     with folder_lock(tmp_path):
         pass
+    (copy,) = copies
     try:
         with open(next(tmp_path.iterdir()), "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            assert os.path.sameopenfile(copy, file.fileno()), "the lock was of another file"
+            assert _is_free(fcntl, file)
     finally:
-        os.close(*copies)
+        os.close(copy)
+
+
+def _is_free(fcntl: Any, file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def test_machine_code_is_read_and_written_under_the_lock(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.core import ParameterSource
 from click.testing import CliRunner, Result
 
 from ckptsched.cli.commands import main
@@ -418,7 +419,12 @@ def test_the_documentation_calls_ckptsched() -> None:
 @pytest.mark.parametrize("line", documented_commands())
 def test_documented_commands_can_be_read(line: str) -> None:
     _, name, *arguments = shlex.split(line, comments=True)
-    main.commands[name].make_context(name, arguments)
+    command = main.commands[name]
+    context = command.make_context(name, list(arguments))
+    sources = {p.name: context.get_parameter_source(str(p.name)) for p in command.params}
+    read = {name for name, source in sources.items() if source is ParameterSource.COMMANDLINE}
+    named = {p.name for p in command.params if set(p.opts) & set(arguments)}
+    assert named < read, "besides its options, each line names a model or a file"
 
 
 @pytest.mark.parametrize("extra", [(), ("plan.json", "--budget", "50%")])
