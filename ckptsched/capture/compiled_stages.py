@@ -22,7 +22,7 @@ from ..recompute.fsdp import has_hooks
 from .recording.calls import PLAIN, Fixed, Numbered, RecordedCall, Source, StagePath
 from .recording.complaints import Complaint
 from .recording.functions import EFFECTS
-from .recording.recording import Bound
+from .recording.recording import Span
 from .stage_discovery import StageCall
 from .wrappers import is_compiled
 
@@ -167,58 +167,35 @@ class Compiler:
 class CompiledStage(StageCall):
     """A stage of a recording, compiled."""
 
-    __slots__ = (
-        "_bound",
-        "_code",
-        "_compiler",
-        "_enters",
-        "_leaves",
-        "_modules",
-        "_plain",
-        "module",
-    )
+    __slots__ = ("_code", "_compiler", "_modules", "_plain", "_span", "module")
 
     module: nn.Module
 
     def __init__(
         self,
         plain: StageCall,
+        span: Span,
         code: StageCode,
         compiler: Compiler,
-        bound: Bound,
         modules: Sequence[nn.Module],
-        enters: tuple[int, ...],
-        leaves: tuple[int, ...],
     ) -> None:
         """Compile a stage.
 
         Args:
             plain: The stage as it is, which runs where torch cannot compile it.
-            code: Its calls.
-            compiler: What compiles them.
-            bound: The recording, bound to a model.
+            span: Its calls.
+            code: The same as code.
+            compiler: What compiles it.
             modules: The modules that they call, in order.
-            enters: Numbers of the values that make up the state before.
-            leaves: Numbers of those that make up the state after.
         """
         self.prefix, self.module = plain.prefix, plain.module
-        self._plain, self._code, self._compiler = plain, code, compiler
-        self._bound, self._modules = bound, tuple(modules)
-        self._enters, self._leaves = enters, leaves
+        self._plain, self._span, self._code = plain, span, code
+        self._compiler, self._modules = compiler, tuple(modules)
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Make the calls.
-
-        Args:
-            x: The values that are alive before, a tuple of tensors.
-            args: None: a recording has its arguments among its values.
-            kwargs: None.
-
-        Returns:
-            The values that are alive after, a tuple of tensors.
-        """
-        values = dict(zip(self._enters, x, strict=True))
-        tensors = [self._bound.tensor(source, values) for source in self._code.reads]
+        """Make the calls, of the values that are alive before; give those alive after."""
+        values = dict(zip(self._span.enters, x, strict=True))
+        tensors = [self._span.bound.tensor(source, values) for source in self._code.reads]
         made = self._compiler.run(self._code, self._modules, tensors)
         del tensors
         if made is None:
@@ -226,7 +203,7 @@ class CompiledStage(StageCall):
             return self._plain(x)
         # A value that a call changes in place and gives back keeps its number.
         values.update(zip(self._code.makes, made, strict=True))
-        return tuple([values[number] for number in self._leaves])
+        return tuple([values[number] for number in self._span.leaves])
 
     @property
     def once(self) -> bool:

@@ -12,51 +12,33 @@ from torch import Tensor, nn
 from ...recompute.lean_tape import Call, LeanTape
 from ...torch_state.replay_context import Autocast, Recomputing
 from ..stage_discovery import StageCall
-from .calls import RecordedCall
-from .recording import Bound
+from .recording import Span
 
 
 @final
 class LeanStage(StageCall):
     """The calls between two cuts, with a tape that leaves out what cheap calls made."""
 
-    __slots__ = (
-        *("_again", "_bound", "_calls", "_enters", "_lean_calls", "_leaves", "_named"),
-        *("_plain", "_spent"),
-    )
+    __slots__ = ("_again", "_lean_calls", "_named", "_plain", "_span")
 
     def __init__(
-        self,
-        plain: StageCall,
-        bound: Bound,
-        calls: range,
-        spent: Sequence[tuple[int, ...]],
-        states: tuple[tuple[int, ...], tuple[int, ...]],
-        recorded: Sequence[RecordedCall],
-        cheap: Sequence[bool],
-        named: Sequence[str] = (),
+        self, plain: StageCall, span: Span, cheap: Sequence[bool], named: Sequence[str] = ()
     ) -> None:
         """Take the calls of a stage.
 
         Args:
             plain: The stage with its own tape.
-            bound: The recording, bound to a model.
-            calls: The calls, by index.
-            spent: For each the numbers of the values that nothing reads after it.
-            states: Numbers of the values that make up the state before, and the one after.
-            recorded: The calls.
+            span: The calls.
             cheap: For each whether a backward may make it again.
             named: For each what people call it; empty for one that computes nothing.
         """
+        self.prefix, self._plain, self._span = "", plain, span
         self._again: tuple[int, ...] = ()
         self._named = tuple(named)
-        self.prefix, self._plain = "", plain
-        self._bound, self._calls, self._spent = bound, calls, tuple(spent)
-        self._enters, self._leaves = states
         self._lean_calls = tuple(
             [
                 Call(call.values, call.makes, call.writes, again)
-                for call, again in zip(recorded, cheap, strict=True)
+                for call, again in zip(span.calls, cheap, strict=True)
             ]
         )
 
@@ -81,31 +63,23 @@ class LeanStage(StageCall):
         return self._plain.key
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Make the calls; without gradients there is no tape, and so none that is lean.
-
-        Args:
-            x: The values that are alive before, a tuple of tensors.
-            args: None: a recording has its arguments among its values.
-            kwargs: None.
-
-        Returns:
-            The values that are alive after, a tuple of tensors.
-        """
+        """Make the calls; without gradients there is no tape, and so none that is lean."""
         if not torch.is_grad_enabled():
             return self._plain(x)
-        values = dict(zip(self._enters, x, strict=True))
+        span = self._span
+        values = dict(zip(span.enters, x, strict=True))
         tape = LeanTape(self._lean_calls, _Remaking(self, x[0].device))
         del x
-        tape.note(values, self._enters)
+        tape.note(values, span.enters)
         with tape.saving():
-            for k, call, spent in zip(self._calls, self._lean_calls, self._spent, strict=True):
-                self._bound.run(k, values)
+            for k, call, spent in zip(span.indices, self._lean_calls, span.spent, strict=True):
+                span.bound.run(k, values)
                 tape.note(values, call.makes)
                 for number in spent:
                     values.pop(number, None)
                 tape.forget_all_but(values)
-        self._again = tape.settle(self._enters, self._leaves)
-        return tuple([values[number] for number in self._leaves])
+        self._again = tape.settle(span.enters, span.leaves)
+        return tuple([values[number] for number in span.leaves])
 
     @property
     def made_again(self) -> tuple[int, ...]:
@@ -131,7 +105,7 @@ class LeanStage(StageCall):
             values: What they read, by number.
         """
         for k, gone in zip(calls, spent, strict=True):
-            self._bound.run(self._calls.start + k, values)
+            self._span.bound.run(self._span.indices[k], values)
             for number in gone:
                 values.pop(number, None)
 

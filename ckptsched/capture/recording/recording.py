@@ -254,6 +254,28 @@ class Bound:
         """What a call calls, by its index."""
         return self._callees[k]
 
+    def span(self, start: int, stop: int) -> Span:
+        """Some of the calls.
+
+        Args:
+            start: The first, by index.
+            stop: The one after the last.
+        """
+        recording = self._recording
+        calls = recording.calls[start:stop]
+        leaves = recording.live(stop)
+        last: dict[int, int] = {}
+        for k, call in enumerate(calls):
+            last.update(dict.fromkeys((*call.values, *call.makes), k))
+        spent: list[list[int]] = [[] for _ in calls]
+        for number, k in last.items():
+            if number not in leaves:
+                spent[k].append(number)
+        enters = recording.live(start) if start else recording.given
+        return Span(
+            self, range(start, stop), tuple(calls), tuple(map(tuple, spent)), enters, leaves
+        )
+
     def run(self, k: int, values: dict[int, Tensor]) -> None:
         """Make one call, and put what it makes among the values.
 
@@ -313,6 +335,24 @@ class Bound:
             place.put(self._owners[place], value)
         sources = self._recording.returned
         return self._recording.output.replaced(self.tensor(s, values) for s in sources).value()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Calls of a recording, one after the other, and the values that are there around them."""
+
+    bound: Bound
+    """The recording, bound to a model."""
+    indices: range
+    """Which calls they are."""
+    calls: tuple[RecordedCall, ...]
+    spent: tuple[tuple[int, ...], ...]
+    """For each call the numbers of the values that nothing reads after it."""
+    enters: tuple[int, ...]
+    """Numbers of the values that make up the state before."""
+    leaves: tuple[int, ...]
+    """Numbers of those that make up the state after."""
 
 
 Layout: TypeAlias = tuple[torch.Size, torch.dtype, torch.device, bool]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Literal, cast, final
 
@@ -24,7 +25,7 @@ from ..model_state import left_as_it_was
 from ..policies.policy import NO_POLICY, NOTHING_RULED, Named, Policy, Ruled, said
 from ..stage_discovery import StageCall, StagedModule
 from ..wrappers import plain_forward, share
-from .calls import RecordedCall, StagePath
+from .calls import StagePath
 from .cuts import (
     CallCosts,
     candidate_cuts,
@@ -38,7 +39,7 @@ from .cuts import (
 )
 from .lean_stage import LeanStage
 from .record import record
-from .recording import Bound, Recording, module_of, part_of
+from .recording import Bound, Recording, Span, module_of, part_of
 from .replay.written_stage import Written, write
 
 
@@ -78,23 +79,14 @@ class Parts(nn.Module):
 class CapturedStage(StageCall):
     """The calls between two cuts."""
 
-    __slots__ = (
-        *("_bound", "_calls", "_enters", "_label", "_leaves", "_recorded", "_spent", "_whole"),
-        *("_cheap", "_lean", "_named", "_once", "_written", "module"),
-    )
+    __slots__ = ("_cheap", "_lean", "_named", "_once", "_span", "_whole", "_written", "module")
 
     module: nn.Module
 
     def __init__(
         self,
-        bound: Bound,
-        calls: range,
-        spent: Sequence[tuple[int, ...]],
-        enters: tuple[int, ...],
-        leaves: tuple[int, ...],
+        span: Span,
         module: nn.Module,
-        label: str,
-        recorded: Sequence[RecordedCall] = (),
         whole: Mapping[str, nn.Module] = MappingProxyType({}),
         cheap: Sequence[bool] = (),
         named: Sequence[str] = (),
@@ -103,14 +95,8 @@ class CapturedStage(StageCall):
         """Take some calls of a recording.
 
         Args:
-            bound: The recording, bound to a model.
-            calls: The calls, by index.
-            spent: For each the numbers of the values that nothing reads after it.
-            enters: Numbers of the values that make up the state before.
-            leaves: Numbers of those that make up the state after.
+            span: The calls.
             module: What has the parameters and buffers that the calls use.
-            label: The name of the stage.
-            recorded: The calls.
             whole: The modules that they call, by path.
             cheap: For each whether a lean tape may leave what it makes out; empty for a stage
                 that has no such tape.
@@ -118,35 +104,16 @@ class CapturedStage(StageCall):
             once: Whether it has a call that is to run once a step.
         """
         self.prefix, self.module, self._once = "", module, once
-        self._bound, self._calls, self._spent = bound, calls, tuple(spent)
-        self._enters, self._leaves, self._label = enters, leaves, label
-        self._recorded, self._whole = tuple(recorded), whole
+        self._span, self._whole = span, whole
         self._cheap, self._named = tuple(cheap), tuple(named)
         self._written = Written()
-        self._lean = (
-            LeanStage(
-                self, bound, calls, self._spent, (enters, leaves), self._recorded, cheap, named
-            )
-            if cheap
-            else None
-        )
+        self._lean = LeanStage(self, span, cheap, named) if cheap else None
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Make the calls.
-
-        Args:
-            x: The values that are alive before, a tuple of tensors.
-            args: None: a recording has its arguments among its values.
-            kwargs: None.
-
-        Returns:
-            The values that are alive after, a tuple of tensors.
-        """
+        """Make the calls, of the values that are alive before; give those alive after."""
         run = self._written.run
         if run is None:
-            states = self._enters, self._leaves
-            run = write(self._bound, self._calls, self._recorded, self._spent, states)
-            self._written.run = run
+            run = self._written.run = write(self._span)
         return run(x)
 
     @property
@@ -157,17 +124,17 @@ class CapturedStage(StageCall):
     @property
     def enters(self) -> tuple[int, ...]:
         """Numbers of the values that make up the state before."""
-        return self._enters
+        return self._span.enters
 
     @property
     def leaves(self) -> tuple[int, ...]:
         """Numbers of those that make up the state after."""
-        return self._leaves
+        return self._span.leaves
 
     @property
     def reads(self) -> frozenset[int]:
         """Numbers of the values that its calls read or make."""
-        return frozenset(n for call in self._recorded for n in (*call.values, *call.makes))
+        return frozenset(n for call in self._span.calls for n in (*call.values, *call.makes))
 
     def between(self, enters: tuple[int, ...], leaves: tuple[int, ...]) -> CapturedStage:
         """The same calls from and to other states.
@@ -176,10 +143,8 @@ class CapturedStage(StageCall):
             enters: Numbers of the values before: at least all that the calls read of those.
             leaves: Numbers of the values after.
         """
-        stage = CapturedStage(
-            *(self._bound, self._calls, self._spent, enters, leaves, self.module, self._label),
-            *(self._recorded, self._whole, self._cheap, self._named, self._once),
-        )
+        span = replace(self._span, enters=enters, leaves=leaves)
+        stage = CapturedStage(span, self.module, self._whole, self._cheap, self._named, self._once)
         stage.prefix = self.prefix
         return stage
 
@@ -191,38 +156,41 @@ class CapturedStage(StageCall):
     @property
     def label(self) -> str:
         """The names of the first and the last call."""
-        return self._label
+        span = self._span
+        first, end = said(span.calls[0]), said(span.calls[-1])
+        return f"{span.indices.start}:{first}" + (f" to {end}" if len(span.calls) > 1 else "")
 
     @property
     def key(self) -> Hashable:
         """Of its own: equal stages have parameters of their own (see `likeness`)."""
-        return ("captured", id(self._bound), self._enters, self._leaves, self._label)
+        span = self._span
+        return ("captured", id(span.bound), span.enters, span.leaves, span.indices)
 
     def _called(self, target: str) -> nn.Module | StageCall:
         """The module that a call names, or the stage of one."""
         if not isinstance(target, StagePath):
             return self._whole[target]
-        at = next(
-            k for k, call in zip(self._calls, self._recorded, strict=True) if call.target is target
-        )
-        stage: StageCall = self._bound.callee(at)
+        span = self._span
+        pairs = zip(span.indices, span.calls, strict=True)
+        at = next(k for k, call in pairs if call.target is target)
+        stage: StageCall = span.bound.callee(at)
         return stage
 
     def likeness(self) -> Hashable:
         """The calls, with their tensors and modules in the order in which they come up."""
-        found = Likeness()
+        found, span = Likeness(), self._span
         try:
             calls, local = found.calls(
-                self._recorded,
-                lambda source: self._bound.tensor(source, {}),
+                span.calls,
+                lambda source: span.bound.tensor(source, {}),
                 self._called,
-                self._enters,
+                span.enters,
             )
             owned = found.owned(self.module.modules())
         except (InDoubtError, LookupError, AttributeError):  # what an earlier call would put there
             return None
-        spent = tuple([tuple([local.get(n, -1) for n in gone]) for gone in self._spent])
-        return calls, owned, spent, tuple([local[n] for n in self._leaves]), self._cheap
+        spent = tuple([tuple([local.get(n, -1) for n in gone]) for gone in span.spent])
+        return calls, owned, spent, tuple([local[n] for n in span.leaves]), self._cheap
 
 
 @final
@@ -344,7 +312,7 @@ class Captured(StagedModule):
         edges = [0, *self.__dict__["cuts"], len(recording.calls)]
         costs = self.__dict__["_costs"]
         return [
-            _stage(recording, bound, self, start, stop, self.compiler, costs, self.ruled)
+            _stage(bound.span(start, stop), self, self.compiler, costs, self.ruled)
             for start, stop in itertools.pairwise(edges)
         ]
 
@@ -508,51 +476,32 @@ def _cut(
 
 
 def _stage(
-    recording: Recording,
-    bound: Bound,
+    span: Span,
     model: nn.Module,
-    start: int,
-    stop: int,
     compiler: Compiler | None,
     costs: CallCosts | None,
     ruled: Ruled,
 ) -> StageCall:
-    calls = recording.calls[start:stop]
+    calls = span.calls
     whole = {c.target: module_of(model, c.target) for c in calls if isinstance(c.target, str)}
     paths = dict.fromkeys(p.path for c in calls for p in c.places if p.kind)
     alone = [part_of(model, path) for path in paths if path not in whole]
-    enters = recording.live(start) if start else recording.given
-    leaves = recording.live(stop)
-    last: dict[int, int] = {}
-    for k, call in enumerate(calls, start):
-        last.update(dict.fromkeys((*call.values, *call.makes), k))
-    spent = [
-        tuple(n for n, at in last.items() if at == k and n not in leaves)
-        for k in range(start, stop)
-    ]
-    first, end = said(calls[0]), said(calls[-1])
-    label = f"{start}:{first}" + (f" to {end}" if len(calls) > 1 else "")
     parts = Parts(list(dict.fromkeys(whole.values())), alone)
     cheap, named = list[bool](), list[str]()
     # A tape of torch 2.9 does not show what hooks have packed.
     if costs is not None and compiler is None and SHOWS_WHAT_IS_SAVED:
-        makes = costs.makes_bytes[start:stop]
-        cheap = [ruled.may_be_made_again(k, costs.cheap[k]) for k in range(start, stop)]
+        makes = [costs.makes_bytes[k] for k in span.indices]
+        cheap = [ruled.may_be_made_again(k, costs.cheap[k]) for k in span.indices]
         named = [
             said(call) if made or call.writes else ""
             for call, made in zip(calls, makes, strict=True)
         ]
         if not any(map(operator.and_, cheap, makes)):
             cheap = []
-    stage = CapturedStage(
-        *(bound, range(start, stop), spent, enters, leaves, parts, label, calls, whole, cheap),
-        named=named,
-        once=not ruled.never.isdisjoint(range(start, stop)),
-    )
+    once = not ruled.never.isdisjoint(span.indices)
+    stage = CapturedStage(span, parts, whole, cheap, named, once)
     if compiler is None:
         return stage
     called = [whole[call.target] for call in calls if isinstance(call.target, str)]
-    code = code_of(calls, called, leaves)
-    if isinstance(code, str):
-        return stage
-    return CompiledStage(stage, code, compiler, bound, called, enters, leaves)
+    code = code_of(calls, called, span.leaves)
+    return stage if isinstance(code, str) else CompiledStage(stage, span, code, compiler, called)

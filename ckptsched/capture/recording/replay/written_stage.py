@@ -20,7 +20,7 @@ from torch import Tensor
 from ....base.errors import ExecutionError
 from ....tensors.pytree import _Branch, _Constant, _Leaf, _Node
 from ..calls import PLAIN, Numbered, Place, RecordedCall, Source, tensors_of
-from ..recording import Bound
+from ..recording import Bound, Span
 
 Run: TypeAlias = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 """Takes the values that are alive before a stage, and gives those that are alive after it."""
@@ -43,23 +43,13 @@ class Written:
         return Written, ()
 
 
-def write(
-    bound: Bound,
-    calls: range,
-    recorded: Sequence[RecordedCall],
-    spent: Sequence[Sequence[int]],
-    states: tuple[Sequence[int], Sequence[int]],
-) -> Run:
+def write(span: Span) -> Run:
     """Write the calls of a stage as a function.
 
     Args:
-        bound: The recording, bound to a model.
-        calls: The calls, by index.
-        recorded: The calls.
-        spent: For each the numbers of the values that nothing reads after it.
-        states: Numbers of the values that make up the state before, and the one after.
+        span: The calls.
     """
-    return _Writer(bound).function(calls, recorded, spent, states)
+    return _Writer(span.bound).function(span)
 
 
 @functools.lru_cache(maxsize=1024)  # equal layers of a network have equal text
@@ -77,21 +67,13 @@ class _Writer:
         self._name_of: dict[int, str] = {}
         self._values: dict[int, str] = {}
 
-    def function(
-        self,
-        calls: range,
-        recorded: Sequence[RecordedCall],
-        spent: Sequence[Sequence[int]],
-        states: tuple[Sequence[int], Sequence[int]],
-    ) -> Run:
-        """The function; arguments as for `write`."""
-        enters, leaves = states
-        lines = [f"{self._tuple([self._value(n) for n in enters])} = x", "del x"]
-        for k, call, gone in zip(calls, recorded, spent, strict=True):
+    def function(self, span: Span) -> Run:
+        lines = [f"{self._tuple([self._value(n) for n in span.enters])} = x", "del x"]
+        for k, call, gone in zip(span.indices, span.calls, span.spent, strict=True):
             lines += self._call(k, call)
             names = [self._values[n] for n in gone if n in self._values]
             lines += [f"del {', '.join(names)}"] if names else []
-        lines.append(f"return {self._tuple([self._values[n] for n in leaves])}")
+        lines.append(f"return {self._tuple([self._values[n] for n in span.leaves])}")
         body = "\n    ".join(lines)
         exec(_compiled(f"def stage(x):\n    {body}\n"), self._names)
         found: Run = self._names.pop("stage")
