@@ -14,16 +14,13 @@ random state to the bit, and the peak within the projection.
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-import warnings
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from typing import Any
 
 import torch
 
 import ckptsched as cs
+from benchmarks.each_model import measure_each
 from benchmarks.recorded.any_model import CASES, Case, peak_of, peers, seconds_of
 from ckptsched.capture.recording.stages import Captured
 from ckptsched.profiler.profile import loss_of_tensors
@@ -139,34 +136,24 @@ def rows_of(name: str, case: Case, rounds: int) -> list[Row]:
     return rows
 
 
+def measured(name: str, case: Case, rounds: int) -> dict[str, Any]:
+    """Measure a model and print it; rows as JSON data."""
+    rows = rows_of(name, case, rounds)
+    print(f"\n{name:38}{'own':>8}{'lean':>8}{'tapes':>7}{'cuts':>6}{'peak':>8}{'measured':>10}")
+    for row in rows:
+        own, lean = ("-" if x is None else f"{x:+.3f}" for x in (row.own, row.lean))
+        fault = "" if row.verified else "  NOT VERIFIED"
+        print(
+            f"{row.budget:38}{own:>8}{lean:>8}{row.lean_tapes:>7}{row.cuts:>6}{row.peak:>8.3f}"
+            f"{row.measured:>+10.3f}{fault}",
+            flush=True,
+        )
+    return {"rows": [asdict(row) for row in rows]}
+
+
 def main() -> None:
     """Measure, print, and write what was measured if asked to."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--models", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    written = []
-    for name in asked.models:
-        torch.manual_seed(0)
-        rows = rows_of(name, CASES[name](), asked.rounds)
-        print(f"\n{name:38}{'own':>8}{'lean':>8}{'tapes':>7}{'cuts':>6}{'peak':>8}{'measured':>10}")
-        for row in rows:
-            own, lean = ("-" if x is None else f"{x:+.3f}" for x in (row.own, row.lean))
-            fault = "" if row.verified else "  NOT VERIFIED"
-            print(
-                f"{row.budget:38}{own:>8}{lean:>8}{row.lean_tapes:>7}{row.cuts:>6}{row.peak:>8.3f}"
-                f"{row.measured:>+10.3f}{fault}",
-                flush=True,
-            )
-        written += [asdict(row) for row in rows]
-    if asked.json:
-        versions = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-        asked.json.write_text(json.dumps({**versions, "rows": written}, indent=1) + "\n")
+    measure_each(CASES, measured, __doc__, rounds=5, ignored=Warning)
 
 
 if __name__ == "__main__":

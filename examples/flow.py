@@ -11,7 +11,6 @@ afterwards only, and differs from one training step to the next; the budget hold
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from examples.within_budget import Outcome, against_plain, bytes_of, measured_step
+from examples.within_budget import Outcome, against_plain, bytes_of, measured_step, read_arguments
 
 State = tuple[Tensor, Tensor]
 
@@ -88,10 +87,7 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
     Returns:
         What it came to.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--small", action="store_true", help="only show that it runs")
-    parser.add_argument("--budget", help='such as "4MiB" (the default)')
-    args = parser.parse_args(argv)
+    args = read_arguments(argv, __doc__ or "", FULL.budget)
     size = SMALL if args.small else FULL
     torch.manual_seed(0)
     flow = Flow(size.width).double()

@@ -10,7 +10,6 @@ keeps the tapes of all.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
-from examples.within_budget import Outcome, against_plain, bytes_of, measured_step
+from examples.within_budget import Outcome, against_plain, bytes_of, measured_step, read_arguments
 
 TRUTH = (9.81, 0.10, 0.05)
 GUESS = (9.30, 0.00, 0.00)
@@ -69,10 +68,7 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
     Returns:
         What it came to.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--small", action="store_true", help="only show that it runs")
-    parser.add_argument("--budget", help='such as "4MiB" (the default)')
-    args = parser.parse_args(argv)
+    args = read_arguments(argv, __doc__ or "", FULL.budget)
     size = SMALL if args.small else FULL
     torch.manual_seed(0)
     angles = torch.linspace(0.3, 2.5, size.pendulums, dtype=torch.float64)

@@ -10,7 +10,6 @@ so there are many; plain autograd keeps the tapes of all.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ckptsched as cs
-from examples.within_budget import Outcome, against_plain, bytes_of, measured_step
+from examples.within_budget import Outcome, against_plain, bytes_of, measured_step, read_arguments
 
 State = tuple[Tensor, Tensor]
 
@@ -88,10 +87,7 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
     Returns:
         What it came to.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--small", action="store_true", help="only show that it runs")
-    parser.add_argument("--budget", help='such as "6MiB" (the default)')
-    args = parser.parse_args(argv)
+    args = read_arguments(argv, __doc__ or "", FULL.budget)
     size = SMALL if args.small else FULL
     torch.manual_seed(0)
     truth = 1 + 0.15 * (2 * torch.rand(COARSE, COARSE) - 1)

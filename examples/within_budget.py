@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,6 +55,20 @@ class Outcome:
             print(f"{name:<24} {text}")
         if self.peak_bytes > self.budget_bytes:
             raise SystemExit("the budget was not kept")
+
+
+def read_arguments(argv: Sequence[str] | None, about: str, budget: str) -> argparse.Namespace:
+    """The arguments of an example, `small` and `budget`.
+
+    Args:
+        argv: As on the command line; None takes those of the process.
+        about: What the example is, in its first line.
+        budget: The budget that it takes if none is given.
+    """
+    parser = argparse.ArgumentParser(description=about.partition("\n")[0])
+    parser.add_argument("--small", action="store_true", help="only show that it runs")
+    parser.add_argument("--budget", help=f'such as "{budget}" (the default)')
+    return parser.parse_args(argv)
 
 
 def _bytes(size: int) -> str:

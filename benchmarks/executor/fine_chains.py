@@ -14,23 +14,19 @@ calls of stages, first and again; in autograd's engine; in what else the executo
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
-import json
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import ckptsched as cs
+from benchmarks.each_model import measure_each
 from benchmarks.recorded.any_model import CASES, Case, gpt2, step
 from ckptsched.executor.step import interpreter
 from ckptsched.recompute.tape import Tape
@@ -179,26 +175,16 @@ def show(rows: list[Row], facts: dict[str, Any]) -> None:
         print(f"| {way} | {' | '.join(cells)} |", flush=True)
 
 
+def measured(name: str, case: Case, rounds: int) -> dict[str, Any]:
+    """Measure a model and print it; facts and rows as JSON data."""
+    rows, facts = measure(name, case, max(2, rounds))
+    show(rows, facts)
+    return {**facts, "rows": [asdict(row) for row in rows]}
+
+
 def main() -> None:
     """Measure, print, and write what was measured if asked to."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", cs.TimingWarning)
-    written = []
-    for name in asked.models:
-        torch.manual_seed(0)
-        rows, facts = measure(name, MODELS[name](), max(2, asked.rounds))
-        show(rows, facts)
-        written.append({"model": name, **facts, "rows": [asdict(row) for row in rows]})
-    if asked.json:
-        versions = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-        asked.json.write_text(json.dumps({**versions, "models": written}, indent=1) + "\n")
+    measure_each(MODELS, measured, __doc__, rounds=7, ignored=cs.TimingWarning)
 
 
 if __name__ == "__main__":

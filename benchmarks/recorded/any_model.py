@@ -16,16 +16,12 @@ timm and diffusers are needed for the models that are theirs.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
-import json
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +33,7 @@ from torch.utils.checkpoint import (
 )
 
 import ckptsched as cs
+from benchmarks.each_model import measure_each
 from ckptsched.memory.meters import default_meter
 from ckptsched.profiler.profile import loss_of_tensors
 from ckptsched.workload.chain import Chain
@@ -422,25 +419,15 @@ def chain_whole(plan: cs.Plan) -> int:
     return plan.store_all_bytes
 
 
+def measured(name: str, case: Case, rounds: int) -> dict[str, Any]:
+    """Measure a model and print it; facts and rows as JSON data."""
+    rows, facts = rows_of(name, case, rounds)
+    return {**facts, "rows": [asdict(row) for row in rows]}
+
+
 def main() -> None:
     """Measure, print, and write what was measured if asked to."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--models", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", cs.TimingWarning)
-    written = []
-    for name in asked.models:
-        torch.manual_seed(0)
-        rows, facts = rows_of(name, CASES[name](), asked.rounds)
-        written.append({"model": name, **facts, "rows": [asdict(row) for row in rows]})
-    if asked.json:
-        versions = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-        asked.json.write_text(json.dumps({**versions, "models": written}, indent=1) + "\n")
+    measure_each(CASES, measured, __doc__, rounds=5, ignored=cs.TimingWarning)
 
 
 if __name__ == "__main__":

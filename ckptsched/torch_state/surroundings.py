@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -122,6 +122,14 @@ class Ambient:
         is around: see `Autocast.again`.
         """
         return self.autocast.again() if now is self else self._entered(now)
+
+    def going_back_to(self, outer: Ambient) -> AbstractContextManager[None]:
+        """Inside a context of `again`, one in which what is around that is restored.
+
+        Args:
+            outer: What is around.
+        """
+        return nullcontext() if outer is self else outer.again(self)
 
     @contextmanager
     def _entered(self, now: Ambient) -> Iterator[None]:

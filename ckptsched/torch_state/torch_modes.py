@@ -5,6 +5,7 @@ Some names here are private to torch. Each has a way out where it is missing.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..base.errors import ExecutionError, WorkloadError
+from ..base.errors import BudgetWarning, ExecutionError, WorkloadError
 from .saved_hooks import innermost_hooks, no_hooks
 
 _AS_IT_IS = nullcontext()
@@ -43,6 +44,28 @@ def transform_at_work(tensors: Iterable[Tensor]) -> str:
     if _forward_mode(tensors):
         return "forward-mode differentiation"
     return ""
+
+
+def only_plain(
+    tensors: Iterable[Tensor], what: str, *, cannot: str = "a plan", stacklevel: int
+) -> bool:
+    """Whether a transform of torch is at work, so that only plain autograd can run.
+
+    Args:
+        tensors: The inputs and parameters.
+        what: What runs by plain autograd then, as it begins a sentence.
+        cannot: What cannot follow the transform.
+        stacklevel: Of the BudgetWarning, as if the caller gave it.
+    """
+    transform = transform_at_work(tensors)
+    if transform:
+        warnings.warn(
+            f"{transform} is at work, which {cannot} cannot follow: {what} runs by plain autograd, "
+            "and takes its memory",
+            BudgetWarning,
+            stacklevel=stacklevel + 1,
+        )
+    return bool(transform)
 
 
 def under_transform() -> bool:

@@ -308,9 +308,7 @@ class ForwardSnapshot:
 
     def going_back(self) -> AbstractContextManager[None]:
         """Restore the settings and modes of the backward's caller, as autograd has them."""
-        if self._around is self._wanted:
-            return nullcontext()
-        return self._around.again(self._wanted)
+        return self._wanted.going_back_to(self._around)
 
     def again(self) -> AbstractContextManager[None]:
         """The context of stages that run again, with that of the user's `context_fn`."""

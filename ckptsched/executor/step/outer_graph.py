@@ -35,9 +35,9 @@ from ...torch_state.surroundings import Ambient
 from ...torch_state.torch_modes import (
     hidden_from_torch_checkpoint,
     inside_backward,
+    only_plain,
     outside_of_compiled_code,
     refuse_batched_gradients,
-    transform_at_work,
 )
 from ..prepared_plan import PreparedPlan
 from .double_backward import Gradients
@@ -115,14 +115,7 @@ class PlannedCalls:
         trained = prepared.asks or any(tensor.requires_grad for tensor in tensors)
         if not trained and not prepared.inspection.trains_something_new():
             return _without_graph(self.plainly(x, *extras, **options))
-        transform = transform_at_work(tensors)
-        if transform:
-            warnings.warn(
-                f"{transform} is at work, which a plan cannot follow: the model runs by plain "
-                "autograd, and takes its memory",
-                BudgetWarning,
-                stacklevel=2,
-            )
+        if only_plain(tensors, "the model", stacklevel=2):
             return self.plainly(x, *extras, **options)
         model = prepared.inspection.model
         if self._before is None and is_sharded(model):

@@ -11,7 +11,6 @@ next step's first (FSAL) costs nothing when it is evaluated there.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,15 +20,15 @@ import torch
 from torch import Tensor
 
 from ...base.budget import Budget, parse_budget
-from ...base.errors import BudgetSyntaxError, BudgetWarning, ExecutionError, WorkloadError
+from ...base.errors import BudgetSyntaxError, ExecutionError, WorkloadError
 from ...tensors.devices import KNOWN, several_devices
 from ...torch_state.locks import Locked
 from ...torch_state.replay_context import Generators
 from ...torch_state.torch_modes import (
     as_numbers,
     has_gradient,
+    only_plain,
     outside_of_compiled_code,
-    transform_at_work,
 )
 from ..adaptive.norms import norm_of_parts
 from ..function.cache import cache_of
@@ -202,14 +201,7 @@ def solve_flat(
     limited = limits.budget_bytes is not None or limits.checkpoints is not None
     if not (limited and tracked and len(problem.times) > 1):
         return _solve_plainly(problem, closure, y0, t, tracked=tracked)
-    transform = transform_at_work(everything)
-    if transform:
-        warnings.warn(
-            f"{transform} is at work, which checkpoints cannot follow: the solve runs by plain "
-            "autograd, and takes its memory",
-            BudgetWarning,
-            stacklevel=3,
-        )
+    if only_plain(everything, "the solve", cannot="checkpoints", stacklevel=3):
         return _solve_plainly(problem, closure, y0, t, tracked=True)
     _check_can_run_again(y0, wanted, closure)
     trial = Trial(problem, closure, wanted, y0, with_time=t.requires_grad)

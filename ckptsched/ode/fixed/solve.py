@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
-from ...base.errors import BudgetWarning, IntegrationError, WorkloadError
+from ...base.errors import IntegrationError, WorkloadError
 from ...recompute.graph_holds import Hold, joined
 from ...torch_state.replay_context import Recomputing
-from ...torch_state.torch_modes import outside_of_compiled_code, transform_at_work
+from ...torch_state.torch_modes import only_plain, outside_of_compiled_code, transform_at_work
 from ..function.callbacks import STEP, Callbacks, find_callbacks
 from ..function.tuple_state import Shapes
 from ..methods.integrators import Implicit, Integrator, RungeKutta
@@ -60,16 +58,9 @@ def _run(
     clock = () if grid.clock is None else (grid.clock,)
     inputs = (y0, *clock, *call.closure.parameters)
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    if request.budget is not None and tracked:
-        transform = transform_at_work(inputs)
-        if not transform:
-            return solve_planned(chain, call, y0, request)
-        warnings.warn(
-            f"{transform} is at work, which a plan cannot follow: the solve runs by plain "
-            "autograd, and takes its memory",
-            BudgetWarning,
-            stacklevel=4,
-        )
+    planned = request.budget is not None and tracked
+    if planned and not only_plain(inputs, "the solve", stacklevel=4):
+        return solve_planned(chain, call, y0, request)
     z = y0
     for index in range(grid.steps):
         if callbacks is not None:

@@ -107,6 +107,4 @@ class Environment:
 
     def going_back(self) -> AbstractContextManager[None]:
         """Inside `again`, for a backward: the modes and settings of its caller."""
-        if self._around is self._wanted:
-            return nullcontext()
-        return self._around.again(self._wanted)
+        return self._wanted.going_back_to(self._around)
