@@ -143,6 +143,7 @@ def charge(
         code, i = packed[p] & 0xFF, packed[p] >> 32
         if code <= TAPED:
             k = ledgers.of[i] + (packed[p] >> 8 & 0xFF if code else 0)
+            before = now  # with the snapshot that is put back, which goes then
             now += books.kept[p]
             during[p] = now + (ledgers.taped[k] if code else ledgers.forward[k])
             while books.born[storage] == p:
@@ -151,7 +152,7 @@ def charge(
                 storage += 1
             if code:
                 now += ledgers.tape[k]
-            during[p] = max(during[p], now)
+            during[p] = max(during[p], now, before)
         elif code == BACKWARD:
             during[p] = now + _backward_peak(ledgers, stages, wiring, books, i, p)
             now += stages.gradient[i - 1] - gradient + stages.parameters[i]

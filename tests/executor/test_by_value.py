@@ -21,6 +21,7 @@ from ckptsched.capture.recording.stages import Captured
 from ckptsched.schedule.language import BACKWARD, TAPED, TURN, Forward
 from ckptsched.simulator.simulator import simulate
 from ckptsched.simulator.value_bytes import with_drops_by_value
+from ckptsched.solvers.graph.value_search import searched
 from ckptsched.workload.graph import Graph
 
 
@@ -124,6 +125,28 @@ def runs_of(draw: st.DrawFn, graph: Graph) -> list[int]:
                 runs.append(v << 32)
         runs.append(BACKWARD | (n + 1 - k) << 32 if k else TURN)
     return runs
+
+
+def test_a_search_begins_with_schedules_of_any_length() -> None:
+    """Of few bytes each stage runs as often as stages come after it, and there are many."""
+    blocks, x = [Gated() for _ in range(4)], torch.randn(2, 3, 8)
+    net = cs.captured(nn.Sequential(*blocks).eval(), x, cuts="every")  # which draws no numbers
+    graph = Graph.of_values(cs.profile(net, net.take(x), loss=lambda y: loss_of(net.give(y))))
+    assert graph.lined is not None
+    n, runs, makes = len(graph), list[int](), graph.lined.values
+    for k in range(n + 1):
+        runs += [v << 32 for v in range(1, n + 1 - k) if k == 0 or makes[v - 1].made]
+        runs += [TAPED | (n + 1 - k) << 32, BACKWARD | (n + 1 - k) << 32] if k else [TURN]
+    assert len(runs) > 45 * n
+    slow = with_drops_by_value(graph, np.array(runs, np.int64))
+    least = simulate(graph, slow)
+    for starts, known in (((), slow), ((slow,), None)):
+        found = searched(graph, [least.peak_bytes], starts, known, moves=300)
+        best = found.best(least.peak_bytes)
+        assert best is not None
+        assert found.least_bytes <= least.peak_bytes
+        assert best[1].seconds <= least.seconds
+        assert simulate(graph, best[0]) == best[1]
 
 
 def plan_of(graph: Graph, packed: list[int]) -> cs.Plan:

@@ -77,12 +77,15 @@ def pack(
         room: To be filled, from its end on.
 
     Returns:
-        Where the operations begin, and their seconds.
+        Where the operations begin, and their seconds; infinite where there is no room for all.
     """
     n, at, seconds, idle = len(option) - 1, len(room.packed), 0.0, 0
+    scratch.counts[IDLE] = 0
     wiring, needed = figures.wiring, room.needed
     needed[:] = 0
     for k in range(n, -1, -1):
+        if at == 0:
+            return 0, math.inf
         at -= 1
         room.packed[at] = BACKWARD | (n + 1 - k) << 32 if k else TURN
         if k == 0:
@@ -96,6 +99,8 @@ def pack(
                 idle += 1
                 continue
             needed[v] = 0
+            if at == 0:
+                return 0, math.inf
             at -= 1
             if run == BARE:
                 room.packed[at] = v << 32
@@ -113,8 +118,13 @@ def pack(
 def look(
     figures: Figures, table: Table, option: Integers, scratch: Scratch, room: Room
 ) -> tuple[int, float]:
-    """The peak of a table in bytes, and its seconds; arguments as those of `pack`."""
+    """The peak of a table in bytes, and its seconds; arguments as those of `pack`.
+
+    Seconds are infinite where there is no room for it, and its peak is not known.
+    """
     at, seconds = pack(figures, table, option, scratch, room)
+    if seconds == math.inf:
+        return 0, seconds
     runs = room.packed[at:]
     peak = charge(
         runs,

@@ -29,6 +29,8 @@ _MOVES_AT_ONCE = 2_000
 
 # Moves for one budget: as many as take a second or two, as a look takes longer on a larger graph.
 _MOST_MOVES, _NODE_MOVES = 60_000, 6_000_000
+# Runs of a node up to which a look takes as long as expected; of longer schedules there are fewer.
+_MANY_RUNS = 40
 # Seconds that a change for the worse may cost at the start and at the end, in mean runs of a node.
 _HEATS = ((0.5, 0.01), (0.1, 0.001))
 # What a budget that is missed by a hundredth counts as, in runs of all nodes.
@@ -77,12 +79,11 @@ def searched(
     Returns:
         The starts by value, and what was found.
     """
-    space = _Space(graph)
-    if moves is None:
-        moves = min(_MOST_MOVES, _NODE_MOVES // len(graph))
+    begins = [*starts] if least is None else [*starts, least]
+    space = _Space(graph, max(map(_run_count, begins)), moves)
     known = [space.judged(start) for start in starts]
     if least is not None:
-        known += [space.judged(least), space.annealed(least, 0, moves)]
+        known += [space.judged(least), space.annealed(least, 0)]
         lowest = known[-1]
     else:
         lowest = min(known, key=_peak)
@@ -91,7 +92,7 @@ def searched(
         start = Found(tuple(known), lowest).best(budget)
         if start is None or start[1].seconds > enough:
             begin = min(known, key=_peak) if start is None else start
-            known.append(space.annealed(begin[0], budget, moves))
+            known.append(space.annealed(begin[0], budget))
     return Found(tuple(known), lowest)
 
 
@@ -101,11 +102,17 @@ def _peak(item: Judged) -> int:
 
 @final
 class _Space:
-    """The tables of one graph: looked at, and searched."""
+    """The tables of one graph: looked at, and searched.
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph, self.n = graph, len(graph)
-        self.figures, self.room = _figures(graph)
+    Args:
+        graph: The graph.
+        longest: Operations of the longest start, drops apart.
+        moves: How many a search tries; None for as many as take a second or two.
+    """
+
+    def __init__(self, graph: Graph, longest: int, moves: int | None) -> None:
+        self.graph, self.n, self.moves = graph, len(graph), moves
+        self.figures, self.room = _figures(graph, longest)
         self.scratch = search_kernel.scratch(self.n)
 
     def table(self, schedule: Schedule) -> tuple[search_kernel.Table, value_kernel.Integers]:
@@ -121,8 +128,11 @@ class _Space:
         schedule = with_drops_by_value(self.graph, self.room.packed[at:].copy())
         return schedule, simulate(self.graph, schedule)
 
-    def annealed(self, start: Schedule, budget: int, moves: int) -> Judged:
+    def annealed(self, start: Schedule, budget: int) -> Judged:
         """The best schedule that a search from another meets; of least peak where none fits."""
+        moves = self.moves
+        if moves is None:
+            moves = min(_MOST_MOVES, _NODE_MOVES // max(self.n, _run_count(start) // _MANY_RUNS))
         best, best_option = self.table(start)
         peak, seconds = value_kernel.look(self.figures, best, best_option, self.scratch, self.room)
         found = np.array([peak, seconds], np.float64)
@@ -147,6 +157,11 @@ class _Space:
         return self._of_table(best, best_option)
 
 
+def _run_count(schedule: Schedule) -> int:
+    """Operations of a schedule, drops apart."""
+    return int(np.count_nonzero(schedule.codes != Code.DROP))
+
+
 def _options(n: int, schedule: Schedule) -> value_kernel.Integers:
     """By node the tape that a schedule runs it with."""
     option = np.zeros(n + 1, np.int64)
@@ -155,10 +170,11 @@ def _options(n: int, schedule: Schedule) -> value_kernel.Integers:
     return option
 
 
-def _figures(graph: Graph) -> tuple[value_kernel.Figures, value_kernel.Room]:
+def _figures(graph: Graph, longest: int) -> tuple[value_kernel.Figures, value_kernel.Room]:
     """What the kernel looks up, and room for it."""
-    n, most = len(graph), (len(graph) + 1) ** 2
-    operations = min(most, 40 * n + 100)
+    n = len(graph)
+    # Plans of few bytes run stages as often as there are stages; a search makes no more of that.
+    operations = max(_MANY_RUNS * (n + 1), longest)
     ledger = ValueLedger(graph, operations)
     tapes = [stage.tapes for stage in graph.stages]
     figures = value_kernel.Figures(
