@@ -86,7 +86,8 @@ def outline(
     else:
         rows, values, slots, top = table.rows, table.values, table.slots, table.top
         seconds, extra = table.seconds, table.extra
-    model = (values, rows, slots.up, slots.unit, seconds, extra, top)
+    lookup = (values, rows, slots.up, slots.unit, seconds, extra, top, scale)
+    guide = chain_walk.Guide(least.slots, least.least, *lookup)
     walk = suited(chain_walk.walk, len(sizes) ** 2)
-    count, total = walk(least.slots, least.least, *model, size, scale, events)
+    count, total = walk(guide, size, events)
     return Outline(events[:count], total if table is None else table.unscaled(total))

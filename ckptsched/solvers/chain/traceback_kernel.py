@@ -5,6 +5,8 @@ Least memory is exact, in bytes; the seconds come from a table in slots. `to_sch
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ...base.jit import compiled
@@ -15,53 +17,57 @@ from .table_kernel import END, LEAST, ZERO, Integers, Numbers
 SWEEP, TAPE, TURN, BACKWARD, DROP = range(5)
 
 
+class Guide(NamedTuple):
+    """What a walk goes by: least bytes, and a table of seconds in slots."""
+
+    exact: Slots
+    """The sizes in bytes."""
+    least: Integers
+    """Least bytes of every segment."""
+    values: Numbers
+    """The rows of a table of the same chain."""
+    rows: Integers
+    """Where they lie."""
+    up: Integers
+    """Bytes to add before bytes are divided by the table's slots, by start."""
+    unit: int
+    """Bytes of its slots."""
+    seconds: Numbers
+    """Running sum of u_f by stage."""
+    extra: Numbers
+    """What each taping takes longer than the stage's fastest."""
+    top: int
+    """The table's largest number of slots; -1 where it is empty."""
+    scale: float
+    """Bytes count so much where the table is looked up."""
+
+
 @compiled
-def _value(values: Numbers, rows: Integers, start: int, t: int, m: int, top: int) -> float:
-    """E(start, t, m); infinite everywhere where the table is empty, with a top of -1."""
-    m = min(m, top)
-    if m < 0 or m < rows[start, t, LEAST]:
+def _value(guide: Guide, start: int, t: int, size: int) -> float:
+    """E(start, t, size in slots); infinite everywhere where the table is empty."""
+    m = min((int(size * guide.scale) + guide.up[start]) // guide.unit, guide.top)
+    if m < 0 or m < guide.rows[start, t, LEAST]:
         return np.inf
-    if m >= rows[start, t, END]:
+    if m >= guide.rows[start, t, END]:
         return 0.0
-    return float(values[rows[start, t, ZERO] + m])
+    return float(guide.values[guide.rows[start, t, ZERO] + m])
 
 
 @compiled
-def walk(
-    exact: Slots,
-    least: Integers,
-    values: Numbers,
-    rows: Integers,
-    up: Integers,
-    unit: int,
-    seconds: Numbers,
-    extra: Numbers,
-    top: int,
-    size: int,
-    scale: float,
-    events: Integers,
-) -> tuple[int, float]:
+def walk(guide: Guide, size: int, events: Integers) -> tuple[int, float]:
     """Choose for each segment, from the whole chain down, what fits in bytes and takes least.
 
     Args:
-        exact: The sizes in bytes.
-        least: Least bytes of every segment.
-        values: The rows of a table of the same chain.
-        rows: Where they lie.
-        up: Bytes to add before bytes are divided by the table's slots, by start.
-        unit: Bytes of its slots.
-        seconds: Running sum of u_f by stage.
-        extra: What each taping takes longer than the stage's fastest.
-        top: The table's largest number of slots.
+        guide: What the choices go by.
         size: Bytes of the whole chain, no fewer than its least.
-        scale: Bytes count so much where the table is looked up.
         events: What to do, to fill, a row an event: what, from, to. (0 SWEEP s..t, 1 TAPE s by
             option t, 2 TURN, 3 BACKWARD s, 4 DROP state s.)
 
     Returns:
         The number of events, at most 4 n + 2, and the seconds more than the fastest.
     """
-    n = least.shape[1] - 2
+    exact, seconds = guide.exact, guide.seconds
+    n = guide.least.shape[1] - 2
     # Entries: start, t, m to solve; a negative event and its stage to write down.
     todo = np.empty((3 * n + 6, 3), np.int64)
     todo[0, 0], todo[0, 1] = -DROP, 0
@@ -79,9 +85,7 @@ def walk(
             events[count, 0], events[count, 1], events[count, 2] = TURN, 0, 0
             count += 1
             continue
-        way, j = _choose(
-            exact, least, values, rows, up, unit, seconds, extra, top, start, s, t, m, scale
-        )
+        way, j = _choose(guide, start, t, m)
         if j:
             events[count, 0], events[count, 1], events[count, 2] = SWEEP, s, j - 1
             total += seconds[j - 1] - seconds[s - 1]
@@ -93,7 +97,7 @@ def walk(
             waiting += 1
         else:
             events[count, 0], events[count, 1], events[count, 2] = TAPE, s, exact.option[way]
-            total += extra[way]
+            total += guide.extra[way]
             todo[waiting, 0], todo[waiting, 1] = -BACKWARD, s
             waiting += 1
             if s < t:
@@ -105,44 +109,44 @@ def walk(
 
 
 @compiled
-def _choose(
-    exact: Slots,
-    least: Integers,
-    values: Numbers,
-    rows: Integers,
-    up: Integers,
-    unit: int,
-    seconds: Numbers,
-    extra: Numbers,
-    top: int,
-    start: int,
-    s: int,
-    t: int,
-    m: int,
-    scale: float,
-) -> tuple[int, int]:
+def _choose(guide: Guide, start: int, t: int, m: int) -> tuple[int, int]:
     """How a segment with m bytes begins: a taping and 0, or any taping and the split j.
 
     Where the table knows of nothing that fits: a tape if one does, else the split whose longer
     part is shortest.
     """
-    n = least.shape[1] - 2
-    best, best_way, best_j = np.inf, -1, 0
-    spare_way, spare_j, spare_length = -1, 0, n + 2
+    way, cost, spare_way = _choose_tape(guide, start, t, m)
+    j, spare_j = _choose_split(guide, start, t, m, cost)
+    if j or cost < np.inf:
+        return way, j
+    return spare_way, 0 if spare_way >= 0 else spare_j
+
+
+@compiled
+def _choose_tape(guide: Guide, start: int, t: int, m: int) -> tuple[int, float, int]:
+    """The taping of least seconds, these, and the first that fits; -1 where there is none."""
+    exact = guide.exact
+    best, best_way, spare_way = np.inf, -1, -1
     for way in range(exact.first[start], exact.first[start + 1]):
         if m >= exact.needs[way, t]:
-            cost = extra[way]
-            if s < t:
+            cost = guide.extra[way]
+            if exact.stage[start] < t:
                 rest, size = exact.after[way], m - exact.tape[way]
-                if size < least[rest, t]:
+                if size < guide.least[rest, t]:
                     continue
-                at = (int(size * scale) + up[rest]) // unit
-                cost += _value(values, rows, rest, t, at, top)
+                cost += _value(guide, rest, t, size)
             if spare_way < 0:
                 spare_way = way
             if cost < best:
                 best, best_way = cost, way
-    here = (int(m * scale) + up[start]) // unit
+    return best_way, best, spare_way
+
+
+@compiled
+def _choose_split(guide: Guide, start: int, t: int, m: int, best: float) -> tuple[int, int]:
+    """The split of fewer seconds than `best`, and the one whose longer part is shortest."""
+    exact, least, seconds, s = guide.exact, guide.least, guide.seconds, guide.exact.stage[start]
+    best_j, spare_j, spare_length = 0, 0, t + 2
     more = exact.level[t] + exact.handed[start]
     for j in range(s + 1, t + 1):
         cost = seconds[j - 1] - seconds[s - 1]
@@ -153,12 +157,9 @@ def _choose(
             continue
         if max(j - s, t - j) < spare_length:
             spare_length, spare_j = max(j - s, t - j), j
-        at = (int(size * scale) + up[j]) // unit
-        cost += _value(values, rows, j, t, at, top)
+        cost += _value(guide, j, t, size)
         if cost < best:
-            cost += _value(values, rows, start, j - 1, here, top)
+            cost += _value(guide, start, j - 1, m)
             if cost < best:
                 best, best_j = cost, j
-    if best < np.inf:
-        return best_way, best_j
-    return spare_way, 0 if spare_way >= 0 else spare_j
+    return best_j, spare_j
