@@ -2,7 +2,9 @@
 
 import json
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,30 @@ def test_what_is_kept_is_found(tmp_path: Path) -> None:
     assert shelf.find(request(one), mixed_chain()) == one
     assert shelf.find(request(one, solver="chain_dp"), mixed_chain()) is None
     assert shelf.find(request(one, budget_bytes=1), mixed_chain()) is None
+
+
+def test_threads_that_keep_and_find_at_once_meet_whole_plans(tmp_path: Path) -> None:
+    """The cache has room for one or two of the plans, so that entries go while others read them."""
+    plans = [made(budget) for budget in ("100%", "70%", "50%")]
+    size = max(len(json.dumps(one.to_json(with_chain=False))) for one in plans)
+    shelf, start = PlanCache(tmp_path, most_bytes=5 * size // 2), threading.Barrier(4)
+
+    def work(first: int) -> int:
+        start.wait()
+        hits = 0
+        for k in range(first, first + 40):
+            one = plans[k % len(plans)]
+            shelf.keep(request(one), one)
+            found = shelf.find(request(one), mixed_chain())
+            assert found in (one, None)
+            hits += found is not None
+        return hits
+
+    with ThreadPoolExecutor(4) as pool:
+        hits = list(pool.map(work, range(4)))
+    assert min(hits) > 0
+    assert all(json.loads(path.read_text())["plan"] for path in tmp_path.glob("*.json"))
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= shelf.most_bytes
 
 
 def test_a_plan_takes_the_name_of_the_chain_that_asks(tmp_path: Path) -> None:
