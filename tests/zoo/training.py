@@ -33,8 +33,8 @@ class Training:
     most: tuple[Any, ...] = ()
     """A batch of the same shapes whose values take the most, where a plan provides for that."""
     overestimated: bool = False
-    """Whether the projected peak is over 1 KiB above the measured one: a stage whose tape keeps more
-    than four storages of others is charged as if all or none of them outlived it."""
+    """Whether the projected peak is over 1 KiB above the measured one: a stage whose tape keeps
+    more than four storages of others is charged as if all or none of them outlived it."""
 
 
 class Held(nn.Module):

@@ -71,7 +71,7 @@ def own_stages(stages: Sequence[StageCall]) -> tuple[OwnStage, ...]:
         reads = [n for n in enters if n in wanted] or list(enters[:1])
         new = [n for n in leaves if n not in enters]
         if not new and not any(n in leaves for n in reads):
-            # Its calls make nothing that lasts, as checks of a mask do: it hands on what it is given.
+            # Its calls make nothing that lasts, as checks of a mask do: it hands on what it reads.
             reads = [n for n in enters if n in reads or n == leaves[0]]
         gives = [n for n in leaves if n in reads or n in new]
         # The caller takes the last ones from the last stage, whoever has made them.
