@@ -42,6 +42,8 @@ if TYPE_CHECKING:  # for type checkers; when it runs, `__getattr__` finds the sa
     from .executor.verify import Verification as Verification
     from .executor.verify import verify as verify
     from .fitting.compiler_backend import compiler_backend as compiler_backend
+    from .fitting.explain_memory import MemoryExplanation as MemoryExplanation
+    from .fitting.explain_memory import explain_memory as explain_memory
     from .fitting.fit import fit as fit
     from .fitting.fit import plan_of as plan_of
     from .fitting.fit import unfit as unfit
@@ -89,6 +91,7 @@ _HOMES = {
     "CkptschedError": "base.errors",
     "compiler_backend": "fitting.compiler_backend",
     "ExecutionError": "base.errors",
+    "explain_memory": "fitting.explain_memory",
     "Explanation": "planner.explanation",
     "fit": "fitting.fit",
     "format_bytes": "base.budget",
@@ -103,6 +106,7 @@ _HOMES = {
     "largest_steps": "fitting.largest_that_fits",
     "least_budget": "fitting.largest_that_fits",
     "Link": "base.budget",
+    "MemoryExplanation": "fitting.explain_memory",
     "ModuleStage": "capture.stage_discovery",
     "ODEBlock": "ode",
     "odeint": "ode",
