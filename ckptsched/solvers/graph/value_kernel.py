@@ -156,6 +156,13 @@ def _other_tapes(figures: Figures, option: Integers, old: Integers, draws: Secon
 
 
 @compiled
+def copy_options(target: Integers, option: Integers) -> None:
+    """Make the tapes of all nodes those of another array."""
+    for v in range(len(option)):
+        target[v] = option[v]
+
+
+@compiled
 def anneal(
     figures: Figures,
     table: Table,
@@ -206,7 +213,7 @@ def anneal(
         if now > value and draws[m, 6] >= math.exp((value - now) / heat[m]):
             take_back(table, scratch)
             if by_tape:
-                option[:] = old
+                copy_options(option, old)
             continue
         value = now
         clean(table, scratch, n)
@@ -214,4 +221,4 @@ def anneal(
         if (fits and (not fitted or seconds < found[1])) or (not fitted and peak < found[0]):
             found[0], found[1] = peak, seconds
             copy(best, table)
-            best_option[:] = option
+            copy_options(best_option, option)
