@@ -13,7 +13,6 @@ from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, v
 
 import ckptsched as cs
 
-
 # torch.func imports torch.jit, which is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning")
 
