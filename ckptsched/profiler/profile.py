@@ -55,11 +55,12 @@ def default_loss(output: Any) -> Tensor:
     """A loss that takes at least the bytes of a cross-entropy, where the user names none.
 
     Where the output has its loss itself, as `.loss` or under that key, it is that one. The other
-    computes in no less than float32, as losses do whose model runs under autocast.
+    computes in no less than float32, as losses do whose model runs under autocast, and of complex
+    numbers takes the real and imaginary parts.
 
     Args:
-        output: The model's output: a floating point tensor of any shape, or a value of several,
-            of which those count that carry a gradient.
+        output: The model's output: a tensor of floating point or complex numbers of any shape, or
+            a value of several, of which those count that carry a gradient.
 
     Returns:
         A scalar.
@@ -68,6 +69,8 @@ def default_loss(output: Any) -> Tensor:
     if own is not None:
         return own
     if isinstance(output, Tensor):
+        if output.is_complex():
+            output = torch.view_as_real(output.resolve_conj())
         half = output.dtype in (torch.float16, torch.bfloat16)
         return torch.log_softmax(output.float() if half else output, dim=-1).square().mean()
     losses = [default_loss(leaf) for leaf in State.of(output).leaves if leaf.requires_grad]
@@ -103,7 +106,7 @@ def _default_loss_with(sides: Sequence[Tensor]) -> Loss:
     """The same, and a term for each side output: an auxiliary loss, or features for one."""
 
     def loss(output: Any) -> Tensor:
-        further = [default_loss(t.abs() if t.is_complex() else t) for t in sides]
+        further = [default_loss(t) for t in sides]
         return torch.stack([default_loss(output).to(further[0].dtype), *further]).sum()
 
     return loss
