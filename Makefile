@@ -10,7 +10,7 @@ BIN        := $(VENV)/bin
 USER_STAMP := $(VENV)/.ready-user
 DEV_STAMP  := $(VENV)/.ready-dev
 DOCS_STAMP := $(VENV)/.ready-docs
-SPHINX     := $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet
+SPHINX     := $(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --write-all --quiet
 SOURCES    := ckptsched models examples benchmarks tests tooling
 USER_EXTRAS := test,plot,examples
 # The models of tests/zoo ask for newer versions than the oldest.

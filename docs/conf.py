@@ -94,6 +94,25 @@ def _within_link(node: nodes.Node) -> bool:
     return False
 
 
+class DarkTwins(SphinxTransform):
+    """A picture `x.png` beside which there is `x-dark.png` is shown as that on dark pages."""
+
+    default_priority = 500
+
+    def apply(self, **kwargs: Any) -> None:
+        """Put the dark picture after the light one, and let each be seen on its pages alone."""
+        folder = Path(self.env.doc2path(self.env.docname)).parent
+        for light in list(self.document.findall(nodes.image)):
+            path = Path(light["uri"])
+            twin = path.with_name(f"{path.stem}-dark{path.suffix}")
+            if (folder / twin).exists():
+                dark = light.copy()
+                dark["uri"] = twin.as_posix()
+                light["classes"].append("only-light")
+                dark["classes"] = ["only-dark"]
+                light.parent.insert(light.parent.index(light) + 1, dark)
+
+
 def describe(app: Sphinx, page: str, source: list[str]) -> None:
     """Replace `<!-- described: TITLE -->` by what docstrings say of the names in that table.
 
@@ -131,4 +150,5 @@ def _directive(value: object) -> str:
 def setup(app: Sphinx) -> None:
     """Add the links, and the descriptions of names."""
     app.add_transform(LinkedNames)
+    app.add_transform(DarkTwins)
     app.connect("source-read", describe)
