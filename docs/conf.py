@@ -43,6 +43,7 @@ autodoc_preserve_defaults = True
 autodoc_mock_imports = ["lightning", "transformers"]
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_rtype = False
 
@@ -147,8 +148,17 @@ def _directive(value: object) -> str:
     return "autoexception" if issubclass(value, Exception) else "autoclass"
 
 
+def attributes_have_no_types(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Keep napoleon from reading what stands before a colon as an attribute's type."""
+    if what in ("attribute", "data") and lines:
+        lines.insert(0, "")
+
+
 def setup(app: Sphinx) -> None:
     """Add the links, and the descriptions of names."""
     app.add_transform(LinkedNames)
     app.add_transform(DarkTwins)
     app.connect("source-read", describe)
+    app.connect("autodoc-process-docstring", attributes_have_no_types, priority=400)
