@@ -41,6 +41,9 @@ if TYPE_CHECKING:  # for type checkers; when it runs, `__getattr__` finds the sa
     from .executor.checkpointed import checkpointed as checkpointed
     from .executor.verify import Verification as Verification
     from .executor.verify import verify as verify
+    from .fitting.before_a_run.asking import will_it_fit as will_it_fit
+    from .fitting.before_a_run.devices import DeviceFigures as DeviceFigures
+    from .fitting.before_a_run.forecast import Forecast as Forecast
     from .fitting.compiler_backend import compiler_backend as compiler_backend
     from .fitting.fit import fit as fit
     from .fitting.fit import plan_of as plan_of
@@ -88,10 +91,12 @@ _HOMES = {
     "checkpointed": "executor.checkpointed",
     "CkptschedError": "base.errors",
     "compiler_backend": "fitting.compiler_backend",
+    "DeviceFigures": "fitting.before_a_run.devices",
     "ExecutionError": "base.errors",
     "Explanation": "planner.explanation",
     "fit": "fitting.fit",
     "format_bytes": "base.budget",
+    "Forecast": "fitting.before_a_run.forecast",
     "Graph": "workload.graph",
     "InfeasibleBudgetError": "base.errors",
     "InvalidScheduleError": "base.errors",
@@ -133,6 +138,7 @@ _HOMES = {
     "unfit": "fitting.fit",
     "Verification": "executor.verify",
     "verify": "executor.verify",
+    "will_it_fit": "fitting.before_a_run.asking",
     "WorkloadError": "base.errors",
 }
 # Each needs the library that it is for, and whoever looks at all names need not have it.
