@@ -1,4 +1,4 @@
-"""The commands: ckptsched profile, plan, largest, report, show, verify."""
+"""The commands: ckptsched profile, plan, largest, fit, report, show, verify."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, final
 import click
 
 from ..base.errors import CkptschedError
-from ..base.json_files import check_writable, printable
+from ..base.json_files import check_writable, printable, render_json
 from .options import (
+    fit_options,
     is_file,
     model_options,
     plan_options,
@@ -188,6 +189,30 @@ def largest_command(
     click.echo(str(found))
     if output is not None:
         click.echo(f"\nplan written to {output}")
+
+
+@main.command("fit")
+@click.argument("model")
+@plan_options
+@fit_options
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def fit_command(
+    model: str, texts: tuple[str, ...], arguments: Any, as_json: bool, asked: dict[str, Any]
+) -> None:
+    """Tell whether training a MODEL fits a device, from shapes alone: nothing is run.
+
+    Example: ckptsched fit models.resnet:ode_resnet18 --input 64x3x32x32 --device T4
+
+    The exit code is 1 where it does not fit, with no plan either.
+    """
+    from ..fitting.before_a_run.asking import will_it_fit
+    from .targets import inputs_without_data, load_without_data
+
+    taken, named = inputs_without_data(texts)
+    found = will_it_fit(load_without_data(model, arguments), *taken, kwargs=named, **asked)
+    click.echo(render_json(found.to_json()) if as_json else str(found))
+    if not found.fits_with_plan:
+        raise SystemExit(1)
 
 
 @main.command("report")

@@ -191,8 +191,7 @@ def estimated(
         device: Whose kernels are meant; None for where the sample lies.
         dtype: Of all that is of floating point; None for what it is.
         rates: How fast it is.
-        anywhere: Whether a model on the meta device may be given a sample with data, which says
-            more: values that the model looks at.
+        anywhere: Whether one of model and sample may have data and the other none.
 
     Raises:
         ProfileError: See `profile`.
@@ -202,8 +201,7 @@ def estimated(
     inputs = State.of((sample, dict(kwargs or {})), opaque=True)
     if not inputs.leaves:  # says what is missing
         call_of(inspection, sample, kwargs or {})
-    bare = anywhere and all(tensor.is_meta for _, _, tensor in inspection.named_tensors())
-    seen = inputs.replaced(leaf.to("meta") for leaf in inputs.leaves) if bare else inputs
+    seen = _beside(inspection, inputs) if anywhere else inputs
     refuse_unmeasurable(inspection, seen, NO_EXTRAS.apart(), fake=True)
     with without_data(inspection, sample, kwargs or {}, device, dtype) as there:
         opened = open_for_measuring(
@@ -220,6 +218,18 @@ def estimated(
             taken, given = call_of(found, (tensors,), {})
         with _said_why_whole(opened.whole):
             return estimate(found, taken, given, ending, there.device, rates)
+
+
+def _beside(inspection: Inspection, inputs: State) -> State:
+    """The inputs as if they lay where the model does, where one of them has no data."""
+    homes = {tensor.device for _, _, tensor in inspection.named_tensors()}
+    if len(homes) != 1:
+        return inputs
+    [home] = homes
+    return inputs.replaced(
+        torch.empty_like(leaf, device=home) if (leaf.is_meta or home.type == "meta") else leaf
+        for leaf in inputs.leaves
+    )
 
 
 def _refuse_loss(loss: Loss | None) -> None:

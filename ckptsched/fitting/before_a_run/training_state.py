@@ -105,6 +105,9 @@ def kept_bytes(
     }
     if master:
         found["master weights"] = _share(masters, sharing.parts("optimizer"))
+    if sharing.devices > 1 and sharing.parts("grads") == 1:
+        # DistributedDataParallel's own copies, unless gradient_as_bucket_view=True.
+        found["gradient buckets"] = _sizes(trained, dtype)
     if sharing.parts("grads") > 1:
         found["gathered units"] = _gathered(model, dtype, full=sharing.parts("full") > 1)
     return found

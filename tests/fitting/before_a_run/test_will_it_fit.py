@@ -167,6 +167,7 @@ def test_more_devices_keep_less_each(shard: str) -> None:
         fewer = n if shard != "optimizer" else 1
         assert found.gradient_bytes == pytest.approx(one.gradient_bytes / fewer, abs=32)
         assert ("gathered units" in found.kept_bytes) == (shard != "optimizer")
+        assert ("gradient buckets" in found.kept_bytes) == (shard == "optimizer")
     assert some[0].plain_bytes > some[1].plain_bytes > some[2].plain_bytes
 
 
