@@ -161,7 +161,7 @@ def profile(
     policy = Policy.of(never_recompute, always_recompute)
     inspection = inspect_model(model, "profile", ProfileError)
     if fake:
-        return estimated(inspection, sample, kwargs, loss, capture=capture, policy=policy)
+        return estimated(inspection, sample, kwargs, loss, capture=capture, policy=policy)[0]
     opened = open_for_measuring(inspection, sample, kwargs, loss, capture, policy)
     return measure_opened(opened, inspection, sample, kwargs, loss, meter, progress=progress)
 
@@ -178,7 +178,7 @@ def estimated(
     dtype: torch.dtype | None = None,
     rates: Rates = NOMINAL,
     anywhere: bool = False,
-) -> Chain:
+) -> tuple[Chain, str]:
     """Estimate a model on tensors without data; it is recorded where `profile` would.
 
     Args:
@@ -192,6 +192,9 @@ def estimated(
         dtype: Of all that is of floating point; None for what it is.
         rates: How fast it is.
         anywhere: Whether one of model and sample may have data and the other none.
+
+    Returns:
+        The chain; and what of the model is one stage though it could be several, and why.
 
     Raises:
         ProfileError: See `profile`.
@@ -217,7 +220,8 @@ def estimated(
             ending, found = loss_of_tensors(captured, loss), Inspection.of(captured)
             taken, given = call_of(found, (tensors,), {})
         with _said_why_whole(opened.whole):
-            return estimate(found, taken, given, ending, there.device, rates)
+            chain = estimate(found, taken, given, ending, there.device, rates)
+        return chain, printable(opened.whole) or _of_recording(found).get("whole", "")
 
 
 def _beside(inspection: Inspection, inputs: State) -> State:

@@ -109,7 +109,7 @@ def will_it_fit(
     beside = sum(kept.values())
     for size in sizes:
         _length(call, size)  # before anything takes long
-    chain = question.chain(call)
+    chain, whole = question.chain(call)
     kept["batch"] = _bytes_of(call, question.dtype)
     everything = plan_one(chain, "100%", **options)
     found = question.plan(chain, sum(kept.values()))
@@ -124,6 +124,7 @@ def will_it_fit(
         plan=found if isinstance(found, Plan) else None,
         least_bytes=sum(kept.values()) + everything.least_budget_bytes,
         timed=figures is not None,
+        whole=whole,
         largest={size: question.largest(call, size, beside, everything) for size in sizes},
     )
 
@@ -143,10 +144,10 @@ class _Question:
     options: PlanOptions
     memory_bytes: int
 
-    def chain(self, call: State) -> Chain:
-        """The estimate of a step on one device."""
+    def chain(self, call: State) -> tuple[Chain, str]:
+        """The estimate of a step on one device, and what of the model is whole in it, and why."""
         sample, kwargs = call.value()
-        chain = estimated(
+        chain, whole = estimated(
             *(self.inspection, sample, kwargs, self.loss),
             capture=self.capture,
             device=self.kernels,
@@ -154,7 +155,7 @@ class _Question:
             rates=self.rates,
             anywhere=True,
         )
-        return sharded(chain, self.sharing)
+        return sharded(chain, self.sharing), whole
 
     def plan(self, chain: Chain, kept: int) -> Plan | CkptschedError:
         """The best plan that fits beside what is kept, or why there is none."""
@@ -182,7 +183,7 @@ class _Question:
         def fit(number: int) -> Fit:
             resized = _resized(call, size, now, number * unit)
             try:
-                chain = self.chain(resized)
+                chain, _ = self.chain(resized)
             except ProfileError as error:  # such as a table of positions that is too short
                 return WorkloadError(str(error))
             found = self.plan(chain, kept + _bytes_of(resized, self.dtype))

@@ -46,6 +46,9 @@ class Forecast:
     """The least whole with which a plan works, what is kept included."""
     timed: bool
     """Whether seconds follow from figures of a device; else only their ratios are meant."""
+    whole: str
+    """What of the model is one stage though it could be several, and why: plans are coarse there.
+    Empty where there is nothing of the kind."""
     largest: Mapping[str, int]
     """The largest "batch" and "sequence" with which a plan fits, where they were asked for; 0 where
     not even 1 fits."""
@@ -135,6 +138,8 @@ class Forecast:
             )
         lines.append(f"least with which a plan works: {format_bytes(self.least_bytes)} all in all")
         lines += [f"largest {what} that fits with a plan: {n}" for what, n in self.largest.items()]
+        if self.whole:
+            lines.append(f"one stage, so that plans are coarse: {self.whole}")
         return [*lines, _NOT_COUNTED]
 
     def __str__(self) -> str:
@@ -165,5 +170,6 @@ class Forecast:
             "overhead": None if self.plan is None else self.plan.overhead,
             "estimated_seconds": self.seconds if self.timed else None,
             "planned_seconds": self.plan.seconds if self.plan is not None and self.timed else None,
+            "whole": self.whole,
             "largest": dict(self.largest),
         }

@@ -241,3 +241,51 @@ def test_a_model_is_left_as_it_was() -> None:
     after = model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(p.dtype == torch.float32 and p.grad is None for p in model.parameters())
+
+
+class Asks(nn.Module):
+    """Decides by what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.line(x)
+        return y if y.sum() > 0 else -y
+
+
+class Counts(nn.Module):
+    """Keeps in an attribute how often it was called, so that its insides are not looked into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.calls = nn.Linear(8, 8), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls = self.calls * 2 + 1
+        return torch.tanh(self.line(x))
+
+
+class Around(nn.Module):
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            x = part(x) + x
+        return x
+
+
+def test_what_needs_data_is_refused_by_name_and_the_rest_is_not_whole() -> None:
+    with pytest.raises(cs.ProfileError, match="hold no data"):
+        cs.will_it_fit(Around(nn.Linear(8, 8), Asks()), torch.zeros(4, 8), device="T4")
+    found = cs.will_it_fit(Around(nn.Linear(8, 8), nn.Linear(8, 8)), torch.zeros(4, 8), device="T4")
+    assert found.whole == ""
+    assert "one stage" not in str(found)
+    counted = Around(nn.Linear(8, 8), Counts(), nn.Linear(8, 8))
+    found = cs.will_it_fit(counted, torch.zeros(4, 8), device="T4")
+    assert "'parts.1'" in found.whole
+    assert found.whole == found.to_json()["whole"]
+    assert f"one stage, so that plans are coarse: {found.whole}" in str(found)
