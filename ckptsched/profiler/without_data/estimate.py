@@ -27,7 +27,7 @@ from ..alike.twins import Alike
 from ..chain_builder import assemble
 from ..measured_bytes.lean_tapes import weigh_leanly
 from ..measured_bytes.stage_memory import go_back, weigh, weigh_loss
-from ..refusals import shape_text
+from ..refusals import failures_named, shape_text
 from ..stage_kind import Loss, LossWeight, StageKind
 from ..survey import note_gradients_there, survey_backward, survey_model
 from .kernels import kernels_of
@@ -131,21 +131,28 @@ def estimate(
     meter, alike = ShapeMeter(), Alike()
     survey = survey_model(inspection, inputs, extras, state, alike=alike)
     for kind in {id(kind): kind for kind in survey.order}.values():
-        _note_forward(kind, rates)
+        with failures_named(f"stage {kind.call.title!r}", kind.x):
+            _note_forward(kind, rates)
     lost = _assess_loss(loss, survey.order[-1], meter, rates)
     kinds = survey_backward(survey.order, lost.gradients)
     note_gradients_there(survey.order)
     for kind in kinds:
-        _note_backward(kind, rates)
-        kind.ledger = alike.ledger(kind)
-        if kind.ledger is None:
-            kind.ledger = weigh(kind, meter)
-            kind.lean = weigh_leanly(kind, kind.ledger, meter)
-            if kind.lean is not None:
-                kind.lean_backward_seconds = _backward_seconds(kind.leanly() or kind, rates)
-            alike.note_ledger(kind, kind.ledger)
+        with failures_named(f"stage {kind.call.title!r}", kind.x):
+            _weigh(kind, meter, alike, rates)
     where = device if device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
     return assemble(survey, lost, where)
+
+
+def _weigh(kind: StageKind, meter: ShapeMeter, alike: Alike, rates: Rates) -> None:
+    """Give a kind of stage its exact bytes, and seconds of its backward."""
+    kind.backward_seconds = _backward_seconds(kind, rates)
+    kind.ledger = alike.ledger(kind)
+    if kind.ledger is None:
+        kind.ledger = weigh(kind, meter)
+        kind.lean = weigh_leanly(kind, kind.ledger, meter)
+        if kind.lean is not None:
+            kind.lean_backward_seconds = _backward_seconds(kind.leanly() or kind, rates)
+        alike.note_ledger(kind, kind.ledger)
 
 
 def _fake(tensor: Tensor, known: KnownValues, dtype: torch.dtype | None) -> Tensor:
@@ -203,10 +210,6 @@ def _note_forward(kind: StageKind, rates: Rates) -> None:
     if kind.forward_seconds == 0:
         work = _counted(kind.run, rates)
         kind.forward_seconds, kind.draws = work.seconds, work.draws
-
-
-def _note_backward(kind: StageKind, rates: Rates) -> None:
-    kind.backward_seconds = _backward_seconds(kind, rates)
 
 
 def _backward_seconds(kind: StageKind, rates: Rates) -> float:
