@@ -1,4 +1,4 @@
-"""The commands: ckptsched profile, plan, largest, report, show, verify, completion."""
+"""The commands: ckptsched profile, plan, largest, fit, report, show, verify, completion."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from .answers import (
     json_option,
 )
 from .options import (
+    fit_options,
     is_file,
     model_options,
     plan_options,
@@ -92,7 +93,7 @@ def main() -> None:
 
     \b
     Exit codes: 0  done
-                1  a step was run, and broke its budget or changed a gradient
+                1  no: a step broke its budget or changed a gradient, nothing fits
                 2  what was asked cannot be done; one line on stderr says why
     """
     progress_bar.lines_where_piped = True
@@ -232,6 +233,32 @@ def largest_command(
         return {"size": found.size, "why_no_more": found.why_no_more, "plan": plan}
 
     answer(lambda: _say(found, output), facts, data)
+
+
+@main.command("fit", epilog=example("ckptsched fit models.mlp:deep_mlp --input 512x16 --device T4"))
+@click.argument("model")
+@plan_options
+@fit_options
+@json_option
+def fit_command(
+    model: str,
+    texts: tuple[str, ...],
+    arguments: Any,
+    data: str | None,
+    asked: dict[str, Any],
+) -> None:
+    """Tell whether training a MODEL fits a device, from shapes alone: nothing is run.
+
+    The exit code is 1 where it does not fit, with no plan either.
+    """
+    from ..fitting.before_a_run.asking import will_it_fit
+    from .targets import inputs_without_data, load_without_data
+
+    taken, named = inputs_without_data(texts)
+    found = will_it_fit(load_without_data(model, arguments), *taken, kwargs=named, **asked)
+    answer(lambda: click.echo(str(found)), found.to_json, data)
+    if not found.fits_with_plan:
+        raise SystemExit(1)
 
 
 @main.command(
