@@ -407,7 +407,8 @@ def documented_commands() -> list[str]:
     found = []
     for file in files:
         for code in file.read_text(encoding="utf-8").split("```")[1::2]:
-            lines = (line.strip().removeprefix("$ ") for line in code.splitlines())
+            whole = code.replace("\\\n", " ").splitlines()
+            lines = (line.strip().removeprefix("$ ") for line in whole)
             found += [line for line in lines if line.startswith("ckptsched ")]
     return found
 

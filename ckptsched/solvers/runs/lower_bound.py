@@ -222,10 +222,9 @@ class _Levels:
         used = np.zeros(number)
         for k in range(self.top + 1):
             levels, i = self.batch(k // self.size), k % self.size
-            now, then, is_top = weight[k % 2], weight[(k + 1) % 2], k == self.top
-            if not run_bound_kernel.stages_used(
-                levels[i], levels[i + 1], self.relaxed, self.prices, now, then, used, k, is_top
-            ):
+            tally = run_bound_kernel.Tally(weight[k % 2], weight[(k + 1) % 2], used)
+            bound = (levels[i], levels[i + 1], self.relaxed, self.prices)
+            if not run_bound_kernel.stages_used(*bound, tally, k, k == self.top):
                 break
         return used
 
