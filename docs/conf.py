@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from docutils import nodes
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # what is documented is this copy of the package
 
 import ckptsched  # noqa: E402
+import ckptsched.ode  # noqa: E402
 
 project = "ckptsched"
 author = "The ckptsched authors"
@@ -117,8 +119,8 @@ class DarkTwins(SphinxTransform):
 def describe(app: Sphinx, page: str, source: list[str]) -> None:
     """Replace `<!-- described: TITLE -->` by what docstrings say of the names in that table.
 
-    Tables are those of api.md. Instead of a title a directive of autodoc may stand there:
-    `autoclass ckptsched.X`.
+    Tables are those of api.md. `ckptsched.ode` in place of a title stands for what only that
+    folder exports.
     """
     source[0] = re.sub(
         r"^<!-- described: (.*) -->$", lambda found: _described(found[1]), source[0], flags=re.M
@@ -126,26 +128,29 @@ def describe(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def _described(what: str) -> str:
-    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    section = re.search(rf"^## {re.escape(what)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
-    names = re.findall(r"^\| `([A-Za-z]\w*)", section[1], re.M) if section else []
-    lines = [f"{_directive(getattr(ckptsched, name))} ckptsched.{name}" for name in names]
-    return "\n".join(["```{eval-rst}", *(_directives(lines or [what])), "```"])
+    if what == "ckptsched.ode":
+        names = [name for name in vars(ckptsched.ode) if name[0] != "_"]
+        home, names = ckptsched.ode, [name for name in names if name not in ckptsched.__all__]
+    else:
+        text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+        table = re.search(rf"^## {re.escape(what)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+        if table is None:
+            raise ValueError(f"docs/api.md has no section {what!r}")
+        home, names = ckptsched, re.findall(r"^\| `([A-Za-z]\w*)", table[1], re.M)
+    parts = [_directive(f"{home.__name__}.{name}", getattr(home, name)) for name in names]
+    return "\n".join(["```{eval-rst}", *parts, "```"])
 
 
-def _directives(lines: list[str]) -> list[str]:
-    found = []
-    for line in lines:
-        kind, name = line.split()
-        members = [] if kind == "autofunction" else ["   :members:", "   :show-inheritance:"]
-        found += [f".. {kind}:: {name}", *members, ""]
-    return found
-
-
-def _directive(value: object) -> str:
-    if not isinstance(value, type):
-        return "autofunction" if callable(value) else "autodata"
-    return "autoexception" if issubclass(value, Exception) else "autoclass"
+def _directive(name: str, value: object) -> str:
+    """What has autodoc describe a name; nothing for a module."""
+    if isinstance(value, ModuleType):
+        return ""
+    if isinstance(value, type):
+        kind = "autoexception" if issubclass(value, Exception) else "autoclass"
+        return f".. {kind}:: {name}\n   :members:\n   :show-inheritance:\n"
+    if callable(value):
+        return f".. autofunction:: {name}\n"
+    return f".. autodata:: {name}\n   :no-value:\n"
 
 
 def attributes_have_no_types(
