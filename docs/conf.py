@@ -21,6 +21,7 @@ import ckptsched.ode  # noqa: E402
 
 project = "ckptsched"
 author = "The ckptsched authors"
+copyright = f"{author}. Apache-2.0"
 version = release = ckptsched.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["Thumbs.db", ".DS_Store"]
@@ -158,7 +159,7 @@ def attributes_have_no_types(
 ) -> None:
     """Keep napoleon from reading what stands before a colon as an attribute's type."""
     if what in ("attribute", "data") and lines:
-        lines.insert(0, "")
+        lines[:0] = ["..", ""]  # an empty comment, in which there is no colon
 
 
 def setup(app: Sphinx) -> None:
