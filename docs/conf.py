@@ -158,7 +158,7 @@ def attributes_have_no_types(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
     """Keep napoleon from reading what stands before a colon as an attribute's type."""
-    if what in ("attribute", "data") and lines:
+    if what in ("attribute", "data", "property") and lines:
         lines[:0] = ["..", ""]  # an empty comment, in which there is no colon
 
 
