@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import ckptsched as cs
 from tests.docs.pages import (
@@ -31,10 +32,12 @@ TRAINERS, OPTIONAL = {"accelerate", "lightning", "transformers"}, {"timm"}
 
 def started(page: Path) -> Any:
     """A page as a parameter; warnings of trainers' libraries are theirs, ours remain errors."""
-    if not libraries_of(python_in(page)) & TRAINERS:
-        return pytest.param(page, id=name_of(page))
-    ours = "error::ckptsched.base.errors.BudgetWarning"
-    marks = [pytest.mark.filterwarnings("default"), pytest.mark.filterwarnings(ours)]
+    libraries, marks = libraries_of(python_in(page)), []
+    if libraries & (TRAINERS | OPTIONAL):
+        marks.append(pytest.mark.slow)
+    if libraries & TRAINERS:
+        ours = "error::ckptsched.base.errors.BudgetWarning"
+        marks += [pytest.mark.filterwarnings("default"), pytest.mark.filterwarnings(ours)]
     return pytest.param(page, id=name_of(page), marks=marks)
 
 
@@ -66,8 +69,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    state = __import__("accelerate.state", fromlist=["AcceleratorState"])
-    state.AcceleratorState._reset_state(True)
+    AcceleratorState._reset_state(True)
     torch._dynamo.reset()
 
 
