@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from docutils import nodes
@@ -16,9 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # what is documented is this copy of the package
 
 import ckptsched  # noqa: E402
+import ckptsched.ode  # noqa: E402
 
 project = "ckptsched"
 author = "The ckptsched authors"
+copyright = f"{author}. Apache-2.0"
 version = release = ckptsched.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["Thumbs.db", ".DS_Store"]
@@ -43,6 +46,7 @@ autodoc_preserve_defaults = True
 autodoc_mock_imports = ["lightning", "transformers"]
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_rtype = False
 
@@ -116,8 +120,8 @@ class DarkTwins(SphinxTransform):
 def describe(app: Sphinx, page: str, source: list[str]) -> None:
     """Replace `<!-- described: TITLE -->` by what docstrings say of the names in that table.
 
-    Tables are those of api.md. Instead of a title a directive of autodoc may stand there:
-    `autoclass ckptsched.X`.
+    Tables are those of api.md. `ckptsched.ode` in place of a title stands for what only that
+    folder exports.
     """
     source[0] = re.sub(
         r"^<!-- described: (.*) -->$", lambda found: _described(found[1]), source[0], flags=re.M
@@ -125,26 +129,37 @@ def describe(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def _described(what: str) -> str:
-    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    section = re.search(rf"^## {re.escape(what)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
-    names = re.findall(r"^\| `([A-Za-z]\w*)", section[1], re.M) if section else []
-    lines = [f"{_directive(getattr(ckptsched, name))} ckptsched.{name}" for name in names]
-    return "\n".join(["```{eval-rst}", *(_directives(lines or [what])), "```"])
+    if what == "ckptsched.ode":
+        names = [name for name in vars(ckptsched.ode) if name[0] != "_"]
+        home, names = ckptsched.ode, [name for name in names if name not in ckptsched.__all__]
+    else:
+        text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+        table = re.search(rf"^## {re.escape(what)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+        if table is None:
+            raise ValueError(f"docs/api.md has no section {what!r}")
+        home, names = ckptsched, re.findall(r"^\| `([A-Za-z]\w*)", table[1], re.M)
+    parts = [_directive(f"{home.__name__}.{name}", getattr(home, name)) for name in names]
+    return "\n".join(["```{eval-rst}", *parts, "```"])
 
 
-def _directives(lines: list[str]) -> list[str]:
-    found = []
-    for line in lines:
-        kind, name = line.split()
-        members = [] if kind == "autofunction" else ["   :members:", "   :show-inheritance:"]
-        found += [f".. {kind}:: {name}", *members, ""]
-    return found
+def _directive(name: str, value: object) -> str:
+    """What has autodoc describe a name; nothing for a module."""
+    if isinstance(value, ModuleType):
+        return ""
+    if isinstance(value, type):
+        kind = "autoexception" if issubclass(value, Exception) else "autoclass"
+        return f".. {kind}:: {name}\n   :members:\n   :show-inheritance:\n"
+    if callable(value):
+        return f".. autofunction:: {name}\n"
+    return f".. autodata:: {name}\n   :no-value:\n"
 
 
-def _directive(value: object) -> str:
-    if not isinstance(value, type):
-        return "autofunction" if callable(value) else "autodata"
-    return "autoexception" if issubclass(value, Exception) else "autoclass"
+def attributes_have_no_types(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Keep napoleon from reading what stands before a colon as an attribute's type."""
+    if what in ("attribute", "data", "property") and lines:
+        lines[:0] = ["..", ""]  # an empty comment, in which there is no colon
 
 
 def setup(app: Sphinx) -> None:
@@ -152,3 +167,4 @@ def setup(app: Sphinx) -> None:
     app.add_transform(LinkedNames)
     app.add_transform(DarkTwins)
     app.connect("source-read", describe)
+    app.connect("autodoc-process-docstring", attributes_have_no_types, priority=400)

@@ -115,6 +115,15 @@ def listed_in(page: Path) -> set[Path]:
     return {page.parent / f"{name}.md" for name in names}
 
 
+def test_the_reference_describes_each_table_of_the_api() -> None:
+    """`docs/conf.py` puts what docstrings say where a page of the reference names a table."""
+    tables = re.split(r"^## ", (DOCS / "api.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    titles = [table.partition("\n")[0] for table in tables if re.search(r"^\| `", table, re.M)]
+    marks = re.compile(r"^<!-- described: (.*) -->$", re.MULTILINE)
+    named = [title for page in SITE for title in marks.findall(page.read_text(encoding="utf-8"))]
+    assert sorted(named) == sorted([*titles, "ckptsched.ode"])
+
+
 def test_each_page_is_in_one_table_of_contents() -> None:
     listed = [entry for page in SITE for entry in listed_in(page)]
     assert sorted(listed) == sorted(set(SITE) - {DOCS / "index.md"})
