@@ -96,6 +96,7 @@ class PreparedPlan:
         self.hidden = HiddenBuffers(self.slots, places)
         self.may_change = _changeable(self.slots, places)
         """For each block and each of its places for buffers whether stages may change it."""
+        self._buffers = _buffers_by_stage(self.stages)
         self.replays = self.chain.draws or bool(self.hidden)
         """Whether a run that does not simply go on begins with something put back."""
         # -- what steps learn
@@ -172,6 +173,16 @@ class PreparedPlan:
     def first_context(self) -> AbstractContextManager[Any]:
         """The context for first runs of stages, from the user's `context_fn`."""
         return nullcontext() if self.context_fn is None else contexts(self.context_fn)[0]
+
+    def buffers_of(self, first: int, last: int) -> list[Slots]:
+        """The places for buffers of some stages' own modules, of each module once.
+
+        Args:
+            first: The first of the stages, counted from 1.
+            last: The last of them.
+        """
+        found = self._buffers[first - 1 : last]
+        return list({id(slots): slots for slots in found if slots is not None}.values())
 
     # -- names for messages
 
@@ -304,6 +315,16 @@ def _varying(chain: Chain) -> bytes:
     bounds = (stage.ledger and stage.ledger.bounds for stage in chain.stages)
     # Without a count of nodes nothing tells whether tapes are alike.
     return bytes([nodes_made is None or bool(b and b.varies) for b in bounds])
+
+
+def _buffers_by_stage(stages: Sequence[StageCall]) -> list[Slots | None]:
+    """For each stage its places for buffers; stages of one module share them."""
+    known: dict[int, Slots | None] = {}
+    for stage in stages:
+        if id(stage.module) not in known:
+            slots = Slots([stage.module])
+            known[id(stage.module)] = slots if slots.buffer_places() else None
+    return [known[id(stage.module)] for stage in stages]
 
 
 def _compared(stages: Sequence[StageCall], script: Script, check: Check) -> bytes:

@@ -45,7 +45,7 @@ from ..simulator.simulator import simulate
 from ..tensors.pytree import State
 from ..torch_state.locks import LendingLock
 from ..torch_state.replay_context import ContextFn, contexts
-from ..torch_state.torch_modes import outside_of_compiled_code
+from ..torch_state.torch_modes import only_plain, outside_of_compiled_code
 from ..workload.chain import Chain
 from ..workload.graph import Graph
 from .arguments import ArgumentNames, Call, Extent, Form, Kind
@@ -181,6 +181,9 @@ class Fitted(InPlace):
                 self._keep(kind, served)
                 self._pending.note(found, served.calls.plan)
                 return found
+        tensors = [*State.of((args, dict(kwargs)), opaque=True).leaves, *self.model.parameters()]
+        if only_plain(tensors, "the model", stacklevel=5):
+            return self._plainly(args, kwargs)
         others = self._options.on_new_input if self._all() else "plan"  # the first is no other
         if others == "refuse":
             raise why or self._unlike(kind)

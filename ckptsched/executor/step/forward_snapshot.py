@@ -28,6 +28,7 @@ from ...torch_state.replay_context import (
 )
 from ...torch_state.surroundings import Ambient
 from ..prepared_plan import PreparedPlan
+from .replay import Replay
 
 _NOTHING = NO_EXTRAS.apart()
 
@@ -73,13 +74,14 @@ class ForwardSnapshot:
             given.constants(), foreign=prepared.signature.foreign
         )
         self._unchanged: list[bool] = []
+        self._steady: dict[int, int] = {}  # versions of buffers that none may change, by ids
         self._modes = [[m.training for m in slots.modules] for slots in prepared.slots]
         # For one more backward; neither of the two is a tensor, whose bytes would count.
         own = self._generators_found
         self._generators = Generators(self.device, own) if prepared.chain.draws else None
         self._untouched = b"" if prepared.chain.draws else self._random_state().to_bytes()
         self._hidden_at_first = prepared.hidden.take(0) if prepared.hidden else ()
-        self._replaying = False
+        self._replay: Replay | None = None
 
     def give(self, given: State) -> None:
         """Make aliases of the further arguments that every stage is given.
@@ -141,7 +143,7 @@ class ForwardSnapshot:
 
     def put_hidden(self, values: Values) -> None:
         """Put copied values into the clones of buffers."""
-        assert self._replaying
+        assert self._replay is not None
         self.prepared.hidden.put(values)
 
     def let_go(self) -> None:
@@ -172,6 +174,13 @@ class ForwardSnapshot:
         now = self._versions_of_buffers()
         self._check_changes(now)
         self._unchanged = [a == b for a, b in zip(self._buffer_versions, now, strict=True)]
+        # The kernels of normalisation move statistics at one version: what may change, may have.
+        self._steady = {
+            id(b): b._version
+            for held, block in zip(self._buffers, self.prepared.may_change, strict=True)
+            for b, may in zip(held, block, strict=True)
+            if b is not None and not may
+        }
 
     def versions_in(self, blocks: Iterable[int]) -> list[int]:
         """The version counters of the parameters of some blocks.
@@ -306,9 +315,15 @@ class ForwardSnapshot:
         with self.prepared.alone(self._within), self._wanted.again(self._around), OneWay():
             yield
 
-    def going_back(self) -> AbstractContextManager[None]:
-        """Restore the settings and modes of the backward's caller, as autograd has them."""
-        return self._wanted.going_back_to(self._around)
+    def going_back(self, first: int, last: int) -> AbstractContextManager[None]:
+        """Restore what a backward finds under autograd: settings, modes, random state, buffers.
+
+        Args:
+            first: The first of the stages that it goes back through.
+            last: The last of them.
+        """
+        around = self._wanted.going_back_to(self._around)
+        return around if self._replay is None else self._replay.going_back(first, last, around)
 
     def again(self) -> AbstractContextManager[None]:
         """The context of stages that run again, with that of the user's `context_fn`."""
@@ -379,31 +394,14 @@ class ForwardSnapshot:
         Args:
             blocks: Indices of the blocks whose stages run again.
         """
-        outer = self._random_state() if self.prepared.chain.draws else None
-        self._replaying = True
+        random = self._random_state if self.prepared.chain.draws else None
+        replay = Replay(self.prepared, blocks, self._buffers, self._steady, random)
+        self._replay = replay
         try:
-            with ExitStack() as stack:
-                clones: dict[int, Tensor] = {}
-                for k in self._with_buffers_to_clone(blocks, clones):
-                    slots = self.prepared.slots[k]
-                    stack.enter_context(slots.buffers_replaced(clones, self._buffers[k]))
+            with replay.entered():
                 yield
         finally:
-            self._replaying = False
-            if outer is not None:
-                outer.restore()
-
-    def _with_buffers_to_clone(
-        self, blocks: Iterable[int], clones: dict[int, Tensor]
-    ) -> Iterator[int]:
-        """Clone the buffers of some blocks, and all hidden ones: snapshots are taken of those."""
-        replayed, hidden = set(blocks), self.prepared.hidden
-        chosen = replayed | hidden.blocks
-        for k in sorted(chosen):
-            for buffer, hides in zip(self._buffers[k], hidden.flags[k], strict=True):
-                if buffer is not None and (hides or k in replayed) and id(buffer) not in clones:
-                    clones[id(buffer)] = buffer.clone()
-            yield k
+            self._replay = None
 
     def begin_again(self) -> None:
         """Put random state and hidden buffers back to the start of the forward pass."""

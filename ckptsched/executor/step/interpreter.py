@@ -353,7 +353,7 @@ class Interpreter:
                 self._refuse_left(start, i)
             further = self.sides.gradients_of(tape.sides)
             lives = tape.watch()
-            with self.seen.going_back(), self._attributes_kept(start, i):
+            with self.seen.going_back(start, i), self._attributes_kept(start, i):
                 try:
                     sent = tape.backward(gradients, further)
                 except RuntimeError as error:  # freed, by who went back from what was left?
