@@ -11,7 +11,7 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from threading import get_ident
 from typing import Any, cast, final
@@ -194,6 +194,12 @@ class PlainForward(nn.Module):
         """
         object.__setattr__(self, "__dict__", vars(fitted.model))
         object.__setattr__(self, "_fitted", fitted)
+
+    @property
+    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
+        """The forward of before, with the names of its arguments."""
+        found: Callable[..., Any] = self._fitted.before
+        return found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of before."""

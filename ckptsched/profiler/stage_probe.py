@@ -384,7 +384,9 @@ class _Probe:
             what = "its input" if self.x.versions() != versions[0] else "what every stage is given"
             raise ProfileError(
                 f"stage {self.name!r} changes {what} in place, so it cannot be run again; use an "
-                "operation that is not in place, or make it one module with the stage before it"
+                "operation that is not in place, or make it one module with the stage before it; "
+                "a first stage that writes into the batch, as some augmentations do, must write "
+                "into a copy (x = x.clone()), or be switched off"
             )
         if drawn_elsewhere(self.x.leaves[0].device) != elsewhere:
             raise ProfileError(

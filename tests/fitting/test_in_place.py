@@ -300,6 +300,20 @@ class Counting(nn.Module):
         return y * float(y.detach().max() > 0)
 
 
+def test_one_stage_is_called_by_the_names_of_its_arguments() -> None:
+    torch.manual_seed(0)
+    plain = Counting()
+    model, batch = copy.deepcopy(plain), {"x": torch.randn(16, 4)}
+    with pytest.raises(cs.InfeasibleBudgetError, match=r"one stage.*cannot be taken apart"):
+        cs.fit(model, kwargs=batch, budget="50%")
+    cs.fit(model, kwargs=batch, budget="100%")
+    assert same(gradients(model, **batch), gradients(plain, **batch))
+    wrong = {"x": torch.randn(16, 3)}
+    with pytest.raises(cs.ProfileError, match="mat1 and mat2") as refused:
+        cs.fit(copy.deepcopy(plain), kwargs=wrong, budget="100%")
+    assert "needs a sample" not in str(refused.value)
+
+
 def test_a_model_that_cannot_be_recorded_is_one_stage_and_says_why() -> None:
     torch.manual_seed(0)
     plain = Counting()

@@ -126,7 +126,9 @@ def _widen(whole: dict[str, str], marked: Mapping[str, str]) -> None:
         if not path:
             raise ProfileError(
                 f"the model cannot be taken apart: {why}, and does so outside of any part that "
-                "could be one stage; move the lines that do it into a module of their own"
+                "could be one stage; move the lines that do it into a module of their own, or, as "
+                "of a loss that the model computes, out of its forward (a model that computes one "
+                "where it is given labels may be called without)"
             )
         whole[path] = why
 
