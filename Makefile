@@ -9,6 +9,8 @@ JOBS       ?= --numprocesses auto --maxprocesses 4
 BIN        := $(VENV)/bin
 USER_STAMP := $(VENV)/.ready-user
 DEV_STAMP  := $(VENV)/.ready-dev
+DOCS_STAMP := $(VENV)/.ready-docs
+SPHINX     := $(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --write-all --quiet
 SOURCES    := ckptsched models examples benchmarks tests tooling
 USER_EXTRAS := test,plot,examples
 # The models of tests/zoo ask for newer versions than the oldest.
@@ -16,7 +18,7 @@ TEST_EXTRAS := $(USER_EXTRAS),zoo
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo demo-small bench test test-fast test-oldest lint format types hooks ci clean distclean
+.PHONY: help setup setup-dev demo demo-small bench test test-fast test-oldest lint format types hooks docs docs-links ci clean distclean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*## /\t/' | expand -t 14
@@ -57,6 +59,12 @@ types: $(DEV_STAMP) ## Check types
 
 hooks: $(DEV_STAMP) ## Run lint and types before every commit
 	$(BIN)/pre-commit install
+
+docs: $(DOCS_STAMP) ## Build the site of these pages, in build/docs
+	$(SPHINX) -b html docs build/docs
+
+docs-links: $(DOCS_STAMP) ## Ask the net whether what the site links to is there
+	$(SPHINX) -b linkcheck docs build/docs-links
 
 ci: ## What guards the main branch: everything, from a fresh clone of the committed tree
 	.ci/run
@@ -100,6 +108,10 @@ $(USER_STAMP): pyproject.toml
 $(DEV_STAMP): pyproject.toml
 	$(call install,dev$(comma)zoo)
 	@touch $@ $(USER_STAMP)
+
+$(DOCS_STAMP): pyproject.toml
+	$(call install,docs)
+	@touch $@
 
 # The oldest versions, each with its newest bug fixes.
 $(VENV)/.ready-oldest: CONSTRAINTS = $(VENV)/oldest.txt

@@ -1,4 +1,4 @@
-"""What benchmarks found, as text: goals, tables, and their sections of `docs/measured.md`."""
+"""What benchmarks found, as text: goals, tables, and their pages in `docs/measured`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import final
 
 from ckptsched.base.text_table import Grid
 
-_DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "measured.md"
+_PAGES = Path(__file__).resolve().parents[1] / "docs" / "measured"
 
 
 @final
@@ -18,12 +18,12 @@ class Section:
 
     Args:
         name: Module of the benchmark, as the marks name it.
-        document: The file; `docs/measured.md` where none is given.
+        document: The file; the page of its name in `docs/measured` where none is given.
     """
 
-    def __init__(self, name: str, document: Path = _DOCUMENT) -> None:
+    def __init__(self, name: str, document: Path | None = None) -> None:
         self.name = name
-        self.document = document
+        self.document = document or _PAGES / f"{name.removeprefix('benchmarks.')}.md"
         self.start = f"<!-- written by {name} -->"
         self.end = f"<!-- end of what {name} writes -->"
 
@@ -57,9 +57,9 @@ class Goal:
 
 
 def to_markdown(grid: Grid) -> str:
-    """A table for `docs/measured.md`, below its title."""
+    """A table for a page of `docs/measured`, below its title."""
     headings = [heading.replace("\n", " ") for heading in grid.headings]
-    lines = [f"### {grid.title}", "", _markdown(headings), _markdown(["---"] * len(headings))]
+    lines = [f"## {grid.title}", "", _markdown(headings), _markdown(["---"] * len(headings))]
     return "\n".join([*lines, *(_markdown(row) for row in grid.rows)])
 
 

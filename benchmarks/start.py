@@ -162,7 +162,7 @@ def table() -> str:
 def main() -> None:
     """Print the table; write it to the document where that is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--document", action="store_true", help="also write docs/measured.md")
+    parser.add_argument("--document", action="store_true", help="also write docs/measured/start.md")
     options = parser.parse_args()
     found = table()
     print(found)

@@ -41,6 +41,9 @@ if TYPE_CHECKING:  # for type checkers; when it runs, `__getattr__` finds the sa
     from .executor.checkpointed import checkpointed as checkpointed
     from .executor.verify import Verification as Verification
     from .executor.verify import verify as verify
+    from .fitting.before_a_run.asking import will_it_fit as will_it_fit
+    from .fitting.before_a_run.devices import DeviceFigures as DeviceFigures
+    from .fitting.before_a_run.forecast import Forecast as Forecast
     from .fitting.compiler_backend import compiler_backend as compiler_backend
     from .fitting.explain_memory import MemoryExplanation as MemoryExplanation
     from .fitting.explain_memory import explain_memory as explain_memory
@@ -90,11 +93,13 @@ _HOMES = {
     "checkpointed": "executor.checkpointed",
     "CkptschedError": "base.errors",
     "compiler_backend": "fitting.compiler_backend",
+    "DeviceFigures": "fitting.before_a_run.devices",
     "ExecutionError": "base.errors",
     "explain_memory": "fitting.explain_memory",
     "Explanation": "planner.explanation",
     "fit": "fitting.fit",
     "format_bytes": "base.budget",
+    "Forecast": "fitting.before_a_run.forecast",
     "Graph": "workload.graph",
     "InfeasibleBudgetError": "base.errors",
     "InvalidScheduleError": "base.errors",
@@ -137,6 +142,7 @@ _HOMES = {
     "unfit": "fitting.fit",
     "Verification": "executor.verify",
     "verify": "executor.verify",
+    "will_it_fit": "fitting.before_a_run.asking",
     "WorkloadError": "base.errors",
 }
 # Each needs the library that it is for, and whoever looks at all names need not have it.

@@ -141,32 +141,10 @@ def test_schedules_in_the_documents_are_valid() -> None:
         gradient_bytes=1,
     )
     chain = Chain(stages=(stage,) * 3, input_bytes=1, input_gradient_bytes=1)
-    shown = re.findall(r"^    (F1 .*)$", read("docs/schedule-language.md"), re.MULTILINE)
+    shown = re.findall(r"^    (F1 .*)$", read("docs/concepts/schedule-language.md"), re.MULTILINE)
     traces = [simulate(chain, Schedule.from_text(text)) for text in shown]
     assert [trace.forwards for trace in traces] == [6, 5]
     assert traces[0].peak_bytes < traces[1].peak_bytes
-
-
-def python_in(name: str) -> str:
-    return "\n".join(re.findall(r"^```python\n(.*?)^```", read(name), re.MULTILINE | re.DOTALL))
-
-
-def test_the_code_of_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    exec(python_in("docs/start.md"), names)
-    assert names["result"].ok
-    assert (tmp_path / "tradeoff.png").exists()
-
-
-def test_the_code_of_the_readme_runs_as_it_is_printed() -> None:
-    names: dict = {}
-    exec(python_in("README.md"), names)
-    assert all(parameter.grad is not None for parameter in names["model"].parameters())
-    plan = ckptsched.plan_of(names["model"])
-    assert plan.peak_bytes <= plan.budget_bytes < plan.store_all_bytes
-    (said,) = re.findall(r"# storing everything takes (\d+) MiB", python_in("README.md"))
-    assert round(plan.store_all_bytes / 2**20) == int(said)
 
 
 def test_every_library_that_is_imported_is_declared() -> None:

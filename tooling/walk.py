@@ -12,8 +12,9 @@ the model itself, or a schedule. In the order in which these calls happen,
 - a *climb* is a step from a stay to one in a folder that comes before it in the order in which
   folders import each other: the object goes back to where it has been or should have been.
 
-Attributes, closures and objects that hold the object are not counted: to ask an inspection is no
-walk. Where a generator goes on it is not counted again.
+Attributes, closures and objects that hold the object are not counted, nor methods of its own: to
+ask an inspection, or the object itself, is no walk. Where a generator goes on it is not counted
+again.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Walk:
             return
         count = code.co_argcount + code.co_kwonlyargcount
         values = frame.f_locals
-        if any(self.is_it(values.get(name)) for name in code.co_varnames[:count]):
+        given = [self.is_it(values.get(name)) for name in code.co_varnames[:count]]
+        if any(given) and not (given[0] and code.co_varnames[0] == "self"):
             file = Path(code.co_filename).relative_to(_PACKAGE).as_posix()
             self.calls.append((file, code.co_qualname))
 

@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=["transformer", "resnet50"],
         help="networks that inductor compiles, which takes minutes each",
     )
-    parser.add_argument("--document", action="store_true", help="also write docs/measured.md")
+    parser.add_argument(
+        "--document", action="store_true", help="also write docs/measured/executor.md"
+    )
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--show", type=Path, nargs="+", help="read these files, measure nothing")
     args = parser.parse_args(argv)
@@ -117,7 +119,7 @@ def run(args: argparse.Namespace) -> Iterator[Report]:
 
 
 def text(data: dict[str, Any], reports: Sequence[Report], verdicts: Sequence[Goal]) -> str:
-    """The section of `docs/measured.md`."""
+    """The section of `docs/measured/executor.md`."""
     about = data["about"]
     parts = [
         f"{about['date']}, {about['cores']} cores ({about['device']}), one thread, Python "
@@ -128,7 +130,7 @@ def text(data: dict[str, Any], reports: Sequence[Report], verdicts: Sequence[Goa
     for report in reports:
         parts += [to_markdown(grid(report)), "\n".join(f"- {x}" for x in notes(report))]
     parts += [
-        "### Goals of the execution",
+        "## Goals of the execution",
         "\n".join(f"- {_VERDICTS[x.met]} {x.what}: {x.shown_by}" for x in verdicts),
     ]
     return "\n\n".join(parts)

@@ -1,7 +1,7 @@
 """`odeint` within byte budgets: bytes, gradients, evaluations, and time beside torchdiffeq.
 
     python -m benchmarks.odeint
-    python -m benchmarks.odeint --document            # also its section of docs/measured.md
+    python -m benchmarks.odeint --document            # also docs/measured/odeint.md
     python -m benchmarks.odeint --rounds 9 --out odeint.json
 
 One process, one thread, float64. Times are the least processor time of a training step (forward,
@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way that is timed")
     parser.add_argument("--steps", type=int, default=10_000, help="of the long solve")
-    parser.add_argument("--document", action="store_true", help="also write docs/measured.md")
+    parser.add_argument(
+        "--document", action="store_true", help="also write docs/measured/odeint.md"
+    )
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--show", type=Path, help="read this file, measure nothing")
     args = parser.parse_args(argv)
@@ -271,7 +273,7 @@ def goals(data: dict[str, Any]) -> list[Goal]:
 
 
 def text(data: dict[str, Any], verdicts: Sequence[Goal]) -> str:
-    """The section of `docs/measured.md`."""
+    """The section of `docs/measured/odeint.md`."""
     about = data["about"]
     return "\n\n".join(
         [
@@ -280,7 +282,7 @@ def text(data: dict[str, Any], verdicts: Sequence[Goal]) -> str:
             f"{about['load_at_start']:.1f} when it began, {about['load_at_end']:.1f} when it "
             f"ended; {about['seconds']:.0f} seconds of processor time.",
             *(to_markdown(grid) for grid in grids(data)),
-            "### Goals of `odeint`",
+            "## Goals of `odeint`",
             "\n".join(f"- {_VERDICTS[x.met]} {x.what}: {x.shown_by}" for x in verdicts),
         ]
     )

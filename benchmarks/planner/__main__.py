@@ -88,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--frontier", action="store_true", help="whole frontiers")
     parser.add_argument("--quick", action="store_true", help="short chains, few budgets, one run")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds a peer's run may take")
-    parser.add_argument("--document", action="store_true", help="also write docs/measured.md")
+    parser.add_argument(
+        "--document", action="store_true", help="also write docs/measured/planner.md"
+    )
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     args = parser.parse_args(argv)
     if not (args.uniform or args.seeded or args.frontier or args.instances is not None):
@@ -126,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def document(report: dict[str, Any], found: Findings, verdicts: Sequence[Goal]) -> None:
-    """Put the figures between the marks in `docs/measured.md`."""
+    """Put the figures between the marks in `docs/measured/planner.md`."""
     facts, compiled = report["about"], report["compile"]
     packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
     parts = [
@@ -137,7 +139,7 @@ def document(report: dict[str, Any], found: Findings, verdicts: Sequence[Goal]) 
         f"then on: {compiled['warm_seconds']:.2f} s.",
         *(["A quick run: short chains, few budgets, one run each."] if report["quick"] else []),
         *(to_markdown(grid) for grid in grids(found)),
-        "### Goals",
+        "## Goals",
         "\n".join(f"- {_VERDICTS[x.met]} {x.what}: {x.shown_by}" for x in verdicts),
     ]
     Section("benchmarks.planner").write("\n\n".join(parts))

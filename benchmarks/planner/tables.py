@@ -1,4 +1,4 @@
-"""The planner's benchmark as tables: for a terminal, and for `docs/measured.md`."""
+"""The planner's benchmark as tables: for a terminal, and for `docs/measured/planner.md`."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from . import progress
 from .progress import Listener
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PATIENCE_SECONDS = 1.0  # before a bar is shown
+LINE_SECONDS = 2.0, 10.0  # before the first line where there is no terminal, and between lines
+lines_where_piped = False
+"""Whether lines are written now and then where stderr is no terminal: the command line's choice."""
 
 
 @contextmanager
@@ -38,7 +41,7 @@ def progress_bar(
     stream = console.file if console else sys.stderr
     visible = stream.isatty() if shown is None else shown
     if not visible:
-        yield lambda what, share: None
+        yield _lines(stream) if lines_where_piped and shown is None else lambda what, share: None
         return
     state = random.getstate()
     from rich.console import Console  # when it is needed: it takes a while
@@ -68,6 +71,19 @@ def progress_bar(
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+def _lines(stream: IO[str]) -> Listener:
+    """Writes a line now and then, for who reads a log."""
+    due = time.perf_counter() + LINE_SECONDS[0]
+
+    def tell(what: str, share: float) -> None:
+        nonlocal due
+        if time.perf_counter() >= due:
+            due = time.perf_counter() + LINE_SECONDS[1]
+            print(f"{what}: {share:.0%}", file=stream, flush=True)
+
+    return tell
 
 
 @contextmanager

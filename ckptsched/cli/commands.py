@@ -1,4 +1,4 @@
-"""The commands: ckptsched profile, plan, largest, report, show, verify."""
+"""The commands: ckptsched profile, plan, largest, fit, report, show, verify, completion."""
 
 from __future__ import annotations
 
@@ -8,10 +8,21 @@ import sys
 from typing import TYPE_CHECKING, Any, final
 
 import click
+from click.shell_completion import get_completion_class
 
+from ..base import progress_bar
 from ..base.errors import CkptschedError
-from ..base.json_files import check_writable, printable
+from ..base.json_files import check_writable, printable, render_json
+from .answers import (
+    ALONE,
+    answer,
+    facts_of_chain,
+    facts_of_plan,
+    facts_of_verification,
+    json_option,
+)
 from .options import (
+    fit_options,
     is_file,
     model_options,
     plan_options,
@@ -24,6 +35,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..executor.verify import Verification
     from ..planner.plan import Plan
+    from ..planner.plan_words import Workload
     from ..planner.planner import PlanOptions
     from .targets import Inputs
 
@@ -62,6 +74,11 @@ class _Group(click.Group):
             raise _Failure(f"{error.strerror or error}{place}") from error
 
 
+def example(line: str) -> str:
+    """The end of a command's help: a line that runs."""
+    return f"\b\nExample:\n  {line}"
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(
     # The package imports its modules, never the other way round; it is there when this runs.
@@ -69,21 +86,33 @@ class _Group(click.Group):
     prog_name="ckptsched",
 )
 def main() -> None:
-    """Fit PyTorch training into a byte budget.
+    r"""Fit PyTorch training into a byte budget.
 
     A MODEL is module:callable, found from the current folder, such as
     models.resnet:ode_resnet18; a saved chain may stand in its place where nothing is run.
+
+    \b
+    Exit codes: 0  done
+                1  no: a step broke its budget or changed a gradient, nothing fits
+                2  what was asked cannot be done; one line on stderr says why
     """
+    progress_bar.lines_where_piped = True
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of stages may be in any script
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-@main.command("profile")
+@main.command(
+    "profile",
+    epilog=example("ckptsched profile models.mlp:deep_mlp --input 512x16 -o chain.json"),
+)
 @click.argument("model")
 @model_options
 @click.option("--fake", is_flag=True, help=_FAKE_HELP)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Save the chain here.")
-def profile_command(model: str, inputs: Inputs, fake: bool, output: str | None) -> None:
+@json_option
+def profile_command(
+    model: str, inputs: Inputs, fake: bool, output: str | None, data: str | None
+) -> None:
     """Measure seconds and bytes of every stage of a MODEL."""
     from ..planner.planner import plan_one
     from ..report.report import make_console, print_chain
@@ -93,12 +122,17 @@ def profile_command(model: str, inputs: Inputs, fake: bool, output: str | None) 
     chain = profile_target(model, target, fake=fake)
     if output is not None:
         chain.save(output)
-    print_chain(chain, make_console(), plan_one(chain, "100%"))
-    if output is not None:
-        click.echo(f"\nchain written to {output}")
+    stored = plan_one(chain, "100%")
+
+    def say() -> None:
+        print_chain(chain, make_console(), stored)
+        if output is not None:
+            click.echo(f"\nchain written to {output}")
+
+    answer(say, lambda: facts_of_chain(chain, stored), data)
 
 
-@main.command("plan")
+@main.command("plan", epilog=example("ckptsched plan chain.json --budget 60% -o plan.json"))
 @click.argument("model", metavar="MODEL|CHAIN")
 @model_options
 @plan_options
@@ -106,6 +140,7 @@ def profile_command(model: str, inputs: Inputs, fake: bool, output: str | None) 
 @click.option("--overhead", help=f"Instead of a budget: find the least. {_OVERHEAD_HELP}")
 @click.option("--fake", is_flag=True, help=_FAKE_HELP)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Save the plan here.")
+@json_option
 def plan_command(
     model: str,
     inputs: Inputs,
@@ -114,6 +149,7 @@ def plan_command(
     fake: bool,
     options: PlanOptions,
     output: str | None,
+    data: str | None,
 ) -> None:
     """Find the schedule that takes least time within a budget.
 
@@ -133,12 +169,16 @@ def plan_command(
         plan = least_budget(chain, overhead=overhead or "", **options)
     if output is not None:
         plan.save(output)
-    click.echo(str(plan))
-    if output is not None:
-        click.echo(f"\nplan written to {output}")
+    answer(lambda: _say(plan, output), lambda: facts_of_plan(plan), data)
 
 
-@main.command("largest")
+def _say(found: object, plan_file: str | None) -> None:
+    click.echo(str(found))
+    if plan_file is not None:
+        click.echo(f"\nplan written to {plan_file}")
+
+
+@main.command("largest", epilog=example("ckptsched largest chain.json --budget 64MiB"))
 @click.argument("model", metavar="MODEL|CHAIN")
 @model_options
 @plan_options
@@ -148,6 +188,7 @@ def plan_command(
 @click.option("--most", type=click.IntRange(min=1), help=_MOST_HELP)
 @click.option("--fake", is_flag=True, help=_FAKE_HELP)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Save the plan here.")
+@json_option
 def largest_command(
     model: str,
     inputs: Inputs,
@@ -158,6 +199,7 @@ def largest_command(
     fake: bool,
     options: PlanOptions,
     output: str | None,
+    data: str | None,
 ) -> None:
     """Find the largest batch that can be trained in a budget, or the most steps.
 
@@ -185,12 +227,43 @@ def largest_command(
         found = largest_batch(target.model, make, fake=fake, **asked)
     if output is not None:
         found.plan.save(output)
-    click.echo(str(found))
-    if output is not None:
-        click.echo(f"\nplan written to {output}")
+
+    def facts() -> dict[str, Any]:
+        plan = facts_of_plan(found.plan)
+        return {"size": found.size, "why_no_more": found.why_no_more, "plan": plan}
+
+    answer(lambda: _say(found, output), facts, data)
 
 
-@main.command("report")
+@main.command("fit", epilog=example("ckptsched fit models.mlp:deep_mlp --input 512x16 --device T4"))
+@click.argument("model")
+@plan_options
+@fit_options
+@json_option
+def fit_command(
+    model: str,
+    texts: tuple[str, ...],
+    arguments: Any,
+    data: str | None,
+    asked: dict[str, Any],
+) -> None:
+    """Tell whether training a MODEL fits a device, from shapes alone: nothing is run.
+
+    The exit code is 1 where it does not fit, with no plan either.
+    """
+    from ..fitting.before_a_run.asking import will_it_fit
+    from .targets import inputs_without_data, load_without_data
+
+    taken, named = inputs_without_data(texts)
+    found = will_it_fit(load_without_data(model, arguments), *taken, kwargs=named, **asked)
+    answer(lambda: click.echo(str(found)), found.to_json, data)
+    if not found.fits_with_plan:
+        raise SystemExit(1)
+
+
+@main.command(
+    "report", epilog=example("ckptsched report chain.json --budgets 6 --html tradeoff.html")
+)
 @click.argument("model", metavar="MODEL|CHAIN")
 @model_options
 @plan_options
@@ -208,7 +281,7 @@ def largest_command(
 @click.option("--measure", is_flag=True, help="Run a training step under every plan.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, help=_ROUNDS_HELP)
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the trade-off here.")
-@click.option("--json", "data", type=click.Path(dir_okay=False), help="Save the trade-off here.")
+@json_option
 @click.option("--html", "page", type=click.Path(dir_okay=False), help=_HTML_HELP)
 @click.pass_context
 def report_command(
@@ -229,15 +302,18 @@ def report_command(
 
     With --measure the exit code is 1 where a step broke its budget or changed a gradient.
     """
-    from ..report.report import Outputs, report
+    from ..report.report import Outputs, make_console, report
 
-    outputs = Outputs(plot=plot, json=data, html=page)
+    outputs = Outputs(plot=plot, json=None if data == ALONE else data, html=page)
+    console = make_console(silent=data == ALONE)
     outputs.check()  # before the model is measured, which takes a while
     if fake and measure:
         raise click.UsageError("--fake runs nothing, --measure runs every plan: give one of them")
     if not measure:
         chain = read_or_profile(model, inputs, fake=fake)
-        report(chain, budgets, also=budget, outputs=outputs, **options)
+        found = report(chain, budgets, also=budget, outputs=outputs, console=console, **options)
+        if data == ALONE:
+            click.echo(render_json(found.to_json()))
         return
     from ..executor.verify import verify as run_verify
 
@@ -247,17 +323,22 @@ def report_command(
         return run_verify(target.model, plan, target.sample, rounds=rounds)
 
     chain = profile_target(model, target)
-    found = report(chain, budgets, also=budget, measure=run, outputs=outputs, **options)
+    found = report(
+        *(chain, budgets), also=budget, measure=run, outputs=outputs, console=console, **options
+    )
+    if data == ALONE:
+        click.echo(render_json(found.to_json()))
     if any(row.measured is not None and not row.measured.ok for row in found.rows):
         ctx.exit(1)
 
 
-@main.command("show")
+@main.command("show", epilog=example("ckptsched show plan.json --explain"))
 @click.argument("file", metavar="CHAIN|GRAPH|PLAN")
 @click.option("--timeline", "picture", is_flag=True, help="Draw the bytes over the operations.")
 @click.option("--operations", is_flag=True, help="Print the schedule.")
 @click.option("--explain", is_flag=True, help="Say why: what binds, what other budgets would buy.")
 @click.option("--html", "page", type=click.Path(dir_okay=False), help=_HTML_HELP)
+@json_option
 @plan_options
 def show_command(
     file: str,
@@ -265,23 +346,47 @@ def show_command(
     operations: bool,
     explain: bool,
     page: str | None,
+    data: str | None,
     options: PlanOptions,
 ) -> None:
     """Print what a saved chain, graph or plan holds; of a chain, the plan that stores all."""
-    from ..planner.explanation import explain_plan
     from ..planner.plan import Plan
     from ..planner.planner import plan_one
-    from ..report.report import make_console, print_chain, timeline
-    from ..workload.graph import Graph
 
     check_writable(page)
     found = read_file(file)
-    if isinstance(found, Plan):
-        plan = found
+    plan = found if isinstance(found, Plan) else plan_one(found, "100%", **options)
+
+    def facts() -> dict[str, Any]:
+        return facts_of_plan(plan) if isinstance(found, Plan) else facts_of_chain(found, plan)
+
+    def say() -> None:
+        _show(found, plan, picture=picture, operations=operations, explain=explain, options=options)
+
+    answer(say, facts, data)
+    if page is not None:
+        plan.to_html(page)
+        if data != ALONE:
+            click.echo(f"\npage written to {page}")
+
+
+def _show(
+    found: Workload | Plan,
+    plan: Plan,
+    *,
+    picture: bool,
+    operations: bool,
+    explain: bool,
+    options: PlanOptions,
+) -> None:
+    from ..planner.explanation import explain_plan
+    from ..report.report import make_console, print_chain, timeline
+    from ..workload.graph import Graph
+
+    if found is plan:
         click.echo(str(plan))
     else:
-        plan = plan_one(found, "100%", **options)
-        print_chain(found, make_console(), plan)
+        print_chain(plan.chain, make_console(), plan)
     if explain:
         click.echo("\n" + str(explain_plan(plan, **options)))
     if picture:
@@ -291,17 +396,18 @@ def show_command(
     if operations:
         named = plan.chain.schedule_text if isinstance(plan.chain, Graph) else None
         click.echo("\n" + (named(plan.schedule) if named else plan.schedule.to_text()))
-    if page is not None:
-        plan.to_html(page)
-        click.echo(f"\npage written to {page}")
 
 
-@main.command("verify")
+@main.command(
+    "verify",
+    epilog=example("ckptsched verify models.mlp:deep_mlp --input 512x16 --budget 70%"),
+)
 @click.argument("model")
 @click.argument("plan_file", metavar="[PLAN]", required=False)
 @model_options
 @click.option("--budget", help=f"Plan for this budget, where no PLAN is given. {_BUDGET_HELP}")
 @click.option("--rounds", type=click.IntRange(min=0), default=3, help=_ROUNDS_HELP)
+@json_option
 @click.pass_context
 def verify_command(
     ctx: click.Context,
@@ -310,6 +416,7 @@ def verify_command(
     inputs: Inputs,
     budget: str | None,
     rounds: int,
+    data: str | None,
 ) -> None:
     """Run a training step of a MODEL under a plan; exit code 1 if it does not hold."""
     from ..executor.verify import verify as run_verify
@@ -324,6 +431,15 @@ def verify_command(
     else:
         plan = Plan.load(plan_file or "", certify=False)
     result = run_verify(target.model, plan, target.sample, rounds=rounds)
-    click.echo(str(result))
+    answer(lambda: click.echo(str(result)), lambda: facts_of_verification(result), data)
     if not result.ok:
         ctx.exit(1)
+
+
+@main.command("completion", epilog=example('eval "$(ckptsched completion bash)"'))
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion_command(shell: str) -> None:
+    """Print what completes commands and options in a shell; its start-up file may run it."""
+    kind = get_completion_class(shell)
+    assert kind is not None  # the choices are click's own
+    click.echo(kind(main, {}, "ckptsched", "_CKPTSCHED_COMPLETE").source())

@@ -62,6 +62,55 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
     return with_inputs
 
 
+def fit_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of `fit`, as the arguments of `will_it_fit`, and how the model is made."""
+
+    @click.option(
+        "--input",
+        "texts",
+        metavar="[NAME=][DTYPE:]SHAPE",
+        multiple=True,
+        help="An argument of the call, such as input_ids=int64:8x2048; may be given several times.",
+    )
+    @click.option("--device", help="A device by name, such as H100: memory, kernels and rates.")
+    @click.option("--device-memory", help="What may be used of it, such as 80GiB.")
+    @click.option("--optimizer", default="adamw", show_default=True, help="Whose state is kept.")
+    @click.option("--dtype", help="What model and inputs are turned to, such as bf16.")
+    @click.option("--master-weights", is_flag=True, help="The optimizer has them in float32.")
+    @click.option("--devices", type=int, default=1, show_default=True, help="How many share.")
+    @click.option(
+        "--shard", default="none", show_default=True, help="none, optimizer, grads or full."
+    )
+    @click.option(
+        "--largest",
+        multiple=True,
+        help='"batch" or "sequence": search the largest that fits; may be given twice.',
+    )
+    @click.option(
+        "--arg",
+        "arguments",
+        metavar="KEY=VALUE",
+        multiple=True,
+        callback=_argument,
+        help="Argument of the callable, such as steps=8; may be given several times.",
+    )
+    @functools.wraps(command)
+    def with_options(
+        *,
+        model: str,
+        texts: tuple[str, ...],
+        arguments: dict[str, Any],
+        data: str | None,
+        options: PlanOptions,
+        **asked: Any,
+    ) -> None:
+        command(
+            model=model, texts=texts, arguments=arguments, data=data, asked={**asked, **options}
+        )
+
+    return with_options
+
+
 def plan_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that say how to plan, as `PlanOptions`."""
 

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, final
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _SHAPE = re.compile(r"\d+(x\d+)*")
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64")
+_WHOLE = ("int32", "bool")  # besides, for inputs without data
 _SEED = 0
 
 
@@ -128,14 +129,9 @@ def sample_input(shape: str, dtype: str = "float32", device: str = "cpu") -> tor
     """
     import torch
 
-    if not _SHAPE.fullmatch(shape) or "0" in shape.split("x"):
-        raise ProfileError(
-            f"the input {shape!r} is not a shape: give sizes of 1 or more joined by x, the "
-            "batch first, such as 8x3x32x32"
-        )
+    sizes = _sizes_of(shape)
     if dtype not in _DTYPES:
         raise ProfileError(f"the dtype {dtype!r} is unknown; give one of {', '.join(_DTYPES)}")
-    sizes = [int(size) for size in shape.split("x")]
     kind: torch.dtype = getattr(torch, dtype)
     generator = torch.Generator().manual_seed(_SEED)
     try:
@@ -145,6 +141,82 @@ def sample_input(shape: str, dtype: str = "float32", device: str = "cpu") -> tor
     except (RuntimeError, AssertionError) as error:
         line = str(error).splitlines()[0]
         raise ProfileError(f"no input of {shape} on {device!r}: {line}") from error
+
+
+def load_without_data(target: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Make a model whose tensors lie on the meta device, or one with data where it needs that.
+
+    Args:
+        target: See `load_model`.
+        arguments: Keyword arguments of the callable.
+
+    Raises:
+        ProfileError: It can be made neither way.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return load_model(target, arguments)
+    except ProfileError:  # such as one that reads a number of a tensor while it is made
+        return load_model(target, arguments)
+
+
+def inputs_without_data(texts: Sequence[str]) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+    """The arguments of a call, by position and by name, on the meta device where they are floating.
+
+    Whole numbers are ones, which a model may look at: a mask of ones leaves nothing out.
+
+    Args:
+        texts: Each `[NAME=][DTYPE:]SHAPE`, such as "input_ids=int64:8x2048" or "8x3x32x32".
+
+    Raises:
+        ProfileError: None is given, or one cannot be read, or a name comes twice.
+    """
+    taken: list[torch.Tensor] = []
+    named: dict[str, torch.Tensor] = {}
+    for text in texts:
+        name, separator, rest = text.rpartition("=")
+        dtype, _, shape = rest.rpartition(":")
+        if separator and (not name.isidentifier() or name in named):
+            again = "comes twice" if name in named else "is no name of an argument"
+            raise ProfileError(
+                f"the input {text!r}: {name!r} {again}; give each once, such as "
+                "input_ids=int64:8x2048"
+            )
+        tensor = _without_data(shape, dtype or "float32")
+        if separator:
+            named[name] = tensor
+        else:
+            taken.append(tensor)
+    if not texts:
+        raise ProfileError(
+            "a model needs inputs: give their shapes, the batch first, such as --input 8x3x32x32 "
+            "or --input input_ids=int64:8x2048"
+        )
+    return tuple(taken), named
+
+
+def _without_data(shape: str, dtype: str) -> torch.Tensor:
+    import torch
+
+    sizes = _sizes_of(shape)
+    if dtype not in (*_DTYPES, *_WHOLE):
+        known = ", ".join((*_DTYPES, *_WHOLE))
+        raise ProfileError(f"the dtype {dtype!r} is unknown; give one of {known}")
+    kind: torch.dtype = getattr(torch, dtype)
+    if kind.is_floating_point:
+        return torch.empty(sizes, dtype=kind, device="meta")
+    return torch.ones(sizes, dtype=kind)
+
+
+def _sizes_of(shape: str) -> list[int]:
+    if not _SHAPE.fullmatch(shape) or "0" in shape.split("x"):
+        raise ProfileError(
+            f"the input {shape!r} is not a shape: give sizes of 1 or more joined by x, the "
+            "batch first, such as 8x3x32x32"
+        )
+    return [int(size) for size in shape.split("x")]
 
 
 def move(model: nn.Module, device: str) -> nn.Module:

@@ -86,14 +86,9 @@ class PreparedPlan:
         common = frozenset([0] if self.signature.inputs else ())
         self.script = Script.of(plan, lambda i: trained[i - 1] | common)
         _check_tapes(self.script, self.stages)
-        self.compared = (
-            bytes([1]) * len(self.stages)
-            if check == "outputs"
-            else _to_glance_at(self.stages, self.script.repeated)
-        )
+        self.compared = _compared(self.stages, self.script, check)
         """For each stage whether its outputs are compared when it runs again."""
-        pairs = enumerate(zip(trained, self.facts.own_leaves, strict=True), 1)
-        self.first_trained = next((i for i, pair in pairs if any(pair)), len(self.stages) + 1)
+        self.first_trained = _first_trained(trained, self.facts.own_leaves)
         """The first stage with trained parameters, or whose output carries a gradient without any;
         one more than there are stages if there is none."""
         # -- what stages keep for themselves
@@ -105,9 +100,7 @@ class PreparedPlan:
         self.replays = self.chain.draws or bool(self.hidden)
         """Whether a run that does not simply go on begins with something put back."""
         # -- what steps learn
-        bounds = (stage.ledger and stage.ledger.bounds for stage in self.chain.stages)
-        # Without a count of nodes nothing tells whether tapes are alike.
-        self.varies = bytes([nodes_made is None or bool(b and b.varies) for b in bounds])
+        self.varies = _varying(self.chain)
         """For each stage whether the tape of each of its runs is looked at."""
         self.expected = Expected(self.signature, plan.peak_bytes)
         self.usage = Usage(self.stages, self.facts.carries[:-1])
@@ -313,6 +306,17 @@ def _trained_by_stage(stages: Sequence[StageCall]) -> list[frozenset[int]]:
     return [known[id(stage.module)] for stage in stages]
 
 
+def _first_trained(trained: Sequence[frozenset[int]], own_leaves: Sequence[int]) -> int:
+    pairs = enumerate(zip(trained, own_leaves, strict=True), 1)
+    return next((i for i, pair in pairs if any(pair)), len(trained) + 1)
+
+
+def _varying(chain: Chain) -> bytes:
+    bounds = (stage.ledger and stage.ledger.bounds for stage in chain.stages)
+    # Without a count of nodes nothing tells whether tapes are alike.
+    return bytes([nodes_made is None or bool(b and b.varies) for b in bounds])
+
+
 def _buffers_by_stage(stages: Sequence[StageCall]) -> list[Slots | None]:
     """For each stage its places for buffers; stages of one module share them."""
     known: dict[int, Slots | None] = {}
@@ -323,15 +327,17 @@ def _buffers_by_stage(stages: Sequence[StageCall]) -> list[Slots | None]:
     return [known[id(stage.module)] for stage in stages]
 
 
-def _to_glance_at(stages: Sequence[StageCall], repeated: Sequence[int]) -> bytes:
+def _compared(stages: Sequence[StageCall], script: Script, check: Check) -> bytes:
     """For each stage whether to look if it gives the same when it runs again.
 
-    Of the stages of one module, such as the steps of an ODE, the first and the last that run
-    again are enough: what changes one changes all, as a rule.
+    Where not all are asked for, the first and the last that run again are enough of the stages of
+    one module, such as the steps of an ODE: what changes one changes all, as a rule.
     """
+    if check == "outputs":
+        return bytes([1]) * len(stages)
     chosen = bytearray(len(stages))
     latest: dict[int, int] = {}
-    for i in repeated:
+    for i in script.repeated:
         module = id(stages[i - 1].module)
         chosen[i - 1] = module not in latest
         latest[module] = i - 1

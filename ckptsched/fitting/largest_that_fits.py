@@ -198,7 +198,7 @@ def largest(
     """
     fits = _fits_for(budget, overhead, options)
     with bar_of_solvers(progress):
-        return _search(lambda size: fits(chain_at(size)), min(max(guess, 1), most), most)
+        return search_sizes(lambda size: fits(chain_at(size)), min(max(guess, 1), most), most)
 
 
 def largest_batch(
@@ -246,7 +246,7 @@ def largest_batch(
     with bar_of_solvers(progress):
         if make is None:
             start = min(batch_of(workload), most)
-            return _search(lambda batch: fits(with_batch(workload, batch)), start, most)
+            return search_sizes(lambda batch: fits(with_batch(workload, batch)), start, most)
         sample_of, known = make, dict[int, Chain]()
 
         def chain_at(batch: int) -> Chain:
@@ -257,7 +257,7 @@ def largest_batch(
             return known[batch]
 
         guess = _guess_by_lines(chain_at, fits, most)
-        return _search(lambda batch: fits(chain_at(batch)), guess, most)
+        return search_sizes(lambda batch: fits(chain_at(batch)), guess, most)
 
 
 def largest_steps(
@@ -317,7 +317,7 @@ def _first_steps(chain: Chain, most: int, overhead: float | str | None) -> int:
 
 
 def _guess_by_lines(
-    chain_at: Callable[[int], Chain], fits: Callable[[Chain], _Fit], most: int
+    chain_at: Callable[[int], Chain], fits: Callable[[Chain], Fit], most: int
 ) -> int:
     """Where the largest size should be, by the line through small sizes, then through a guess.
 
@@ -329,7 +329,7 @@ def _guess_by_lines(
             return min(a, b, most)
         line = Line(a, chain_at(a), b, chain_at(b))
         try:
-            guess = _search(_composed(fits, line), b, most).size
+            guess = search_sizes(_composed(fits, line), b, most).size
         except CkptschedError:  # not even one fits, by this guess; or the chains are not alike
             return a
         if guess in (a, b):
@@ -338,16 +338,16 @@ def _guess_by_lines(
     return guess
 
 
-def _composed(fits: Callable[[Chain], _Fit], line: Line) -> Callable[[int], _Fit]:
+def _composed(fits: Callable[[Chain], Fit], line: Line) -> Callable[[int], Fit]:
     return lambda size: fits(line(size))
 
 
-_Fit: TypeAlias = Plan | InfeasibleBudgetError | WorkloadError
+Fit: TypeAlias = Plan | InfeasibleBudgetError | WorkloadError
 
 
 def _fits_for(
     budget: int | float | str | Budget, overhead: float | str | None, options: PlanOptions
-) -> Callable[[Chain], _Fit]:
+) -> Callable[[Chain], Fit]:
     """Plans a chain for the budget; gives why not where it takes too much."""
     parsed = parse_budget(budget)
     if parsed.bytes is None:
@@ -359,7 +359,7 @@ def _fits_for(
     # What a device has free is read once.
     asked = parsed if is_of_device(budget) else budget
 
-    def fits(chain: Chain) -> _Fit:
+    def fits(chain: Chain) -> Fit:
         [result] = plan_each(chain, [asked], **options)
         if isinstance(result, Plan) and result.overhead > share + 1e-12:
             return WorkloadError(
@@ -371,8 +371,17 @@ def _fits_for(
     return fits
 
 
-def _search(fit: Callable[[int], _Fit], guess: int, most: int) -> Largest:
-    """The largest size that fits where the next does not, from a guess on."""
+def search_sizes(fit: Callable[[int], Fit], guess: int, most: int) -> Largest:
+    """The largest size that fits where the next does not, from a guess on.
+
+    Args:
+        fit: Plans a size; gives why not where it does not fit.
+        guess: A size near the answer.
+        most: No larger size is tried.
+
+    Raises:
+        CkptschedError: Not even size 1 fits.
+    """
     fitting: dict[int, Plan] = {}
     why = {most + 1: f"no more than {most} was tried (most={most})"}
 

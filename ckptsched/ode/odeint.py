@@ -111,7 +111,7 @@ def odeint(
         adjoint_params: As `params`, by torchdiffeq's name.
 
     Returns:
-        y at all times, of shape (len(t), *y0.shape); a tuple of such where y0 is a tuple.
+        y at all times, of shape `(len(t), *y0.shape)`; a tuple of such where y0 is a tuple.
 
     Raises:
         WorkloadError: Arguments that make no sense; the message says which.

@@ -35,7 +35,6 @@ from .alike.twins import Alike
 from .chain_builder import assemble
 from .measured_bytes.lean_tapes import weigh_leanly
 from .measured_bytes.stage_memory import bytes_left_for_good, go_back, weigh, weigh_loss
-from .meta_estimate import estimate
 from .refusals import call_of, refuse_unmeasurable
 from .stage_kind import Loss, LossWeight, StageKind
 from .stage_paths import Variations
@@ -47,6 +46,8 @@ from .survey import (
     survey_backward,
     survey_model,
 )
+from .without_data.estimate import estimate, without_data
+from .without_data.work import NOMINAL, Rates
 
 _MOST_SAID = 3  # parts that are called whole, in a message
 
@@ -145,8 +146,8 @@ def profile(
         progress: Whether to show a progress bar on stderr where measuring takes more than a
             second; None shows it if stderr is a terminal.
         fake: Whether to estimate instead: nothing is run on data, seconds are guesses, and what
-            operations need while they run is left out (see `meta_estimate.estimate`). The chain is
-            for planning; `checkpointed` refuses its plans. The model is not recorded.
+            operations need for themselves while they run is left out (see `without_data.estimate`).
+            The chain is for planning; `checkpointed` refuses its plans.
         capture: None to record a model that would be one stage, and to leave it one stage where it
             cannot be recorded (`chain.signature.whole` says why); True to record in any case,
             False not to.
@@ -154,7 +155,7 @@ def profile(
         always_recompute: Calls that lean tapes may make again whatever they cost, see `captured`.
 
     Returns:
-        The chain, with a ledger of exact bytes (none if fake), and the input's bytes reserved.
+        The chain, with a ledger of exact bytes, and the input's bytes reserved.
 
     Raises:
         ProfileError: A stage that cannot be measured, or not be run again with the same
@@ -162,12 +163,80 @@ def profile(
     """
     policy = Policy.of(never_recompute, always_recompute)
     inspection = inspect_model(model, "profile", ProfileError)
-    if fake and policy:
-        raise ProfileError(f"{policy} is for recorded models, and fake=True records none")
     if fake:
-        return measure(inspection, sample, kwargs, loss, meter, progress=progress, fake=True)
+        return estimated(inspection, sample, kwargs, loss, capture=capture, policy=policy)[0]
     opened = open_for_measuring(inspection, sample, kwargs, loss, capture, policy)
     return measure_opened(opened, inspection, sample, kwargs, loss, meter, progress=progress)
+
+
+def estimated(
+    inspection: Inspection,
+    sample: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    loss: Loss | None = None,
+    *,
+    capture: bool | None = None,
+    policy: Policy = NO_POLICY,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    rates: Rates = NOMINAL,
+    anywhere: bool = False,
+) -> tuple[Chain, str]:
+    """Estimate a model on tensors without data; it is recorded where `profile` would.
+
+    Args:
+        inspection: The model.
+        sample: What it is called with.
+        kwargs: The same by name.
+        loss: From the output to a scalar.
+        capture: Whether to record the model, see `profile`.
+        policy: What calls are never or always made again.
+        device: Whose kernels are meant; None for where the sample lies.
+        dtype: Of all that is of floating point; None for what it is.
+        rates: How fast it is.
+        anywhere: Whether one of model and sample may have data and the other none.
+
+    Returns:
+        The chain; and what of the model is one stage though it could be several, and why.
+
+    Raises:
+        ProfileError: See `profile`.
+    """
+    _refuse_loss(loss)
+    take_out_what_was_left()
+    inputs = State.of((sample, dict(kwargs or {})), opaque=True)
+    if not inputs.leaves:  # says what is missing
+        call_of(inspection, sample, kwargs or {})
+    seen = _beside(inspection, inputs) if anywhere else inputs
+    refuse_unmeasurable(inspection, seen, NO_EXTRAS.apart(), fake=True)
+    with without_data(inspection, sample, kwargs or {}, device, dtype) as there:
+        opened = open_for_measuring(
+            *(there.inspection, there.sample, there.kwargs, loss, capture, policy), fake=True
+        )
+        captured, found = opened.captured, there.inspection
+        if captured is None:
+            taken, given = call_of(found, there.sample, there.kwargs)
+            ending = loss or default_loss
+        else:
+            state = State.of((there.sample, dict(there.kwargs)), opaque=True)
+            tensors = captured.recording.tensors(captured.model, state)
+            ending, found = loss_of_tensors(captured, loss), Inspection.of(captured)
+            taken, given = call_of(found, (tensors,), {})
+        with _said_why_whole(opened.whole):
+            chain = estimate(found, taken, given, ending, there.device, rates)
+        return chain, printable(opened.whole) or _of_recording(found).get("whole", "")
+
+
+def _beside(inspection: Inspection, inputs: State) -> State:
+    """The inputs as if they lay where the model does, where one of them has no data."""
+    homes = {tensor.device for _, _, tensor in inspection.named_tensors()}
+    if len(homes) != 1:
+        return inputs
+    [home] = homes
+    return inputs.replaced(
+        torch.empty_like(leaf, device=home) if (leaf.is_meta or home.type == "meta") else leaf
+        for leaf in inputs.leaves
+    )
 
 
 def _refuse_loss(loss: Loss | None) -> None:
@@ -185,6 +254,8 @@ def open_for_measuring(
     loss: Loss | None,
     capture: bool | None,
     policy: Policy = NO_POLICY,
+    *,
+    fake: bool = False,
 ) -> Opened:
     """Record a model that is not a chain, after a look whether it can be measured at all.
 
@@ -198,7 +269,7 @@ def open_for_measuring(
     inputs = State.of((sample, dict(kwargs or {})), opaque=True)
     if not inputs.leaves:
         return Opened(None)  # what measures it says what is missing
-    refuse_unmeasurable(inspection, inputs, NO_EXTRAS.apart(), fake=False)
+    refuse_unmeasurable(inspection, inputs, NO_EXTRAS.apart(), fake=fake)
     return open_model(inspection, inputs, must=bool(capture), policy=policy)
 
 
@@ -255,7 +326,6 @@ def measure(
     meter: Meter | None = None,
     *,
     progress: bool | None = None,
-    fake: bool = False,
     like: Chain | None = None,
     alike: Alike | None = None,
 ) -> Chain:
@@ -268,17 +338,13 @@ def measure(
         loss: From the output to a scalar.
         meter: What counts bytes.
         progress: Whether to show a progress bar.
-        fake: Whether to estimate instead.
         like: A chain of as many stages whose seconds are taken; bytes alone are measured then.
         alike: What was found out about stages of other chains, and takes what is found out here.
     """
     _refuse_loss(loss)
     take_out_what_was_left()
     inputs, given = call_of(inspection, sample, kwargs or {})
-    refuse_unmeasurable(inspection, inputs, given, fake=fake)
-    if fake:
-        with Recomputing():
-            return estimate(inspection, inputs, given, loss or default_loss)
+    refuse_unmeasurable(inspection, inputs, given, fake=False)
     meter = meter or default_meter(inputs.leaves[0].device, own_thread=True)
     return _measured(inspection, inputs, given, loss, meter, alike or Alike(), progress, like)
 

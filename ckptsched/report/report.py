@@ -116,8 +116,10 @@ def _say_skipped(error: InfeasibleBudgetError) -> None:
     make_console(stderr=True).print(Text(text), soft_wrap=True)
 
 
-def make_console(*, stderr: bool = False) -> Console:
-    """A console that folds nothing where its output is no terminal."""
+def make_console(*, stderr: bool = False, silent: bool = False) -> Console:
+    """A console that folds nothing where its output is no terminal; a silent one prints nothing."""
+    if silent:
+        return Console(quiet=True)
     console = Console(stderr=stderr, highlight=False)
     return (
         console

@@ -2,7 +2,7 @@
 
 A node is a stage that reads one or more states and makes one. The rules of schedules are those
 of the chain, with "the state before" read as "every state that the node reads"
-(`docs/graphs.md`).
+(`docs/concepts/graphs.md`).
 """
 
 from __future__ import annotations

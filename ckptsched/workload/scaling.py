@@ -10,7 +10,7 @@ from typing import Any, final
 
 from ..base.errors import WorkloadError
 from .chain import Chain
-from .stage import LEDGER_SIZES, TAPE_SIZES, Block, Stage, StageLedger, TapeOption
+from .stage import LEDGER_SIZES, TAPE_SIZES, Block, Stage, StageLedger, StageParts, TapeOption
 
 _FEWEST_STEPS = 3  # a first, a last, and one between that is copied
 _SIZES = ("state_bytes", "gradient_bytes", *TAPE_SIZES)
@@ -52,7 +52,8 @@ class _Law:
     def chain(self, stages: Iterable[Stage], *made: Chain) -> Chain:
         """A chain of the stages, with what else it has."""
         figures = self._figures(made, _CHAIN_SIZES, ("loss_seconds",))
-        return replace(made[0], stages=tuple(stages), signature=None, layouts=(), **figures)
+        found = replace(made[0], values=(), signature=None, layouts=())
+        return replace(found, stages=tuple(stages), **figures)
 
     def stage(self, *made: Stage, sizes: Sequence[str]) -> Stage:
         """A stage without exact bytes, whose other sizes are those of the first."""
@@ -185,5 +186,19 @@ def _ledger_between(
     figures: dict[str, Any] = {n: count(getattr(a, n), getattr(b, n)) for n in LEDGER_SIZES}
     peaks = zip(a.backward_peak_bytes, b.backward_peak_bytes, strict=True)
     figures["backward_peak_bytes"] = tuple(count(x, y) for x, y in peaks)
-    ends = replace(a, **figures), replace(b, **figures)
+    if a.parts is not None and b.parts is not None:
+        figures["parts"] = _parts_between(a.parts, b.parts, count)
+    # What tapes are compared with while a stage runs: nothing runs by these.
+    ends = replace(a, bounds=None, **figures), replace(b, bounds=None, **figures)
     return ends[0] if ends[0] == ends[1] else None
+
+
+def _parts_between(a: StageParts, b: StageParts, count: Callable[[int, int], int]) -> StageParts:
+    """Storages one by one along the line; those of the first where they are not the same ones."""
+    figures: dict[str, Any] = {}
+    for name in ("output_bytes", "backward_peak_bytes"):
+        ends = getattr(a, name), getattr(b, name)
+        if len(ends[0]) != len(ends[1]):
+            return a
+        figures[name] = tuple(count(x, y) for x, y in zip(*ends, strict=True))
+    return replace(a, **figures)

@@ -1,1 +1,1 @@
-"""The experiments of the ANODE paper (arXiv 1902.10298), each a script; see docs/anode.md."""
+"""Experiments of the ANODE paper (arXiv 1902.10298), a script each; see docs/measured/anode.md."""

@@ -145,7 +145,12 @@ def test_a_section_of_the_document_is_replaced(tmp_path: Path) -> None:
 
 
 def test_the_document_has_the_sections() -> None:
-    for name in ("benchmarks.planner", "benchmarks.executor"):
+    for name in (
+        "benchmarks.planner",
+        "benchmarks.executor",
+        "benchmarks.odeint",
+        "benchmarks.start",
+    ):
         section = Section(name)
         text = section.document.read_text(encoding="utf-8")
         assert section.start in text

@@ -403,11 +403,12 @@ def test_an_argument_that_a_model_refuses_is_named(folder: Path) -> None:
 
 def documented_commands() -> list[str]:
     """Every line of the documentation that calls ckptsched."""
-    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
     found = []
     for file in files:
         for code in file.read_text(encoding="utf-8").split("```")[1::2]:
-            lines = (line.strip().removeprefix("$ ") for line in code.splitlines())
+            whole = code.replace("\\\n", " ").splitlines()
+            lines = (line.strip().removeprefix("$ ") for line in whole)
             found += [line for line in lines if line.startswith("ckptsched ")]
     return found
 

@@ -16,8 +16,8 @@ import ckptsched as cs
 from ckptsched import odeint
 from ckptsched.base.errors import ExecutionError, InfeasibleBudgetError, WorkloadError
 from ckptsched.ode import METHODS, ODEBlock
+from tests.ode.problems import DOUBLE, assert_within, equal, gradients, loss_of, problem
 from tests.ode.test_block import fitted_slope
-from tests.ode.test_odeint import DOUBLE, assert_within, equal, gradients, loss_of, problem
 
 ENDS = torch.tensor([0.0, 1.0], dtype=DOUBLE)
 

@@ -1,4 +1,4 @@
-"""The rules and bytes of schedules on a graph, an operation at a time: those of `docs/graphs.md`.
+"""Rules and bytes of schedules on a graph, by operations: those of `docs/concepts/graphs.md`.
 
 Written apart from the simulator's pass, which is compared with it: on graphs, and on chains as
 the paths that they are.

@@ -1,7 +1,8 @@
 """The best of all pinned schedules of a tiny chain, by Dijkstra's algorithm on plain sets.
 
-Every operation that the rules of docs/theory.md allow is tried, useful or not: a state may be
-made beside its tape, tapes may be dropped. Only what a tape was made from stays as long as it.
+Every operation that the rules of docs/concepts/theory.md allow is tried, useful or not: a state
+may be made beside its tape, tapes may be dropped. Only what a tape was made from stays as long as
+it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import ckptsched as cs
+from ckptsched.capture.recording.preparation import caching, switched_off
 from ckptsched.capture.recording.stages import Captured
 from ckptsched.tensors.pytree import State
 
@@ -101,3 +103,38 @@ def assert_trains_within_budgets(training: Training, cuts: Any = None) -> None:
             assert found.ok, str(found)
         if not (training.sizes_vary or training.overestimated):
             assert found.projected_peak_bytes - 1024 <= found.measured_peak_bytes, str(found)
+
+
+def assert_trains_in_place(training: Training, steps: int = 2) -> None:
+    """A fitted model's training steps leave what those of a plain copy leave, to the bit."""
+    model, args, kwargs = training.model, training.args, dict(training.kwargs)
+    plain = copy.deepcopy(model)
+    keys = [*model.state_dict()]
+    try:
+        cs.fit(model, *args, kwargs=kwargs, budget="75%")
+    except cs.InfeasibleBudgetError as error:
+        least = error.least_budget_bytes or 0  # which is refused again, if none is named
+        cs.fit(model, *args, kwargs=kwargs, budget=least)
+    assert [*model.state_dict()] == keys
+    found = []
+    for trained in (plain, model):
+        optimizer = torch.optim.SGD(trained.parameters(), lr=1e-3)
+        torch.manual_seed(3)
+        losses = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            # What a recording is made without: caches of keys and values, which change bits.
+            with switched_off(caching(trained)):
+                loss = loss_of(trained(*args, **kwargs))
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+            gradients = {n: p.grad for n, p in trained.named_parameters() if p.grad is not None}
+            optimizer.step()
+        found.append((losses, gradients, trained.state_dict(), torch.get_rng_state()))
+    (losses, gradients, state, drawn), (*planned, drawn_by_plan) = found
+    assert torch.equal(drawn, drawn_by_plan)
+    for expected, got in zip((dict(enumerate(losses)), gradients, state), planned, strict=True):
+        got = dict(enumerate(got)) if isinstance(got, list) else got
+        assert expected.keys() == got.keys()
+        for name in expected:
+            assert torch.equal(expected[name], got[name]), name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import hashlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from inspect import isfunction, isroutine
 from typing import Any
 
@@ -37,8 +37,10 @@ def attributes_of(model: nn.Module) -> dict[str, object]:
     """
     found: dict[str, object] = {}
     known: dict[int, object] = {}
+    kinds: dict[type[nn.Module], None] = {}
     for path, module in model.named_modules():
         dot, kind = f"{path}." if path else "", class_before(module)
+        kinds[kind] = None
         found[f"{dot}(class and parts)"] = kind, kind.forward, tuple(module._modules)
         found[f"{dot}(hooks)"] = has_hooks(module)
         own = {**vars(module), "forward": forward_attribute(module)}
@@ -47,7 +49,7 @@ def attributes_of(model: nn.Module) -> dict[str, object]:
                 continue
             if name not in _OF_EVERY_MODULE and not isinstance(value, Tensor | nn.Module):
                 found[f"{dot}{name}"] = comparable(value, known, DEPTH)
-    for outside in around(model):
+    for outside in _around(kinds):
         found[str(outside)] = comparable(outside.value(), known, DEPTH)
     return found
 
@@ -58,7 +60,10 @@ def around(model: nn.Module) -> list[Outside]:
     Args:
         model: The model.
     """
-    kinds = dict.fromkeys(class_before(module) for module in model.modules())
+    return _around(dict.fromkeys(class_before(module) for module in model.modules()))
+
+
+def _around(kinds: Iterable[type[nn.Module]]) -> list[Outside]:
     return [outside for kind in kinds for outside in looked_up(kind)]
 
 

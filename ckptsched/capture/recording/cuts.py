@@ -11,7 +11,7 @@ from bisect import bisect
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -79,36 +79,15 @@ def measure(
     """
     bound, last = Bound(recording, model), recording.last_read
     values = dict(zip(recording.given, tensors, strict=True))
-    homes, work, cheap, makes_bytes = _Homes(), list[int](), list[bool](), list[bool]()
-    why_not, called, kept = list[str](), list[frozenset[Any]](), set[int]()
-    floats = list[bool]()
+    homes, seen, kept = _Homes(), list[_Seen](), set[int]()
+    device = tensors[0].device if closely else None
     homes.note(values, values, -1)
     with saved_tensors_hooks(lambda tensor: None, lambda nothing: torch.empty(0)):
         for k, call in enumerate(recording.calls):
             given = [bound.tensor(source, values) for source in call.reads]
-            before = [tensor._version for tensor in given]
-            random = RandomState.take(tensors[0].device) if closely else None
-            with _Functions() if closely else nullcontext() as functions, _Work() as counted:
-                bound.run(k, values)
-            if random is not None and counted.draws:
-                counted.draws = random != RandomState.take(tensors[0].device)
-            work.append(counted.total)
-            made = len(homes.made)
-            homes.note(values, [n for n in call.makes if n >= 0], k)
-            makes_bytes.append(len(homes.made) > made)
-            changed = [t._version != v for t, v in zip(given, before, strict=True)]
-            why_not.append(_why_not_again(call, bound.callee(k), changed, counted))
-            floats.append(all(values[n].is_floating_point() for n in call.makes if n >= 0))
-            plain = not (counted.multiplies or counted.may_draw or why_not[-1])
-            cheap.append(plain and floats[-1])
-            more = () if functions is None else functions.seen
-            called.append(frozenset((call.target, *counted.operators, *more)))
             if call.target is keep.kept:
                 kept.update(homes.made_by(given))
-            for tensor, version in zip(given, before, strict=True):
-                if tensor._version != version or call.target in EFFECTS:
-                    homes.note_write(tensor, k)
-                del tensor  # or it lives as long as the next call
+            seen.append(_look_on(bound, k, call, values, given, homes, device))
             del given
             for number in {*call.values, *call.makes}:
                 if last.get(number) == k:
@@ -119,17 +98,74 @@ def measure(
     for home, end in homes.written.items():
         for k in range(homes.made[home] + 1, end + 1):
             legal[k] = False
-    live = [homes.bytes_of(recording.live(k)) for k in range(calls + 1)]
     return CallCosts(
-        work=tuple(work),
-        live_bytes=tuple(live),
+        work=tuple([each.work for each in seen]),
+        live_bytes=tuple([homes.bytes_of(recording.live(k)) for k in range(calls + 1)]),
         legal=tuple(legal),
-        cheap=tuple(cheap),
-        makes_bytes=tuple(makes_bytes),
-        why_not=tuple(why_not),
-        called=tuple(called),
+        cheap=tuple([each.cheap for each in seen]),
+        makes_bytes=tuple([each.makes_bytes for each in seen]),
+        why_not=tuple([each.why_not for each in seen]),
+        called=tuple([each.called for each in seen]),
         kept=frozenset(kept),
-        floats=tuple(floats),
+        floats=tuple([each.floats for each in seen]),
+    )
+
+
+class _Seen(NamedTuple):
+    """What `CallCosts` says of one call."""
+
+    work: int
+    cheap: bool
+    makes_bytes: bool
+    why_not: str
+    called: frozenset[Any]
+    floats: bool
+
+
+def _look_on(
+    bound: Bound,
+    k: int,
+    call: RecordedCall,
+    values: dict[int, Tensor],
+    given: Sequence[Tensor],
+    homes: _Homes,
+    device: torch.device | None,
+) -> _Seen:
+    """Make a call, and note where what it makes and changes is at home.
+
+    Args:
+        bound: The recording, bound to a model.
+        k: The call, by index.
+        call: The call.
+        values: All that are there, to which those that it makes are added.
+        given: The tensors that it reads.
+        homes: Where values are at home.
+        device: The one whose random numbers show whether it draws, where that is looked at closely.
+    """
+    before = [tensor._version for tensor in given]
+    random = None if device is None else RandomState.take(device)
+    with nullcontext() if device is None else _Functions() as functions, _Work() as counted:
+        bound.run(k, values)
+    if device is not None and counted.draws:
+        counted.draws = random != RandomState.take(device)
+    made = len(homes.made)
+    homes.note(values, [n for n in call.makes if n >= 0], k)
+    makes_bytes = len(homes.made) > made
+    changed = [t._version != version for t, version in zip(given, before, strict=True)]
+    for tensor, is_other in zip(given, changed, strict=True):
+        if is_other or call.target in EFFECTS:
+            homes.note_write(tensor, k)
+    why_not = _why_not_again(call, bound.callee(k), changed, counted)
+    floats = all(values[n].is_floating_point() for n in call.makes if n >= 0)
+    plain = not (counted.multiplies or counted.may_draw or why_not)
+    more = () if functions is None else functions.seen
+    return _Seen(
+        work=counted.total,
+        cheap=plain and floats,
+        makes_bytes=makes_bytes,
+        why_not=why_not,
+        called=frozenset((call.target, *counted.operators, *more)),
+        floats=floats,
     )
 
 

@@ -121,7 +121,7 @@ def solve_adaptive(
         beside_bytes: Bytes of the budget for other tensors that live throughout.
 
     Returns:
-        The states, shape (len(t), *y0.shape), a tuple of such where y0 is one; and statistics.
+        The states, shape `(len(t), *y0.shape)`, a tuple of such where y0 is one; and statistics.
 
     Raises:
         IntegrationError: The solution cannot be continued; the error has the time.

@@ -9,7 +9,7 @@ from typing import TypeVar, final
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ...base.errors import ExecutionError, ProfileError
 from ...memory.meters import Measurement, ProfilerMeter, default_meter
@@ -266,27 +266,10 @@ class Trial:
         times = torch.tensor(probe.times, dtype=torch.float64, device="cpu")
         times.requires_grad_(self._with_time)
         wanted = [x for x in (leaf, times, *environment.tensors) if x.requires_grad]
-        gradient = torch.zeros_like(leaf)
-        held: list[tuple[Tensor, StepSnapshot | None]] = []
+        gradient, shifted = torch.zeros_like(leaf), times if self._with_time else None
 
         def run(mark: Callable[[], None]) -> int:
-            shift = time_shift(times, leaf) if self._with_time else None
-            integration = Integration(probe, leaf, self._carried, shift)
-            edges = []
-            for half in halves:
-                mark()
-                accepted = integration.forced(half)
-                held.append((accepted.z0, accepted.snapshot))
-                reached = integration.reached(accepted, times if self._with_time else None)
-                edges += [get_gradient_edge(z) for z in reached if z.requires_grad]
-                del accepted, reached
-            if integration.z.requires_grad:
-                edges.append(get_gradient_edge(integration.z))
-            evaluations = integration.f.evaluations
-            mark()
-            # Tensors that the tapes do not hold are gone before a backward.
-            held.clear()
-            del integration
+            edges, evaluations = self._edges_of(halves, probe, leaf, shifted, mark)
             if edges:
                 with Lent():
                     torch.autograd.grad(edges, wanted, [gradient] * len(edges), allow_unused=True)
@@ -308,6 +291,41 @@ class Trial:
             "attempt_bytes": max(x.peak_bytes - x.start_bytes for x in steps) + snapshot,
             "return_bytes": back.peak_bytes - back.start_bytes,
         }
+
+    def _edges_of(
+        self,
+        halves: Sequence[Step],
+        probe: Problem,
+        leaf: Tensor,
+        times: Tensor | None,
+        mark: Callable[[], None],
+    ) -> tuple[list[GradientEdge], int]:
+        """Run steps with tapes: what a backward begins with, and how often f was evaluated.
+
+        Args:
+            halves: The steps.
+            probe: The problem, with times inside them.
+            leaf: Where they begin.
+            times: The same times, where they have a gradient.
+            mark: Called before each step, and after the last while all is still there.
+        """
+        shift = None if times is None else time_shift(times, leaf)
+        integration = Integration(probe, leaf, self._carried, shift)
+        held: list[tuple[Tensor, StepSnapshot | None]] = []
+        edges = []
+        for half in halves:
+            mark()
+            accepted = integration.forced(half)
+            held.append((accepted.z0, accepted.snapshot))
+            reached = integration.reached(accepted, times)
+            edges += [get_gradient_edge(z) for z in reached if z.requires_grad]
+            del accepted, reached
+        if integration.z.requires_grad:
+            edges.append(get_gradient_edge(integration.z))
+        evaluations = integration.f.evaluations
+        mark()
+        # Tensors that the tapes do not hold go here, before a backward.
+        return edges, evaluations
 
     def _replayed(self, environment: Environment, step: Step) -> int:
         """The peak of a step that is run again without tape, then with it, and goes back."""

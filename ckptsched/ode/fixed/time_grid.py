@@ -18,6 +18,10 @@ from ..function.options import check_fixed_options, read_function, read_step_siz
 _MOST = 10**8
 """Steps of a grid; Python's list of the times of more would take gigabytes by itself."""
 
+_AT_ONCE = 64
+"""Times that are laid out as tensors together. All at once would take 26 bytes a step, which no
+budget of a solve knows of."""
+
 
 @final
 @dataclass(frozen=True)
@@ -108,8 +112,9 @@ def make_grid(
     first time to the last.
     """
     check_fixed_options(options)
-    tensor = _lay(func, y0, t, options)
-    times, wanted = as_numbers(tensor), as_numbers(t)
+    wanted = as_numbers(t)
+    tensor = _lay(func, y0, t, options) if timed or options.get("step_size") is None else None
+    times = _equal_steps(t, options["step_size"]) if tensor is None else as_numbers(tensor)
     if len(times) < 2 or (times[0], times[-1]) != (wanted[0], wanted[-1]):
         raise WorkloadError(
             f"the grid has {len(times)} times"
@@ -119,8 +124,9 @@ def make_grid(
     # Equal steps that lead to the very end, where rounding counts one more, are followed by one of
     # no length: the gradient of the last time is that step's.
     ends_twice = options.get("step_size") is not None and times[-2:] == [times[-1]] * 2
-    _check_monotone("the grid", times[: len(times) - ends_twice], tensor.dtype)
-    clock = torch.cat([tensor, t]) if timed else None
+    dtype = t.dtype if tensor is None else tensor.dtype
+    _check_monotone("the grid", times[: len(times) - ends_twice], dtype)
+    clock = torch.cat([tensor, t]) if timed and tensor is not None else None
     return TimeGrid(tuple(times), _place(times, wanted), clock)
 
 
@@ -136,6 +142,24 @@ def _lay(func: Callable[..., Any], y0: Any, t: Tensor, options: Mapping[str, Any
                 "the steps as a one-dimensional tensor"
             )
         return grid
+    start, end, count, signed = _equal(t, step_size)
+    inner = torch.arange(0, max(count, 1), dtype=t.dtype, device=t.device) * signed + start
+    beyond = math.copysign(1.0, signed) * (inner - end).detach() > 0  # by rounding
+    return torch.cat([inner[~beyond], end[None]])
+
+
+def _equal_steps(t: Tensor, step_size: Any) -> list[float]:
+    """The numbers of the grid that `_lay` makes of a step size, a few times at once."""
+    start, end, count, signed = _equal(t, step_size)
+    last, sign, times = as_number(end), math.copysign(1.0, signed), []
+    for first in range(0, max(count, 1), _AT_ONCE):
+        index = torch.arange(first, min(first + _AT_ONCE, max(count, 1)), device=t.device)
+        times += as_numbers(index.to(t.dtype) * signed + start)
+    return [*(time for time in times if sign * time <= sign * last), last]
+
+
+def _equal(t: Tensor, step_size: Any) -> tuple[Tensor, Tensor, int, float]:
+    """First and last time, the number of equal steps, and their size with its sign."""
     size = read_step_size(step_size)
     start, end = t[0], t[-1]
     # In the dtype of t, and one more less one, as torchdiffeq counts: rounding decides alike.
@@ -145,12 +169,8 @@ def _lay(func: Callable[..., Any], y0: Any, t: Tensor, options: Mapping[str, Any
             f"a step_size of {step_size!r:.80} from {as_number(start):g} to {as_number(end):g} "
             f"would take {wanted:.3g} steps; give one that takes {_MOST:.0e} at most"
         )
-    count = int(wanted) - 1
-    inner = torch.arange(0, max(count, 1), dtype=t.dtype, device=t.device)
     sign = 1.0 if as_number(end) > as_number(start) else -1.0
-    inner = inner * (sign * size) + start
-    beyond = sign * (inner - end).detach() > 0  # by rounding
-    return torch.cat([inner[~beyond], end[None]])
+    return start, end, int(wanted) - 1, sign * size
 
 
 def _place(times: list[float], wanted: list[float]) -> tuple[tuple[tuple[int, float], ...], ...]:

@@ -14,9 +14,9 @@ def persistent_is_optimal(chain: Chain) -> bool:
 
     True where states never grow along the chain, from state 1 to state n - 1, and the gradients
     that are there before Backward(i), those of later stages' parameters included, take no more
-    than any of the states 1..i (docs/theory.md, theorem 1; both conditions are needed), and no
-    tape of a stage is made in fewer seconds or bytes than its state. Nothing is said of chains
-    with a ledger, as the theorem is one of the planning model.
+    than any of the states 1..i (docs/concepts/theory.md, theorem 1; both conditions are needed),
+    and no tape of a stage is made in fewer seconds or bytes than its state. Nothing is said of
+    chains with a ledger, as the theorem is one of the planning model.
 
     Args:
         chain: Any chain.

@@ -65,7 +65,7 @@ class GraphIlp(AbstractGraphSolver):
     nodes in a topological order, in which each is run at most once; Backwards come in the
     reverse of that order. Where a graph has at most `MOST_ORDERS` such orders each is tried;
     else its own alone, and the class says so. Small graphs are given two sweeps, and then the
-    optimum was that of all schedules wherever those could be searched (`docs/graphs.md`).
+    optimum was that of all schedules wherever those could be searched (`docs/concepts/graphs.md`).
 
     A chain is planned with the planning model's sizes. Where it has exact bytes the schedule
     keeps the budget in those too, and the bound holds for the planning model.

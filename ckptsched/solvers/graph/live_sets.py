@@ -10,10 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import final
 
+import numpy as np
+import numpy.typing as npt
+
 from ...schedule.language import Drop, Schedule
 from ...workload.chain import Chain
 from ...workload.graph import Graph
-from ...workload.stage import StageLedger, StageParts
+from ...workload.stage import Stage, StageLedger, StageParts
 from .to_schedule import with_drops
 
 
@@ -43,39 +46,49 @@ def live_sets(graph: Graph) -> LiveSets:
     for i, stage in enumerate(graph.stages, 1):
         after = [u for u in (*before, i) if last[u] > i]
         read = graph.reads[i - 1]
-        peak = sum(int(gradients[u]) for u in read)
-        peak += stage.parameter_gradient_bytes + stage.backward_overhead_bytes
-        own = stage.tape_bytes - int(sizes[i])
         parts = StageParts(
             inputs=len(before),
             output_bytes=tuple(int(sizes[u]) for u in after),
             output_sources=tuple(before.index(u) if u != i else -1 for u in after),
             saved_inputs=tuple(before.index(u) for u in read),
             saved_outputs=(after.index(i),),
-            backward_peak_bytes=(peak,) * 4,
+            backward_peak_bytes=(_backward_peak(stage, gradients[list(read)]),) * 4,
         )
-        ledger = StageLedger(
-            state_bytes=sum(parts.output_bytes),
-            output_is_view=False,
-            tape_bytes=own,
-            input_saved=True,
-            output_saved=True,
-            forward_peak_bytes=stage.state_bytes + stage.forward_overhead_bytes,
-            taped_peak_bytes=stage.tape_bytes + stage.forward_overhead_bytes,
-            backward_peak_bytes=(peak,) * 8,
-            parts=parts,
-        )
-        state = sum(parts.output_bytes)
-        stages.append(
-            replace(
-                stage,
-                state_bytes=state,
-                tape_bytes=own + state,
-                gradient_bytes=sum(int(gradients[u]) for u in after),
-                ledger=ledger,
-            )
-        )
+        gradient = sum(int(gradients[u]) for u in after)
+        stages.append(_handing_on(stage, stage.tape_bytes - int(sizes[i]), gradient, parts))
         before = after
     there = graph.input_bytes + graph.held_bytes
     chain = replace(graph.in_a_row, stages=tuple(stages), input_bytes=there, held_bytes=0)
     return LiveSets(graph, chain)
+
+
+def _backward_peak(stage: Stage, gradients: npt.NDArray[np.int64]) -> int:
+    """What a node's backward takes besides what is there: the gradients of what it reads, too."""
+    made = stage.parameter_gradient_bytes + stage.backward_overhead_bytes
+    return int(gradients.sum()) + made
+
+
+def _handing_on(stage: Stage, own: int, gradient: int, parts: StageParts) -> Stage:
+    """A node as a stage that hands on a live set.
+
+    Args:
+        stage: The node.
+        own: Bytes of its tape without its state.
+        gradient: Bytes of the gradients of the live set after it.
+        parts: Its input, output and tape by states.
+    """
+    state = sum(parts.output_bytes)
+    ledger = StageLedger(
+        state_bytes=state,
+        output_is_view=False,
+        tape_bytes=own,
+        input_saved=True,
+        output_saved=True,
+        forward_peak_bytes=stage.state_bytes + stage.forward_overhead_bytes,
+        taped_peak_bytes=stage.tape_bytes + stage.forward_overhead_bytes,
+        backward_peak_bytes=parts.backward_peak_bytes[:1] * 8,
+        parts=parts,
+    )
+    return replace(
+        stage, state_bytes=state, tape_bytes=own + state, gradient_bytes=gradient, ledger=ledger
+    )

@@ -4,7 +4,7 @@ After Jain et al., Checkmate (arXiv 1910.02653), section 4: time is cut into pha
 runs nodes in topological order. Here a phase ends with Turn or with one Backward, a node may be
 kept as a state or as a tape, and a tape pins what it was made from. What is kept over a phase's
 slots follows from the runs, so that only runs and tapes are whole numbers; the rest of
-variables is continuous. Variables and constraints stand in `docs/graphs.md`.
+variables is continuous. Variables and constraints stand in `docs/concepts/graphs.md`.
 """
 
 from __future__ import annotations

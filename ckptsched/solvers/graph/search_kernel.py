@@ -334,6 +334,21 @@ def copy(target: Table, table: Table) -> None:
 
 
 @compiled
+def is_taken(now: float, value: float, draw: float, heat: float) -> bool:
+    """Whether a search goes on from a change: always from one for the better, by chance if not."""
+    return now <= value or draw < math.exp((value - now) / heat)
+
+
+@compiled
+def is_better(peak: int, seconds: float, budget: int, found: Seconds) -> bool:
+    """Whether a table is better than the best one, of which `found` tells as in `anneal`."""
+    fits, fitted = peak <= budget, found[0] <= budget
+    if fits:
+        return not fitted or seconds < found[1]
+    return not fitted and peak < found[0]
+
+
+@compiled
 def anneal(
     net: Network,
     table: Table,
@@ -368,12 +383,11 @@ def anneal(
             continue
         peak, seconds = look(net, table, room)
         now = seconds + price * max(0, peak - budget)
-        if now > value and draws[m, 6] >= math.exp((value - now) / heat[m]):
+        if not is_taken(now, value, draws[m, 6], heat[m]):
             take_back(table, room)
             continue
         value = now
         clean(table, room, n)
-        fits, fitted = peak <= budget, found[0] <= budget
-        if (fits and (not fitted or seconds < found[1])) or (not fitted and peak < found[0]):
+        if is_better(peak, seconds, budget, found):
             found[0], found[1] = peak, seconds
             copy(best, table)

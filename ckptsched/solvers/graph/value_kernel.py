@@ -27,6 +27,8 @@ from .search_kernel import (
     Table,
     clean,
     copy,
+    is_better,
+    is_taken,
     move,
     take_back,
 )
@@ -210,15 +212,14 @@ def anneal(
                 continue
         peak, seconds = look(figures, table, option, scratch, room)
         now = seconds + price * max(0, peak - budget)
-        if now > value and draws[m, 6] >= math.exp((value - now) / heat[m]):
+        if not is_taken(now, value, draws[m, 6], heat[m]):
             take_back(table, scratch)
             if by_tape:
                 copy_options(option, old)
             continue
         value = now
         clean(table, scratch, n)
-        fits, fitted = peak <= budget, found[0] <= budget
-        if (fits and (not fitted or seconds < found[1])) or (not fitted and peak < found[0]):
+        if is_better(peak, seconds, budget, found):
             found[0], found[1] = peak, seconds
             copy(best, table)
             copy_options(best_option, option)

@@ -8,10 +8,10 @@ of the chain itself pays sum p_r N_r, so that for any prices
 The minimum has no places in it: only the runs in which a segment starts and ends count. With k for
 how often its stages are run without tape before (the left turns on the way to it), and with sizes
 rounded down, V(k,a,b,m), the least of sum (k' u_r - p_r) over the stages of segments from run a to
-run b, follows a recurrence with some R**2 rows a level k; proofs are in docs/theory-runs.md. The
-bound is concave in the prices, and its supergradient is N_r less the stages that the minimiser has.
-The best prices are found by cutting planes in a box around the best so far. One evaluation bounds
-all budgets.
+run b, follows a recurrence with some R**2 rows a level k; docs/concepts/theory-runs.md proves it.
+The bound is concave in the prices, and its supergradient is N_r less the stages that the minimiser
+has. The best prices are found by cutting planes in a box around the best so far. One evaluation
+bounds all budgets.
 
 Reference: Lagrangian relaxation as in Geoffrion, Mathematical Programming Study 2, 1974; cutting
 planes as in Kelley, J. SIAM 8(4), 1960.
@@ -222,10 +222,9 @@ class _Levels:
         used = np.zeros(number)
         for k in range(self.top + 1):
             levels, i = self.batch(k // self.size), k % self.size
-            now, then, is_top = weight[k % 2], weight[(k + 1) % 2], k == self.top
-            if not run_bound_kernel.stages_used(
-                levels[i], levels[i + 1], self.relaxed, self.prices, now, then, used, k, is_top
-            ):
+            tally = run_bound_kernel.Tally(weight[k % 2], weight[(k + 1) % 2], used)
+            bound = (levels[i], levels[i + 1], self.relaxed, self.prices)
+            if not run_bound_kernel.stages_used(*bound, tally, k, k == self.top):
                 break
         return used
 

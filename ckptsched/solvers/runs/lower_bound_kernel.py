@@ -46,6 +46,17 @@ class Relaxed(NamedTuple):
     """The same of tapes."""
 
 
+class Tally(NamedTuple):
+    """How often segments occur in the cheapest relaxed schedule."""
+
+    now: Any
+    """With k earlier runs, shape (R + 1, R + 1, slots + 1); used up."""
+    then: Any
+    """With k + 1, to fill."""
+    used: Seconds
+    """Stages by run, to add to."""
+
+
 @compiled
 def fill(level: Any, above: Any, relaxed: Relaxed, prices: Seconds, k: int, is_top: bool) -> None:
     """Least reduced costs for stages with k earlier runs.
@@ -211,9 +222,7 @@ def stages_used(
     above: Any,
     relaxed: Relaxed,
     prices: Seconds,
-    now: Any,
-    then: Any,
-    used: Seconds,
+    tally: Tally,
     k: int,
     is_top: bool,
 ) -> bool:
@@ -224,17 +233,15 @@ def stages_used(
         above: The same for k + 1.
         relaxed: The sizes.
         prices: What a stage of each run pays.
-        now: How often each segment occurs, shape (R + 1, R + 1, slots + 1); used up.
-        then: The same for k + 1, to fill.
-        used: Stages by run, to add to.
+        tally: How often segments occur.
         k: Earlier runs.
         is_top: Whether no stage of a long run pays any more.
 
     Returns:
         Whether there are segments with more earlier runs.
     """
-    number, goes_on = len(relaxed.stages), False
-    then[:] = 0
+    number, goes_on, now = len(relaxed.stages), False, tally.now
+    tally.then[:] = 0
     for b in range(number, -1, -1):
         for a in range(min(b, number - 1) + 1):
             pays = False
@@ -247,8 +254,8 @@ def stages_used(
                     continue
                 if fewest:
                     for r in range(a, min(b, number - 1) + 1):
-                        used[r] += times
-                elif _follow(level, above, relaxed, prices, now, then, used, k, a, b, m):
+                        tally.used[r] += times
+                elif _follow(level, above, relaxed, prices, tally, k, a, b, m):
                     goes_on = True
     return goes_on
 
@@ -259,15 +266,14 @@ def _follow(
     above: Any,
     relaxed: Relaxed,
     prices: Seconds,
-    now: Any,
-    then: Any,
-    used: Seconds,
+    tally: Tally,
     k: int,
     a: int,
     b: int,
     m: int,
 ) -> bool:
     """Hand on how often a segment occurs to those that it consists of."""
+    now, then, used = tally.now, tally.then, tally.used
     times, goes_on = now[a, b, m], False
     net = k * relaxed.seconds[a] - prices[a]
     if relaxed.stages[a] > 1 and relaxed.keep_part[a] > 0:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,13 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 from ckptsched import odeint
 from ckptsched.base.errors import (
     BudgetWarning,
-    ExecutionError,
-    InfeasibleBudgetError,
     IntegrationError,
 )
 from ckptsched.memory.meters import AllocatorMeter, ProfilerMeter, default_meter
@@ -25,55 +20,20 @@ from ckptsched.ode.adaptive.solve import AdaptiveSolution, solve_adaptive
 from ckptsched.ode.adaptive.step_memory import Footprint, Room
 from ckptsched.ode.adaptive.step_size import StepControl
 from ckptsched.ode.methods.embedded import Step, run_step
-from ckptsched.ode.methods.table import DOPRI8, METHODS, find_tableau
-
-ADAPTIVE = sorted(name for name, tableau in METHODS.items() if tableau.b_error is not None)
-DOUBLE = torch.float64
-
-
-class Field(nn.Module):
-    """A right-hand side that depends on time and counts its evaluations."""
-
-    def __init__(self, width: int = 6, hidden: int = 24) -> None:
-        super().__init__()
-        self.inner, self.outer = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.double()
-        self.calls = 0
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        self.calls += 1
-        slope: Tensor = self.outer(torch.tanh(self.inner(z))) * torch.cos(t)
-        return slope
-
-
-def start(batch: int = 16, width: int = 6) -> Tensor:
-    return torch.randn(batch, width, dtype=DOUBLE, requires_grad=True)
-
-
-def mean_square(states: Tensor) -> Tensor:
-    return states.square().mean()
-
-
-def gradients(states: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(mean_square(states), tensors)
-
-
-def assert_near(found: Sequence[Tensor], expected: Sequence[Tensor], share: float = 1e-12) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert torch.linalg.vector_norm(one - other) <= share * torch.linalg.vector_norm(other)
-
-
-def equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
-def least_budget(solve: Callable[..., Any]) -> int:
-    with pytest.raises(InfeasibleBudgetError) as caught:
-        solve(budget=1)
-    least = caught.value.least_budget_bytes
-    assert least is not None
-    return least
-
+from ckptsched.ode.methods.table import DOPRI8, find_tableau
+from tests.ode.adaptive.problems import (
+    ADAPTIVE,
+    DOUBLE,
+    Dropping,
+    Field,
+    Normed,
+    assert_near,
+    equal,
+    gradients,
+    least_budget,
+    mean_square,
+    start,
+)
 
 # -- tapes and states
 
@@ -210,290 +170,6 @@ def test_no_tapes_and_states_that_room_is_promised_for_exceed_the_budget(
 def test_without_bytes_only_states_are_kept() -> None:
     assert not Room(slots=3).another(0)
     assert Room(slots=3).states(0) == 3
-
-
-# -- what is kept with f
-
-
-def test_a_step_is_measured_once_and_again_where_it_changes() -> None:
-    torch.manual_seed(2)
-    f, y0 = Field(), start()
-    t = torch.linspace(0, 1, 3, dtype=DOUBLE)
-
-    def measuring(y: Tensor = y0, **options: Any) -> tuple[int, int]:
-        solution = solve_adaptive(f, y, t, rtol=1e-3, budget="1MB", **options)
-        done = solution.statistics
-        assert done.footprint is not None
-        return done.measuring_evaluations, done.footprint.tape_bytes or 0
-
-    first, tape = measuring()
-    assert first > 0
-    assert measuring() == (0, tape)
-    # How many times there are, their values, tolerances and the budget change nothing.
-    t = torch.linspace(0, 2, 9, dtype=DOUBLE)
-    assert measuring() == (0, tape)
-    f.inner.requires_grad_(False)
-    frozen, smaller = measuring()
-    assert frozen > 0
-    f.inner.requires_grad_(True)
-    assert measuring() == (0, tape)
-    f.float()
-    halved, half = measuring(y0.detach().float().requires_grad_())
-    assert halved > 0
-    assert 0.4 * tape <= half <= 0.6 * tape
-    f.double()
-    assert measuring() == (0, tape)
-    for changed in (
-        lambda: measuring(start(32)),
-        lambda: measuring(method="heun"),
-        lambda: measuring(meet_times=True),
-        lambda: (f.eval(), measuring())[1],
-    ):
-        assert changed()[0] > 0
-    assert smaller <= tape
-
-
-def test_odeint_keeps_what_a_step_takes_with_the_function_it_is_given() -> None:
-    torch.manual_seed(3)
-    f, y0 = Field(), start()
-    t = torch.tensor([0.0, 1.0], dtype=DOUBLE)
-
-    def func(time: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return f(time, y[0]), -y[1]
-
-    counts = []
-    for _ in range(3):
-        before = f.calls
-        odeint(func, (y0, torch.ones(3, dtype=DOUBLE)), t, rtol=1e-3, budget="1MB")
-        counts.append(f.calls - before)
-    assert counts[0] > counts[1] == counts[2]
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.1])
-def test_the_budget_is_kept_when_a_parameter_is_freed_after_a_first_call(share: float) -> None:
-    torch.manual_seed(4)
-    f, y0 = Field(16, 64), start(32, 16)
-    t = torch.tensor([0.0, 2.0], dtype=DOUBLE)
-
-    def step(**options: Any) -> AdaptiveSolution:
-        solution = solve_adaptive(f, y0, t, rtol=1e-4, atol=1e-4, **options)
-        solution.states.square().mean().backward()
-        f.zero_grad()
-        y0.grad = None
-        return solution
-
-    f.inner.requires_grad_(False)
-    step(budget="1GB")
-    f.inner.requires_grad_(True)
-    meter = default_meter("cpu")
-    _, stored = meter.measure(step)
-    least = least_budget(step)
-    budget = int(least + share * (stored.peak_bytes - least))
-    _, measured = meter.measure(lambda: step(budget=budget))
-    assert measured.peak_bytes <= budget
-
-
-# -- what f carries
-
-
-class Counting(nn.Module):
-    """Its slope depends on a buffer that each evaluation moves."""
-
-    def __init__(self, *, replacing: bool = False, size: int = 1) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6).double()
-        self.register_buffer("count", torch.zeros(size, dtype=DOUBLE))
-        self.replacing = replacing
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        with torch.no_grad():
-            if self.replacing:
-                self.count = self.count + 1
-            else:
-                self.count += 1
-        slope: Tensor = torch.tanh(self.linear(z)) * (1 + 0.01 * torch.sin(self.count.mean()))
-        return slope
-
-
-class Spectral(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = spectral_norm(nn.Linear(6, 6, bias=False).double())
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return torch.tanh(self.linear(z)) - z
-
-
-class Normed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6, bias=False).double()
-        self.norm = nn.BatchNorm1d(6).double()
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return torch.tanh(self.norm(self.linear(z)))
-
-
-class Noisy(nn.Module):
-    """Draws from a generator of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6).double()
-        self.generator = torch.Generator().manual_seed(5)
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        noise = torch.randn(z.shape, generator=self.generator, dtype=DOUBLE)
-        return torch.tanh(self.linear(z)) * (1 + 0.01 * noise)
-
-
-def noisy_function() -> Callable[[Tensor, Tensor], Tensor]:
-    linear, generator = nn.Linear(6, 6).double(), torch.Generator().manual_seed(5)
-
-    def func(t: Tensor, z: Tensor) -> Tensor:
-        noise = torch.randn(z.shape, generator=generator, dtype=DOUBLE)
-        return torch.tanh(linear(z)) * (1 + 0.01 * noise)
-
-    func.linear = linear  # type: ignore[attr-defined]
-    return func
-
-
-class Dropping(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.dropout = nn.Linear(6, 6).double(), nn.Dropout(0.05)
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return self.dropout(torch.tanh(self.linear(z)))
-
-
-CARRYING: dict[str, Callable[[], Any]] = {
-    "counter": Counting,
-    "counter replaced": lambda: Counting(replacing=True),
-    "large counter": lambda: Counting(size=500),
-    "spectral norm": Spectral,
-    "batch norm": Normed,
-    "own generator": Noisy,
-    "generator of a closure": noisy_function,
-    "dropout": Dropping,
-}
-
-
-@pytest.mark.parametrize("kind", CARRYING)
-@pytest.mark.parametrize("method", ["dopri5", "heun"])
-def test_what_f_carries_is_found_again_and_moves_as_without_a_budget(
-    kind: str, method: str
-) -> None:
-    t = torch.tensor([0.0, 0.7, 0.8, 1.9, 2.5, 3.0], dtype=DOUBLE)
-
-    def solved(**options: Any) -> tuple[AdaptiveSolution, tuple[Tensor, ...], list[Tensor]]:
-        torch.manual_seed(6)
-        f, y0 = CARRYING[kind](), start()
-        owner = f if isinstance(f, nn.Module) else f.linear
-        control = StepControl(max_step=1.5, min_step=0.15, first_step=1.5)
-        solution = solve_adaptive(
-            f, y0, t, method, rtol=1e-6, atol=1e-6, control=control, **options
-        )
-        moved = [b.clone() for b in owner.buffers()]
-        random = torch.get_rng_state()
-        found = gradients(solution.states, [y0, *owner.parameters()])
-        moved += [torch.get_rng_state()]
-        assert torch.equal(random, moved[-1])
-        assert equal(moved[:-1], list(owner.buffers()))
-        return solution, found, moved
-
-    plain, expected, moved = solved()
-    assert plain.statistics.accepted > 8
-    assert plain.statistics.rejected > 0
-    sizes = solved(budget="1GB")[0].statistics.footprint
-    assert sizes is not None
-    assert sizes.tape_bytes is not None
-    tapes_of_four = sizes.start_bytes + 4 * sizes.tape_bytes
-    budgets = [sizes.least_bytes, sizes.least_bytes + tapes_of_four, 10**9]
-    bounds: list[dict[str, Any]] = [{"budget": b} for b in budgets] + [{"checkpoints": 3}]
-    tapes = []
-    for options in bounds:
-        solution, found, after = solved(**options)
-        assert torch.equal(solution.states, plain.states)
-        assert_near(found, expected)
-        assert equal(after, moved)
-        assert solution.statistics.evaluations == plain.statistics.evaluations
-        tapes.append(solution.statistics.tapes)
-    assert tapes[3] == 0 <= tapes[1] < tapes[2] == plain.statistics.accepted
-
-
-def test_states_of_f_that_nobody_can_put_back_are_errors() -> None:
-    linear, calls = nn.Linear(6, 6).double(), [0]
-
-    def forgetful(t: Tensor, z: Tensor) -> Tensor:
-        calls[0] += 1
-        return torch.tanh(linear(z)) * (1 + 0.1 * calls[0])
-
-    def late_draw(t: Tensor, z: Tensor) -> Tensor:
-        return torch.tanh(linear(z)) + (torch.randn(()) if t > 0.5 else 0)
-
-    class Late(Counting):
-        def forward(self, t: Tensor, z: Tensor) -> Tensor:
-            if t > 0.5:
-                self.count += 1
-            return torch.tanh(self.linear(z)) * (1 + 0.01 * self.count.clone())
-
-    y0, t = start(), torch.tensor([0.0, 1.0], dtype=DOUBLE)
-    control = StepControl(min_step=0.1, max_step=0.2)
-    for f, text in (
-        (forgetful, "another slope when it is evaluated again at time 0"),
-        (late_draw, "drew random numbers on the way"),
-        (Late(), "changed the buffer 'count' of a Late on the way"),
-    ):
-        with pytest.raises(ExecutionError, match=text):
-            solve_adaptive(f, y0, t, checkpoints=2, control=control)
-        # Without steps that run again there is nothing to refuse.
-        solve_adaptive(f, y0, t, control=control).states.sum().backward()
-
-
-@pytest.mark.parametrize("kind", CARRYING)
-@pytest.mark.parametrize("method", ["dopri5", "heun"])
-def test_what_f_carries_counts(kind: str, method: str) -> None:
-    torch.manual_seed(6)
-    f, y0 = CARRYING[kind](), start()
-    owner = f if isinstance(f, nn.Module) else f.linear
-    t = torch.tensor([0.0, 0.7, 0.8, 1.9, 2.5, 3.0], dtype=DOUBLE)
-    control = StepControl(max_step=1.5, min_step=0.15, first_step=1.5)
-
-    def step(**options: Any) -> AdaptiveSolution:
-        tolerances = {"rtol": 1e-6, "atol": 1e-6}
-        options |= {"control": control, "loss": mean_square}
-        solution = solve_adaptive(f, y0, t, method, **tolerances, **options)
-        gradients(solution.states, [y0, *owner.parameters()])
-        return solution
-
-    sizes, meter = step(budget="1GB").statistics.footprint, default_meter("cpu")
-    assert sizes is not None
-    stored = meter.measure(step)[1].peak_bytes
-    for share in (0.0, 0.1, 0.5, 0.9):
-        budget = int(sizes.least_bytes + share * max(0, stored - sizes.least_bytes))
-        _, measured = meter.measure(lambda budget=budget: step(budget=budget))
-        assert measured.peak_bytes <= budget
-
-
-def test_threads_solve_with_one_function() -> None:
-    torch.manual_seed(12)
-    f, t = Field(), torch.linspace(0, 3, 4, dtype=DOUBLE)
-    starts, parameters = [start() for _ in range(3)], list(f.parameters())
-
-    def step(k: int, **options: Any) -> tuple[Tensor, ...]:
-        solution = solve_adaptive(f, starts[k], t, rtol=1e-4, **options)
-        return gradients(solution.states, [starts[k], *parameters])
-
-    expected = [step(k) for k in range(3)]
-    least = least_budget(lambda **options: step(0, **options))
-
-    def work(k: int) -> tuple[Tensor, ...]:
-        return [step(k, budget=budget) for budget in (least, 2 * least, 2 * least)][-1]
-
-    with ThreadPoolExecutor(3) as pool:
-        for found, one in zip(pool.map(work, range(3)), expected, strict=True):
-            assert_near(found, one)
 
 
 # -- differentiating again

@@ -21,7 +21,7 @@ from ckptsched import odeint
 from ckptsched.base.errors import ExecutionError, InfeasibleBudgetError, IntegrationError
 from ckptsched.memory.meters import ProfilerMeter, default_meter
 from ckptsched.ode.function.fingerprint import fingerprint
-from tests.ode.test_odeint import DOUBLE, Field, equal, gradients, problem
+from tests.ode.problems import DOUBLE, Field, equal, gradients, problem
 
 ENDS = torch.tensor([0.0, 1.0], dtype=DOUBLE)
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptsched.base.errors import InfeasibleBudgetError, WorkloadError
 from ckptsched.base.progress import listening
-from ckptsched.ode import ODEBlock
-from ckptsched.profiler.profile import profile
 from ckptsched.simulator.simulator import simulate
 from ckptsched.solvers import Baseline, ChainDp, Revolve, Solution, baselines_for
 from ckptsched.solvers.binomial.revolve import advances, revolve_schedule
@@ -25,13 +20,13 @@ from ckptsched.solvers.chain.solver import Effort
 from ckptsched.solvers.chain.tables import Table, least_memory
 from ckptsched.solvers.chain.to_schedule import outline
 from ckptsched.workload.chain import Chain
-from ckptsched.workload.stage import Stage
 from tests.oracles.brute_force import (
     cheapest,
     cheapest_of,
     persistent_frontier,
     persistent_schedules,
 )
+from tests.solvers.chain.answers import check_result, seconds_of
 from tests.support.shared_chains import (
     EXAMPLES,
     WITHOUT_SEARCH,
@@ -49,25 +44,6 @@ from tests.support.strategies import (
     scaled_chains,
     uniform_chains,
 )
-
-
-def seconds_of(result: Solution | InfeasibleBudgetError) -> float:
-    """Seconds of a solution; infinite where there is none."""
-    return math.inf if isinstance(result, InfeasibleBudgetError) else result.trace.seconds
-
-
-def check_result(chain: Chain, budget: int, result: Solution | InfeasibleBudgetError) -> None:
-    """What holds for every answer."""
-    if isinstance(result, InfeasibleBudgetError):
-        assert result.budget_bytes == budget
-        assert result.least_budget_bytes is not None
-        assert result.least_budget_bytes > budget
-    else:
-        assert simulate(chain, result.schedule).peak_bytes == result.trace.peak_bytes <= budget
-        assert chain.store_all_seconds <= result.lower_bound_seconds + 1e-9
-        assert result.lower_bound_seconds <= result.trace.seconds
-        assert result.least_budget_bytes <= budget
-        assert result.schedule_class == "memory-persistent"
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -146,92 +122,6 @@ def test_a_tape_like_the_stages_own_changes_nothing(chain: Chain) -> None:
         assert isinstance(one, Solution)
         assert isinstance(two, Solution)
         assert one.schedule == two.schedule
-
-
-@settings(max_examples=100, deadline=None)
-@given(ledger_chains(views=False))
-def test_equal_to_enumeration_in_exact_bytes(chain: Chain) -> None:
-    frontier = persistent_frontier(chain)
-    budgets = sorted({peak + d for peak, _ in frontier for d in (-1, 0)})
-    for budget, result in zip(budgets, ChainDp().solve_each(chain, budgets), strict=True):
-        check_result(chain, budget, result)
-        assert seconds_of(result) == cheapest_of(frontier, budget)
-        if isinstance(result, Solution):
-            assert result.lower_bound_seconds == result.trace.seconds
-
-
-@settings(max_examples=60, deadline=None)
-@given(ledger_chains(), st.booleans())
-def test_exact_bytes_bound_and_fit(chain: Chain, noise: bool) -> None:
-    check_exact_bytes(replace(chain, random_state_bytes=5) if noise else chain)
-
-
-@settings(max_examples=40, deadline=None)
-@given(ledger_chains(noise=True))
-def test_exact_bytes_with_buffers_and_random_states(chain: Chain) -> None:
-    check_exact_bytes(chain)
-
-
-def check_exact_bytes(chain: Chain) -> None:
-    frontier = persistent_frontier(chain)
-    sizes = chain_sizes(chain)
-    table = Table(sizes, 1, max(0, frontier[-1][0] - sizes.fixed), exact=True)
-    budgets = [peak for peak, _ in frontier]
-    for (budget, optimum), result in zip(
-        frontier, ChainDp().solve_each(chain, budgets), strict=True
-    ):
-        bound = table.extra_seconds(budget - sizes.fixed) + chain.store_all_seconds
-        assert bound <= optimum
-        check_result(chain, budget, result)
-        if isinstance(result, Solution):
-            assert result.lower_bound_seconds <= optimum
-            ChainDp().solve(chain, result.least_budget_bytes)
-
-
-def least_with(chain: Chain, times: Sequence[tuple[float, float]]) -> int:
-    """The least budget where stages take these seconds, in turn, forward and backward."""
-    stages = tuple(
-        replace(stage, forward_seconds=forward, backward_seconds=backward)
-        for stage, (forward, backward) in zip(chain.stages, itertools.cycle(times), strict=False)
-    )
-    [found] = ChainDp().solve_each(replace(chain, stages=stages), [2**50])
-    assert isinstance(found, Solution)
-    return found.least_budget_bytes
-
-
-SOME_SECONDS = st.tuples(st.floats(1e-6, 1e-3), st.floats(1e-6, 1e-3))
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    ledger_chains(most_stages=9, noise=True),
-    *[st.lists(SOME_SECONDS, min_size=1, max_size=4)] * 2,
-)
-def test_the_least_budget_depends_on_bytes_alone(
-    chain: Chain, times: list[tuple[float, float]], again: list[tuple[float, float]]
-) -> None:
-    """What is named after one measurement is met after the next, which gives other seconds."""
-    assert least_with(chain, times) == least_with(chain, again)
-
-
-def test_the_least_budget_of_a_rotation_depends_on_bytes_alone() -> None:
-    """Its relaxed ledger promises less than there is, so that the least must be looked for."""
-
-    class Turn(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rate = torch.nn.Parameter(torch.ones(2, dtype=torch.complex128))
-
-        def forward(self, y: torch.Tensor) -> torch.Tensor:
-            return self.rate * y
-
-    def loss(y: torch.Tensor) -> torch.Tensor:
-        return torch.view_as_real(y).square().mean()
-
-    y0 = torch.ones(2, dtype=torch.complex128, requires_grad=True)
-    chain = profile(ODEBlock(Turn(), steps=50, method="rk4"), y0, loss=loss)
-    times = np.random.default_rng(0).uniform((3e-5, 9e-5), (5e-5, 1.5e-4), (60, 2))
-    assert len({least_with(chain, [(forward, backward)]) for forward, backward in times}) == 1
 
 
 @settings(max_examples=60, deadline=None)
@@ -414,109 +304,6 @@ def test_solving_twice_gives_the_same_schedule() -> None:
 def test_long_chains_are_refused() -> None:
     with pytest.raises(WorkloadError, match=r"up to about 1,700 stages, found 8000"):
         ChainDp().solve(uniform(8000), 10**9)
-
-
-def scaled(chain: Chain, *, seconds: float = 1.0, size: int = 1) -> Chain:
-    """The same chain in other units."""
-    data = chain.to_json()
-    for key in ("u_f", "u_b"):
-        data[key] = [seconds * x for x in data[key]]
-    for key in ("w_a", "w_t", "w_g", "o_f", "o_b", "w_p"):
-        data[key] = [size * x for x in data[key]]
-    data |= {"u_loss": seconds * data["u_loss"]}
-    return Chain.from_json(data | {key: size * data[key] for key in ("o_loss", "w_held")})
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    scaled_chains(most_stages=8),
-    st.integers(-50, 50),
-    st.sampled_from([None, 20]),
-    st.floats(0, 1),
-)
-def test_scaling_all_times_leaves_the_schedule_unchanged(
-    chain: Chain, exponent: int, slots: int | None, share: float
-) -> None:
-    budget = budget_between(chain, share)
-    first = ChainDp(slots).solve(chain, budget)
-    second = ChainDp(slots).solve(scaled(chain, seconds=2.0**exponent), budget)
-    assert first.schedule == second.schedule
-    # A bound that is the plan's own seconds differs from them in the last digits.
-    assert second.lower_bound_seconds == pytest.approx(
-        2.0**exponent * first.lower_bound_seconds, rel=1e-12
-    )
-
-
-@settings(max_examples=40, deadline=None)
-@given(chains(most_stages=8), st.integers(2, 10**6), st.floats(0, 1))
-def test_scaling_all_bytes_leaves_the_schedule_unchanged(
-    chain: Chain, factor: int, share: float
-) -> None:
-    budget = budget_between(chain, share)
-    first = ChainDp().solve(chain, budget)
-    for spare in (0, factor - 1):
-        second = ChainDp().solve(scaled(chain, size=factor), factor * budget + spare)
-        assert first.schedule == second.schedule
-        assert first.lower_bound_seconds == second.lower_bound_seconds
-
-
-def budget_between(chain: Chain, share: float) -> int:
-    """A budget between the least and that of storing everything."""
-    most = Baseline("store_all").solve(chain, 10**15).trace.peak_bytes
-    (none,) = ChainDp().solve_each(chain, [-1])
-    assert isinstance(none, InfeasibleBudgetError)
-    assert none.least_budget_bytes is not None
-    return none.least_budget_bytes + int(share * (most - none.least_budget_bytes))
-
-
-@st.composite
-def chains_to_split(draw: st.DrawFn) -> tuple[Chain, Chain]:
-    """A chain, and the same with one stage in two.
-
-    Every schedule of the first is one of the second: the two parts run one after the other, the
-    state between them goes at once, and what it takes comes off the overheads.
-    """
-    chain = draw(chains(most_stages=4))
-    k = draw(st.integers(0, len(chain) - 1))
-    stage = chain.stages[k]
-    tape = draw(st.integers(0, stage.tape_bytes - stage.state_bytes))
-    between = draw(st.integers(0, min(stage.forward_overhead_bytes, tape)))
-    most = min(stage.backward_overhead_bytes, stage.tape_bytes - tape)
-    gradient = draw(st.integers(0, most))
-    parameters = draw(st.integers(0, stage.parameter_gradient_bytes))
-    share = draw(st.integers(0, 9))
-    first = Stage(
-        forward_seconds=min(float(share), stage.forward_seconds),
-        backward_seconds=min(float(share), stage.backward_seconds),
-        state_bytes=between,
-        tape_bytes=tape,
-        gradient_bytes=gradient,
-        forward_overhead_bytes=stage.forward_overhead_bytes - between,
-        backward_overhead_bytes=stage.backward_overhead_bytes,
-        parameter_gradient_bytes=parameters,
-    )
-    second = replace(
-        stage,
-        forward_seconds=stage.forward_seconds - first.forward_seconds,
-        backward_seconds=stage.backward_seconds - first.backward_seconds,
-        tape_bytes=stage.tape_bytes - tape,
-        forward_overhead_bytes=stage.forward_overhead_bytes - between,
-        backward_overhead_bytes=stage.backward_overhead_bytes - gradient,
-        parameter_gradient_bytes=stage.parameter_gradient_bytes - parameters,
-    )
-    stages = (*chain.stages[:k], first, second, *chain.stages[k + 1 :])
-    return chain, replace(chain, stages=stages)
-
-
-@settings(max_examples=200, deadline=None)
-@given(chains_to_split())
-def test_splitting_a_stage_in_two_is_never_worse(pair: tuple[Chain, Chain]) -> None:
-    whole, parts = pair
-    budgets = [peak for peak, _ in persistent_frontier(whole)]
-    one, two = (ChainDp().solve_each(chain, budgets) for chain in pair)
-    for before, after in zip(one, two, strict=True):
-        assert seconds_of(after) <= seconds_of(before) + 1e-9
-    assert parts.store_all_seconds == pytest.approx(whole.store_all_seconds)
 
 
 @settings(max_examples=100, deadline=None)
