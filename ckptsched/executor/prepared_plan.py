@@ -22,7 +22,7 @@ from ..recompute.budget_watch import Overruns
 from ..recompute.engine import nodes_made
 from ..recompute.fsdp import Sharding, sharded_of
 from ..recompute.parameter_swap import Slot, Slots
-from ..recompute.stateful_buffers import HiddenBuffers, is_write_only
+from ..recompute.stateful_buffers import HiddenBuffers, changeable
 from ..recompute.tape import Carries, as_asked
 from ..schedule.language import Code
 from ..tensors.devices import several_devices
@@ -94,9 +94,9 @@ class PreparedPlan:
         # -- what stages keep for themselves
         places = self.inspection.buffer_places(self.signature.hidden)
         self.hidden = HiddenBuffers(self.slots, places)
-        self.may_change = _changeable(self.slots, places)
+        self.may_change = changeable(self.slots, places)
         """For each block and each of its places for buffers whether stages may change it."""
-        self._buffers = _buffers_by_stage(self.stages)
+        self._buffers, self._changing = _buffers_by_stage(self.stages, self.slots, self.may_change)
         self.replays = self.chain.draws or bool(self.hidden)
         """Whether a run that does not simply go on begins with something put back."""
         # -- what steps learn
@@ -174,14 +174,15 @@ class PreparedPlan:
         """The context for first runs of stages, from the user's `context_fn`."""
         return nullcontext() if self.context_fn is None else contexts(self.context_fn)[0]
 
-    def buffers_of(self, first: int, last: int) -> list[Slots]:
+    def buffers_of(self, first: int, last: int, *, changing: bool = False) -> list[Slots]:
         """The places for buffers of some stages' own modules, of each module once.
 
         Args:
             first: The first of the stages, counted from 1.
             last: The last of them.
+            changing: Only of stages with some that stages may change.
         """
-        found = self._buffers[first - 1 : last]
+        found = (self._changing if changing else self._buffers)[first - 1 : last]
         return list({id(slots): slots for slots in found if slots is not None}.values())
 
     # -- names for messages
@@ -317,14 +318,23 @@ def _varying(chain: Chain) -> bytes:
     return bytes([nodes_made is None or bool(b and b.varies) for b in bounds])
 
 
-def _buffers_by_stage(stages: Sequence[StageCall]) -> list[Slots | None]:
-    """For each stage its places for buffers; stages of one module share them."""
-    known: dict[int, Slots | None] = {}
+def _buffers_by_stage(
+    stages: Sequence[StageCall], blocks: Sequence[Slots], may_change: Sequence[Sequence[bool]]
+) -> tuple[list[Slots | None], list[Slots | None]]:
+    """For each stage its places for buffers, if any; and the same if any of them may change."""
+    flagged = [
+        zip(b.buffer_places(), m, strict=True) for b, m in zip(blocks, may_change, strict=True)
+    ]
+    changing = {(id(place[0]), place[1]) for block in flagged for place, may in block if may}
+    known: dict[int, tuple[Slots | None, Slots | None]] = {}
     for stage in stages:
         if id(stage.module) not in known:
             slots = Slots([stage.module])
-            known[id(stage.module)] = slots if slots.buffer_places() else None
-    return [known[id(stage.module)] for stage in stages]
+            places = slots.buffer_places()
+            moves = any((id(module), name) in changing for module, name in places)
+            known[id(stage.module)] = (slots if places else None, slots if moves else None)
+    found = [known[id(stage.module)] for stage in stages]
+    return [every for every, _ in found], [moving for _, moving in found]
 
 
 def _compared(stages: Sequence[StageCall], script: Script, check: Check) -> bytes:
@@ -344,14 +354,6 @@ def _compared(stages: Sequence[StageCall], script: Script, check: Check) -> byte
     for k in latest.values():
         chosen[k] = 1
     return bytes(chosen)
-
-
-def _changeable(blocks: Sequence[Slots], hidden: Sequence[Slot]) -> list[list[bool]]:
-    known = {(id(module), name) for module, name in hidden}
-    return [
-        [(id(p[0]), p[1]) in known or is_write_only(p) for p in slots.buffer_places()]
-        for slots in blocks
-    ]
 
 
 def _check_policy(inspection: Inspection, signature: Signature) -> None:

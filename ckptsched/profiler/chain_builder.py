@@ -12,7 +12,7 @@ from torch import Tensor
 from ..base.json_files import printable
 from ..memory.meters import storage_bytes
 from ..recompute.parameter_swap import Slots
-from ..recompute.stateful_buffers import HiddenBuffers
+from ..recompute.stateful_buffers import HiddenBuffers, changeable
 from ..simulator.liveness import snapshot_bytes
 from ..tensors.pytree import State, storages
 from ..torch_state.replay_context import AnyGenerator, RandomState
@@ -182,10 +182,14 @@ def _spans(survey: Survey) -> tuple[Block, ...]:
     blocks = survey.blocks
     slots = [Slots([block.module]) for block in blocks]
     hidden = HiddenBuffers(slots, survey.hidden()).bytes_by_block()
+    may_change = changeable(slots, survey.hidden())
     spans, first = [], 1
-    for block, own, size in zip(blocks, slots, hidden, strict=True):
+    for block, own, size, may in zip(blocks, slots, hidden, may_change, strict=True):
         last = first + len(block.stages) - 1
-        buffers = sum(buffer.nbytes for buffer in own.buffers())
+        # Those that there are clones of while stages run again.
+        pairs = zip(own.buffers_in_place(), may, strict=True)
+        moving = {id(b): b for b, moves in pairs if moves and b is not None}
+        buffers = sum(buffer.nbytes for buffer in moving.values())
         spans.append(
             Block(
                 name=printable(block.name),

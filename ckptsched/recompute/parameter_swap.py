@@ -301,13 +301,15 @@ class Slots:
             held: The buffer of each place; those that are there now if None.
         """
         placed, buffers = _Placed("_buffers"), iter(held or self.buffers_in_place())
+        # Each zip stops at the end of its names, and takes no tensor more.
+        owned = [
+            (module, [*zip(names, buffers, strict=False)]) for module, names in self._with_buffers
+        ]
         try:
             placed.put(
-                (module, [(name, clones[id(b)]) for name, b in held if id(b) in clones])
-                for module, held in (
-                    (module, zip(names, buffers, strict=False))
-                    for module, names in self._with_buffers
-                )
+                (module, [(name, clones[id(b)]) for name, b in own if id(b) in clones])
+                for module, own in owned
+                if any(b is None or id(b) in clones for _, b in own)  # None: one may be put there
             )
             yield
         finally:

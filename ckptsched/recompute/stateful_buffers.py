@@ -36,6 +36,20 @@ def is_write_only(place: Slot) -> bool:
     return class_before(place[0]) in _WRITE_ONLY
 
 
+def changeable(blocks: Sequence[Slots], hidden: Iterable[Slot]) -> list[list[bool]]:
+    """For each block and each of its places for buffers whether stages may change it.
+
+    Args:
+        blocks: The places of each block, in order.
+        hidden: Those that hold hidden state.
+    """
+    known = {(id(module), name) for module, name in hidden}
+    return [
+        [(id(p[0]), p[1]) in known or is_write_only(p) for p in slots.buffer_places()]
+        for slots in blocks
+    ]
+
+
 @final
 class HiddenBuffers:
     """The slots of buffers that stages read and change, by the block that uses them."""

@@ -74,7 +74,7 @@ class ForwardSnapshot:
             given.constants(), foreign=prepared.signature.foreign
         )
         self._unchanged: list[bool] = []
-        self._steady: dict[int, int] = {}  # versions of buffers that none may change, by ids
+        self._steady: dict[tuple[int, str], tuple[Tensor, int]] = {}  # that no stage may change
         self._modes = [[m.training for m in slots.modules] for slots in prepared.slots]
         # For one more backward; neither of the two is a tensor, whose bytes would count.
         own = self._generators_found
@@ -176,10 +176,12 @@ class ForwardSnapshot:
         self._unchanged = [a == b for a, b in zip(self._buffer_versions, now, strict=True)]
         # The kernels of normalisation move statistics at one version: what may change, may have.
         self._steady = {
-            id(b): b._version
-            for held, block in zip(self._buffers, self.prepared.may_change, strict=True)
-            for b, may in zip(held, block, strict=True)
-            if b is not None and not may
+            (id(module), name): (buffer, buffer._version)
+            for slots, held, block in zip(
+                self.prepared.slots, self._buffers, self.prepared.may_change, strict=True
+            )
+            for (module, name), buffer, may in zip(slots.buffer_places(), held, block, strict=True)
+            if buffer is not None and not may
         }
 
     def versions_in(self, blocks: Iterable[int]) -> list[int]:
@@ -386,6 +388,18 @@ class ForwardSnapshot:
                 slots = self.prepared.slots[k]
                 stack.enter_context(slots.parameters_replaced(bound[k]))
             yield
+
+    def check_buffers(self, stage: int) -> None:
+        """Refuse to run a stage again, if it is one, whose buffers a backward has changed.
+
+        Args:
+            stage: The stage, counted from 1.
+
+        Raises:
+            ExecutionError: A buffer that no forward may change is another, or was written to.
+        """
+        if self._replay is not None:
+            self._replay.check(stage)
 
     @contextmanager
     def traceless(self, blocks: Iterable[int]) -> Iterator[None]:

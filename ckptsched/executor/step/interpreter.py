@@ -193,6 +193,7 @@ class Interpreter:
         return self.seen.again() if again else _FIRST
 
     def _forward(self, p: int, i: int) -> None:
+        self.seen.check_buffers(i)
         prepared, stored = self.prepared, self._input(p, i)
         stage, extras = self.states.stage(i), self.seen.extras
         how = prepared.facts.alone[i - 1]
@@ -211,6 +212,7 @@ class Interpreter:
         self.states.keep(p, i, output, taped=False)
 
     def _taped_forward(self, p: int, i: int) -> None:
+        self.seen.check_buffers(i)
         prepared, stored = self.prepared, self._input(p, i)
         stage: StageCall = self.states.stage(i)
         if prepared.script.dropped.data[p]:  # the plan was checked to have no other than lean ones
@@ -251,6 +253,7 @@ class Interpreter:
             del stored
             marks = [_count()]
             for i in range(first, last + 1):
+                self.seen.check_buffers(i)
                 if sided:
                     with self._looking(i) as look, aliases_kept(look is None):
                         made = run_under(look, stages[i - 1], state, extras)

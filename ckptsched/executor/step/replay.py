@@ -2,7 +2,8 @@
 
 Between runs that are undone the backwards of stages draw random numbers and change buffers, too:
 hooks and custom Functions that keep statistics of gradients. Under autograd all of that lasts, so
-a backward finds the caller's generators and the buffers themselves.
+a backward finds the caller's generators and the buffers themselves. Of buffers that no forward
+changes there are no stand-ins in the first place: a stage that finds one changed is not run again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import NoReturn, final
 
-import torch
 from torch import Tensor
 
 from ...base.errors import ExecutionError
@@ -32,7 +32,7 @@ class Replay:
         prepared: PreparedPlan,
         blocks: Iterable[int],
         held: Held,
-        steady: Mapping[int, int],
+        steady: Mapping[tuple[int, str], tuple[Tensor, int]],
         random: Callable[[], RandomState] | None,
     ) -> None:
         """Change nothing yet.
@@ -41,16 +41,18 @@ class Replay:
             prepared: The model and its plan.
             blocks: Indices of the blocks whose stages run again.
             held: The buffers that the forward pass found.
-            steady: The version of each buffer that no forward may change, by its id; none while
-                one goes on.
+            steady: Each buffer that no forward may change, and its version, by the id of its module
+                and its name.
             random: Reads the random state; None for a model that draws none.
         """
         self._prepared, self._held, self._steady = prepared, held, steady
         self._again = set(blocks)
         self._blocks = sorted(self._again | prepared.hidden.blocks)
         self._random, self._outer = random, random and random()
-        self._clones: dict[int, tuple[Tensor, Tensor, int]] = {}
-        """By the id of a buffer it, its clone, and the clone's version as the two were equal."""
+        self._clones: dict[int, Tensor] = {}
+        """Those of buffers, by their ids."""
+        self._buffer_of: dict[int, Tensor] = {}
+        """The other way round."""
         self._instead: dict[tuple[int, str], tuple[Slot, Tensor | None]] = {}
         """What backwards have put in the places of buffers."""
 
@@ -61,11 +63,10 @@ class Replay:
             with ExitStack() as stack:
                 for k in self._blocks:
                     self._clone(k)
-                    clones = {name: clone for name, (_, clone, _) in self._clones.items()}
                     slots = self._prepared.slots[k]
-                    stack.enter_context(slots.buffers_replaced(clones, self._held[k]))
+                    stack.enter_context(slots.buffers_replaced(self._clones, self._held[k]))
                 yield
-                self._hand_on()
+                self._note_replaced()
         finally:
             if self._outer is not None:
                 self._outer.restore()
@@ -74,14 +75,29 @@ class Replay:
 
     def _clone(self, k: int) -> None:
         """Clone what a block may change, and all hidden buffers: snapshots are taken of those."""
-        flags = self._prepared.hidden.flags[k]
-        for place, (buffer, hides) in enumerate(zip(self._held[k], flags, strict=True)):
-            if buffer is None or id(buffer) in self._clones or not (hides or k in self._again):
-                continue
-            if self._steady.get(id(buffer), buffer._version) != buffer._version:
-                self._refuse(self._prepared.slots[k].buffer_places()[place])
-            clone = buffer.clone()
-            self._clones[id(buffer)] = buffer, clone, clone._version
+        flags = self._prepared.hidden.flags[k], self._prepared.may_change[k]
+        for buffer, hides, may in zip(self._held[k], *flags, strict=True):
+            cloned = may and (hides or k in self._again)
+            if buffer is not None and cloned and id(buffer) not in self._clones:
+                clone = self._clones[id(buffer)] = buffer.clone()
+                self._buffer_of[id(clone)] = buffer
+
+    def check(self, stage: int) -> None:
+        """Refuse to run a stage again whose buffers a backward has changed.
+
+        Args:
+            stage: The stage, counted from 1.
+
+        Raises:
+            ExecutionError: One that no forward may change is another, or was written to.
+        """
+        for slots in self._prepared.buffers_of(stage, stage):
+            for module, name in slots.buffer_places():
+                buffer, version = self._steady.get((id(module), name), (None, 0))
+                if buffer is None:
+                    continue
+                if module._buffers.get(name) is not buffer or buffer._version != version:
+                    self._refuse((module, name))
 
     def going_back(
         self, first: int, last: int, around: AbstractContextManager[None]
@@ -96,7 +112,7 @@ class Replay:
             last: The last of them.
             around: What else it is to find.
         """
-        slots = self._prepared.buffers_of(first, last) if self._clones else ()
+        slots = self._prepared.buffers_of(first, last, changing=True) if self._clones else ()
         return self._entered(slots, around) if slots or self._outer is not None else around
 
     @contextmanager
@@ -109,59 +125,43 @@ class Replay:
         clones = [module._buffers[name] for module, name in places]
         versions = [None if clone is None else clone._version for clone in clones]
         with ExitStack() as stack:
-            themselves = {id(clone): buffer for buffer, clone, _ in self._clones.values()}
             for some in slots:
-                stack.enter_context(some.buffers_replaced(themselves))
+                stack.enter_context(some.buffers_replaced(self._buffer_of))
             for module, name in places:
                 if (id(module), name) in self._instead:
                     module._buffers[name] = self._instead[id(module), name][1]
             before = [module._buffers[name] for module, name in places]
             with around:
                 yield
-            for (module, name), buffer in zip(places, before, strict=True):
-                now = module._buffers.get(name)
-                if now is not buffer:
-                    self._instead[id(module), name] = (module, name), now
+            after = [module._buffers.get(name) for module, name in places]
+        for (module, name), buffer, now in zip(places, before, after, strict=True):
+            if now is buffer:
+                continue
+            if (id(module), name) in self._steady:
+                module._buffers[name] = now
+            else:
+                self._instead[id(module), name] = (module, name), now
         for place, clone, version in zip(places, clones, versions, strict=True):
-            if clone is not None and clone._version != version and not self._is_steady(clone):
+            if clone is not None and id(clone) in self._buffer_of and clone._version != version:
                 self._refuse(place)
         if self._random is not None:
             self._outer = None  # no two of them at a time, which would count
             self._outer = self._random()
 
-    def _is_steady(self, clone: Tensor) -> bool:
-        return any(c is clone and id(b) in self._steady for b, c, _ in self._clones.values())
-
-    @torch.no_grad()
-    def _hand_on(self) -> None:
-        """Give buffers what backwards have written to their clones, which tapes had kept."""
-        for buffer, clone, version in self._clones.values():
-            if id(buffer) not in self._steady or clone._version == version:
-                continue
-            if buffer._version != self._steady[id(buffer)] or self._is_shared(buffer):
-                places = (
-                    self._prepared.slots[k].buffer_places()[place]
-                    for k in self._blocks
-                    for place, held in enumerate(self._held[k])
-                    if held is buffer
-                )
-                self._refuse(next(places))
-            buffer.copy_(clone)
-
-    def _is_shared(self, buffer: Tensor) -> bool:
-        """Whether several stages could find a buffer, one of them after the backward of another."""
-        clone = self._clones[id(buffer)][1]
-        finds = [
-            any(clone is b for some in self._prepared.buffers_of(i, i) for b in some.buffers())
-            for i in range(1, len(self._prepared.stages) + 1)
-        ]
-        return sum(finds) > 1
+    def _note_replaced(self) -> None:
+        """Note what backwards have put beside stand-ins, in places that no forward changes."""
+        for k in self._blocks:
+            places = zip(self._prepared.slots[k].buffer_places(), self._held[k], strict=True)
+            for (module, name), buffer in places:
+                now, key = module._buffers.get(name), (id(module), name)
+                if now is not buffer and key in self._steady:
+                    self._instead[key] = (module, name), now
 
     def _refuse(self, place: Slot) -> NoReturn:
         name = self._prepared.inspection.name_of(place) or place[1]
         raise ExecutionError(
-            f"the backward changes buffer {name!r}, which stages that run again may read or change "
-            "as well, so that gradients or the buffer would be wrong: let what changes it in the "
-            "backward (a hook, or a custom Function) write to a buffer that no forward reads or "
-            "changes, and take that over after the backward"
+            f"the backward changes buffer {name!r}, which a stage that runs again may read or "
+            "change as well, so that gradients or the buffer would be wrong: let what changes it "
+            "in the backward (a hook, or a custom Function) write to a buffer of the model that no "
+            "forward reads or changes"
         )
