@@ -84,7 +84,9 @@ def facts_of_chain(chain: Workload, stored: Plan) -> dict[str, Any]:
 
 def facts_of_verification(found: Verification) -> dict[str, Any]:
     """What a step under a plan and a plain one gave, and whether the plan holds."""
-    return {**asdict(found), "ok": found.ok}
+    figures = asdict(found)
+    del figures["timeline_bytes"]  # for pictures
+    return {**figures, "ok": found.ok}
 
 
 def _checked(ctx: click.Context, option: click.Parameter, path: str | None) -> str | None:

@@ -320,7 +320,8 @@ def report_command(
     target = runnable_target(model, inputs, "--measure")
 
     def run(plan: Plan) -> Verification:
-        return run_verify(target.model, plan, target.sample, rounds=rounds)
+        timeline = page is not None
+        return run_verify(target.model, plan, target.sample, rounds=rounds, timeline=timeline)
 
     chain = profile_target(model, target)
     found = report(
@@ -400,13 +401,16 @@ def _show(
 
 @main.command(
     "verify",
-    epilog=example("ckptsched verify models.mlp:deep_mlp --input 512x16 --budget 70%"),
+    epilog=example(
+        "ckptsched verify models.mlp:deep_mlp --input 512x16 --budget 70% --html measured.html"
+    ),
 )
 @click.argument("model")
 @click.argument("plan_file", metavar="[PLAN]", required=False)
 @model_options
 @click.option("--budget", help=f"Plan for this budget, where no PLAN is given. {_BUDGET_HELP}")
 @click.option("--rounds", type=click.IntRange(min=0), default=3, help=_ROUNDS_HELP)
+@click.option("--html", "page", type=click.Path(dir_okay=False), help=_HTML_HELP)
 @json_option
 @click.pass_context
 def verify_command(
@@ -416,22 +420,32 @@ def verify_command(
     inputs: Inputs,
     budget: str | None,
     rounds: int,
+    page: str | None,
     data: str | None,
 ) -> None:
-    """Run a training step of a MODEL under a plan; exit code 1 if it does not hold."""
+    """Run a training step of a MODEL under a plan; exit code 1 if it does not hold.
+
+    With --html the page lays the bytes that were measured over those that were projected.
+    """
     from ..executor.verify import verify as run_verify
     from ..planner.plan import Plan
     from ..planner.planner import plan_one
 
     if (plan_file is None) == (budget is None):
         raise click.UsageError("give a saved plan or --budget, one of the two")
+    check_writable(page)
     target = runnable_target(model, inputs, "verify")
     if budget is not None:
         plan = plan_one(profile_target(model, target), budget)
     else:
         plan = Plan.load(plan_file or "", certify=False)
-    result = run_verify(target.model, plan, target.sample, rounds=rounds)
+    timeline = page is not None
+    result = run_verify(target.model, plan, target.sample, rounds=rounds, timeline=timeline)
     answer(lambda: click.echo(str(result)), lambda: facts_of_verification(result), data)
+    if page is not None:
+        plan.to_html(page, verified=result)
+        if data != ALONE:
+            click.echo(f"\npage written to {page}")
     if not result.ok:
         ctx.exit(1)
 

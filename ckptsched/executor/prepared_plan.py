@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias, final
 
@@ -64,6 +64,8 @@ class PreparedPlan:
         self.check: Check = check
         self.context_fn = context_fn
         self.lock = LendingLock()
+        self.watch: Callable[[int, int], AbstractContextManager[object]] | None = None
+        """Gives what is around operations, while a step is measured; see `step/watch`."""
         self.chain, self.signature = _chain_of(plan)
         self.facts = StageFacts.read(self.signature, len(self.chain))
         self.asks = Carries.ASKED in self.facts.carries[0]
@@ -108,7 +110,7 @@ class PreparedPlan:
 
     def __getstate__(self) -> dict[str, object]:
         """All but what is known by the identity of modules, which a copy does not share."""
-        return {**self.__dict__, "_sharding": ((), None)}
+        return {**self.__dict__, "_sharding": ((), None), "watch": None}
 
     # -- sharding
 

@@ -67,6 +67,12 @@ class RecordedCalls:
         """The recording; None before the first call."""
         return None if self._bound is None else self._bound.captured
 
+    @property
+    def prepared(self) -> PreparedPlan:
+        """The plan bound to the recording, which there has to be: see `prepare`."""
+        assert self._bound is not None
+        return self._bound.calls.prepared
+
     def share_lock(self, lock: LendingLock) -> None:
         """Run in turn with other models that hold the lock; see `Checkpointed.share_lock`."""
         self._lock = lock

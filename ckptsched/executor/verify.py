@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
@@ -32,6 +33,7 @@ from ..tensors.comparison import same_values
 from ..tensors.pytree import State
 from ..torch_state.replay_context import AnyGenerator, Autocast, RandomState, now
 from .checkpointed import Checkpointed, follow
+from .measured_timeline import TimelineMarks
 from .recorded import RecordedCalls
 
 
@@ -71,6 +73,9 @@ class Verification:
     uncached_gradient_difference: float | None = None
     """The largest difference from plain autograd without autocast's cache of cast weights, which
     a plan does not use; None where the caller's setting has no such cache."""
+    timeline_bytes: tuple[int, ...] = field(default=(), repr=False)
+    """Bytes at most while each operation of the plan's schedule ran, as the meter counted them;
+    empty where no timeline was asked for. The largest is the measured peak."""
 
     @property
     def measured(self) -> Measured:
@@ -81,6 +86,7 @@ class Verification:
             plain_seconds=self.plain_seconds,
             max_gradient_difference=self.max_gradient_difference,
             ok=self.ok,
+            timeline_bytes=self.timeline_bytes,
         )
 
     @property
@@ -162,6 +168,7 @@ class _Outcome:
     buffers: dict[str, Tensor]
     random: RandomState
     peak_bytes: int
+    timeline_bytes: tuple[int, ...] = ()
 
 
 def verify(
@@ -173,6 +180,7 @@ def verify(
     meter: Meter | None = None,
     rounds: int = 0,
     tolerance: float = 0.0,
+    timeline: bool = False,
 ) -> Verification:
     """Run one step by the plan and one by plain autograd, from the same state.
 
@@ -190,6 +198,8 @@ def verify(
         rounds: How often to time both steps, in turn; 0 for not at all.
         tolerance: Largest difference of a gradient, relative to the largest gradient, that
             counts as equal. On the CPU 0 is what to expect.
+        timeline: Whether to measure the bytes of each operation of the step by the plan, too, as
+            `timeline_bytes`: `plan.to_html(path, verified=...)` lays them over the projected ones.
 
     Returns:
         The comparison; `.ok` says whether gradients, bytes and side effects are as promised.
@@ -213,7 +223,8 @@ def verify(
         )
     loss = loss or default_loss
     meter = meter or default_meter(call.device)
-    runs = _run_both(inspection, planned, call, loss, meter, rounds)
+    marks = TimelineMarks(planned.calls.prepared) if timeline else None
+    runs = _run_both(inspection, planned, call, loss, meter, rounds, marks)
     expected, found, uncached = runs.expected, runs.found, runs.uncached
     difference, worst, largest = _compare(expected.gradients, found.gradients)
     without = None if uncached is None else _compare(uncached.gradients, found.gradients)[0]
@@ -235,6 +246,7 @@ def verify(
         worst_gradient=worst,
         tolerance=tolerance,
         uncached_gradient_difference=without,
+        timeline_bytes=found.timeline_bytes,
     )
 
 
@@ -260,6 +272,7 @@ def _run_both(
     loss: Loss,
     meter: Meter,
     rounds: int,
+    marks: TimelineMarks | None,
 ) -> _Runs:
     """Run all steps from the same state, and leave the model as it was."""
     plain = inspection.model
@@ -283,7 +296,7 @@ def _run_both(
         reset()
         uncached = _measure(plain, replace(step, cached=False), meter) if cached else None
         reset()
-        found = _measure(planned, step, meter)
+        found = _measure(planned, step, meter, marks)
         reset()
         return _Runs(expected, uncached, found, _time(planned, plain, step, rounds, reset))
 
@@ -350,10 +363,13 @@ class _Step:
             return self.call(self.planned.plainly)
 
 
-def _measure(model: nn.Module, step: _Step, meter: Meter) -> _Outcome:
+def _measure(
+    model: nn.Module, step: _Step, meter: Meter, marks: TimelineMarks | None = None
+) -> _Outcome:
     call = step.call
     with meter.window() as window:
-        output, value = step(model)
+        with nullcontext() if marks is None else marks.on(window):
+            output, value = step(model)
         window.mark()
         value = value.detach()
         del output
@@ -363,7 +379,8 @@ def _measure(model: nn.Module, step: _Step, meter: Meter) -> _Outcome:
         gradients={**named, **call.gradients()},
         buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
         random=RandomState.take(call.device, call.generators()),
-        peak_bytes=window.phases[0].peak_bytes,
+        peak_bytes=max(phase.peak_bytes for phase in window.phases[:-1]),
+        timeline_bytes=() if marks is None else marks.timeline(window.phases[:-1]),
     )
 
 

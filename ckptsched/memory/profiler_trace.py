@@ -71,7 +71,7 @@ def recording(device: torch.device) -> Iterator[Readings]:
             "outside of it, or use AllocatorMeter (CPU) or CudaMeter"
         )
     result = Readings()
-    with _without_chatter(), tempfile.TemporaryDirectory(prefix="ckptsched-") as folder:
+    with _ours(), _without_chatter(), tempfile.TemporaryDirectory(prefix="ckptsched-") as folder:
         # torch.profiler.profile would add 0.3 ms to a window and nothing that is needed here.
         profiler = torch.autograd.profiler.profile(use_kineto=True, profile_memory=True)
         cancelled = False
@@ -91,6 +91,24 @@ def recording(device: torch.device) -> Iterator[Readings]:
         # Not strict: names that users gave to ranges of their own may hold control characters.
         trace = json.loads(path.read_text(encoding="utf-8", errors="replace"), strict=False)
     result._finish(_replay(trace["traceEvents"], device))
+
+
+_recordings = 0  # of this module, which are under way
+
+
+@contextlib.contextmanager
+def _ours() -> Iterator[None]:
+    global _recordings
+    _recordings += 1
+    try:
+        yield
+    finally:
+        _recordings -= 1
+
+
+def profiler_at_work() -> bool:
+    """Whether a profiler runs that is not one of `recording`; False where PyTorch does not tell."""
+    return not _recordings and _profiling(unknown=False)
 
 
 def _profiling(*, unknown: bool) -> bool:

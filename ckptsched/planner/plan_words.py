@@ -244,7 +244,7 @@ def certificate_of(plan: Planned) -> list[str]:
     share = plan.peak_bytes / max(plan.budget_bytes, 1)
     counted = (
         "counted to the byte, as PyTorch allocates"
-        if isinstance(chain, Chain) and chain.has_ledger
+        if chain.has_ledger
         else "counted by the planning model: a few numbers a stage"
     )
     lines = [

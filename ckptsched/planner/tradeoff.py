@@ -6,7 +6,7 @@ import html
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Unpack, final
 
 from ..base.budget import Budget, format_bytes, format_seconds
@@ -43,6 +43,8 @@ class Measured:
     """Largest absolute difference of any gradient from plain autograd's."""
     ok: bool
     """Whether the budget was kept, and gradients and buffers are plain autograd's."""
+    timeline_bytes: tuple[int, ...] = field(default=(), repr=False)
+    """Bytes at most while each operation ran; empty where that was not measured."""
 
     @property
     def overhead(self) -> float:
@@ -258,7 +260,9 @@ def _row_to_json(tradeoff: Tradeoff, row: Row) -> dict[str, Any]:
         "baselines_that_fit": [x.name for x in tradeoff.fitting(row)],
     }
     if measured is not None:
-        data["measured"] = {**asdict(measured), "overhead": measured.overhead}
+        figures = asdict(measured)
+        del figures["timeline_bytes"]  # for pictures
+        data["measured"] = {**figures, "overhead": measured.overhead}
     return data
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import io
+import itertools
 import json
 import shlex
 import sys
@@ -91,6 +94,23 @@ def test_a_file_that_cannot_be_written_is_found_out_first(folder: Path) -> None:
     assert result.exit_code == 2
     assert "missing" in result.stderr
     assert "no_such_module" not in result.stderr
+
+
+@pytest.mark.filterwarnings("ignore::ckptsched.TimingWarning")
+def test_a_verified_page_has_what_was_measured(with_plan: Path) -> None:
+    given = (*DATA["verify"], "--html", "page.html")
+    assert run(*given).stdout.endswith("page written to page.html\n")
+    assert run(*given, "--json", "-").stdout.startswith("{")
+    text = (with_plan / "page.html").read_text(encoding="utf-8")
+    page = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+    plan = page["plans"][0]
+    columns = json.loads(gzip.decompress(base64.b64decode(plan["data"])))
+    measured = list(itertools.accumulate(columns["measured"]))
+    assert len(measured) == plan["operations"]
+    assert max(measured) == plan["measured"]["peakBytes"]
+    refused = run("verify", "no_such_module:mlp", "--budget", "90%", "--html", "missing/page.html")
+    assert refused.exit_code == 2
+    assert "no_such_module" not in refused.stderr
 
 
 def test_exit_codes_are_said(folder: Path) -> None:

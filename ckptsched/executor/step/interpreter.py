@@ -29,6 +29,7 @@ from .forward_snapshot import ForwardSnapshot
 from .fsdp_step import Gathering
 from .states import Checkpoint, LiveSets, States, Values
 from .tape_uses import TapedRun, TapeUses
+from .watch import Watch, watch_of
 
 # Plain numbers: members of an enum are slow to look up, and there is one operation a step or more.
 _FORWARD, _TAPED_FORWARD, _BACKWARD, _DROP = map(
@@ -92,6 +93,11 @@ class Interpreter:
         self._uses = TapeUses(seen)
         self._outputs = SeenOutputs(whole=whole) if whole or glances else None
         self.states.begin(inputs)
+        self.see_who_watches()
+
+    def see_who_watches(self) -> None:
+        """Ask anew who watches the operations; once a forward and a backward, as it takes time."""
+        self._watch = watch_of(self.prepared, self.seen.device)
 
     def clear(self) -> None:
         """Let go of all states, tapes and gradients."""
@@ -114,17 +120,29 @@ class Interpreter:
         """
         self._repeating = again
         stretches = between(self.prepared.script.stretches, segment.start, segment.stop)
+        stretch = self._stretch if self._watch is None else partial(self._watched, self._watch)
         with torch.no_grad():
             if self.gathering is None:
                 for p, end in stretches:
-                    self._stretch(p, end)
+                    stretch(p, end)
                 return
             with self.gathering.one_at_a_time() as place:
                 for p, end in stretches:
                     for start, stop, block in self.gathering.by_block(p, end):
                         if block is not None:
                             place.to(block)
-                        self._stretch(start, stop)
+                        stretch(start, stop)
+
+    def _watched(self, watch: Watch, p: int, end: int) -> None:
+        """A stretch one operation at a time, but for backwards that share a tape."""
+        codes, numbers = self.prepared.script.codes.data, self.prepared.script.numbers.data
+        while p < end:
+            stop = p + 1
+            if codes[p] == _BACKWARD:
+                stop += numbers[p] - self.tapes[numbers[p]].first
+            with watch(p, stop):
+                self._stretch(p, stop)
+            p = stop
 
     def _stretch(self, p: int, end: int) -> None:
         codes, numbers = self.prepared.script.codes.data, self.prepared.script.numbers.data

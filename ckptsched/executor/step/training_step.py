@@ -136,6 +136,7 @@ class TrainingStep:
             All gradients, where they are to be differentiated again; else None.
         """
         first, self.phase = self.phase is _Phase.TURNED, _Phase.GOING_BACK
+        self.interpreter.see_who_watches()
         with self._guard():
             self.seen.check()
             self.seen.begin_backward()

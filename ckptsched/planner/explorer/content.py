@@ -18,10 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ...base.budget import format_bytes
+from ...base.errors import PlanMismatchError
 from ...base.json_files import printable
 from ...schedule.language import Code
 from ...simulator.lifetimes import Role, lifetimes
 from ...workload.chain import Chain
+from ...workload.graph import Graph
 from ..plan_words import Planned, Workload, certificate_of, kind_of, words_of_peak
 
 ROLES = {
@@ -63,6 +65,10 @@ class Compared(Protocol):
     @property
     def ok(self) -> bool:
         """Whether all was as promised."""
+
+    @property
+    def timeline_bytes(self) -> Sequence[int]:
+        """Bytes at most while each operation ran; empty where that was not measured."""
 
 
 class Verified(Protocol):
@@ -113,7 +119,7 @@ def page_data(
         "title": printable(chain.name) or f"{kind_of(chain)} of {len(chain)} stages",
         "kind": kind_of(chain),
         "stages": len(chain),
-        "exact": isinstance(chain, Chain) and chain.has_ledger,
+        "exact": chain.has_ledger,
         "storeAllBytes": first.store_all_bytes,
         "storeAllSeconds": chain.store_all_seconds,
         "leastBudgetBytes": first.least_budget_bytes,
@@ -130,14 +136,24 @@ def page_data(
 
 def layout_of(chain: Workload, i: int) -> str:
     """Shape and dtype of a state, such as "float32[8, 64]"; empty where they are not known."""
-    layouts = chain.layouts if isinstance(chain, Chain) else ()
+    if isinstance(chain, Graph):
+        return _layout_of_own(chain, i)
+    layouts = chain.layouts
     if i < len(layouts):
         return printable(layouts[i])
-    if i == 0 and isinstance(chain, Chain) and chain.signature and chain.signature.input_dtype:
+    if i == 0 and chain.signature and chain.signature.input_dtype:
         signature = chain.signature
         dtype = signature.input_dtype.removeprefix("torch.")
         return f"{dtype}{list(signature.input_shape)}"
     return ""
+
+
+def _layout_of_own(graph: Graph, i: int) -> str:
+    """That of what a stage itself makes, where the chain hands on nothing besides."""
+    if graph.lined is None:
+        return ""
+    own, whole = (x.arrays.state_bytes[i] for x in (graph, graph.lined))
+    return layout_of(graph.lined, i) if own == whole or i == len(graph) else ""
 
 
 def packed(data: Any) -> str:
@@ -234,7 +250,7 @@ def _plan(shown: Shown) -> dict[str, Any]:
         "solver": printable(plan.solver),
         "label": f"{format_bytes(plan.budget_bytes, budget=True)}, {plan.overhead:+.1%} time",
         "certificate": [printable(line) for line in certificate_of(plan)],
-        "data": packed(_columns(plan)),
+        "data": packed(_columns(plan, measured.timeline_bytes if measured else ())),
     }
     if measured is not None:
         data["measured"] = {
@@ -247,9 +263,14 @@ def _plan(shown: Shown) -> dict[str, Any]:
     return data
 
 
-def _columns(plan: Planned) -> dict[str, list[int]]:
+def _columns(plan: Planned, measured: Sequence[int]) -> dict[str, list[int]]:
     """Operations and what lives how long, a column each; see `assets/data.js`."""
     schedule = plan.schedule
+    if len(measured) not in (0, len(schedule)):
+        raise PlanMismatchError(
+            f"the timeline that was measured has {len(measured)} operations, and the plan "
+            f"{len(schedule)}: give what verify found of this plan"
+        )
     lives = lifetimes(plan.chain, schedule, plan.trace.timeline)
     is_value = schedule.codes >= Code.COPY
     tiers = np.where(is_value, schedule.packed >> 16 & 0xFFFF, 0)
@@ -265,6 +286,7 @@ def _columns(plan: Planned) -> dict[str, list[int]]:
         "size": lives.size.tolist(),
         "since": _differences(lives.since),
         "until": (lives.until - lives.since).tolist(),
+        "measured": _differences(np.array(measured, dtype=np.int64)),
     }
 
 

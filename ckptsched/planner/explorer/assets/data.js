@@ -57,6 +57,7 @@ function readPlan(data, network) {
     since: running(data.since),
     until: Float64Array.from(data.until),
     transient: Float64Array.from(data.transient),
+    measured: data.measured.length ? running(data.measured) : null,
   };
   for (let r = 0; r < step.until.length; r++) step.until[r] += step.since[r];
   addLevels(step);

@@ -14,6 +14,7 @@ function detailsOf({ step, plan, network, page }, p) {
   const pairs = element("dl", { class: "pairs" });
   const put = (name, value) => pairs.append(element("dt", {}, name), element("dd", {}, value));
   put("bytes", bytesText(step.total[p]));
+  if (step.measured) put("measured", measuredText(step, p));
   put("of the budget", percentText(step.total[p] / Math.max(plan.budgetBytes, 1)));
   put("of its own", bytesText(step.transient[p]));
   if (code <= BACKWARD) put("seconds", secondsText(step.seconds[p]));
@@ -27,6 +28,13 @@ function detailsOf({ step, plan, network, page }, p) {
     pairs,
     livingList(step, network, page, p),
   ];
+}
+
+/** What was measured of an operation, and how far that is from what is projected. */
+function measuredText(step, p) {
+  const more = step.measured[p] - step.total[p];
+  const off = more ? `${bytesText(Math.abs(more))} ${more > 0 ? "more" : "less"}` : "as projected";
+  return `${bytesText(step.measured[p])}, ${off}`;
 }
 
 function livingList(step, network, page, p) {

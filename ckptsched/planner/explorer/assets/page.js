@@ -58,6 +58,7 @@ function writeLegend() {
   found.push(swatch("--once", "first run"));
   if (now.step.again.some((x) => x)) found.push(swatch("--again", "run again"));
   found.push(swatch("--back", "backward"));
+  if (now.step.measured) found.push(swatch("--measured", "measured"));
   find("legend").replaceChildren(...found);
 }
 
@@ -73,7 +74,8 @@ function showOperation(p, { pick = false } = {}) {
   const again = step.again[p] ? ", run again" : "";
   chart.setAttribute("aria-valuemax", step.m);
   chart.setAttribute("aria-valuenow", p + 1);
-  chart.setAttribute("aria-valuetext", `Operation ${p + 1}: ${words}${again}, ${bytesText(step.total[p])}`);
+  const measured = step.measured ? `, measured ${measuredText(step, p)}` : "";
+  chart.setAttribute("aria-valuetext", `Operation ${p + 1}: ${words}${again}, ${bytesText(step.total[p])}${measured}`);
   if (pick) {
     const stage = step.code[p] === TURN ? 0 : step.stage[p];
     timeline.mark(stage);

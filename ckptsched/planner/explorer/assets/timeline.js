@@ -21,7 +21,8 @@ function makeTimeline(chart, { onPoint, onPick }) {
   const begins = (p) => (view.bySeconds ? step.start[p] : p);
   const toX = (value) => MARGIN.left + ((value - view.from) / (view.to - view.from)) * inner();
   const toY = (size) => floor() - (size / top()) * (floor() - MARGIN.top);
-  const top = () => 1.08 * Math.max(plan.budgetBytes, plan.peakBytes, 1);
+  const top = () => 1.08 * Math.max(plan.budgetBytes, plan.peakBytes, step.measured ? plan.measured.peakBytes : 1);
+  const tallest = (p) => Math.max(step.total[p], step.measured ? step.measured[p] : 0);
 
   /** The operation at a place of the axis: the last that begins there or before. */
   function operationAt(value) {
@@ -49,7 +50,7 @@ function makeTimeline(chart, { onPoint, onPick }) {
       for (let x = MARGIN.left; x < MARGIN.left + inner() && p <= last; x++) {
         let best = p;
         while (p <= last && toX(begins(p)) < x + 1) {
-          if (step.total[p] > step.total[best]) best = p;
+          if (tallest(p) > tallest(best)) best = p;
           p++;
         }
         found.push([x, x + 1, best]);
@@ -78,8 +79,26 @@ function makeTimeline(chart, { onPoint, onPick }) {
         bottoms[k] += size;
       });
     }
+    if (step.measured) drawMeasured(pen, parts);
     drawLines(pen);
     drawLane(pen);
+  }
+
+  /** What was measured, as a line over what is projected. */
+  function drawMeasured(pen, parts) {
+    pen.lineJoin = "round";
+    const roomy = inner() > 5 * parts.length; // else a rim would hide what lies below
+    for (const [ink, wide] of roomy ? [["--card", 3.6], ["--measured", 1.8]] : [["--measured", 1]]) {
+      pen.strokeStyle = color(ink);
+      pen.lineWidth = wide;
+      pen.beginPath();
+      parts.forEach(([a, b, p]) => {
+        const y = toY(step.measured[p]);
+        pen.lineTo(a, y);
+        pen.lineTo(b, y);
+      });
+      pen.stroke();
+    }
   }
 
   /** A canvas of the right size for this screen, empty. */
