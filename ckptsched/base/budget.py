@@ -44,7 +44,8 @@ _REMEDY = (
     'give a positive number of bytes, or text such as "512MiB", "1.5 GB" or "40%", or '
     '"90% of the device"'
 )
-_DEVICE_SHARE = 0.9
+DEVICE_SHARE = 0.9
+"""Of a device what a training may use where nothing else is said; the rest is a margin."""
 COUNTED = (
     "what a step makes: states and tapes, gradients of parameters, the output and the loss with "
     "their gradients; not parameters, buffers, optimizer and batch"
@@ -144,7 +145,7 @@ class Budget:
         cls,
         device: Any = None,
         *,
-        share: float = _DEVICE_SHARE,
+        share: float = DEVICE_SHARE,
         model: Any = None,
         optimizer: Any = None,
         batch: Any = None,
@@ -174,7 +175,7 @@ class Budget:
         if isinstance(share, bool) or not 0 < share <= 1:
             raise BudgetSyntaxError(
                 f"a share of {share!r} of a device cannot be used; give one above 0 and up to 1, "
-                f"such as {_DEVICE_SHARE}"
+                f"such as {DEVICE_SHARE}"
             )
         free = available_bytes(device)
         limit = math.floor(Fraction(str(share)) * free)

@@ -27,6 +27,9 @@ _WRITE_ONLY = (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
 
+# On a tensor without data: how often a kernel has written to it that leaves no other trace.
+_MOVES = "_ckptsched_moves"
+
 Values: TypeAlias = tuple[tuple[int, Tensor | None], ...]
 """Copies of hidden buffers, with the number of the place of each; None where there was none."""
 
@@ -48,6 +51,15 @@ def changeable(blocks: Sequence[Slots], hidden: Iterable[Slot]) -> list[list[boo
         [(id(p[0]), p[1]) in known or is_write_only(p) for p in slots.buffer_places()]
         for slots in blocks
     ]
+
+
+def note_move(buffer: Tensor) -> None:
+    """Note that a kernel has written to a tensor without data, and left no other trace.
+
+    The kernels of normalisation move their statistics at one version, and on the meta device there
+    are no values to compare.
+    """
+    setattr(buffer, _MOVES, getattr(buffer, _MOVES, 0) + 1)
 
 
 @final
@@ -143,7 +155,7 @@ class BufferWatch:
             slots: The places to watch.
         """
         self._before = {
-            place: None if b is None else (b, b._version, b.detach().clone())
+            place: None if b is None else (b, _version(b), b.detach().clone())
             for place, b in zip(slots.buffer_places(), slots.buffers_in_place(), strict=True)
         }
 
@@ -157,7 +169,7 @@ class BufferWatch:
         if then is None:
             return now is not None
         before, version, value = then
-        if now is not before or before._version != version:
+        if now is not before or _version(before) != version:
             return True
         # Code that goes by `.data` leaves no other trace.
         return not before.is_meta and not same_values(before, value)
@@ -189,6 +201,10 @@ class BufferWatch:
         held = {place: id(then[0]) for place, then in self._before.items() if then is not None}
         chosen = {held[place] for place in wanted if place in held}
         return wanted | {place for place, buffer in held.items() if buffer in chosen}
+
+
+def _version(buffer: Tensor) -> tuple[int, int]:
+    return buffer._version, getattr(buffer, _MOVES, 0)
 
 
 def own_generators(

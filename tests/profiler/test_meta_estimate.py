@@ -203,3 +203,52 @@ def test_what_cannot_be_estimated_is_refused() -> None:
         cs.profile(nn.Sequential(uncopied), x, fake=True)
     with pytest.raises(cs.ProfileError, match="stage '1' changes its input in place"):
         cs.profile(nn.Sequential(model, Runs(lambda x, c: x.add_(1))), x, fake=True)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """Of a class of its own, so that its statistics may be read for all that is known."""
+
+
+class Counting(nn.Module):
+    """Reads and changes a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(7))
+        self.layer = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)  # type: ignore[operator, union-attr]
+        return self.layer(x) * self.calls.mean()  # type: ignore[operator, union-attr]
+
+
+def _normed(make: Callable[[], nn.Module]) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), make(), nn.ReLU())
+
+
+def _spectral() -> nn.Module:
+    return nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3, padding=1))
+
+
+@pytest.mark.parametrize("capture", [None, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: _normed(lambda: OwnNorm(4)),
+        lambda: _normed(lambda: OwnNorm(4).eval()),
+        lambda: _normed(lambda: OwnNorm(4, track_running_stats=False)),
+        lambda: _normed(lambda: nn.BatchNorm2d(4)),
+        lambda: _normed(lambda: nn.InstanceNorm2d(4, track_running_stats=True)),
+        lambda: _normed(_spectral),
+        lambda: _normed(Counting),
+    ],
+)
+def test_buffers_that_are_kept_with_states_are_those_of_measured_chains(
+    make: Callable[[], nn.Module], capture: bool | None
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(make() for _ in range(3))), torch.randn(2, 4, 8, 8)
+    measured = cs.profile(model, x, capture=capture)
+    guessed = cs.profile(model, x, capture=capture, fake=True)
+    assert guessed.blocks == measured.blocks
+    assert [s.state_bytes for s in guessed.stages] == [s.state_bytes for s in measured.stages]

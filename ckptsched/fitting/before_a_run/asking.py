@@ -9,7 +9,7 @@ from typing import Any, Unpack, final
 import torch
 from torch import Tensor, nn
 
-from ...base.budget import format_bytes, parse_budget
+from ...base.budget import DEVICE_SHARE, format_bytes, parse_budget
 from ...base.errors import CkptschedError, InfeasibleBudgetError, ProfileError, WorkloadError
 from ...capture.inspection import Inspection, inspect_model
 from ...planner.plan import Plan
@@ -69,7 +69,8 @@ def will_it_fit(
         device: A name, such as "H100" (`DeviceFigures` for others): its memory, its kernels, and
             seconds; None for the kernels of the sample's device (a meta sample stands for CUDA)
             and no seconds.
-        device_memory: What may be used of it, such as "80GiB" or bytes; None for all of it.
+        device_memory: What may be used of it, such as "76GiB" or bytes; None for 90 % of it: the
+            rest is a margin for what is not counted.
         optimizer: "none", "sgd", "sgd-momentum", "adagrad", "rmsprop", "adam", "adamw" or
             "adamw8bit".
         dtype: What model and inputs are turned to, such as "bf16"; None for what they are.
@@ -209,7 +210,7 @@ def _memory(figures: DeviceFigures | None, asked: int | str | None) -> int:
                 'neither a device nor its memory was given; give device="H100" or '
                 'device_memory="80GiB"'
             )
-        return figures.memory_bytes
+        return int(DEVICE_SHARE * figures.memory_bytes)
     budget = parse_budget(asked)
     if budget.bytes is None:
         raise WorkloadError(

@@ -18,8 +18,8 @@ _STEP = {
     "output and loss": (Role.OUTPUT,),
 }
 _NOT_COUNTED = (
-    "not counted: workspaces of kernels, the allocator's rounding and gaps, and the context of the "
-    "device"
+    "not counted: workspaces of kernels, the allocator's rounding and gaps, the context of the "
+    "device, and what an optimizer takes while it steps"
 )
 
 
@@ -115,7 +115,7 @@ class Forecast:
     def headline(self) -> str:
         """The answer in a sentence."""
         whole = format_bytes(self.memory_bytes)
-        where = f"{self.device} ({whole})" if self.device else whole
+        where = f"{self.device} ({whole} of it)" if self.device else whole
         if self.fits:
             return f"{self.model} fits {where}: {format_bytes(self.spare_bytes)} to spare"
         lacking = f"{self.model} does not fit {where}: {format_bytes(-self.spare_bytes)} too much"

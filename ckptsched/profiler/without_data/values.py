@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ...recompute.stateful_buffers import note_move
+
 aten = torch.ops.aten
 _MOST_VALUES = 1 << 20  # of a tensor whose values are computed along
 # What these make does not hang on the values that they are given.
@@ -25,6 +27,10 @@ _BY_SHAPE_ALONE = {
     aten.new_ones.default: 1,
 }
 _ASKS = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default)
+# Of these those write to the statistics that they are given which are told to train, or always do.
+_NORMALISES = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
+_TRAINS = "_batch_norm_with_update"
+_STATISTICS, _TRAINING = slice(3, 5), 5  # where these lie among the arguments
 _EMPTY = ("aten::empty", "aten::new_empty")  # whose values are whatever was there
 
 
@@ -62,6 +68,7 @@ class KnownValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        _note_statistics(func, args)
         if func in _BY_SHAPE_ALONE:
             made = func(*args, **kwargs)
             self._know_filled(made, _BY_SHAPE_ALONE[func])
@@ -146,6 +153,13 @@ class KnownValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensor = reference()
             if tensor is None or tensor.untyped_storage()._cdata in written:
                 self._known.pop(key, None)
+
+
+def _note_statistics(func: Any, args: Any) -> None:
+    name = func._schema.name.removeprefix("aten::")
+    if name == _TRAINS or (name in _NORMALISES and args[_TRAINING]):
+        for buffer in _tensors(args[_STATISTICS]):
+            note_move(buffer)
 
 
 def _hangs_on_values(func: Any) -> bool:

@@ -210,6 +210,9 @@ def test_seconds_follow_the_device() -> None:
         source="a test",
     )
     own = cs.will_it_fit(model, x, device=twice)
+    # A tenth is a margin, unless memory is named.
+    assert slow.memory_bytes == own.memory_bytes == 9 * figures.memory_bytes // 10
+    assert cs.will_it_fit(model, x, device="T4", device_memory="16GB").memory_bytes == 16 * 10**9
     assert own.seconds == pytest.approx(slow.seconds / 2)
     assert "estimated" in str(own)
     assert "estimated" not in str(cs.will_it_fit(model, x, device_memory="1GiB"))
