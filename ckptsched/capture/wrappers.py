@@ -61,6 +61,7 @@ class InPlace(abc.ABC):
         self._off, self._retired = threading.local(), False
         functools.update_wrapper(self, self.before)  # its name, and its signature
         self.__func__ = Unbound(self)  # as a method has one
+        self.__code__ = getattr(self.before, "__code__", None)  # torch.export names what it reads
 
     @contextmanager
     def off(self) -> Iterator[None]:

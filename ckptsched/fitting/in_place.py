@@ -45,7 +45,12 @@ from ..simulator.simulator import simulate
 from ..tensors.pytree import State
 from ..torch_state.locks import LendingLock
 from ..torch_state.replay_context import ContextFn, contexts
-from ..torch_state.torch_modes import only_plain, outside_of_compiled_code
+from ..torch_state.torch_modes import (
+    hidden_from_torch_checkpoint,
+    is_exporting,
+    only_plain,
+    outside_of_compiled_code,
+)
 from ..workload.chain import Chain
 from ..workload.graph import Graph
 from .arguments import ArgumentNames, Call, Extent, Form, Kind
@@ -150,6 +155,8 @@ class Fitted(InPlace):
             InfeasibleBudgetError: There is none within the budget.
             ProfileError: The model cannot be measured on such a call.
         """
+        if is_exporting():
+            return self._into_a_program(args, kwargs)
         evaluates = not self.model.training and self._plans and False not in self._plans
         if evaluates or not torch.is_grad_enabled():
             return self._plainly(args, kwargs)
@@ -158,6 +165,17 @@ class Fitted(InPlace):
     def _plainly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         with self._first_context():
             return self.before(*args, **kwargs)
+
+    def _into_a_program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self.model.training and torch.is_grad_enabled():
+            warnings.warn(
+                f"the {type(self.model).__name__} is exported in training mode: the program that "
+                "torch.export makes follows no plan, so training it takes the memory of plain "
+                "autograd; train the fitted model itself, or export it in eval mode to infer",
+                BudgetWarning,
+                stacklevel=2,
+            )
+        return self.before(*args, **kwargs)
 
     @outside_of_compiled_code
     def _follow_plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -228,7 +246,9 @@ class Fitted(InPlace):
                 f"{why}. A model that fully_shard has sharded cannot be measured: fit it on each "
                 "kind of batch before it is sharded, and shard a recorded model as a whole"
             )
-        with self._turn, self._first_context(), self.off(), self.innermost():
+        # What measuring saves is none of what torch's checkpoint around the call is to keep.
+        apart = hidden_from_torch_checkpoint()
+        with self._turn, apart, self._first_context(), self.off(), self.innermost():
             again = self._from_larger(call) if why is not None else None
             inspection = inspection or Inspection.of(self.model)
             calls = again or self._planned(inspection, args, kwargs)

@@ -163,6 +163,11 @@ def _is_dual(tensor: Tensor) -> bool:
     return dual.tangent is not None
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` reads what is called, whose program is to be of plain operators."""
+    return torch.compiler.is_exporting()
+
+
 def inside_backward() -> bool:
     """Whether a backward is at work that calls this, as `torch.utils.checkpoint` does."""
     task: Any = getattr(torch._C, "_current_graph_task_id", None)
