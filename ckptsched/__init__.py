@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for type checkers; when it runs, `__getattr__` finds the sa
     from .base.errors import CkptschedError as CkptschedError
     from .base.errors import ExecutionError as ExecutionError
     from .base.errors import InfeasibleBudgetError as InfeasibleBudgetError
+    from .base.errors import IntegrationError as IntegrationError
     from .base.errors import InvalidScheduleError as InvalidScheduleError
     from .base.errors import PlanMismatchError as PlanMismatchError
     from .base.errors import ProfileError as ProfileError
@@ -102,6 +103,7 @@ _HOMES = {
     "Forecast": "fitting.before_a_run.forecast",
     "Graph": "workload.graph",
     "InfeasibleBudgetError": "base.errors",
+    "IntegrationError": "base.errors",
     "InvalidScheduleError": "base.errors",
     "is_recomputing": "torch_state.replay_context",
     "keep": "capture.policies.keep",

@@ -37,20 +37,23 @@ def _argument(ctx: click.Context, option: click.Parameter, values: tuple[str, ..
     return pairs
 
 
+_argument_option = click.option(
+    "--arg",
+    "arguments",
+    metavar="KEY=VALUE",
+    multiple=True,
+    callback=_argument,
+    help="Argument of the callable, such as steps=8; may be given several times.",
+)
+
+
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that say how a model is made and what it is fed, as one `Inputs`."""
 
     @click.option("--input", "shape", metavar="SHAPE", help="Batch shape, such as 8x3x32x32.")
     @click.option("--dtype", default="float32", show_default=True, help="Dtype of the input.")
     @click.option("--device", default="cpu", show_default=True, help="Where to run the model.")
-    @click.option(
-        "--arg",
-        "arguments",
-        metavar="KEY=VALUE",
-        multiple=True,
-        callback=_argument,
-        help="Argument of the callable, such as steps=8; may be given several times.",
-    )
+    @_argument_option
     @functools.wraps(command)
     def with_inputs(
         *, shape: str | None, dtype: str, device: str, arguments: dict[str, Any], **rest: Any
@@ -86,14 +89,7 @@ def fit_options(command: Callable[..., None]) -> Callable[..., None]:
         multiple=True,
         help='"batch" or "sequence": search the largest that fits; may be given twice.',
     )
-    @click.option(
-        "--arg",
-        "arguments",
-        metavar="KEY=VALUE",
-        multiple=True,
-        callback=_argument,
-        help="Argument of the callable, such as steps=8; may be given several times.",
-    )
+    @_argument_option
     @functools.wraps(command)
     def with_options(
         *,

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
-from . import (
-    test_diffusers,
-    test_generative,
-    test_hand_written,
-    test_peft,
-    test_segmentation,
-    test_sequences_and_sets,
-    test_timm,
-    test_torchaudio,
-    test_torchvision,
-    test_transformers,
-)
 from .training import Maker, assert_trains_in_place
 
 pytestmark = [
@@ -25,21 +15,13 @@ pytestmark = [
 ]
 
 SOURCES = (
-    test_diffusers,
-    test_generative,
-    test_hand_written,
-    test_peft,
-    test_segmentation,
-    test_sequences_and_sets,
-    test_timm,
-    test_torchaudio,
-    test_torchvision,
-    test_transformers,
+    *("diffusers", "generative", "hand_written", "peft", "segmentation", "sequences_and_sets"),
+    *("timm", "torchaudio", "torchvision", "transformers"),
 )
 MODELS: dict[str, Maker] = {
-    f"{source.__name__.rpartition('test_')[2]}.{name}": make
+    f"{source}.{name}": make
     for source in SOURCES
-    for name, make in source.MODELS.items()
+    for name, make in importlib.import_module(f"tests.zoo.test_{source}").MODELS.items()
     # Plainly, torch's own checkpoint moves the statistics of its layers twice a step.
     if name != "densenet_checkpointed"
 }
