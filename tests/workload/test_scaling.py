@@ -138,3 +138,37 @@ def test_a_line_is_never_below_zero() -> None:
     falling = Line(2, large, 3, small)
     assert falling(40).stages[0].state_bytes == 0
     assert falling(40).stages[0].forward_seconds == 0
+
+
+class Residual(nn.Module):
+    """No chain, so that it is recorded; skips, so that stages read several values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = x
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x)) * first
+        return x
+
+
+@pytest.mark.filterwarnings("ignore::ckptsched.TimingWarning")
+def test_chains_of_recorded_models_lie_on_a_line_and_grow_with_the_batch() -> None:
+    torch.manual_seed(0)
+    model = Residual()
+    # Batches beside which a weight's gradient, which does not grow, is never what binds.
+    small, middle, large = (cs.profile(model, torch.randn(n, 16)) for n in (64, 96, 160))
+    assert small.values
+    line = Line(64, small, 96, middle)(160)
+    assert line.has_ledger
+    for found in (line, with_batch(small, 160)):
+        for one, other in zip(found.stages, large.stages, strict=True):
+            assert one.state_bytes == other.state_bytes
+            assert one.tape_bytes == other.tape_bytes
+    chains_of = (line, replace(large, values=()))
+    peaks = [plan(chain, budget="100%").peak_bytes for chain in chains_of]
+    assert peaks[0] == peaks[1]
+    found = cs.largest_batch(small, budget=2 * plan(small, budget="100%").store_all_bytes)
+    assert found.size >= 128
