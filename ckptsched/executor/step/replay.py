@@ -50,7 +50,9 @@ class Replay:
         self._blocks = sorted(self._again | prepared.hidden.blocks)
         self._random, self._outer = random, random and random()
         self._clones: dict[int, Tensor] = {}
-        """Those of buffers, by their ids."""
+        """What stages find in the place of buffers, by the ids of these."""
+        self._earlier: dict[tuple[int, str], int] = {}
+        """Versions of buffers that others have replaced since the forward pass, by their places."""
         self._buffer_of: dict[int, Tensor] = {}
         """The other way round."""
         self._instead: dict[tuple[int, str], tuple[Slot, Tensor | None]] = {}
@@ -74,13 +76,21 @@ class Replay:
                 module._buffers[name] = tensor
 
     def _clone(self, k: int) -> None:
-        """Clone what a block may change, and all hidden buffers: snapshots are taken of those."""
+        """Clone what a block may change, and all hidden buffers: snapshots are taken of those.
+
+        Where the caller has put another in the place of one since, stages find the earlier one.
+        """
         flags = self._prepared.hidden.flags[k], self._prepared.may_change[k]
-        for buffer, hides, may in zip(self._held[k], *flags, strict=True):
-            cloned = may and (hides or k in self._again)
-            if buffer is not None and cloned and id(buffer) not in self._clones:
+        places = self._prepared.slots[k].buffer_places()
+        for (module, name), buffer, hides, may in zip(places, self._held[k], *flags, strict=True):
+            if buffer is None or id(buffer) in self._clones:
+                continue
+            if may and (hides or k in self._again):
                 clone = self._clones[id(buffer)] = buffer.clone()
                 self._buffer_of[id(clone)] = buffer
+            elif module._buffers.get(name) is not buffer:
+                self._clones[id(buffer)] = buffer
+                self._earlier[id(module), name] = buffer._version
 
     def check(self, stage: int) -> None:
         """Refuse to run a stage again whose buffers a backward has changed.
@@ -156,6 +166,9 @@ class Replay:
                 now, key = module._buffers.get(name), (id(module), name)
                 if now is not buffer and key in self._steady:
                     self._instead[key] = (module, name), now
+                elif now is not None and self._earlier.get(key, now._version) != now._version:
+                    # What has taken its place since would have been written to.
+                    self._refuse((module, name))
 
     def _refuse(self, place: Slot) -> NoReturn:
         name = self._prepared.inspection.name_of(place) or place[1]

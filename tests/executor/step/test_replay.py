@@ -222,6 +222,51 @@ def test_what_hooks_write_to_buffers_of_others_lasts(way: str, where: int) -> No
     assert found[0] == found[1]
 
 
+class Redrawn(nn.Module):
+    """Reads a buffer, for which the caller draws another."""
+
+    def __init__(self, overwrites: bool) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.register_buffer("noise", torch.randn(8))
+        if overwrites:
+            self.register_full_backward_hook(_halve)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x) * self.noise)
+
+
+def _halve(module: nn.Module, *_: Any) -> None:
+    module.noise.mul_(0.5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("overwrites", [False, True])
+def test_stages_that_run_again_find_the_buffers_of_their_own_forward(
+    overwrites: bool, share: float
+) -> None:
+    """Others that have taken their places stay, and what a hook would do to them is refused."""
+    found = []
+    for planned in (False, True):
+        torch.manual_seed(0)
+        redrawn = [Redrawn(overwrites) for _ in range(5)]
+        model, x = Stack([nn.Linear(8, 8), *redrawn]), torch.randn(64, 8)
+        if planned:
+            _fitted(model, x, share)
+        for number in (2.0, 3.0):
+            loss = model(x).square().sum()
+            for module in redrawn:
+                module.noise = torch.full((8,), number)
+            if planned and overwrites:
+                with pytest.raises(cs.ExecutionError, match=r"buffer 'layers\.\d\.noise'"):
+                    loss.backward()
+                return
+            found.append(torch.autograd.grad(loss, [*model.parameters()]))
+        found.append([module.noise for module in redrawn])
+    for one, other in zip(found[:3], found[3:], strict=True):
+        assert all(map(torch.equal, one, other))
+
+
 class OwnNorm(nn.BatchNorm1d):
     """One of a class of its own, whose statistics may be read in training for all that is known."""
 
