@@ -30,7 +30,8 @@ needs_gloo = pytest.mark.skipif(
 def torchrun(module: str, *arguments: str) -> str:
     """What two processes print; they must end well."""
     command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", module, *arguments]
+    worker = ["-m", "tests.support.distributed.worker", module]
+    command += ["--nproc-per-node", "2", *worker, *arguments]
     # One thread each; and nothing of a GPU, which two processes would have to share.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
