@@ -26,6 +26,8 @@ _MIN_ROUNDS, _FEW_ROUNDS, _CHEAP_SECONDS = 3, 15, 2.0
 _MAX_ROUNDS, _MOST_SECONDS = 60, 8.0
 _AGREED, _AGREED_LATE = 0.03, 0.06  # the disagreement, relative, with which they are good enough
 MOST_SPREAD = 0.10  # the one from which on people are warned
+# Most bytes of a freed block from which glibc learns what to keep: 32 MiB and its own header.
+_KEPT_BYTES = 2**25 - 2**16
 # A run in which the thread waited for longer than this was disturbed, or waits by itself.
 _WAITED_SHARE, _WAITED_SECONDS = 0.05, 20e-6
 thread_seconds = time.thread_time
@@ -177,6 +179,20 @@ def _typical(runs: Sequence[_Run]) -> float:
     return seconds[len(seconds) // 4]
 
 
+def _keep_freed_pages(device: torch.device) -> None:
+    """Let the allocator of a Linux process keep pages that are freed, as a long run lets it.
+
+    glibc gives blocks back to the kernel above a size that grows with the largest block that was
+    freed so far, and whoever takes them anew pays for empty pages: a stage by itself over and over,
+    and a step, whose memory lies between other memory, seldom. A block that is never touched
+    teaches it the size.
+
+    Source: mallopt(3), on M_MMAP_THRESHOLD and M_TRIM_THRESHOLD.
+    """
+    if device.type == "cpu":
+        torch.empty(_KEPT_BYTES, dtype=torch.uint8, device=device)
+
+
 def _is_enough(rounds: int, seconds: float, samples: Sequence[_Samples]) -> bool:
     """Whether so many rounds in so many seconds will do.
 
@@ -220,6 +236,7 @@ def time_stages(
         Seconds of the loss, and by how much two halves of the rounds still differ, as a share of
         all seconds. Where that is much, people are warned.
     """
+    _keep_freed_pages(device)
     samples: dict[Hashable, _Samples] = {}
     for kind in kinds:
         samples.setdefault(_likeness(kind), _Samples()).kinds.append(kind)
