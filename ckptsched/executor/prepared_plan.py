@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..base.errors import PlanMismatchError
 from ..capture.inspection import Inspection
 from ..capture.policies.policy import ruled_by
-from ..capture.recording.replay.own_values import own_stages
+from ..capture.recording.replay.own_values import OwnStretch, own_stages
 from ..capture.recording.stages import Captured
 from ..capture.signature import StageFacts, structure_digest
 from ..capture.signature_check import Expected, refuse_tensors
@@ -78,6 +78,7 @@ class PreparedPlan:
         self.stages: list[StageCall] = [stage for block in self.blocks for stage in block.stages]
         self.own = own_stages(self.stages) if isinstance(plan.chain, Graph) else ()
         """By the plan of a graph, the stages by what they read themselves."""
+        self._stretches: dict[tuple[int, int], OwnStretch] = {}
         computed_in = _dtype_of_stages(self.chain, self.signature, self.blocks)
         self.inspection = _on_one_device(inspection.with_layouts(computed_in))
         self.slots = [Slots([block.module]) for block in self.blocks]
@@ -186,6 +187,18 @@ class PreparedPlan:
         """
         found = (self._changing if changing else self._buffers)[first - 1 : last]
         return list({id(slots): slots for slots in found if slots is not None}.values())
+
+    def stretch(self, first: int, last: int) -> OwnStretch:
+        """By the plan of a graph, what stages that share a tape read and give.
+
+        Args:
+            first: The first of the stages, counted from 1.
+            last: The last of them.
+        """
+        found = self._stretches.get((first, last))
+        if found is None:
+            found = self._stretches[first, last] = OwnStretch.of(self.own, first, last)
+        return found
 
     # -- names for messages
 

@@ -126,7 +126,7 @@ class Script:
                 segments,
                 plan.trace.peak_position,
                 collects,
-                apart=by_value is not None,
+                by_value,
             ),
             touched=touched,
             owner=owner,
@@ -149,6 +149,8 @@ class _ByValue:
 
     facts: bytes
     frees: dict[int, tuple[int, ...]]
+    read_until: tuple[int, ...]
+    """For each stage the last that reads what it has made; index 0 is the input."""
 
 
 def _by_value(graph: Graph, schedule: Schedule) -> _ByValue:
@@ -166,7 +168,8 @@ def _by_value(graph: Graph, schedule: Schedule) -> _ByValue:
     facts = np.zeros(len(schedule), np.uint8)
     for bit, positions in flags.items():
         facts[list(positions)] |= bit
-    return _ByValue(facts.tobytes(), found.frees)
+    read_until = tuple([max(readers, default=0) for readers in graph.readers])
+    return _ByValue(facts.tobytes(), found.frees, read_until)
 
 
 def _pack(liveness: Liveness) -> bytes:
@@ -183,8 +186,7 @@ def find_stretches(
     segments: Segments,
     peak: int,
     collects: Collects,
-    *,
-    apart: bool = False,
+    by_value: _ByValue | None = None,
 ) -> Positions:
     """Cut a schedule into stretches that are run as one.
 
@@ -194,7 +196,7 @@ def find_stretches(
         segments: What `cut` says of it; a stretch lies in one of them.
         peak: Position of the operation at the schedule's peak.
         collects: For a stage, counted from 1, what its backward adds gradients to.
-        apart: Whether each run with tape, and each backward, is a stretch of its own.
+        by_value: What the schedule for a graph says.
 
     Returns:
         Where each stretch starts, and the length of the schedule.
@@ -205,8 +207,7 @@ def find_stretches(
     joined = np.zeros(len(schedule) + 1, dtype=np.bool_)
     joined[1:-1] = plain[1:] & plain[:-1]
     borders = {s.start for s in (*segments.forward, *segments.backward)} | {segments.turn}
-    if not apart:
-        _join_tapes(joined, schedule, liveness, borders, peak, collects)
+    _join_tapes(joined, schedule, liveness, borders, peak, collects, by_value)
     joined[list(borders)] = False
     return np.flatnonzero(~joined).astype(np.int32)
 
@@ -218,10 +219,19 @@ def _join_tapes(
     borders: AbstractSet[int],
     peak: int,
     collects: Collects,
+    by_value: _ByValue | None,
 ) -> None:
     """Mark runs with tape, and backwards, that go on what the operation before them began."""
     codes, numbers, kinds = schedule.codes.tolist(), schedule.stages.data, schedule.kinds.data
-    last_reads = liveness.frees_input
+    end = 0  # the last stage of the tape that the operation before has used up
+
+    def hands_on(p: int) -> bool:
+        """Whether nothing that a run reads is kept on for its tape alone."""
+        if by_value is None:
+            return bool(liveness.frees_input[p])
+        # The graph holds what later stages read, to its end; some of it is made again for these.
+        return all(by_value.read_until[maker] <= end for maker in by_value.frees.get(p, ()))
+
     made: dict[int, int] = {}  # position of the run that made a stage's tape
     known: set[int] = set()
     fresh: set[int] = set()  # what got its first gradient since the last stretch began
@@ -240,7 +250,7 @@ def _join_tapes(
         # gradient; only a graph of its own makes it one to add to in place.
         joins = (
             before == tape + 1
-            and last_reads[before]
+            and hands_on(before)
             and not {q, before} & borders
             and peak not in (q, q - 1)
             and not is_lean
@@ -250,6 +260,7 @@ def _join_tapes(
             joined[q] = joined[before] = True
         else:
             fresh.clear()
+            end = numbers[q]
         fresh |= mine - known
         known |= mine
         before = tape

@@ -56,27 +56,12 @@ class Overruns:
         known = [ledger for ledger in ledgers if ledger is not None]
         if len(known) < len(ledgers) or not self._told.isdisjoint(stages):
             return
-        states = _States.of(known)
-        outputs = storage_sizes(output)
-        handed_on = {home for k, home in enumerate(outputs) if k in states.handed_on}
-        handed_on &= inputs.keys()
-        if len(stages) > 1:
-            # An input that is neither charged nor handed on may be gone, its identity another's.
-            inputs = {h: n for k, (h, n) in enumerate(inputs.items()) if k in states.inputs}
         saved = {home: size for part in contents for home, size in part.saved.items()}
-        own = theirs | inputs.keys() | handed_on
-        inside = saved.keys() - outputs.keys() - own
-        more = sum(saved[home] for home in inside) - sum(map(_saved_bytes, known))
-        more = max(0, more - states.between_bytes)
-        bounds = known[0].bounds
-        if len(known) == 1 and bounds is not None:
-            largest = max((saved[home] for home in inside), default=0)
-            more = max(more, largest - bounds.largest_bytes)
-        if stages[0] > 1 and len(stages) == 1:  # what the chain is given is the caller's
-            more += _kept(inputs, theirs, saved, states.inputs)
-        more += _kept(outputs, own, saved, states.outputs)
-        fresh = sum(size for home, size in outputs.items() if home not in own)
-        more += max(0, fresh - states.output_bytes)
+        outputs = storage_sizes(output)
+        if isinstance(self._chain, Graph) and len(stages) > 1:
+            more = _beyond_values(self._chain, stages, saved, theirs | inputs.keys(), outputs)
+        else:
+            more = _beyond_states(stages, known, saved, inputs, outputs, theirs)
         sizes = {id(alias): alias.nbytes for alias in aliases}
         for part, ledger in zip(contents, known, strict=True):
             if ledger.bounds is not None:
@@ -107,6 +92,68 @@ def storage_sizes(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Bytes of the storages in which tensors lie, by identity, in order."""
     found = storages(tensors)
     return {home: leaves[0].untyped_storage().nbytes() for home, leaves in found.items()}
+
+
+def _beyond_states(
+    stages: Sequence[int],
+    known: Sequence[StageLedger],
+    saved: Mapping[int, int],
+    inputs: Mapping[int, int],
+    outputs: Mapping[int, int],
+    theirs: AbstractSet[int],
+) -> int:
+    """Bytes of a tape and an output beyond what stages that hand on whole states are charged."""
+    states = _States.of(known)
+    handed_on = {home for k, home in enumerate(outputs) if k in states.handed_on}
+    handed_on &= inputs.keys()
+    if len(stages) > 1:
+        # An input that is neither charged nor handed on may be gone, its identity another's.
+        inputs = {h: n for k, (h, n) in enumerate(inputs.items()) if k in states.inputs}
+    own = theirs | inputs.keys() | handed_on
+    inside = saved.keys() - outputs.keys() - own
+    more = sum(saved[home] for home in inside) - sum(map(_saved_bytes, known))
+    more = max(0, more - states.between_bytes)
+    bounds = known[0].bounds
+    if len(known) == 1 and bounds is not None:
+        largest = max((saved[home] for home in inside), default=0)
+        more = max(more, largest - bounds.largest_bytes)
+    if stages[0] > 1 and len(stages) == 1:  # what the chain is given is the caller's
+        more += _kept(inputs, theirs, saved, states.inputs)
+    more += _kept(outputs, own, saved, states.outputs)
+    fresh = sum(size for home, size in outputs.items() if home not in own)
+    more += max(0, fresh - states.output_bytes)
+    return more
+
+
+def _beyond_values(
+    graph: Graph,
+    stages: Sequence[int],
+    saved: Mapping[int, int],
+    own: AbstractSet[int],
+    outputs: Mapping[int, int],
+) -> int:
+    """The same of stages by value, which may save what each other has made."""
+    assert graph.lined is not None
+    made: dict[tuple[int, int], int] = {}  # bytes of a storage by its maker and place
+    charged = set[tuple[int, int]]()
+    tapes = 0
+    for i in stages:
+        ledger, values = graph.stages[i - 1].ledger, graph.lined.values[i - 1]
+        assert ledger is not None
+        parts = _parts_of(ledger)
+        tapes += _saved_bytes(ledger)
+        places = {home: k for k, home in enumerate(values.outputs)}
+        for m, home in enumerate(values.made):
+            if parts.output_sources[places[home]] < 0:
+                made[i, m] = parts.output_bytes[places[home]]
+                if places[home] in parts.saved_outputs:
+                    charged.add((i, m))
+        taken = {values.inputs[k] for k in parts.saved_inputs}
+        charged.update((r.maker, r.made) for r in values.reads if r.input in taken)
+    inside = sum(size for home, size in saved.items() if home not in own)
+    fresh = sum(size for home, size in outputs.items() if home not in own)
+    within = sum(made.get(storage, 0) for storage in charged)
+    return max(0, inside - tapes - within) + max(0, fresh - sum(made.values()))
 
 
 def _saved_bytes(ledger: StageLedger) -> int:

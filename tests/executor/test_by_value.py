@@ -18,6 +18,8 @@ from torch.nn import functional as F
 import ckptsched as cs
 from ckptsched.base.errors import PlanMismatchError, WorkloadError
 from ckptsched.capture.recording.stages import Captured
+from ckptsched.executor.step.interpreter import Interpreter
+from ckptsched.memory.meters import default_meter
 from ckptsched.schedule.language import BACKWARD, TAPED, TURN, Forward
 from ckptsched.simulator.simulator import simulate
 from ckptsched.simulator.value_bytes import with_drops_by_value
@@ -188,6 +190,65 @@ def test_any_runs_give_the_gradients_and_take_the_bytes(name: str, data: st.Data
     assert found.max_gradient_difference == found.loss_difference == 0
     assert found.max_gradient > 0
     assert found.measured_peak_bytes == found.projected_peak_bytes
+
+
+@pytest.mark.parametrize("name", ["u_net", "branches", "gated", "checked"])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_stages_that_share_a_tape_give_the_gradients_and_take_the_bytes(
+    name: str, data: st.DataObject
+) -> None:
+    net, x, graph = case(name)
+    plan = plan_of(graph, data.draw(runs_of(graph)))
+    trained, meter = cs.checkpointed(net, plan), default_meter(torch.device("cpu"))
+    before = copy.deepcopy(net.state_dict())
+    steps, peaks = [], []
+    for model in (net, trained, trained, trained):
+        net.load_state_dict(before)
+        torch.manual_seed(0)
+        found, measured = meter.measure(lambda model=model: step_of(net, model, x))
+        steps.append([*found, *(buffer.clone() for buffer in net.buffers())])
+        if model is trained:
+            peaks.append(measured.peak_bytes)
+    # In the first step by the plan each stage has a tape of its own, as it is looked at.
+    assert peaks == [peaks[0]] * 3
+    assert peaks[0] <= plan.peak_bytes
+    for other in steps[1:]:
+        assert len(other) == len(steps[0])
+        assert all(map(torch.equal, other, steps[0]))
+
+
+def step_of(net: Captured, model: nn.Module, x: tuple[Tensor, ...]) -> list[Tensor]:
+    loss = loss_of(net.give(model(x)))
+    wanted = [t for t in (*net.parameters(), *x) if t.requires_grad]
+    for tensor in wanted:
+        tensor.grad = None
+    loss.backward()
+    return [loss.detach(), *(t.grad for t in wanted if t.grad is not None)]
+
+
+def test_stages_by_value_share_tapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = []
+    together = Interpreter._taped_together
+
+    def seen(self: Interpreter, p: int, first: int, last: int) -> None:
+        shared.append((first, last))
+        together(self, p, first, last)
+
+    monkeypatch.setattr(Interpreter, "_taped_together", seen)
+    net, x, graph = case("u_net")
+    n = len(graph)
+    runs = [*(TAPED | v << 32 for v in range(1, n + 1)), TURN]
+    runs += [BACKWARD | v << 32 for v in range(n, 0, -1)]
+    trained = cs.checkpointed(net, plan_of(graph, runs))
+    step_of(net, trained, x)
+    assert not shared
+    step_of(net, trained, x)
+    # The backward at the peak, and the first stage, run by themselves.
+    assert sum(last - first + 1 for first, last in shared) >= n - 3
+    assert len(shared) <= 3
 
 
 def test_what_is_live_at_the_peak_adds_up_to_it() -> None:

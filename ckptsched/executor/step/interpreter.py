@@ -188,14 +188,17 @@ class Interpreter:
         """Whether the stages have been seen, one by one, and depend on something trained."""
         if first == 1 or first - 1 < self.first_trained or nodes_made is None:
             return False
+        facts, which = self.prepared.facts, slice(first - 1, last)
         # The gradient of such a leaf stays with the tape, and is let go with it.
-        if any(self.prepared.facts.own_leaves[first - 1 : last]):
+        if any(facts.own_leaves[which]) or (self.prepared.own and any(facts.sides[which])):
             return False
         return self.prepared.usage.knows(first, last)
 
     def _input(self, p: int, i: int) -> Checkpoint:
         """The input of stage i; its random state is put back."""
-        stored = self.states.read(p, i)
+        return self._unchanged(i, self.states.read(p, i))
+
+    def _unchanged(self, i: int, stored: Checkpoint) -> Checkpoint:
         if stored.state.versions() != stored.versions:
             raise ExecutionError(
                 f"the input of stage {self._name(i)!r} was changed in place "
@@ -255,54 +258,61 @@ class Interpreter:
         if fed:
             with self._gradients_on:
                 tape.feed_back([self.seen.aliases[k] for k in fed])
-        self._keep(p, i, i, tape, made, (uses, fed))
+        self.states.keep(p, i, made, taped=True)
+        self._store(i, i, tape, (uses, fed))
 
     def _taped_together(self, p: int, first: int, last: int) -> None:
         """One tape for several stages."""
-        prepared, stored = self.prepared, self._input(p, first)
-        extras, stages = self.seen.extras, prepared.stages
+        prepared, extras = self.prepared, self.seen.extras
+        stored, wanted = self.states.enter(p, first, last)
+        self._unchanged(first, stored)
         looks: list[tuple[int, Look]] = []
         # A stage may save what another one leaves: the objects must be the caller's alone.
         sided = any(prepared.facts.sides[first - 1 : last])
         with self._gradients_on, self._marked(p):
-            boxes, state = sources_of(stored.state, self.states.wanted(first))
-            versions = state.versions()
-            entered = storage_sizes(state.leaves)
-            del stored
+            boxes, x = sources_of(stored.state, wanted)
+            entered = storage_sizes(x.leaves)
+            flow = self.states.flow(first, last, x)
+            del stored, x
             marks = [_count()]
             for i in range(first, last + 1):
                 self.seen.check_buffers(i)
+                x = flow.input(p + i - first, i)
+                versions = x.versions()
                 if sided:
                     with self._looking(i) as look, aliases_kept(look is None):
-                        made = run_under(look, stages[i - 1], state, extras)
+                        made = run_under(look, self.states.stage(i), x, extras)
                     if look is not None:
                         looks.append((i, look))
                 else:
-                    made = run_stage(stages[i - 1], state, extras)
-                self._check_input(state, versions, i)
-                self._check_output(i, state, made)
-                state, versions = made, made.versions()
+                    made = run_stage(self.states.stage(i), x, extras)
+                self._check_input(x, versions, i)
+                self._check_output(i, x, made)
+                del x
+                flow.take(p + i - first, i, made)
+                del made
                 marks.append(_count())
-            del made
-        tape = Tape(boxes, state.leaves)
+            outputs = flow.outputs()
+            del flow
+        tape = Tape(boxes, outputs)
         path = tuple([mark - marks[0] for mark in marks]), tape.shapes
         uses = self._uses.known(first, last, path)
         if uses is None and not looks:
-            uses = self._uses.look_together(tape, first, marks, path, entered, state)
+            uses = self._uses.look_together(tape, first, marks, path, entered, outputs)
         # Side outputs are taken once the outputs have been let go, and a walk must see them: until
         # then the tape may use anything.
         every = tuple(range(len(self.seen.aliases)))
         fed = every if uses is None else prepared.usage.fed(uses, last)
-        carriers = [leaf for leaf in state.leaves if leaf.requires_grad]
+        carriers = [leaf for leaf in outputs if leaf.requires_grad]
         with self._gradients_on:
             tape.feed_back([self.seen.aliases[k] for k in fed], carriers)
-        state = state.detached()
         del carriers
+        outputs = [leaf.detach() for leaf in outputs]
         if looks:
             tape.sides = self._take_sides(looks)
         if uses is None:
-            uses = self._uses.look_together(tape, first, marks, path, entered, state)
-        self._keep(p + last - first, first, last, tape, state, (uses, fed))
+            uses = self._uses.look_together(tape, first, marks, path, entered, outputs)
+        self._store(first, last, tape, (uses, fed))
 
     def _looking(self, i: int) -> AbstractContextManager[Look | None]:
         """What stage i runs under if it has side outputs."""
@@ -318,17 +328,7 @@ class Interpreter:
             names = " or ".join(repr(self._name(i)) for i, _ in looks)
             raise ExecutionError(f"stage {names} {error}") from error
 
-    def _keep(
-        self,
-        p: int,
-        first: int,
-        last: int,
-        tape: Tape,
-        made: State,
-        used: tuple[Uses, tuple[int, ...]],
-    ) -> None:
-        """Store a tape, made by an operation that ran last, and its output where that is read."""
-        self.states.keep(p, last, made, taped=True)
+    def _store(self, first: int, last: int, tape: Tape, used: tuple[Uses, tuple[int, ...]]) -> None:
         self.tapes[last] = _StoredTape(tape, first, used, self.prepared.usage.version)
 
     def _check_input(self, x: State, versions: tuple[int, ...], i: int) -> None:
@@ -366,8 +366,8 @@ class Interpreter:
             if kept.version != self.prepared.usage.version:
                 self._feed_again(i, kept)
             self.states.tape_gone(i)
-            gradients = self.states.gradients_of(i)
             start, tape = kept.first, kept.tape
+            gradients = self.states.gradients_of(start, i)
             del kept
             self._check_gradients(i, gradients, tape.shapes)
             if tape.is_used:
@@ -380,7 +380,7 @@ class Interpreter:
                 except RuntimeError as error:  # freed, by who went back from what was left?
                     self._refuse_left(start, i, error)
                     raise
-            self.states.send(start, sent)
+            self.states.send(start, i, sent)
             del tape, further, sent
             held = lives() is not None and not module_tracker_at_work()
             if held and still(partial(_is_there, lives)):

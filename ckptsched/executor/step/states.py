@@ -13,7 +13,7 @@ from typing import final
 
 from torch import Tensor
 
-from ...capture.recording.replay.own_values import OwnStage
+from ...capture.recording.replay.own_values import OwnStage, OwnStretch, Value
 from ...capture.stage_discovery import StageCall
 from ...recompute.tape import state_of
 from ...tensors.pytree import State
@@ -32,6 +32,22 @@ class Checkpoint:
         self.state = state
         self.versions = state.versions()
         self.random = random
+
+
+class Flow(abc.ABC):
+    """What stages that share one tape hand each other, with its graph."""
+
+    @abc.abstractmethod
+    def input(self, p: int, i: int) -> State:
+        """The input of stage i, for the run at position p."""
+
+    @abc.abstractmethod
+    def take(self, p: int, i: int, made: State) -> None:
+        """What stage i has made in the run at position p; a copy is stored where it is read."""
+
+    @abc.abstractmethod
+    def outputs(self) -> Sequence[Tensor]:
+        """What later stages are given."""
 
 
 class States(abc.ABC):
@@ -107,12 +123,20 @@ class States(abc.ABC):
         """Take those with respect to the output."""
 
     @abc.abstractmethod
-    def gradients_of(self, i: int) -> list[Tensor | None]:
-        """The gradients with respect to what stage i gives, given away."""
+    def enter(self, p: int, first: int, last: int) -> tuple[Checkpoint, tuple[int, ...]]:
+        """What stages that share a tape read of others, and of each tensor one of `Carries`."""
 
     @abc.abstractmethod
-    def send(self, i: int, gradients: Gradients) -> None:
-        """Take those with respect to what stage i was given."""
+    def flow(self, first: int, last: int, entered: State) -> Flow:
+        """What goes through stages that share a tape, from what they read of others."""
+
+    @abc.abstractmethod
+    def gradients_of(self, first: int, last: int) -> list[Tensor | None]:
+        """The gradients with respect to what stages that share a tape give, given away."""
+
+    @abc.abstractmethod
+    def send(self, first: int, last: int, gradients: Gradients) -> None:
+        """Take those with respect to what stages that share a tape were given."""
 
     @abc.abstractmethod
     def take_gradients(self) -> Gradients:
@@ -196,18 +220,43 @@ class LiveSets(States):
         """As those of state n."""
         self._gradients = gradients
 
-    def gradients_of(self, i: int) -> list[Tensor | None]:
-        """Those of state i."""
+    def enter(self, p: int, first: int, last: int) -> tuple[Checkpoint, tuple[int, ...]]:
+        """The state before the first."""
+        return self.read(p, first), self.wanted(first)
+
+    def flow(self, first: int, last: int, entered: State) -> Flow:
+        """Each hands its whole state to the next."""
+        return _LiveSetFlow(self, last, entered)
+
+    def gradients_of(self, first: int, last: int) -> list[Tensor | None]:
+        """Those of the state after the last."""
         return list(self.take_gradients())
 
-    def send(self, i: int, gradients: Gradients) -> None:
-        """Those of state i - 1."""
+    def send(self, first: int, last: int, gradients: Gradients) -> None:
+        """Those of the state before the first."""
         self._gradients = gradients
 
     def take_gradients(self) -> Gradients:
         """Of the state that the backward has come to."""
         gradients, self._gradients = self._gradients, ()
         return gradients
+
+
+@final
+class _LiveSetFlow(Flow):
+    def __init__(self, states: LiveSets, last: int, entered: State) -> None:
+        self._states, self._last, self._state = states, last, entered
+
+    def input(self, p: int, i: int) -> State:
+        return self._state
+
+    def take(self, p: int, i: int, made: State) -> None:
+        self._state = made
+        if i == self._last:
+            self._states.keep(p, i, made, taped=True)
+
+    def outputs(self) -> Sequence[Tensor]:
+        return self._state.leaves
 
 
 @final
@@ -241,8 +290,14 @@ class Values(States):
 
     def read(self, p: int, i: int) -> Checkpoint:
         """What it reads, from the newest copies."""
-        script = self.prepared.script
-        facts = script.facts[p]
+        self.begin_run(p, i)
+        found = self._checkpoint(self._own[i - 1].reads)
+        self.free(p)
+        return found
+
+    def begin_run(self, p: int, i: int) -> None:
+        """Take the snapshot of random state and buffers before a run, or put it back."""
+        facts = self.prepared.script.facts[p]
         if facts & SNAPSHOTS:
             self._snapshots[i] = self._snapshot(i - 1, wanted=True)
         if facts & RESTORES and self.prepared.replays:
@@ -251,13 +306,27 @@ class Values(States):
             snapshot.restore()
         if facts & FORGETS:
             self._snapshots.pop(i, None)
-        reads = self._own[i - 1].reads
+
+    def _checkpoint(self, reads: Sequence[Value]) -> Checkpoint:
         leaves = [self._copies[value.maker].state.leaves[value.place] for value in reads]
         found = Checkpoint(state_of(tuple(leaves)), None)
         found.versions = tuple([self._copies[value.maker].versions[value.place] for value in reads])
-        for maker in script.frees.get(p, ()):
-            self._copies.pop(maker, None)
         return found
+
+    def free(self, p: int) -> None:
+        """Forget the copies that the run at position p is the last to read."""
+        for maker in self.prepared.script.frees.get(p, ()):
+            self._copies.pop(maker, None)
+
+    def enter(self, p: int, first: int, last: int) -> tuple[Checkpoint, tuple[int, ...]]:
+        """All that some of them read of others; it is freed as it is read."""
+        stretch = self.prepared.stretch(first, last)
+        wanted = [self._carried(i - 1)[place] for i, place in stretch.entered_at]
+        return self._checkpoint(stretch.reads), tuple(wanted)
+
+    def flow(self, first: int, last: int, entered: State) -> Flow:
+        """Each is given what it reads, whoever has made it."""
+        return _ValueFlow(self, first, self.prepared.stretch(first, last), entered)
 
     def keep(self, p: int, i: int, output: State, *, taped: bool) -> None:
         """A copy of what it has made, if that is read."""
@@ -292,24 +361,29 @@ class Values(States):
         """As those of what the last stage has made, which is all of the output."""
         self._gradients[len(self._own)] = list(gradients)
 
-    def gradients_of(self, i: int) -> list[Tensor | None]:
-        """Those of what it has made, and so far of what it passes on."""
-        stage, mine = self._own[i - 1], iter(self._gradients.pop(i, ()))
+    def gradients_of(self, first: int, last: int) -> list[Tensor | None]:
+        """Those of what they have made, and so far of what they have read and later stages, too."""
         found = []
-        for source in stage.passes:
-            if source < 0:
-                found.append(next(mine, None))
-            else:
-                maker, place = stage.reads[source]
-                row = self._gradients.get(maker)
-                found.append(row[place] if row else None)
-                if row:
-                    row[place] = None
+        for maker, place in self._given(first, last):
+            row = self._gradients.get(maker)
+            found.append(row[place] if row else None)
+            if row:
+                row[place] = None
+        for i in range(first, last + 1):
+            self._gradients.pop(i, None)
         return found
 
-    def send(self, i: int, gradients: Gradients) -> None:
-        """Those of what it has read, each in place of what there was of it so far."""
-        for (maker, place), gradient in zip(self._own[i - 1].reads, gradients, strict=True):
+    def _given(self, first: int, last: int) -> Sequence[Value]:
+        if first == last:
+            return self._own[first - 1].given
+        return self.prepared.stretch(first, last).gives
+
+    def send(self, first: int, last: int, gradients: Gradients) -> None:
+        """Those of what they have read of others, each in place of what there was of it so far."""
+        reads = self._own[first - 1].reads
+        if first < last:
+            reads = self.prepared.stretch(first, last).reads
+        for (maker, place), gradient in zip(reads, gradients, strict=True):
             row = self._gradients.get(maker)
             if row is None:
                 row = self._gradients[maker] = [None] * self._made(maker)
@@ -322,3 +396,27 @@ class Values(States):
     def take_gradients(self) -> Gradients:
         """Of the input."""
         return tuple(self._gradients.pop(0, [None] * self._made(0)))
+
+
+@final
+class _ValueFlow(Flow):
+    def __init__(self, states: Values, first: int, stretch: OwnStretch, entered: State) -> None:
+        self._states, self._first, self._stretch = states, first, stretch
+        self._own: tuple[OwnStage, ...] = states.prepared.own
+        self._alive = dict(zip(stretch.reads, entered.leaves, strict=True))
+
+    def input(self, p: int, i: int) -> State:
+        self._states.begin_run(p, i)
+        found = state_of(tuple([self._alive[value] for value in self._own[i - 1].reads]))
+        self._states.free(p)
+        return found
+
+    def take(self, p: int, i: int, made: State) -> None:
+        values = self._own[i - 1].given
+        self._alive |= zip(values, made.leaves, strict=True)
+        for value in self._stretch.spent[i - self._first]:
+            self._alive.pop(value, None)
+        self._states.keep(p, i, made, taped=True)
+
+    def outputs(self) -> Sequence[Tensor]:
+        return [self._alive[value] for value in self._stretch.gives]

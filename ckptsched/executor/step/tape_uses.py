@@ -86,7 +86,7 @@ class TapeUses:
         marks: Sequence[int],
         path: JointPath,
         inputs: Mapping[int, int],
-        output: State,
+        outputs: Sequence[Tensor],
     ) -> Uses:
         """Walk a tape that several stages share.
 
@@ -95,13 +95,13 @@ class TapeUses:
             first: The first of the stages.
             marks: How many nodes there were before each of them, and at the end.
             path: The same from 0 on, and the shapes of the output.
-            inputs: The storages of the first one's input.
-            output: Of the last of them.
+            inputs: The storages of what they are given.
+            outputs: What they hand on.
         """
         usage = self._prepared.usage
         counts = enumerate(itertools.pairwise(marks), first)
         runs = [TapedRun(i, usage.key(i), (after - before, ())) for i, (before, after) in counts]
-        found = self._look(tape, runs, marks[:-1], inputs, output.leaves)
+        found = self._look(tape, runs, marks[:-1], inputs, outputs)
         return usage.join(first, runs[-1].i, path, found)
 
     def _look(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, final
@@ -39,12 +40,62 @@ class OwnStage:
     passes: tuple[int, ...]
     """For each value that it gives which of the reads it is, or -1 for one that it has made. What
     later stages read, too, is passed on so that its gradients are summed in autograd's order."""
+    given: tuple[Value, ...]
+    """What these values are."""
 
     @property
     def makes(self) -> tuple[int, ...]:
         """Places of what it makes in the live set after."""
         pairs = zip(self.gives, self.passes, strict=True)
         return tuple([place for place, source in pairs if source < 0])
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class OwnStretch:
+    """Stages that follow each other and share one tape, by what goes in and what comes out."""
+
+    reads: tuple[Value, ...]
+    """What they read of stages before them, in the order in which it is first read."""
+    entered_at: tuple[tuple[int, int], ...]
+    """For each of these the stage that reads it first, and its place in the live set before."""
+    gives: tuple[Value, ...]
+    """What later stages read: of what they have made, and after it of what they have read."""
+    spent: tuple[tuple[Value, ...], ...]
+    """For each stage what it is the last to read or to make, and that is not given."""
+
+    @classmethod
+    def of(cls, own: Sequence[OwnStage], first: int, last: int) -> OwnStretch:
+        """Look what some stages read and give.
+
+        Args:
+            own: All stages, in order.
+            first: The first of them, counted from 1.
+            last: The last of them.
+        """
+        entered: dict[Value, tuple[int, int]] = {}
+        made: list[Value] = []
+        ends: dict[Value, int] = {}
+        for i, stage in enumerate(own[first - 1 : last], first):
+            for value, place in zip(stage.reads, stage.entered_at, strict=True):
+                if value.maker < first:
+                    entered.setdefault(value, (i, place))
+            mine = [Value(i, k) for k in range(len(stage.makes))]
+            made += mine
+            ends |= dict.fromkeys((*stage.reads, *mine), i)
+        later = {value for stage in own[last:] for value in stage.reads}
+        # The caller reads what the last stage of all makes.
+        later |= {value for value in made if value.maker == len(own)}
+        gives = [value for value in (*made, *entered) if value in later]
+        spent: dict[int, list[Value]] = {}
+        for value in ends.keys() - {*gives}:
+            spent.setdefault(ends[value], []).append(value)
+        return cls(
+            reads=tuple(entered),
+            entered_at=tuple(entered.values()),
+            gives=tuple(gives),
+            spent=tuple([tuple(spent.get(i, ())) for i in range(first, last + 1)]),
+        )
 
 
 def own_stages(stages: Sequence[StageCall]) -> tuple[OwnStage, ...]:
@@ -79,6 +130,8 @@ def own_stages(stages: Sequence[StageCall]) -> tuple[OwnStage, ...]:
         whole = list(enters) == reads and list(leaves) == gives
         if isinstance(stage, CapturedStage) and not whole:
             stage = stage.between(tuple(reads), tuple(gives))
+        passes = [reads.index(n) if n in passed else -1 for n in gives]
+        mine = itertools.count()
         found.append(
             OwnStage(
                 call=stage,
@@ -87,7 +140,8 @@ def own_stages(stages: Sequence[StageCall]) -> tuple[OwnStage, ...]:
                 alive=(len(enters), len(leaves)),
                 of_input=tuple([k for k, n in enumerate(enters) if made[n].maker == 0]),
                 gives=tuple([leaves.index(n) for n in gives]),
-                passes=tuple([reads.index(n) if n in passed else -1 for n in gives]),
+                passes=tuple(passes),
+                given=tuple([Value(i, next(mine)) if k < 0 else made[reads[k]] for k in passes]),
             )
         )
         made.update((n, Value(i, k)) for k, n in enumerate(new))
