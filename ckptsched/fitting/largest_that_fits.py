@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, Unpack, final
 
@@ -16,6 +16,7 @@ from ..planner.plan import Plan
 from ..planner.plan_words import Workload, excess, words_of_class
 from ..planner.planner import PlanOptions, plan_each
 from ..profiler.profile import profile
+from ..profiler.stage_kind import Loss
 from ..workload.chain import Chain
 from ..workload.scaling import Line, batch_of, with_batch, with_steps
 from .planning import chain_of
@@ -34,6 +35,9 @@ def least_budget(
     workload: Any,
     *sample: Any,
     overhead: float | str = 0.10,
+    kwargs: Mapping[str, Any] | None = None,
+    loss: Loss | None = None,
+    capture: bool | None = None,
     progress: bool | None = None,
     **options: Unpack[PlanOptions],
 ) -> Plan:
@@ -49,6 +53,9 @@ def least_budget(
         sample: One batch for the model; nothing where the workload is a chain or graph.
         overhead: Seconds more than storing everything takes, as a share such as 0.1, or as
             text such as "10%".
+        kwargs: Arguments of the model's call by name.
+        loss: From the model's output to a scalar, see `profile`.
+        capture: Whether to record the model, see `profile`.
         progress: As in `plan`.
         options: Of `plan`: solver, time_limit, cache.
 
@@ -61,7 +68,7 @@ def least_budget(
         InfeasibleBudgetError: The solver finds nothing even for store-all's budget.
     """
     share = parse_overhead(overhead)
-    chain = chain_of(workload, sample)
+    chain = chain_of(workload, sample, kwargs, loss, capture)
     with bar_of_solvers(progress):
         search = _LeastBudget(chain, share, options)
         search.run()
@@ -207,6 +214,7 @@ def largest_batch(
     *,
     budget: int | float | str | Budget,
     overhead: float | str | None = None,
+    loss: Loss | None = None,
     fake: bool = False,
     most: int = _MOST,
     progress: bool | None = None,
@@ -220,9 +228,11 @@ def largest_batch(
 
     Args:
         workload: An `nn.Module`, or a `Chain`.
-        make: From a batch to a sample for the model; nothing where the workload is a chain.
+        make: From a batch to a sample for the model: a tensor, a tuple of arguments, or a dict of
+            arguments by name; nothing where the workload is a chain.
         budget: Bytes, or text such as "8GiB".
         overhead: What recomputation may cost, such as 0.2 or "20%"; None for any.
+        loss: From the model's output to a scalar, see `profile`.
         fake: Whether to estimate the model instead of measuring it, see `profile`.
         most: No larger batch is tried.
         progress: As in `plan`.
@@ -238,10 +248,10 @@ def largest_batch(
         ProfileError: The model cannot be measured.
     """
     fits = _fits_for(budget, overhead, options)  # before anything is measured
-    if isinstance(workload, Chain) != (make is None):
+    if isinstance(workload, Chain) != (make is None) or (make is None and loss is not None):
         raise WorkloadError(
             "largest_batch takes a model and a callable that makes a sample of a batch, such as "
-            "lambda batch: torch.randn(batch, 3, 32, 32); or a chain alone"
+            "lambda batch: torch.randn(batch, 3, 32, 32); or a chain alone, without a loss"
         )
     with bar_of_solvers(progress):
         if make is None:
@@ -252,8 +262,11 @@ def largest_batch(
         def chain_at(batch: int) -> Chain:
             if batch not in known:
                 sample = sample_of(batch)
-                sample = sample if isinstance(sample, tuple) else (sample,)
-                known[batch] = profile(workload, *sample, fake=fake, progress=progress)
+                named = sample if isinstance(sample, Mapping) else {}
+                sample = sample if isinstance(sample, tuple) else () if named else (sample,)
+                known[batch] = profile(
+                    workload, *sample, kwargs=named, loss=loss, fake=fake, progress=progress
+                )
             return known[batch]
 
         guess = _guess_by_lines(chain_at, fits, most)
@@ -266,6 +279,9 @@ def largest_steps(
     budget: int | float | str | Budget,
     overhead: float | str | None = None,
     most: int = _MOST_STEPS,
+    kwargs: Mapping[str, Any] | None = None,
+    loss: Loss | None = None,
+    capture: bool | None = None,
     progress: bool | None = None,
     **options: Unpack[PlanOptions],
 ) -> Largest:
@@ -282,6 +298,9 @@ def largest_steps(
         budget: Bytes, or text such as "8GiB".
         overhead: What recomputation may cost, such as 0.2 or "20%"; None for any.
         most: No more steps are tried; `why_no_more` says so where that ended the search.
+        kwargs: Arguments of the model's call by name.
+        loss: From the model's output to a scalar, see `profile`.
+        capture: Whether to record the model, see `profile`.
         progress: As in `plan`.
         options: Of `plan`: solver, time_limit, cache.
 
@@ -295,7 +314,7 @@ def largest_steps(
         WorkloadError: There is no block of equal steps; or as in `largest`.
     """
     _fits_for(budget, overhead, options)  # before anything is measured
-    chain = chain_of(workload, sample)
+    chain = chain_of(workload, sample, kwargs, loss, capture)
     if not isinstance(chain, Chain):
         raise WorkloadError("a graph has no steps in a row: give a chain, or a model")
     return largest(

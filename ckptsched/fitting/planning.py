@@ -18,6 +18,7 @@ from ..planner.plan_words import Workload
 from ..planner.planner import PlanOptions, plan_one
 from ..profiler.alike.twins import Alike
 from ..profiler.profile import measure_opened, open_for_measuring, profile
+from ..profiler.stage_kind import Loss
 from ..workload.chain import Chain
 from ..workload.graph import Graph
 
@@ -31,6 +32,7 @@ def plan(
     cache: bool = True,
     progress: bool | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    loss: Loss | None = None,
     capture: bool | None = None,
     never_recompute: Named | Iterable[Named] = (),
     always_recompute: Named | Iterable[Named] = (),
@@ -55,6 +57,7 @@ def plan(
         progress: Whether to show a progress bar on stderr where planning takes more than a
             second; None shows it if stderr is a terminal.
         kwargs: Arguments of the model's call by name.
+        loss: From the model's output to a scalar, see `profile`.
         capture: Whether to record the model, see `profile`.
         never_recompute: Calls of the model that a step makes once, see `captured`.
         always_recompute: Calls that lean tapes may make again whatever they cost, see `captured`.
@@ -79,13 +82,13 @@ def plan(
             f"{type(workload).__name__}; give it to profile"
         )
     if isinstance(workload, Chain | Graph) or (capture is False and not policy):
-        chain = chain_of(workload, sample, kwargs, capture)
+        chain = chain_of(workload, sample, kwargs, loss, capture)
         return plan_measured(chain, budget, progress=progress, **options)
     inspection, alike = inspect_model(workload, "plan", ProfileError), Alike(outlives=True)
-    opened = open_for_measuring(inspection, sample, kwargs, None, capture, policy)
+    opened = open_for_measuring(inspection, sample, kwargs, loss, capture, policy)
 
     def measured(way: Opened) -> Chain:
-        return measure_opened(way, inspection, sample, kwargs, progress=progress, alike=alike)
+        return measure_opened(way, inspection, sample, kwargs, loss, progress=progress, alike=alike)
 
     return plan_opened(opened, measured, budget, progress=progress, **options)[0]
 
@@ -176,6 +179,7 @@ def chain_of(
     workload: Any,
     sample: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
+    loss: Loss | None = None,
     capture: bool | None = None,
 ) -> Workload:
     """The chain or graph itself, or the chain of a model on a sample.
@@ -184,16 +188,18 @@ def chain_of(
         workload: A chain, a graph, or a model.
         sample: What the model is called with.
         kwargs: The same by name.
+        loss: From the model's output to a scalar.
         capture: Whether to record the model, see `profile`.
 
     Raises:
-        WorkloadError: A chain and a sample.
+        WorkloadError: A chain, and a sample or a loss.
         ProfileError: The model cannot be measured.
     """
     if not isinstance(workload, Chain | Graph):
-        return profile(workload, *sample, kwargs=kwargs, capture=capture)
-    if sample or kwargs:
+        return profile(workload, *sample, kwargs=kwargs, loss=loss, capture=capture)
+    if sample or kwargs or loss is not None:
         raise WorkloadError(
-            "a chain was profiled with its own sample: plan(chain, budget=...) takes no other"
+            "a chain was profiled with its own sample and loss: plan(chain, budget=...) takes no "
+            "others"
         )
     return workload

@@ -165,6 +165,39 @@ def test_the_largest_batch_of_a_model_can_be_trained() -> None:
     assert len(set(made[:-1])) <= 10
 
 
+class Named(nn.Module):
+    """Takes its batch by name, and gives what the default loss makes nothing of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(5))
+
+    def forward(self, *, values: torch.Tensor, scale: torch.Tensor) -> dict[str, Any]:
+        for layer in self.layers:
+            values = torch.tanh(layer(values)) * scale
+        return {"prediction": values, "steps": 5}
+
+
+def test_batches_by_name_and_a_loss_of_their_own() -> None:
+    model = Named()
+
+    def make(batch: int) -> dict[str, torch.Tensor]:
+        return {"values": torch.randn(batch, 16), "scale": torch.rand(batch, 1)}
+
+    def loss(output: dict[str, Any]) -> torch.Tensor:
+        return torch.stack([output["prediction"].square().mean() for _ in range(8)]).sum()
+
+    batch = make(64)
+    planned = plan(model, kwargs=batch, loss=loss, budget="90%")
+    least = least_budget(model, kwargs=batch, loss=loss, overhead=5)
+    assert least.chain.loss_overhead_bytes == planned.chain.loss_overhead_bytes > 0
+    assert least.peak_bytes < least.store_all_bytes == planned.store_all_bytes
+    most = largest_batch(model, make, loss=loss, budget=planned.store_all_bytes, overhead=5)
+    assert most.size > 64
+    found = cs.verify(model, most.plan, kwargs=make(most.size), loss=loss)
+    assert found.ok
+
+
 def test_a_model_that_grows_otherwise() -> None:
     # Attention: bytes grow with the square. The line through two sizes is wrong; the answer
     # is not.
