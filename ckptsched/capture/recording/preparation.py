@@ -7,9 +7,10 @@ that they put in. A recording must know the model as it is from then on.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -202,3 +203,34 @@ def _run(inspection: Inspection, inputs: State, device: torch.device) -> State:
                     buffer.copy_(value)
         random.restore()
         foreign.restore()
+
+
+_Cached: type = type(functools.lru_cache(lambda: None))
+
+
+def forget_cached(model: nn.Module) -> None:
+    """Empty the caches in which methods keep results by their arguments, as functools offers them.
+
+    They hold tensors of earlier calls, as arguments and as results, where nobody sees them. To
+    empty a cache changes nothing that is computed.
+
+    Args:
+        model: The model; its modules and their classes are looked through.
+    """
+    homes: dict[int, object] = {}
+    for module in model.modules():
+        homes |= {id(home): home for home in (module, *type(module).__mro__)}
+    for home in homes.values():
+        for held in [*vars(home).values()]:
+            value = getattr(held, "__func__", held)  # of a static method
+            for found in (value, *_closed_over(value)):
+                if isinstance(found, _Cached):
+                    found.cache_clear()  # type: ignore[attr-defined]
+
+
+def _closed_over(value: object, depth: int = 4) -> Iterator[object]:
+    """What a function of Python closes over, and the functions among that."""
+    for cell in getattr(value, "__closure__", None) or () if depth else ():
+        with suppress(ValueError):  # not filled yet
+            yield cell.cell_contents
+            yield from _closed_over(cell.cell_contents, depth - 1)

@@ -16,9 +16,17 @@ from ..model_state import left_as_it_was
 from .attributes import attributes_of, is_outside
 from .calls import Fixed, Place, RecordedCall, Source
 from .one_pass.carried import with_carried
+from .one_pass.marks import is_function
 from .one_pass.recorder import Recorder
 from .one_pass.saved import GoesBackError
-from .preparation import caches_off, fails, refuse_unready, set_up, without_cache
+from .preparation import (
+    caches_off,
+    fails,
+    forget_cached,
+    refuse_unready,
+    set_up,
+    without_cache,
+)
 from .recording import Bound, Recording, layouts_of, part_of
 
 # Each pass may find more that must be called whole, most often the module around it.
@@ -121,6 +129,9 @@ def _passes(
 def _widen(whole: dict[str, str], marked: Mapping[str, str]) -> None:
     """Add modules; where one is whole already, what happens is in the module around it."""
     for path, why in marked.items():
+        if is_function(path):
+            whole[path] = why
+            continue
         while path in whole and path:
             path = path.rpartition(".")[0]
         if not path:
@@ -155,6 +166,7 @@ def _one_pass(
     ):
         for place, value in left.items():
             place.put(part_of(inspection.model, place.path), value)
+        forget_cached(inspection.model)
         recorder = Recorder(inspection.model, whole)
         fresh = inputs.replaced(
             leaf.detach().requires_grad_(leaf.requires_grad) for leaf in inputs.leaves

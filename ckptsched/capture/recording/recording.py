@@ -44,7 +44,8 @@ class Recording:
     kept: Mapping[Place, Kept] = field(default_factory=dict)
     """Attributes and buffers that hold values when the pass is over."""
     whole: Mapping[str, str] = field(default_factory=dict)
-    """Modules that are called whole where they could have been opened, by path, and why."""
+    """Modules that are called whole where they could have been opened, by path, functions of their
+    code by name, and why."""
     carried: tuple[Place, ...] = ()
     """Where the model keeps tensors that it reads and puts others in the place of, as the state of
     a recurrent network: those that lie there when it is called are given to it as well."""
@@ -223,7 +224,11 @@ class Bound:
         self._recording = recording
         stages = functools.cache(lambda path: _stages_of(part_of(model, path)))
         self._callees = [_callee(call, model, stages) for call in recording.calls]
-        whole = [k for k, call in enumerate(recording.calls) if call.why_whole]
+        whole = [
+            k
+            for k, call in enumerate(recording.calls)
+            if call.why_whole and isinstance(call.target, str)
+        ]
         self._caching = {k: caching(self._callees[k]) for k in whole}
         calls = (*recording.calls, *(guard.read for guard in recording.guards))
         places = {place for call in calls for place in call.places} | set(recording.kept)

@@ -1,17 +1,19 @@
 """Lets someone look on while a model runs as it is written.
 
-Five things are told of: what is called of torch, by a `TorchFunctionMode`; calls of modules and
-applications of custom Functions, which are replaced for the thread; what the model keeps; and every
-operator that runs, by a `TorchDispatchMode`, so that nothing happens unseen.
+Six things are told of: what is called of torch, by a `TorchFunctionMode`; calls of modules,
+applications of custom Functions, and calls of some functions of the model's code, which are
+replaced for the thread; what the model keeps; and every operator that runs, by a
+`TorchDispatchMode`, so that nothing happens unseen.
 """
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from threading import get_ident
+from types import FunctionType
 from typing import Any, final
 
 import torch
@@ -93,6 +95,23 @@ class Onlooker(ABC):
         """
 
     @abstractmethod
+    def whole_function(
+        self,
+        function: FunctionType,
+        original: FunctionType,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A function of the model's code is called that is to be called whole.
+
+        Args:
+            function: The function.
+            original: What it does.
+            args: What it is given.
+            kwargs: The same by name.
+        """
+
+    @abstractmethod
     def hook_removed(self) -> None:
         """A hook is about to be taken off."""
 
@@ -108,11 +127,12 @@ class Onlooker(ABC):
 
 
 @contextmanager
-def told_of_calls(onlooker: Onlooker) -> Iterator[None]:
+def told_of_calls(onlooker: Onlooker, functions: Iterable[FunctionType] = ()) -> Iterator[None]:
     """Tell someone what is called within a `with` block, one thread at a time.
 
     Args:
         onlooker: Who is told.
+        functions: Of the model's code, those that it is told of.
     """
     call, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
     remove = RemovableHandle.remove
@@ -138,6 +158,8 @@ def told_of_calls(onlooker: Onlooker) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(_LOCK)
+        for function in functions:
+            stack.enter_context(_told_of(function, onlooker))
         stack.enter_context(told_of_kept(keeps))
         stack.enter_context(_Watch(onlooker))
         stack.enter_context(_Notes(onlooker))
@@ -150,6 +172,37 @@ def told_of_calls(onlooker: Onlooker) -> Iterator[None]:
             setattr(nn.Module, "__call__", call)  # noqa: B010
             torch.autograd.Function.apply = apply
             setattr(RemovableHandle, "remove", remove)  # noqa: B010
+
+
+@contextmanager
+def _told_of(function: FunctionType, onlooker: Onlooker) -> Iterator[None]:
+    """Tell of calls of a function, wherever somebody has it from: its code is replaced."""
+    code, defaults, by_name = function.__code__, function.__defaults__, function.__kwdefaults__
+    original = FunctionType(code, function.__globals__, function.__name__, defaults)
+    original.__kwdefaults__ = by_name
+
+    def called(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if onlooker.is_concerned:
+            return onlooker.whole_function(function, original, args, kwargs)
+        return original(*args, **kwargs)
+
+    instead = _handed_on.__code__
+    consts = tuple([called if each == _CALLED else each for each in instead.co_consts])
+    function.__defaults__ = function.__kwdefaults__ = None
+    function.__code__ = instead.replace(co_consts=consts)
+    try:
+        yield
+    finally:
+        function.__code__ = code
+        function.__defaults__, function.__kwdefaults__ = defaults, by_name
+
+
+_CALLED = "what is called instead"
+
+
+def _handed_on(*args: Any, **kwargs: Any) -> Any:
+    called: Any = "what is called instead"
+    return called(args, kwargs)
 
 
 @final

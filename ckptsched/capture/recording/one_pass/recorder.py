@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import FunctionType
 from typing import Any, final
 
 import torch
@@ -54,12 +55,13 @@ from ..functions import (
     may_hide_tensors,
     sets_something,
 )
+from ..preparation import forget_cached
 from ..recording import module_of, part_of
 from .containers import Containers
 from .interception import Onlooker, told_of_calls
 from .kept import KeptValues
 from .leaves import is_one_call
-from .marks import Marks
+from .marks import Marks, function_named, is_function
 from .owned import own_tensors
 from .saved import GoesBackError, SavedTensors
 from .sources import Sources
@@ -78,14 +80,14 @@ class Recorder(Onlooker):
 
         Args:
             model: The model.
-            whole: Modules that are called whole, by path, and why.
+            whole: Modules that are called whole, by path, and functions by name, and why.
         """
         super().__init__()
         self.model = model
         self.calls: list[RecordedCall] = []
         self.guards: list[Guard] = []
-        self.marks = Marks(Recorder.run.__code__)
-        """Modules that the next recording must call whole."""
+        self.marks = Marks(Recorder.run.__code__, Recorder.module.__code__, self._has_parts)
+        """Modules and functions that the next recording must call whole."""
         self.given: tuple[int, ...] = ()
         """Numbers of the tensors of the arguments."""
         self.returned: tuple[Source, ...] = ()
@@ -98,6 +100,8 @@ class Recorder(Onlooker):
         """Whether a value is held elsewhere than in attributes and the result."""
         self._refusal = ""
         self._whole = dict(whole)
+        named = {name: function_named(name) for name in whole if is_function(name)}
+        self._functions = {f: name for name, f in named.items() if f is not None}
         self._sources, self._origins = Sources(model, self.marks), Origins()
         self._made_in: dict[int, str] = {}
         self._paths = {id(module): path for path, module in model.named_modules()}
@@ -163,7 +167,7 @@ class Recorder(Onlooker):
 
     @contextmanager
     def _looking_on(self) -> Iterator[None]:
-        with self._saved.forgotten(), told_of_calls(self):
+        with self._saved.forgotten(), told_of_calls(self, self._functions):
             with self.aside():
                 self._unseen = Unseen(self._device, self.model.modules())
             yield
@@ -211,6 +215,27 @@ class Recorder(Onlooker):
     def _is_whole(self, module: nn.Module, path: str) -> bool:
         return path in self._whole or is_one_call(module, is_model=module is self.model)
 
+    def _has_parts(self, path: str) -> bool:
+        """Whether a module is the model, or has parts with parameters."""
+        parts = module_of(self.model, path).children()
+        return not path or any(True for part in parts for _ in part.parameters())
+
+    def whole_function(  # noqa: D102 - inherited
+        self,
+        function: FunctionType,
+        original: FunctionType,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        self._look_at_random()
+        result = self._note(function, original, args, kwargs)
+        if any(value is not None for value in State.of(result, opaque=True).constants()):
+            why = f"{function.__name__} gives something besides tensors, which may hang on data"
+            self.marks.mark(why, self.marks.scopes[-1])
+        with self.aside():
+            self._unseen.pass_over()
+        return result
+
     def function(  # noqa: D102 - inherited
         self, cls: Any, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
@@ -246,12 +271,14 @@ class Recorder(Onlooker):
             around = self._around()
             self._look_at_parameters(target)
             self._ran = self._drew = self._sized = False
-            is_code = isinstance(target, str | type)  # of others than torch's, or with hooks
+            is_helper = isinstance(target, FunctionType) and target in self._functions
+            # Of others than torch's, or with hooks.
+            is_code = isinstance(target, str | type) or is_helper
             if is_code:
                 self._containers.look_between_calls()
             # What is not opened may go back through a graph of its own.
             keeps = isinstance(target, str) and target in self._whole
-            with self._saved.kept() if keeps else nullcontext():
+            with self._saved.kept() if keeps or is_helper else nullcontext():
                 result = callee(*args, **kwargs)
             if is_code:
                 self._containers.look_after_call(self.marks.scopes[-1])
@@ -262,7 +289,8 @@ class Recorder(Onlooker):
                     if isinstance(source, Numbered) and _version(leaf) != version
                 ]
             )
-            if isinstance(target, str) or not self._only_asks(target, given, reads, result):
+            asks = not (isinstance(target, str) or is_helper)
+            if not asks or not self._only_asks(target, given, reads, result):
                 self._add(target, given, reads, around, result, changed)
             if keeps:  # and put others in place of its parameters and buffers
                 found = own_tensors(part_of(self.model, target), target)
@@ -321,7 +349,7 @@ class Recorder(Onlooker):
     ) -> None:
         """Add a call."""
         is_module, made = isinstance(target, str), tensors_of(result)
-        if not is_module:
+        if not is_module and target not in self._functions:
             holds = any(map(closes_over_tensors, given.constants()))
             if holds or sets_something(target):
                 self.marks.mark(f"{name_of(target)} keeps a tensor where a recording cannot see it")
@@ -331,11 +359,13 @@ class Recorder(Onlooker):
         for number in makes:
             self._made_in.setdefault(number, self.marks.scopes[-1])
         trained = any(isinstance(s, Place) and s.kind == "_parameters" for s in reads)
-        computed = isinstance(target, type) or trained or (is_module and self._computes(target))
+        name = self._functions.get(target, "") if isinstance(target, FunctionType) else ""
+        computed = isinstance(target, type) or trained or bool(name)
+        computed = computed or (is_module and self._computes(target))
         self._origins.note(reads, (*makes, *changed), drew=self._drew, computed=computed)
         numbered = [(n, t) for n, t in zip(makes, made, strict=True) if n >= 0]
         self._origins.note_sizes(reads, given.leaves, numbered, by_data=self._sized)
-        why = self._whole.get(target, "") if is_module else ""
+        why = self._whole.get(target if is_module else name, "")
         tree, scope = State((), given.tree), self.marks.scopes[-1]
         self.calls.append(RecordedCall(target, tree, reads, makes, scope, around, changed, why))
 
@@ -394,6 +424,7 @@ class Recorder(Onlooker):
 
     def _look_at_what_is_held(self) -> None:
         """Values that are held when the pass is over, by attributes or otherwise."""
+        forget_cached(self.model)
         self._containers.look_between_calls()
         for path, name, scope in self._containers.changed_by_both():
             why = f"calls change its {name!r}, as hooks do that append to a list, and lines between"
