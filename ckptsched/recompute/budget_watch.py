@@ -125,6 +125,9 @@ def _beyond_states(
     return more
 
 
+_ELSEWHERE = (-1, -1)
+
+
 def _beyond_values(
     graph: Graph,
     stages: Sequence[int],
@@ -134,7 +137,9 @@ def _beyond_values(
 ) -> int:
     """The same of stages by value, which may save what each other has made."""
     assert graph.lined is not None
-    made: dict[tuple[int, int], int] = {}  # bytes of a storage by its maker and place
+    # Storages by who has made them; a view lies in that of what it is a view of.
+    home_of: dict[tuple[int, int], tuple[int, int]] = {}
+    made: dict[tuple[int, int], int] = {}
     charged = set[tuple[int, int]]()
     tapes = 0
     for i in stages:
@@ -142,17 +147,17 @@ def _beyond_values(
         assert ledger is not None
         parts = _parts_of(ledger)
         tapes += _saved_bytes(ledger)
-        places = {home: k for k, home in enumerate(values.outputs)}
-        for m, home in enumerate(values.made):
-            if parts.output_sources[places[home]] < 0:
-                made[i, m] = parts.output_bytes[places[home]]
-                if places[home] in parts.saved_outputs:
-                    charged.add((i, m))
-        taken = {values.inputs[k] for k in parts.saved_inputs}
-        charged.update((r.maker, r.made) for r in values.reads if r.input in taken)
+        taken = {r.input: home_of.get((r.maker, r.made), _ELSEWHERE) for r in values.reads}
+        charged.update(taken[values.inputs[k]] for k in parts.saved_inputs)
+        for m, place in enumerate(map(values.outputs.index, values.made)):
+            source = parts.output_sources[place]
+            home_of[i, m] = (i, m) if source < 0 else taken[values.inputs[source]]
+            made[i, m] = parts.output_bytes[place] if source < 0 else 0
+            if place in parts.saved_outputs:
+                charged.add(home_of[i, m])
     inside = sum(size for home, size in saved.items() if home not in own)
     fresh = sum(size for home, size in outputs.items() if home not in own)
-    within = sum(made.get(storage, 0) for storage in charged)
+    within = sum(made.get(home, 0) for home in charged)
     return max(0, inside - tapes - within) + max(0, fresh - sum(made.values()))
 
 

@@ -15,8 +15,8 @@ pytestmark = [
 ]
 
 SOURCES = (
-    *("diffusers", "generative", "hand_written", "peft", "segmentation", "sequences_and_sets"),
-    *("timm", "torchaudio", "torchvision", "transformers"),
+    *("detection", "diffusers", "generative", "hand_written", "peft", "segmentation"),
+    *("sequences_and_sets", "timm", "torchaudio", "torchvision", "transformers"),
 )
 MODELS: dict[str, Maker] = {
     f"{source}.{name}": make
