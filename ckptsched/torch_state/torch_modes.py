@@ -165,7 +165,9 @@ def _is_dual(tensor: Tensor) -> bool:
 
 def is_exporting() -> bool:
     """Whether `torch.export` reads what is called, whose program is to be of plain operators."""
-    return torch.compiler.is_exporting()
+    # Until torch 2.10 `is_exporting` is true in what `torch.compile` reads as well.
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return flag if isinstance(flag, bool) else torch.compiler.is_exporting()
 
 
 def inside_backward() -> bool:

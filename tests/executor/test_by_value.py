@@ -395,3 +395,11 @@ def test_what_no_graph_can_be_made_of_is_refused() -> None:
         Graph.of_values(chain)
     plan = cs.plan(chain, budget="90%")
     assert sum(isinstance(op, Forward) for op in plan.schedule) >= len(chain)
+
+
+@pytest.mark.parametrize("name", ["u_net", "branches", "gated"])
+def test_the_least_budget_is_told_whatever_the_budget(name: str) -> None:
+    graph = case(name)[2]
+    told = [cs.plan(graph, budget=budget).least_budget_bytes for budget in ("100%", "90%")]
+    assert told[0] == told[1] < cs.plan(graph, budget="100%").store_all_bytes
+    assert cs.plan(graph, budget=told[0]).peak_bytes <= told[0]

@@ -49,6 +49,8 @@ def fitted() -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
 def test_an_export_in_eval_mode_gives_what_the_model_gives(strict: bool, nested: bool) -> None:
+    if strict and not nested and torch.__version__ < "2.10":
+        pytest.skip("asks in which file a forward is written, and takes functions alone")
     inner, x = fitted()
     model = (Around(inner) if nested else inner).eval()
     program = torch.export.export(model, (x,), strict=strict)

@@ -87,7 +87,7 @@ class GraphSearch(AbstractGraphSolver):
     ) -> list[Solution | InfeasibleBudgetError]:
         """As `solve_each`, of the graph of a recorded model: in exact bytes, from its chain."""
         assert graph.lined is not None
-        starts, least = starts_for(graph.lined, budgets)
+        starts, least = starts_for(graph.lined, [*budgets, 0])
         found = searched(graph, budgets, starts, least, self.moves)
         return [_answer(graph, budget, found.known) for budget in budgets]
 

@@ -69,6 +69,8 @@ MODELS: dict[str, Any] = {
     "gpt2": (gpt2, lambda: ((), words())),
     "bert": (bert, lambda: ((), words())),
 }
+if torch.__version__ < "2.10":
+    del MODELS["llama"]  # attention with grouped heads cannot do without data there
 
 
 @pytest.mark.parametrize("name", MODELS)
