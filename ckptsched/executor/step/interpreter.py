@@ -27,8 +27,9 @@ from ..parameter_usage import Uses
 from ..script import between
 from .forward_snapshot import ForwardSnapshot
 from .fsdp_step import Gathering
-from .states import Checkpoint, LiveSets, States, Values
+from .states import Checkpoint, LiveSets, States
 from .tape_uses import TapedRun, TapeUses
+from .value_states import Values
 from .watch import Watch, watch_of
 
 # Plain numbers: members of an enum are slow to look up, and there is one operation a step or more.
